@@ -1,0 +1,35 @@
+"""Low-rank backpropagation for Vision Transformers as a PEFT method.
+
+Importing the package registers the method with PEFT:
+
+    from peft import get_peft_model
+    from lbp_peft import LBPWHTConfig
+
+    model = get_peft_model(vit, LBPWHTConfig(r=10, modules_to_save=["classifier"]))
+"""
+
+from . import tuner  # noqa: F401  first: it registers the method
+from .bases import BasisSet, LayoutError, TokenLayout
+from .grid import GridMismatchError
+from .lowrank import low_rank_linear
+from .tuner.config import LBPWHTConfig
+from .tuner.layer import LBPWHTLayer, LBPWHTLinear
+from .tuner.model import LBPWHTModel
+from .tuner.report import LayoutReport, exact_backward, layout_report
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BasisSet",
+    "GridMismatchError",
+    "LBPWHTConfig",
+    "LBPWHTLayer",
+    "LBPWHTLinear",
+    "LBPWHTModel",
+    "LayoutError",
+    "LayoutReport",
+    "TokenLayout",
+    "exact_backward",
+    "layout_report",
+    "low_rank_linear",
+]

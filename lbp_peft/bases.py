@@ -1,0 +1,218 @@
+"""Which bases span the small space, for any patch grid.
+
+A grid is cut into blocks of `block_size` along each axis. Everything here is separable: one matrix for the rows of the
+grid, one for its columns, and the list of (row function, column function) pairs that are kept. That holds at the
+border too. Gram-Schmidt in sequency order only mixes a function with those of lower sequency, and every selection we
+offer keeps (a, b) before (i, j) when a <= i and b <= j; so orthonormalising along each axis and taking products spans
+the same space as orthonormalising the cropped two-dimensional bases themselves.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from .walsh import basis_order, walsh_functions
+
+BOUNDARIES = ("orthogonal", "reflect")
+
+
+class LayoutError(ValueError):
+    """Low-rank backpropagation cannot be had for some tokens.
+
+    Attributes:
+        why: The reason.
+        remedy: What the user can do about it.
+    """
+
+    def __init__(self, why: str, remedy: str):
+        super().__init__(f"{why}. {remedy}")
+        self.why, self.remedy = why, remedy
+
+
+@dataclass(frozen=True)
+class BasisSet:
+    """Which Walsh bases to keep; says nothing yet about a grid.
+
+    Attributes:
+        r: Bases kept in each block, 1 to block_size**2. A block with fewer tokens keeps at most its tokens.
+        block_size: Order of the transform along each side, a power of two.
+        selection: Which r come first, see [`basis_order`].
+        boundary: What happens on a grid that is no multiple of block_size. "orthogonal": the cropped functions are
+            orthonormalised, a true projection, exact at full rank. "reflect": the grid is padded by reflection and
+            what is lifted is cropped, as the paper's reference code does; no projection.
+    """
+
+    r: int
+    block_size: int = 8
+    selection: str = "lp_l1"
+    boundary: str = "orthogonal"
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Where the tokens of a layer's input lie.
+
+    Attributes:
+        grid: (H, W) of the patch grid; its tokens come row by row.
+        num_prefix_tokens: Tokens before the grid's ([CLS], distillation, registers). They pass through exactly.
+    """
+
+    grid: tuple[int, int]
+    num_prefix_tokens: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_prefix_tokens + self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class AxisBlock:
+    """One block along one axis: tokens start..stop and the functions on them.
+
+    `analysis` (functions, side) reads the block's coefficients off a whole side, `synthesis` (functions, side) puts
+    them back. Rows have squared norm `block_size`, so that uncropped functions stay exactly +-1 in every precision.
+    """
+
+    analysis: np.ndarray
+    synthesis: np.ndarray
+
+
+@dataclass(frozen=True)
+class GridBases:
+    """The bases on one grid in separable form, float64.
+
+    Coefficient m of a grid z (H, W) is  sum_hw  row_analysis[pairs[m, 0], h] column_analysis[pairs[m, 1], w] z[h, w].
+    """
+
+    row_analysis: np.ndarray
+    row_synthesis: np.ndarray
+    column_analysis: np.ndarray
+    column_synthesis: np.ndarray
+    pairs: np.ndarray
+
+    def dense_analysis(self) -> np.ndarray:
+        """Shape (kept, H * W)."""
+        return _products(self.row_analysis, self.column_analysis, self.pairs)
+
+    def dense_synthesis(self) -> np.ndarray:
+        """Shape (kept, H * W); equal to the analysis for boundary="orthogonal"."""
+        return _products(self.row_synthesis, self.column_synthesis, self.pairs)
+
+
+def _products(rows: np.ndarray, columns: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    return np.einsum("mh,mw->mhw", rows[pairs[:, 0]], columns[pairs[:, 1]]).reshape(len(pairs), -1)
+
+
+def _orthogonalised(functions: np.ndarray, squared_norm: float) -> np.ndarray:
+    """Gram-Schmidt over the rows in their order; rows that depend on earlier ones are dropped."""
+    kept: list[np.ndarray] = []
+    for function in functions:
+        residual = function.copy()
+        for _ in range(2):  # once more for the round-off of the first pass
+            for other in kept:
+                residual -= other * (other @ residual) / (other @ other)
+        if residual @ residual > 1e-9 * (function @ function):
+            kept.append(residual)
+    return np.stack([row * np.sqrt(squared_norm / (row @ row)) for row in kept])
+
+
+def _cropped_functions(length: int, offset: int, block_size: int) -> np.ndarray:
+    """Functions on a block that the border cuts down to `length` tokens, the first `offset` of the block missing.
+
+    Half a block or less is served by a smaller order, whose functions are all independent.
+    """
+    order = block_size
+    while order // 2 >= length:
+        order //= 2
+    if order < block_size:
+        offset = (order - length + 1) // 2
+    functions = walsh_functions(order)[:, offset : offset + length]
+    if length == order:
+        return functions * np.sqrt(block_size / order)
+    return _orthogonalised(functions, squared_norm=block_size)
+
+
+@cache
+def axis_blocks(side: int, block_size: int, boundary: str) -> tuple[AxisBlock, ...]:
+    """Cut one side of the grid into blocks.
+
+    The side is padded to a multiple of block_size, ceil(pad / 2) tokens before its start, as the reference code cuts:
+    14 = 7 + 7, 12 = 6 + 6, 9 = 4 + 5.
+
+    Raises:
+        LayoutError: boundary="reflect" on a side too short to be reflected.
+    """
+    padding = -side % block_size
+    before = (padding + 1) // 2
+    if boundary == "reflect" and before >= side:
+        raise LayoutError(
+            f"a side of {side} patches is too short to be padded by {before} by reflection",
+            f'Use boundary="orthogonal", or a block_size smaller than {block_size}.',
+        )
+    # Position p of the padded side shows token reflected[p] of the true one.
+    positions = np.arange(side + padding) - before
+    reflected = np.abs(positions)
+    reflected = np.where(reflected >= side, 2 * (side - 1) - reflected, reflected)
+
+    blocks = []
+    for first in range(0, side + padding, block_size):
+        start, stop = max(first - before, 0), min(first + block_size - before, side)
+        if boundary == "reflect":
+            functions = walsh_functions(block_size)
+            analysis = np.zeros((block_size, side))
+            for column, token in enumerate(reflected[first : first + block_size]):
+                analysis[:, token] += functions[:, column]
+            functions = functions[:, start - first + before : stop - first + before]
+        else:
+            functions = _cropped_functions(stop - start, start - first + before, block_size)
+        synthesis = np.zeros((len(functions), side))
+        synthesis[:, start:stop] = functions
+        blocks.append(AxisBlock(analysis if boundary == "reflect" else synthesis, synthesis))
+    return tuple(blocks)
+
+
+@cache
+def num_bases(grid: tuple[int, int], bases: BasisSet) -> int:
+    """How many bases [`grid_bases`] keeps on a grid: the sum over blocks of min(r, tokens of the block)."""
+    rows, columns = (axis_blocks(side, bases.block_size, bases.boundary) for side in grid)
+    return sum(min(bases.r, len(row.analysis) * len(column.analysis)) for row in rows for column in columns)
+
+
+def grid_bases(grid: tuple[int, int], bases: BasisSet) -> GridBases:
+    """The kept bases on a grid, block by block, each block's in the order of its selection.
+
+    Args:
+        grid: (H, W) in patches.
+        bases: What to keep.
+
+    Raises:
+        ValueError: unknown selection.
+        LayoutError: a side too short for boundary="reflect".
+    """
+    rows, columns = (axis_blocks(side, bases.block_size, bases.boundary) for side in grid)
+    row_starts = np.cumsum([0] + [len(block.analysis) for block in rows])
+    column_starts = np.cumsum([0] + [len(block.analysis) for block in columns])
+    pairs = [
+        (row_starts[a] + i, column_starts[b] + j)
+        for a, row in enumerate(rows)
+        for b, column in enumerate(columns)
+        for i, j in basis_order(bases.selection, len(row.analysis), len(column.analysis))[: bases.r]
+    ]
+    # Functions that no kept pair uses would only cost time.
+    used_rows, row_index = np.unique([i for i, _ in pairs], return_inverse=True)
+    used_columns, column_index = np.unique([j for _, j in pairs], return_inverse=True)
+
+    def stacked(blocks: tuple[AxisBlock, ...], field: str, used: np.ndarray) -> np.ndarray:
+        return np.concatenate([getattr(block, field) for block in blocks])[used]
+
+    scale = 1.0 / bases.block_size  # both axes carry squared norm block_size: together one, as orthonormal bases have
+    return GridBases(
+        row_analysis=scale * stacked(rows, "analysis", used_rows),
+        row_synthesis=scale * stacked(rows, "synthesis", used_rows),
+        column_analysis=stacked(columns, "analysis", used_columns),
+        column_synthesis=stacked(columns, "synthesis", used_columns),
+        pairs=np.stack([row_index, column_index], axis=1),
+    )

@@ -1,0 +1,44 @@
+"""Which layers make up the encoder of a model, told from its structure rather than from names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether a module computes x W^T + b the way `nn.Linear` does (subclasses that override forward do not)."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
+def encoder_linears(model: nn.Module) -> list[str]:
+    """Names of the linear layers inside the encoder's blocks.
+
+    Blocks are the like members of an `nn.ModuleList` or `nn.Sequential`. A head, a pooler or an embedding stands
+    outside them. Where a transformers model says which part of it is the base model, only that part is searched.
+    """
+    base = getattr(model, getattr(model, "base_model_prefix", None) or "", None)
+    searched = base if isinstance(base, nn.Module) else model
+    prefix = next((f"{name}." for name, module in model.named_modules() if module is searched and name), "")
+    inside = {id(linear) for blocks in _block_lists(searched) for linear in _linears(blocks)}
+    return [f"{prefix}{name}" for name, module in searched.named_modules() if id(module) in inside]
+
+
+def _block_lists(model: nn.Module) -> Iterator[nn.Module]:
+    for module in model.modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 0:
+            alike = len({type(block) for block in module}) == 1
+            if alike and all(
+                not is_plain_linear(block) and next(_linears(block), None) is not None for block in module
+            ):
+                yield module
+
+
+def _linears(module: nn.Module) -> Iterator[nn.Module]:
+    if isinstance(module, nn.MultiheadAttention):  # reads its projections' weights without calling them
+        return
+    for child in module.children():
+        if is_plain_linear(child):
+            yield child
+        yield from _linears(child)

@@ -1,0 +1,202 @@
+"""On which patch grid do the tokens of a layer lie?
+
+The answer is read off the running model, not guessed from the number of tokens: the convolution that turns the image
+into patches is watched, and the height and width of its output are the patch grid at any resolution and aspect ratio.
+Models that cut patches without a convolution are asked for their patch size instead, and their `pixel_values` for the
+image's.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .bases import LayoutError, TokenLayout
+
+# Learned tokens that vision transformers put before their patches: cls_token, class_embedding, register_tokens, ...
+_PREFIX_TOKEN = re.compile(r"(cls|class|dist|distillation|reg|register)_(tokens?|embedding)")
+
+
+class GridMismatchError(ValueError):
+    """A `grid_size` or `num_prefix_tokens` given by hand does not fit the tokens that arrive."""
+
+
+class GridFinder:
+    """Finds the [`TokenLayout`] of a layer's input. One is shared by all layers of a model.
+
+    What it learns of a forward pass is kept until the next one begins, so a layer that is run again in the backward
+    pass (gradient checkpointing) gets the same answer as before.
+
+    Args:
+        model: Watched from now on, by forward hooks; see [`GridFinder.detach`].
+    """
+
+    def __init__(self, model: nn.Module):
+        # Layouts of the forward pass under way or last done, by number of tokens.
+        self._seen: dict[int, TokenLayout] = {}
+        # Layouts of all passes. For layers run again in a backward pass that follows several forward passes.
+        self._known: dict[int, TokenLayout] = {}
+        self._warned: set[str] = set()
+        self._hooks: list[Any] = []
+        self._embeddings: dict[nn.Module, int] = {}
+        self._embeddings_run: set[nn.Module] = set()
+        self._patch_size: tuple[int, int] | None = None
+        self._num_prefix_tokens = 0
+        for embedding, ancestors in _patch_embeddings(model):
+            self._embeddings[embedding] = _count_prefix_tokens(ancestors)
+            self._hooks.append(embedding.register_forward_hook(self._note_patches))
+        if not self._embeddings:
+            self._patch_size = _patch_size_of(model)
+            self._num_prefix_tokens = _count_prefix_tokens([model])
+            if self._patch_size is not None:
+                self._hooks.append(model.register_forward_pre_hook(self._note_image, with_kwargs=True))
+
+    def detach(self) -> None:
+        """Remove all hooks from the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def layout(
+        self, shape: torch.Size, grid_size: tuple[int, int] | None = None, num_prefix_tokens: int | None = None
+    ) -> TokenLayout:
+        """The layout of an input.
+
+        Args:
+            shape: (N, L, C), or (N, H, W, C), which is its own grid.
+            grid_size: (H, W) if given by hand.
+            num_prefix_tokens: if given by hand.
+
+        Raises:
+            GridMismatchError: what was given by hand does not fit.
+            LayoutError: nothing was given and the grid cannot be known.
+        """
+        if len(shape) == 4:
+            return _own_layout((int(shape[1]), int(shape[2])), grid_size)
+        num_tokens = int(shape[1])
+        if grid_size is not None:
+            return self._given_layout(num_tokens, grid_size, num_prefix_tokens)
+        layout = self._seen.get(num_tokens)
+        if layout is None and _in_backward():
+            layout = self._known.get(num_tokens)
+        if num_prefix_tokens is not None and (layout is None or layout.num_prefix_tokens != num_prefix_tokens):
+            grids = {seen.grid for seen in self._seen.values()}
+            fitting = [g for g in grids if g[0] * g[1] + num_prefix_tokens == num_tokens]
+            layout = TokenLayout(fitting[0], num_prefix_tokens) if len(fitting) == 1 else None
+        if layout is None:
+            raise LayoutError(
+                self._why_unknown(num_tokens), "Set grid_size (and num_prefix_tokens) if they lie on a grid."
+            )
+        return layout
+
+    def warn_once(self, cause: str, message: str) -> None:
+        """Warn, unless a layer of this model has been warned about for the same cause."""
+        if cause not in self._warned and not torch.compiler.is_compiling():
+            self._warned.add(cause)
+            warnings.warn(message, stacklevel=2)
+
+    def _given_layout(self, num_tokens: int, grid_size: tuple[int, int], num_prefix_tokens: int | None) -> TokenLayout:
+        on_grid = grid_size[0] * grid_size[1]
+        prefix = num_prefix_tokens
+        if prefix is None:
+            counts = {0, self._num_prefix_tokens, *self._embeddings.values()}
+            prefix = num_tokens - on_grid if num_tokens - on_grid in counts else None
+        if prefix is None or prefix + on_grid != num_tokens:
+            given = f"grid_size={grid_size}" + ("" if prefix is None else f" and num_prefix_tokens={prefix}")
+            raise GridMismatchError(
+                f"{given} makes {on_grid + (prefix or 0)} tokens, but {num_tokens} arrived. "
+                + (
+                    f"If {num_tokens - on_grid} of them come before the grid, set num_prefix_tokens to that; else "
+                    if prefix is None and num_tokens > on_grid
+                    else ""
+                )
+                + "correct grid_size, or leave it out to have the grid found from the model and the image."
+            )
+        return TokenLayout(grid_size, prefix)
+
+    def _why_unknown(self, num_tokens: int) -> str:
+        if self._seen:
+            seen = ", ".join(
+                f"{n} ({layout.grid[0]} x {layout.grid[1]} + {layout.num_prefix_tokens})"
+                for n, layout in self._seen.items()
+            )
+            why = f"{num_tokens} tokens fit no patch grid of this forward pass (those have {seen} tokens)"
+        elif self._embeddings or self._patch_size:
+            why = f"no image has passed through the model's patch embedding yet, so {num_tokens} tokens have no grid"
+        else:
+            why = f"the model shows no patch embedding from which the grid of {num_tokens} tokens could be known"
+        return why
+
+    def _note(self, grid: tuple[int, int], num_prefix_tokens: int) -> None:
+        # Without its prefix tokens the same grid occurs too: dense heads and token-free stages drop them.
+        for prefix in {0, num_prefix_tokens}:
+            layout = TokenLayout(grid, prefix)
+            self._seen[layout.num_tokens] = self._known[layout.num_tokens] = layout
+
+    def _note_patches(self, embedding: nn.Module, args: tuple, output: Tensor) -> None:
+        if embedding in self._embeddings_run and not _in_backward():  # the same convolution again: a new forward pass
+            self._embeddings_run.clear()
+            self._seen.clear()
+        self._embeddings_run.add(embedding)
+        self._note((int(output.shape[-2]), int(output.shape[-1])), self._embeddings[embedding])
+
+    def _note_image(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        assert self._patch_size is not None
+        self._seen.clear()
+        candidates = [kwargs.get("pixel_values"), *args]
+        image = next((x for x in candidates if isinstance(x, Tensor) and x.dim() == 4), None)
+        if image is not None:
+            height, width = (int(side) // patch for side, patch in zip(image.shape[-2:], self._patch_size, strict=True))
+            self._note((height, width), self._num_prefix_tokens)
+
+
+def _in_backward() -> bool:
+    """Whether autograd is in a backward pass: a forward pass now is gradient checkpointing's second."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def _own_layout(grid: tuple[int, int], grid_size: tuple[int, int] | None) -> TokenLayout:
+    if grid_size is not None and grid != grid_size:
+        raise GridMismatchError(
+            f"grid_size={grid_size}, but the channels-last input that arrived is its own grid, {grid}. Correct "
+            "grid_size, or leave it out."
+        )
+    return TokenLayout(grid)
+
+
+def _patch_embeddings(model: nn.Module) -> Iterator[tuple[nn.Conv2d, list[nn.Module]]]:
+    """Convolutions that cut into patches (kernel = stride > 1), each with its ancestors, nearest first."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and module.stride == module.kernel_size and max(module.stride) > 1:
+            parts = name.split(".")
+            yield module, [model.get_submodule(".".join(parts[:n])) for n in range(len(parts) - 1, -1, -1)]
+
+
+def _count_prefix_tokens(ancestors: list[nn.Module]) -> int:
+    """Learned tokens ([CLS], distillation, registers) that the nearest ancestor holding any puts before the patches."""
+    for ancestor in ancestors:
+        declared = getattr(ancestor, "num_prefix_tokens", None)  # timm says it outright
+        if isinstance(declared, int):
+            return declared
+        tokens = [
+            1 if parameter.dim() == 1 else parameter.shape[-2]
+            for name, parameter in ancestor.named_parameters(recurse=False)
+            if _PREFIX_TOKEN.fullmatch(name)
+        ]
+        if tokens:
+            return sum(tokens)
+    return 0
+
+
+def _patch_size_of(model: nn.Module) -> tuple[int, int] | None:
+    size = getattr(getattr(model, "config", None), "patch_size", None)
+    if isinstance(size, int):
+        return (size, size)
+    if isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(side, int) for side in size):
+        return (size[0], size[1])
+    return None

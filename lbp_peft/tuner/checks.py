@@ -1,0 +1,102 @@
+"""What is refused, and with which words."""
+
+from __future__ import annotations
+
+import torch
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import Tensor, nn
+
+from ..encoder import is_plain_linear
+from .layer import LBPWHTLayer
+
+
+def check_targets(targets: list[tuple[str, nn.Module]], train_base_weight: bool) -> None:
+    """Refuse layers that LBP-WHT cannot adapt.
+
+    Raises:
+        TypeError: a target is no linear layer.
+        ValueError: a target is quantised, so that its weight cannot be trained.
+    """
+    for name, module in targets:
+        if isinstance(module, LBPWHTLayer):
+            module = module.get_base_layer()
+        quantised = _is_quantised(module)
+        if not quantised and not is_plain_linear(module):
+            raise TypeError(
+                f"Target module {name} is of type {type(module).__name__}, which LBP-WHT does not support. Supported "
+                "is torch.nn.Linear. Leave it out of target_modules, or name it in exclude_modules."
+            )
+        if quantised and train_base_weight:
+            raise ValueError(
+                f"Target module {name} is quantised ({type(module).__name__}), so its weight cannot be trained. Set "
+                "train_base_weight=False, or load the model without quantisation."
+            )
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    if resolve_quantization_backend(module) is not None:
+        return True
+    weight = getattr(module, "weight", None)
+    return isinstance(module, nn.Linear) and isinstance(weight, Tensor) and not weight.dtype.is_floating_point
+
+
+def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+    """Refuse a checkpoint that is not one of this adapter, before any of it is loaded.
+
+    An adapter that was only just created to hold it is removed again.
+
+    Args:
+        model: The model that the checkpoint is for.
+        adapter_name: The adapter that the checkpoint is for.
+        state_dict: Keys as in the model.
+
+    Raises:
+        ValueError: tensors are missing or do not belong.
+    """
+    expected = {
+        f"{name.removeprefix('_fsdp_wrapped_module.')}.{attribute}.{adapter_name}"
+        for name, module in model.named_modules()
+        if isinstance(module, LBPWHTLayer)
+        for attribute in LBPWHTLayer.adapter_layer_names
+        if adapter_name in getattr(module, attribute)
+    }
+    missing = sorted(expected - state_dict.keys())
+    extra = sorted(state_dict.keys() - model.state_dict().keys())
+    if not missing and not extra:
+        return
+    if _is_untrained(model, adapter_name):
+        _remove_adapter(model, adapter_name)
+    problems = [
+        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for keys, what in ((missing, "missing"), (extra, "unexpected"))
+        if keys
+    ]
+    raise ValueError(
+        f"This checkpoint does not fit adapter {adapter_name!r}. Tensors: {'; '.join(problems)}. "
+        + (
+            "None of its tensors is of an LBP-WHT adapter: was it saved by another PEFT method? Load it with its own "
+            "adapter_config.json."
+            if expected and not expected & state_dict.keys()
+            else "Check that its adapter_config.json and the base model are those it was saved with."
+        )
+    )
+
+
+def _is_untrained(model: nn.Module, adapter_name: str) -> bool:
+    """Whether an adapter's weights are still those of the base model, so that nothing is lost with them."""
+    for module in model.modules():
+        if isinstance(module, LBPWHTLayer) and adapter_name in module.lbpwht_weight:
+            weight = module.lbpwht_weight[adapter_name]
+            base = module.get_base_layer().weight
+            if weight.device.type != "meta" and not torch.equal(weight.to(base.dtype), base):
+                return False
+    return True
+
+
+def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
+    peft_config = getattr(model, "peft_config", {})
+    tuner = getattr(model, "base_model", None)
+    if len(peft_config) > 1 and hasattr(model, "delete_adapter"):
+        model.delete_adapter(adapter_name)
+    elif hasattr(tuner, "unload"):
+        tuner.unload()

@@ -1,0 +1,131 @@
+"""What a user may choose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+from ..bases import BOUNDARIES, BasisSet
+from ..walsh import SELECTIONS, is_power_of_two
+
+
+@dataclass
+class LBPWHTConfig(PeftConfig):
+    """Configuration of low-rank backpropagation through linear layers (LBP-WHT, arXiv 2309.15275).
+
+    Args:
+        r: Walsh bases kept in each block of `block_size` x `block_size` patches for the weight gradient, 1 to
+            block_size**2. It need not be triangular or square. 1, 3, 6, 10, 15, 21, 28, 36 are the paper's LP_L1-1 to
+            LP_L1-8.
+        grad_input: The input gradient. "full": exact. An int: low-rank, with a rank of its own; the paper's setting is
+            `grad_input=r`. Its error compounds from the last layer to the first, that of the weight gradient does not.
+        block_size: Order of the two-dimensional Walsh-Hadamard transform, a power of two.
+        selection: Which bases (i, j) come first: "lp_l1" by i + j, "lp_linf" by max(i, j). Ties: see
+            [`lbp_peft.walsh.basis_order`].
+        boundary: On grids that are no multiple of block_size. "orthogonal": a true projection, exact at full rank.
+            "reflect": as the paper's reference code, which counts border patches twice.
+        train_base_weight: True: the adapter is a trained copy of each target's weight and bias. False: it has no
+            weights of its own and only makes the backward pass cheap.
+        rank_pattern: Ranks that differ from r, by module name suffix or regular expression, as LoRA's. For example
+            `{"layers.11.mlp.fc2": 21}`. It changes r only, not `grad_input`.
+        grid_size: (H, W) of the patch grid. None: found out from the model and the input.
+        num_prefix_tokens: Tokens before the patches ([CLS], distillation, registers). None: found out.
+        target_modules: Names, a regular expression, or "all-linear". None: every linear layer in the blocks of the
+            encoder, never the head.
+        exclude_modules: Names or a regular expression of modules not to adapt.
+        modules_to_save: Modules apart from the targets that are trained in full and saved, such as the classifier.
+        layers_to_transform: Indices of the blocks to adapt; needs `target_modules` as a list.
+        layers_pattern: Name of the list of blocks that `layers_to_transform` counts in.
+
+    Raises:
+        ValueError: a value is out of its range; the message says which are allowed.
+    """
+
+    r: int = field(default=10, metadata={"help": "Walsh bases kept per block for the weight gradient."})
+    grad_input: str | int = field(
+        default="full", metadata={"help": '"full" for an exact input gradient, or the rank of a low-rank one.'}
+    )
+    block_size: int = field(default=8, metadata={"help": "Order of the 2-D Walsh-Hadamard transform."})
+    selection: str = field(default="lp_l1", metadata={"help": '"lp_l1" or "lp_linf".'})
+    boundary: str = field(default="orthogonal", metadata={"help": '"orthogonal" or "reflect".'})
+    train_base_weight: bool = field(
+        default=True, metadata={"help": "Train a copy of each target's weight, or only make its backward pass cheap."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "{regular expression or suffix: r} where r differs."}
+    )
+    grid_size: tuple[int, int] | None = field(default=None, metadata={"help": "(H, W) of the patch grid."})
+    num_prefix_tokens: int | None = field(default=None, metadata={"help": "Tokens before the patches."})
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": 'Names, a regular expression or "all-linear"; None for the whole encoder.'}
+    )
+    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules not to adapt."})
+    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained in full and saved."})
+    layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of blocks to adapt."})
+    layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.LBPWHT
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), (list, tuple)):
+                setattr(self, name, set(getattr(self, name)))
+        if isinstance(self.grid_size, list):  # JSON has no tuples
+            self.grid_size = tuple(self.grid_size)
+        self._check_transform()
+        self._check_layout()
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "layers_to_transform needs target_modules as a list of names; with a regular expression, write the "
+                "layer indices into the expression."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says where layers_to_transform counts: give layers_to_transform too.")
+
+    def weight_bases(self, r: int) -> BasisSet:
+        """The bases of the weight gradient of a layer whose rank is r."""
+        return BasisSet(r, self.block_size, self.selection, self.boundary)
+
+    def input_bases(self) -> BasisSet | None:
+        """The bases of the input gradient, None where it is exact."""
+        if isinstance(self.grad_input, str):
+            return None
+        return BasisSet(self.grad_input, self.block_size, self.selection, self.boundary)
+
+    def _check_transform(self) -> None:
+        if not _is_int(self.block_size) or not is_power_of_two(self.block_size):
+            raise ValueError(f"block_size must be a power of two (the paper uses 8), got {self.block_size!r}.")
+        self._check_rank("r", self.r)
+        for pattern, rank in self.rank_pattern.items():
+            self._check_rank(f"rank_pattern[{pattern!r}]", rank)
+        if isinstance(self.grad_input, str):
+            if self.grad_input != "full":
+                raise ValueError(f'grad_input must be "full" or a rank (an int), got {self.grad_input!r}.')
+        else:
+            self._check_rank("grad_input", self.grad_input)
+        if self.selection not in SELECTIONS:
+            raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {self.selection!r}.")
+        if self.boundary not in BOUNDARIES:
+            raise ValueError(f"boundary must be one of {', '.join(BOUNDARIES)}, got {self.boundary!r}.")
+
+    def _check_rank(self, name: str, rank: Any) -> None:
+        full = self.block_size**2
+        if not _is_int(rank) or not 1 <= rank <= full:
+            raise ValueError(f"{name} must be an int from 1 to block_size**2 = {full}, got {rank!r}.")
+
+    def _check_layout(self) -> None:
+        grid = self.grid_size
+        if grid is not None and not (
+            isinstance(grid, tuple) and len(grid) == 2 and all(_is_int(side) and side > 0 for side in grid)
+        ):
+            raise ValueError(f"grid_size must be two positive ints (height, width) in patches, got {grid!r}.")
+        prefix = self.num_prefix_tokens
+        if prefix is not None and (not _is_int(prefix) or prefix < 0):
+            raise ValueError(f"num_prefix_tokens must be an int of at least 0, got {prefix!r}.")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

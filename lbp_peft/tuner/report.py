@@ -1,0 +1,79 @@
+"""What each adapted layer does in the backward pass, for people to read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import nn
+
+from .layer import BackwardPass, LBPWHTLayer
+
+
+@dataclass(frozen=True)
+class LayoutReport:
+    """How the backward pass of each adapted layer ran last; print it for a table.
+
+    Attributes:
+        layers: Name of the layer -> its last [`BackwardPass`], None if it has not run in training mode yet.
+    """
+
+    layers: dict[str, BackwardPass | None]
+
+    @property
+    def exact(self) -> dict[str, str]:
+        """Layers that fell back to, or were meant for, exact backpropagation -> why."""
+        return {name: ran.why_exact for name, ran in self.layers.items() if ran is not None and ran.why_exact}
+
+    def __str__(self) -> str:
+        header = ("layer", "grid", "prefix", "tokens", "k for dW", "k for dx", "backward")
+        rows = [header, *(_row(name, ran) for name, ran in self.layers.items())]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
+
+
+def _row(name: str, ran: BackwardPass | None) -> tuple[str, ...]:
+    if ran is None:
+        return (name, "-", "-", "-", "-", "-", "not called in training mode yet")
+    grid = f"{ran.layout.grid[0]} x {ran.layout.grid[1]}" if ran.layout else "-"
+    prefix = str(ran.layout.num_prefix_tokens) if ran.layout else "-"
+    kept = [str(ran.kept_for_weight), str(ran.kept_for_input)] if not ran.why_exact else ["-", "-"]
+    return (name, grid, prefix, str(ran.num_tokens), *kept, f"exact: {ran.why_exact}" if ran.why_exact else "low-rank")
+
+
+def layout_report(model: nn.Module) -> LayoutReport:
+    """List, for each layer with LBP-WHT adapters, its grid, prefix tokens, k of L, and why it is exact where it is.
+
+    Args:
+        model: Any model with LBP-WHT layers. They report their last forward pass in training mode.
+
+    Example:
+        >>> model(pixel_values=images, labels=labels).loss.backward()
+        >>> print(layout_report(model))
+    """
+    return LayoutReport(
+        {module.layer_name: module.last_backward for module in model.modules() if isinstance(module, LBPWHTLayer)}
+    )
+
+
+@contextmanager
+def exact_backward(model: nn.Module) -> Iterator[None]:
+    """Within the block, forward passes prepare for exact backpropagation, with the same weights.
+
+    Example:
+        >>> with exact_backward(model):
+        ...     loss = model(**batch).loss
+        >>> loss.backward()
+    """
+    layers = [module for module in model.modules() if isinstance(module, LBPWHTLayer)]
+    before = [layer.exact_backward for layer in layers]
+    for layer in layers:
+        layer.exact_backward = True
+    try:
+        yield
+    finally:
+        for layer, value in zip(layers, before, strict=True):
+            layer.exact_backward = value

@@ -1,0 +1,63 @@
+"""Walsh functions, and the order in which two-dimensional ones are kept.
+
+The i-th Walsh function of order n is a vector of n signs with exactly i sign changes (its *sequency*, the square-wave
+cousin of frequency). A two-dimensional basis (i, j) is the outer product of the i-th function down the rows and the
+j-th along the columns.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+SELECTIONS = ("lp_l1", "lp_linf")
+
+
+def is_power_of_two(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+@cache
+def walsh_functions(order: int) -> np.ndarray:
+    """The Walsh functions of an order, in sequency order.
+
+    Args:
+        order: Length and number of the functions, a power of two.
+
+    Returns:
+        Array of shape (order, order), float64, entries +-1; row i has i sign changes. Rows are orthogonal, each of
+        squared norm `order`.
+
+    Raises:
+        ValueError: `order` is no power of two.
+    """
+    if not is_power_of_two(order):
+        raise ValueError(f"Walsh functions exist for orders that are powers of two, got {order}.")
+    hadamard = np.ones((1, 1))
+    while len(hadamard) < order:
+        hadamard = np.block([[hadamard, hadamard], [hadamard, -hadamard]])
+    sign_changes = (np.diff(hadamard, axis=1) != 0).sum(axis=1)
+    functions = hadamard[np.argsort(sign_changes)]
+    functions.setflags(write=False)
+    return functions
+
+
+def basis_order(selection: str, rows: int, columns: int) -> list[tuple[int, int]]:
+    """All pairs (i, j) with i < rows and j < columns, the ones to keep first at the front.
+
+    Args:
+        selection: "lp_l1" orders by i + j (low-pass in the L1 norm), ties by i: (0,0) (0,1) (1,0) (0,2) (1,1) ...
+            "lp_linf" orders by max(i, j), ties by i + j, then by i: (0,0) (0,1) (1,0) (1,1) (0,2) (2,0) ...
+            The first n(n+1)/2 of the one and the first n**2 of the other are the paper's LP_L1-n and LP_Linf-n
+            (arXiv 2309.15275, section 3).
+
+    Raises:
+        ValueError: unknown selection.
+    """
+    pairs = [(i, j) for i in range(rows) for j in range(columns)]
+    if selection == "lp_l1":
+        return sorted(pairs, key=lambda ij: (ij[0] + ij[1], ij[0]))
+    if selection == "lp_linf":
+        return sorted(pairs, key=lambda ij: (max(ij), ij[0] + ij[1], ij[0]))
+    raise ValueError(f"Unknown selection {selection!r}, choose one of {', '.join(SELECTIONS)}.")
