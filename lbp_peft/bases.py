@@ -70,12 +70,14 @@ class TokenLayout:
 
 @dataclass(frozen=True)
 class AxisBlock:
-    """One block along one axis: tokens start..stop and the functions on them.
+    """One block along one axis, and the functions on it.
 
-    `analysis` (functions, side) reads the block's coefficients off a whole side, `synthesis` (functions, side) puts
-    them back. Rows have squared norm `block_size`, so that uncropped functions stay exactly +-1 in every precision.
+    `sequencies` (functions,) is what they had before cropping. `analysis` (functions, side) reads the block's
+    coefficients off a whole side, `synthesis` (functions, side) puts them back. Rows have squared norm `block_size`,
+    so that uncropped functions stay exactly +-1 in every precision.
     """
 
+    sequencies: tuple[int, ...]
     analysis: np.ndarray
     synthesis: np.ndarray
 
@@ -106,21 +108,23 @@ def _products(rows: np.ndarray, columns: np.ndarray, pairs: np.ndarray) -> np.nd
     return np.einsum("mh,mw->mhw", rows[pairs[:, 0]], columns[pairs[:, 1]]).reshape(len(pairs), -1)
 
 
-def _orthogonalised(functions: np.ndarray, squared_norm: float) -> np.ndarray:
-    """Gram-Schmidt over the rows in their order; rows that depend on earlier ones are dropped."""
+def _orthogonalised(functions: np.ndarray, squared_norm: float) -> tuple[list[int], np.ndarray]:
+    """Gram-Schmidt over the rows in their order. Which rows are independent of those before them, and the result."""
+    independent: list[int] = []
     kept: list[np.ndarray] = []
-    for function in functions:
+    for index, function in enumerate(functions):
         residual = function.copy()
         for _ in range(2):  # once more for the round-off of the first pass
             for other in kept:
                 residual -= other * (other @ residual) / (other @ other)
         if residual @ residual > 1e-9 * (function @ function):
+            independent.append(index)
             kept.append(residual)
-    return np.stack([row * np.sqrt(squared_norm / (row @ row)) for row in kept])
+    return independent, np.stack([row * np.sqrt(squared_norm / (row @ row)) for row in kept])
 
 
-def _cropped_functions(length: int, offset: int, block_size: int) -> np.ndarray:
-    """Functions on a block that the border cuts down to `length` tokens, the first `offset` of the block missing.
+def _cropped_functions(length: int, offset: int, block_size: int) -> tuple[list[int], np.ndarray]:
+    """Sequencies and values of the functions on a block of which the border leaves `length` tokens from `offset` on.
 
     Half a block or less is served by a smaller order, whose functions are all independent.
     """
@@ -131,7 +135,7 @@ def _cropped_functions(length: int, offset: int, block_size: int) -> np.ndarray:
         offset = (order - length + 1) // 2
     functions = walsh_functions(order)[:, offset : offset + length]
     if length == order:
-        return functions * np.sqrt(block_size / order)
+        return list(range(order)), functions * np.sqrt(block_size / order)
     return _orthogonalised(functions, squared_norm=block_size)
 
 
@@ -165,12 +169,13 @@ def axis_blocks(side: int, block_size: int, boundary: str) -> tuple[AxisBlock, .
             analysis = np.zeros((block_size, side))
             for column, token in enumerate(reflected[first : first + block_size]):
                 analysis[:, token] += functions[:, column]
+            sequencies = list(range(block_size))
             functions = functions[:, start - first + before : stop - first + before]
         else:
-            functions = _cropped_functions(stop - start, start - first + before, block_size)
+            sequencies, functions = _cropped_functions(stop - start, start - first + before, block_size)
         synthesis = np.zeros((len(functions), side))
         synthesis[:, start:stop] = functions
-        blocks.append(AxisBlock(analysis if boundary == "reflect" else synthesis, synthesis))
+        blocks.append(AxisBlock(tuple(sequencies), analysis if boundary == "reflect" else synthesis, synthesis))
     return tuple(blocks)
 
 
@@ -178,7 +183,7 @@ def axis_blocks(side: int, block_size: int, boundary: str) -> tuple[AxisBlock, .
 def num_bases(grid: tuple[int, int], bases: BasisSet) -> int:
     """How many bases [`grid_bases`] keeps on a grid: the sum over blocks of min(r, tokens of the block)."""
     rows, columns = (axis_blocks(side, bases.block_size, bases.boundary) for side in grid)
-    return sum(min(bases.r, len(row.analysis) * len(column.analysis)) for row in rows for column in columns)
+    return sum(min(bases.r, len(row.sequencies) * len(column.sequencies)) for row in rows for column in columns)
 
 
 def grid_bases(grid: tuple[int, int], bases: BasisSet) -> GridBases:
@@ -193,13 +198,13 @@ def grid_bases(grid: tuple[int, int], bases: BasisSet) -> GridBases:
         LayoutError: a side too short for boundary="reflect".
     """
     rows, columns = (axis_blocks(side, bases.block_size, bases.boundary) for side in grid)
-    row_starts = np.cumsum([0] + [len(block.analysis) for block in rows])
-    column_starts = np.cumsum([0] + [len(block.analysis) for block in columns])
+    row_starts = np.cumsum([0] + [len(block.sequencies) for block in rows])
+    column_starts = np.cumsum([0] + [len(block.sequencies) for block in columns])
     pairs = [
         (row_starts[a] + i, column_starts[b] + j)
         for a, row in enumerate(rows)
         for b, column in enumerate(columns)
-        for i, j in basis_order(bases.selection, len(row.analysis), len(column.analysis))[: bases.r]
+        for i, j in basis_order(bases.selection, row.sequencies, column.sequencies)[: bases.r]
     ]
     # Functions that no kept pair uses would only cost time.
     used_rows, row_index = np.unique([i for i, _ in pairs], return_inverse=True)

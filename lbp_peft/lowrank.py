@@ -93,6 +93,10 @@ def _as_tokens(x: Tensor) -> Tensor:
     return x if x.dim() == 3 else x.flatten(1, -2)
 
 
+def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == torch.float64 else t.to(dtype)
+
+
 def low_rank_linear(
     x: Tensor,
     weight: Tensor,
@@ -118,7 +122,8 @@ def low_rank_linear(
     """
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in (x, weight, bias))
+        x, weight = _cast(x, dtype), _cast(weight, dtype)
+        bias = bias if bias is None else _cast(bias, dtype)
     project_weight = projection(layout, for_weight, x.dtype, x.device)
     project_input = projection(layout, for_input, x.dtype, x.device)
     return _LowRankLinear.apply(x, weight, bias, project_weight, project_input)

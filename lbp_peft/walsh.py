@@ -7,11 +7,10 @@ j-th along the columns.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
-
-SELECTIONS = ("lp_l1", "lp_linf")
 
 
 def is_power_of_two(n: int) -> bool:
@@ -43,21 +42,31 @@ def walsh_functions(order: int) -> np.ndarray:
     return functions
 
 
-def basis_order(selection: str, rows: int, columns: int) -> list[tuple[int, int]]:
-    """All pairs (i, j) with i < rows and j < columns, the ones to keep first at the front.
+def basis_order(selection: str, rows: Sequence[int], columns: Sequence[int]) -> list[tuple[int, int]]:
+    """The two-dimensional bases that two sets of functions make, the ones to keep first at the front.
 
     Args:
         selection: "lp_l1" orders by i + j (low-pass in the L1 norm), ties by i: (0,0) (0,1) (1,0) (0,2) (1,1) ...
             "lp_linf" orders by max(i, j), ties by i + j, then by i: (0,0) (0,1) (1,0) (1,1) (0,2) (2,0) ...
             The first n(n+1)/2 of the one and the first n**2 of the other are the paper's LP_L1-n and LP_Linf-n
             (arXiv 2309.15275, section 3).
+        rows, columns: Sequencies i and j of the functions to pair.
+
+    Returns:
+        Pairs of positions in `rows` and `columns`.
 
     Raises:
         ValueError: unknown selection.
     """
-    pairs = [(i, j) for i in range(rows) for j in range(columns)]
-    if selection == "lp_l1":
-        return sorted(pairs, key=lambda ij: (ij[0] + ij[1], ij[0]))
-    if selection == "lp_linf":
-        return sorted(pairs, key=lambda ij: (max(ij), ij[0] + ij[1], ij[0]))
-    raise ValueError(f"Unknown selection {selection!r}, choose one of {', '.join(SELECTIONS)}.")
+    if selection not in _KEYS:
+        raise ValueError(f"Unknown selection {selection!r}, choose one of {', '.join(SELECTIONS)}.")
+    key = _KEYS[selection]
+    positions = [(a, b) for a in range(len(rows)) for b in range(len(columns))]
+    return sorted(positions, key=lambda pair: key(rows[pair[0]], columns[pair[1]]))
+
+
+_KEYS = {
+    "lp_l1": lambda i, j: (i + j, i),
+    "lp_linf": lambda i, j: (max(i, j), i + j, i),
+}
+SELECTIONS = tuple(_KEYS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from peft import PeftModel
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
@@ -94,9 +95,9 @@ def _is_untrained(model: nn.Module, adapter_name: str) -> bool:
 
 
 def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    peft_config = getattr(model, "peft_config", {})
-    tuner = getattr(model, "base_model", None)
-    if len(peft_config) > 1 and hasattr(model, "delete_adapter"):
+    if not isinstance(model, PeftModel):  # injected without one: who injected it can take it out
+        return
+    if len(model.peft_config) > 1:
         model.delete_adapter(adapter_name)
-    elif hasattr(tuner, "unload"):
-        tuner.unload()
+    else:
+        model.base_model.unload()

@@ -59,10 +59,10 @@ class LBPWHTConfig(PeftConfig):
     )
     grid_size: tuple[int, int] | None = field(default=None, metadata={"help": "(H, W) of the patch grid."})
     num_prefix_tokens: int | None = field(default=None, metadata={"help": "Tokens before the patches."})
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": 'Names, a regular expression or "all-linear"; None for the whole encoder.'}
     )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "Modules not to adapt."})
+    exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules not to adapt."})
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained in full and saved."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of blocks to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})

@@ -109,6 +109,9 @@ class LBPWHTLayer(BaseTunerLayer):
         base = self.get_base_layer()
         return base.weight, base.bias
 
+    def _has_active_weights(self) -> bool:
+        return any(name in self.lbpwht_weight for name in self.active_adapters)
+
     def _adapted_parameters(self) -> tuple[Tensor, Tensor | None]:
         if self.disable_adapters or self.merged:
             base = self.get_base_layer()
@@ -288,9 +291,9 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
         if self.disable_adapters or self.merged:
             return self.base_layer(x)
         rule = self._active_rule(x)
-        if rule is None and not any(name in self.lbpwht_weight for name in self.active_adapters):
+        if rule is None and not self._has_active_weights():
             return self.base_layer(x)
-        weight, bias = self._combined_parameters(self.active_adapters)
+        weight, bias = self._adapted_parameters()
         layout = None if rule is None else self._low_rank_layout(x, weight.requires_grad, rule)
         if rule is None or layout is None:
             return F.linear(x, weight, bias)

@@ -1,0 +1,123 @@
+"""The method once more, slowly and independently of the package: float64, dense matrices, one basis at a time.
+
+Shares no code with lbp_peft. Walsh functions come from the closed formula over the Gray code, cropped bases are
+orthonormalised in two dimensions with LAPACK's QR, and reflection is PyTorch's own padding.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def walsh(order: int) -> Tensor:
+    """Row i has i sign changes; its signs count the common bits of t and the bit-reversed Gray code of i."""
+    bits = order.bit_length() - 1
+    rows = []
+    for i in range(order):
+        gray = i ^ (i >> 1)
+        reverse = int(format(gray, f"0{bits}b")[::-1], 2) if bits else 0
+        rows.append([(-1.0) ** bin(reverse & t).count("1") for t in range(order)])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def pair_order(selection: str, rows: int, columns: int) -> list[tuple[int, int]]:
+    pairs = [(i, j) for i in range(rows) for j in range(columns)]
+    if selection == "lp_l1":
+        return sorted(pairs, key=lambda p: (p[0] + p[1], p[0]))
+    return sorted(pairs, key=lambda p: (max(p), p[0] + p[1], p[0]))
+
+
+def cuts(side: int, block: int) -> list[tuple[int, int, int]]:
+    """(start, stop, first function value used) of the blocks along one side."""
+    total = math.ceil(side / block) * block
+    before = math.ceil((total - side) / 2)
+    pieces = []
+    for start in range(-before, total - before, block):
+        low, high = max(start, 0), min(start + block, side)
+        pieces.append((low, high, low - start))
+    return pieces
+
+
+def piece_functions(length: int, offset: int, block: int) -> Tensor:
+    if 2 * length > block:
+        return walsh(block)[:, offset : offset + length]
+    order = 1
+    while order < length:
+        order *= 2
+    offset = math.ceil((order - length) / 2)
+    return walsh(order)[:, offset : offset + length]
+
+
+def orthogonal_bases(grid: tuple[int, int], r: int, block: int = 8, selection: str = "lp_l1") -> Tensor:
+    """Shape (k, H * W), orthonormal rows. Cropped two-dimensional bases, orthonormalised in their order by QR."""
+    height, width = grid
+    rows = []
+    for top, bottom, row_offset in cuts(height, block):
+        for left, right, column_offset in cuts(width, block):
+            vertical = piece_functions(bottom - top, row_offset, block)
+            horizontal = piece_functions(right - left, column_offset, block)
+            kept: list[Tensor] = []
+            for i, j in pair_order(selection, len(vertical), len(horizontal)):
+                candidate = torch.outer(vertical[i], horizontal[j]).flatten()
+                q, triangle = torch.linalg.qr(torch.stack([*kept, candidate], dim=1))
+                if triangle[-1, -1].abs() > 1e-7 and len(kept) < min(r, len(candidate)):
+                    kept.append(q[:, -1])
+            for basis in kept:
+                whole = torch.zeros(height, width, dtype=torch.float64)
+                whole[top:bottom, left:right] = basis.view(bottom - top, right - left)
+                rows.append(whole.flatten())
+    return torch.stack(rows)
+
+
+def orthogonal_gradients(
+    x: Tensor, weight: Tensor, grad: Tensor, grid, prefix: int, r: int, r_input: int | None, **how
+):
+    """dW and dx: exact backpropagation with x and g replaced by their orthogonal projections."""
+
+    def smoothed(tokens: Tensor, rank: int) -> Tensor:
+        bases = orthogonal_bases(grid, rank, **how)
+        on_grid = torch.einsum("kl,km,nmc->nlc", bases, bases, tokens[:, prefix:])
+        return torch.cat([tokens[:, :prefix], on_grid], dim=1)
+
+    grad_weight = torch.einsum("nlo,nli->oi", smoothed(grad, r), smoothed(x, r))
+    grad_x = (grad if r_input is None else smoothed(grad, r_input)) @ weight
+    return grad_weight, grad_x
+
+
+def reflect_gradients(x: Tensor, weight: Tensor, grad: Tensor, grid, prefix: int, r: int, r_input: int | None):
+    """dW and dx as the paper's code has them: pad by reflection, x by sums, g by means, crop what is lifted."""
+    height, width = grid
+    pad_h, pad_w = -height % 8, -width % 8
+    pads = (math.ceil(pad_w / 2), pad_w // 2, math.ceil(pad_h / 2), pad_h // 2)
+    functions = walsh(8)
+
+    def blocks(tokens: Tensor) -> Tensor:
+        """(N, L, C) -> (N, C, block rows, block columns, 8, 8)"""
+        image = tokens[:, prefix:].transpose(1, 2).unflatten(2, (height, width))
+        image = F.pad(image, pads, mode="reflect")
+        return image.unfold(2, 8, 8).unfold(3, 8, 8)
+
+    def coefficients(tokens: Tensor, rank: int, mean: bool) -> Tensor:
+        """(N, C, block rows, block columns, rank)"""
+        found = []
+        for i, j in pair_order("lp_l1", 8, 8)[:rank]:
+            products = blocks(tokens) * torch.outer(functions[i], functions[j])
+            found.append(products.mean((-1, -2)) if mean else products.sum((-1, -2)))
+        return torch.stack(found, dim=-1)
+
+    x_hat, g_hat = coefficients(x, r, mean=False), coefficients(grad, r, mean=True)
+    grad_weight = torch.einsum("nohwr,nihwr->oi", g_hat, x_hat)
+    grad_weight += torch.einsum("nlo,nli->oi", grad[:, :prefix], x[:, :prefix])
+    if r_input is None:
+        return grad_weight, grad @ weight
+    small = torch.einsum("nohwr,oi->nihwr", coefficients(grad, r_input, mean=True), weight)
+    lifted = 0.0
+    for index, (i, j) in enumerate(pair_order("lp_l1", 8, 8)[:r_input]):
+        lifted = lifted + torch.einsum("nihw,ab->nihawb", small[..., index], torch.outer(functions[i], functions[j]))
+    lifted = lifted.flatten(2, 3).flatten(3, 4)
+    lifted = lifted[:, :, pads[2] : pads[2] + height, pads[0] : pads[0] + width]
+    return grad_weight, torch.cat([grad[:, :prefix] @ weight, lifted.flatten(2).transpose(1, 2)], dim=1)

@@ -1,0 +1,197 @@
+"""The layer's gradients against the float64 reference, and against exact backpropagation."""
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+
+from lbp_peft import BasisSet, TokenLayout, low_rank_linear
+
+GRIDS = [(8, 8), (16, 16), (14, 14), (7, 7), (4, 12)]
+PREFIXES = [0, 1, 2, 5]
+# Rank of the weight gradient, rank of the input gradient (None: exact).
+RANKS = [(3, 3), (10, None), (10, 3), (3, 21), (64, 64), (64, 10)]
+
+
+def problem(grid, prefix, dtype=torch.float64, channels=(6, 4), batch=2, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    num_tokens = prefix + grid[0] * grid[1]
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    x = draw(batch, num_tokens, channels[0]).requires_grad_()
+    weight, bias = draw(channels[1], channels[0]).requires_grad_(), draw(channels[1]).requires_grad_()
+    return x, weight, bias, draw(batch, num_tokens, channels[1])
+
+
+def bases_of(rank, **how):
+    return None if rank is None else BasisSet(rank, **how)
+
+
+def relative(found, expected):
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("boundary", ["orthogonal", "reflect"])
+def test_gradients_are_the_references(boundary, grid, prefix, ranks):
+    if boundary == "reflect" and min(grid) < 5 and -min(grid) % 8 // 2 >= min(grid):
+        pytest.skip("the grid is too short to be reflected")
+    x, weight, bias, grad = problem(grid, prefix)
+    layout = TokenLayout(grid, prefix)
+    y = low_rank_linear(x, weight, bias, layout, *(bases_of(r, boundary=boundary) for r in ranks))
+    assert torch.equal(y, F.linear(x, weight, bias))
+    found = torch.autograd.grad(y, (weight, x, bias), grad)
+    gradients = reference.reflect_gradients if boundary == "reflect" else reference.orthogonal_gradients
+    expected = gradients(x.detach(), weight.detach(), grad, grid, prefix, *ranks)
+    if boundary == "reflect" and 64 in ranks:
+        # Padded bases at full rank outnumber the tokens: the package then takes the exact gradient instead.
+        exact = torch.autograd.grad(F.linear(x, weight, bias), (weight, x), grad)
+        expected = tuple(e if rank == 64 else r for e, r, rank in zip(exact, expected, ranks, strict=True))
+    assert relative(found[0], expected[0]) < 1e-12
+    assert relative(found[1], expected[1]) < 1e-12
+    assert relative(found[2], grad.sum((0, 1))) < 1e-12
+
+
+@pytest.mark.parametrize("selection", ["lp_l1", "lp_linf"])
+@pytest.mark.parametrize("block_size", [4, 8, 16])
+def test_other_blocks_and_selections(selection, block_size):
+    grid, prefix = (14, 10), 1
+    x, weight, bias, grad = problem(grid, prefix)
+    bases = BasisSet(5, block_size, selection)
+    y = low_rank_linear(x, weight, bias, TokenLayout(grid, prefix), bases, bases)
+    found = torch.autograd.grad(y, (weight, x), grad)
+    expected = reference.orthogonal_gradients(
+        x.detach(), weight.detach(), grad, grid, prefix, 5, 5, block=block_size, selection=selection
+    )
+    assert max(relative(f, e) for f, e in zip(found, expected, strict=True)) < 1e-12
+
+
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("grid", [*GRIDS, (9, 17), (5, 3), (6, 10)])
+def test_full_rank_is_exact_backpropagation(grid, prefix):
+    """Through the projections themselves, not through the shortcut that skips them at full rank."""
+    from lbp_peft.lowrank import _LowRankLinear
+    from lbp_peft.projection import Projection
+
+    x, weight, bias, grad = problem(grid, prefix)
+    full = Projection(TokenLayout(grid, prefix), BasisSet(64), torch.float64, x.device)
+    found = torch.autograd.grad(_LowRankLinear.apply(x, weight, bias, full, full), (x, weight, bias), grad)
+    exact = torch.autograd.grad(F.linear(x, weight, bias), (x, weight, bias), grad)
+    assert max(relative(f, e) for f, e in zip(found, exact, strict=True)) < 1e-12
+
+
+def test_channels_last_input_is_a_grid():
+    grid = (7, 12)
+    x, weight, bias, grad = problem(grid, 0)
+    bases = BasisSet(3)
+    expected = torch.autograd.grad(
+        low_rank_linear(x, weight, bias, TokenLayout(grid), bases, bases), (x, weight, bias), grad
+    )
+    y = low_rank_linear(x.unflatten(1, grid), weight, bias, TokenLayout(grid), bases, bases)
+    assert y.shape == (2, 7, 12, 4)
+    found = torch.autograd.grad(y, (x, weight, bias), grad.unflatten(1, grid))
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced"])
+def test_input_and_gradient_need_not_be_contiguous(layout):
+    x, weight, bias, grad = problem((8, 8), 1)
+    bases = BasisSet(10)
+    expected = torch.autograd.grad(
+        low_rank_linear(x, weight, bias, TokenLayout((8, 8), 1), bases, bases), (x, weight), grad
+    )
+
+    def rearranged(t):
+        if layout == "transposed":
+            return t.transpose(1, 2).contiguous().transpose(1, 2)
+        if layout == "sliced":
+            return torch.cat([t, t], dim=2)[..., : t.shape[2]]
+        return t
+
+    grad = grad if layout != "expanded" else torch.ones(1, 1, 4, dtype=grad.dtype).expand_as(grad)
+    if layout == "expanded":
+        y = low_rank_linear(x, weight, bias, TokenLayout((8, 8), 1), bases, bases)
+        expected = torch.autograd.grad(y, (x, weight), grad.contiguous())
+    y = low_rank_linear(rearranged(x), weight, bias, TokenLayout((8, 8), 1), bases, bases)
+    found = torch.autograd.grad(y, (x, weight), rearranged(grad))
+    assert max(relative(f, e) for f, e in zip(found, expected, strict=True)) < 1e-14
+
+
+def saved_by(function):
+    shapes = []
+
+    def pack(tensor):
+        shapes.append(tuple(tensor.shape))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = function()
+    return y, shapes
+
+
+@pytest.mark.parametrize("for_input", [None, BasisSet(3)])
+def test_only_the_projected_input_is_saved(for_input):
+    x, weight, bias, _ = problem((8, 8), 1)
+    _, shapes = saved_by(lambda: low_rank_linear(x, weight, bias, TokenLayout((8, 8), 1), BasisSet(3), for_input))
+    assert sorted(shapes) == [(2, 4, 6), (4, 6)]
+
+
+def test_nothing_is_done_for_gradients_that_are_not_needed():
+    x, weight, bias, grad = problem((8, 8), 1)
+    layout, bases = TokenLayout((8, 8), 1), BasisSet(3)
+    _, shapes = saved_by(lambda: low_rank_linear(x.detach(), weight, bias, layout, bases, bases))
+    assert shapes == [(2, 4, 6)]
+    y, shapes = saved_by(lambda: low_rank_linear(x, weight.detach(), bias.detach(), layout, bases, bases))
+    assert shapes == [(4, 6)]
+    (found,) = torch.autograd.grad(y, x, grad)
+    expected = reference.orthogonal_gradients(x.detach(), weight.detach(), grad, (8, 8), 1, 3, 3)[1]
+    assert relative(found, expected) < 1e-12
+
+
+def test_second_derivative_is_refused_with_the_remedy():
+    x, weight, bias, _ = problem((8, 8), 1)
+    y = low_rank_linear(x, weight, bias, TokenLayout((8, 8), 1), BasisSet(3))
+    (grad_x,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative.*exact_backward"):
+        grad_x.square().sum().backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_as_linear_does(dtype):
+    x, weight, bias, grad = problem((8, 8), 1, torch.float32, channels=(64, 32))
+    layout, bases = TokenLayout((8, 8), 1), BasisSet(10)
+    reference_grads = torch.autograd.grad(
+        low_rank_linear(x, weight, bias, layout, bases, bases), (x, weight, bias), grad
+    )
+    with torch.autocast("cpu", dtype):
+        y = low_rank_linear(x, weight, bias, layout, bases, bases)
+        plain = F.linear(x, weight, bias)
+    assert y.dtype == dtype and torch.equal(y, plain)
+    found = torch.autograd.grad(y, (x, weight, bias), grad.to(dtype))
+    assert all(f.dtype == torch.float32 for f in found)
+    # No further off than plain autocast is from its own float32 gradients, give or take the projections' rounding.
+    exact = torch.autograd.grad(F.linear(x, weight, bias), (x, weight, bias), grad)
+    rounded = torch.autograd.grad(plain, (x, weight, bias), grad.to(dtype))
+    for f, r, plain_f, plain_r in zip(found, reference_grads, rounded, exact, strict=True):
+        assert relative(f, r) < 3 * relative(plain_f, plain_r)
+
+
+def test_float64_is_left_alone_by_autocast():
+    x, weight, bias, _ = problem((8, 8), 1)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert low_rank_linear(x, weight, bias, TokenLayout((8, 8), 1), BasisSet(3)).dtype == torch.float64
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-12), (torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_cuda_agrees_with_the_reference(dtype, bound):
+    x, weight, bias, grad = problem((14, 14), 1, channels=(64, 48))
+    expected = reference.orthogonal_gradients(x.detach(), weight.detach(), grad, (14, 14), 1, 10, 3)
+    x, weight, bias = (t.detach().to("cuda", dtype).requires_grad_() for t in (x, weight, bias))
+    y = low_rank_linear(x, weight, bias, TokenLayout((14, 14), 1), BasisSet(10), BasisSet(3))
+    found = torch.autograd.grad(y, (weight, x), grad.to("cuda", dtype))
+    assert max(relative(f.cpu(), e) for f, e in zip(found, expected, strict=True)) < bound
