@@ -10,7 +10,7 @@ the same space as orthonormalising the cropped two-dimensional bases themselves.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -86,26 +86,23 @@ class AxisBlock:
 class GridBases:
     """The bases on one grid in separable form, float64.
 
-    Coefficient m of a grid z (H, W) is  sum_hw  row_analysis[pairs[m, 0], h] column_analysis[pairs[m, 1], w] z[h, w].
+    Row functions a and column functions b make coefficients  sum_hw row_analysis[a, h] column_analysis[b, w] z[h, w]
+    of a grid z (H, W). Those kept are, in order, the ones at the flat positions `kept` of the (a, b) table.
     """
 
     row_analysis: np.ndarray
     row_synthesis: np.ndarray
     column_analysis: np.ndarray
     column_synthesis: np.ndarray
-    pairs: np.ndarray
+    kept: np.ndarray
 
     def dense_analysis(self) -> np.ndarray:
         """Shape (kept, H * W)."""
-        return _products(self.row_analysis, self.column_analysis, self.pairs)
+        return np.kron(self.row_analysis, self.column_analysis)[self.kept]
 
     def dense_synthesis(self) -> np.ndarray:
         """Shape (kept, H * W); equal to the analysis for boundary="orthogonal"."""
-        return _products(self.row_synthesis, self.column_synthesis, self.pairs)
-
-
-def _products(rows: np.ndarray, columns: np.ndarray, pairs: np.ndarray) -> np.ndarray:
-    return np.einsum("mh,mw->mhw", rows[pairs[:, 0]], columns[pairs[:, 1]]).reshape(len(pairs), -1)
+        return np.kron(self.row_synthesis, self.column_synthesis)[self.kept]
 
 
 def _orthogonalised(functions: np.ndarray, squared_norm: float) -> tuple[list[int], np.ndarray]:
@@ -139,6 +136,16 @@ def _cropped_functions(length: int, offset: int, block_size: int) -> tuple[list[
     return _orthogonalised(functions, squared_norm=block_size)
 
 
+def check_side(side: int, block_size: int, boundary: str) -> None:
+    """Raise LayoutError where boundary="reflect" cannot be had: a reflection reaches over less than a whole side."""
+    before = (-side % block_size + 1) // 2
+    if boundary == "reflect" and before >= side:
+        raise LayoutError(
+            f"a side of {side} patches is too short to be padded by {before} by reflection",
+            f'Use boundary="orthogonal", or a block_size smaller than {block_size}.',
+        )
+
+
 @cache
 def axis_blocks(side: int, block_size: int, boundary: str) -> tuple[AxisBlock, ...]:
     """Cut one side of the grid into blocks.
@@ -149,13 +156,9 @@ def axis_blocks(side: int, block_size: int, boundary: str) -> tuple[AxisBlock, .
     Raises:
         LayoutError: boundary="reflect" on a side too short to be reflected.
     """
+    check_side(side, block_size, boundary)
     padding = -side % block_size
     before = (padding + 1) // 2
-    if boundary == "reflect" and before >= side:
-        raise LayoutError(
-            f"a side of {side} patches is too short to be padded by {before} by reflection",
-            f'Use boundary="orthogonal", or a block_size smaller than {block_size}.',
-        )
     # Position p of the padded side shows token reflected[p] of the true one.
     positions = np.arange(side + padding) - before
     reflected = np.abs(positions)
@@ -186,6 +189,7 @@ def num_bases(grid: tuple[int, int], bases: BasisSet) -> int:
     return sum(min(bases.r, len(row.sequencies) * len(column.sequencies)) for row in rows for column in columns)
 
 
+@lru_cache(maxsize=256)
 def grid_bases(grid: tuple[int, int], bases: BasisSet) -> GridBases:
     """The kept bases on a grid, block by block, each block's in the order of its selection.
 
@@ -219,5 +223,5 @@ def grid_bases(grid: tuple[int, int], bases: BasisSet) -> GridBases:
         row_synthesis=scale * stacked(rows, "synthesis", used_rows),
         column_analysis=stacked(columns, "analysis", used_columns),
         column_synthesis=stacked(columns, "synthesis", used_columns),
-        pairs=np.stack([row_index, column_index], axis=1),
+        kept=row_index * len(used_columns) + column_index,
     )

@@ -80,7 +80,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if for_input is None:
             grad_x = grad @ weight
         else:
-            if small is None or for_input is not for_weight:
+            if small is None or for_weight is None or for_input.bases != for_weight.bases:
                 small = for_input.project(tokens)
             grad_x = for_input.lift(small @ weight).reshape(*grad.shape[:-1], -1)
     if needs_bias:

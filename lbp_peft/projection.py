@@ -5,17 +5,56 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bases import BasisSet, TokenLayout, grid_bases, num_bases
+from .bases import BasisSet, TokenLayout, check_side, grid_bases, num_bases
 
 
 def num_kept(layout: TokenLayout, bases: BasisSet | None) -> int:
     """k: the rows that represent the L = `layout.num_tokens` tokens, prefix tokens included.
 
     It is L, and nothing is gained, where `bases` is None or keeps no fewer rows than there are tokens.
+
+    Raises:
+        LayoutError: boundary="reflect" on a grid too small to be reflected.
     """
     if bases is None:
         return layout.num_tokens
-    return min(layout.num_prefix_tokens + num_bases(layout.grid, bases), layout.num_tokens)
+    for side in layout.grid:
+        check_side(side, bases.block_size, bases.boundary)
+    on_grid = _num_bases(*layout.grid, bases.r, bases.block_size, bases.selection, bases.boundary)
+    return min(layout.num_prefix_tokens + on_grid, layout.num_tokens)
+
+
+# torch.compile does not trace how bases come about: it takes the results of these two as constants. They deal in plain
+# values for its sake.
+
+
+@torch.compiler.assume_constant_result
+def _num_bases(height: int, width: int, r: int, block_size: int, selection: str, boundary: str) -> int:
+    return num_bases((height, width), BasisSet(r, block_size, selection, boundary))
+
+
+@torch.compiler.assume_constant_result
+def _values(name: str, height: int, width: int, r: int, block_size: int, selection: str, boundary: str) -> list:
+    return getattr(grid_bases((height, width), BasisSet(r, block_size, selection, boundary)), name).tolist()
+
+
+_matrices: dict[tuple, Tensor] = {}
+
+
+def _matrix(name: str, grid: tuple[int, int], bases: BasisSet, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One of the arrays of [`GridBases`] as a tensor; made once per layout, bases, dtype and device."""
+    if torch.compiler.is_compiling():  # the compiled graph keeps it
+        values = _values(name, *grid, bases.r, bases.block_size, bases.selection, bases.boundary)
+        return torch.tensor(values, dtype=dtype, device=device)
+    key = (name, grid, bases, dtype, device)
+    if key not in _matrices:
+        # from_numpy, unlike torch.tensor, ignores a default device; inference tensors could not be saved for backward.
+        with torch.inference_mode(False), torch.no_grad():
+            matrix = torch.from_numpy(getattr(grid_bases(grid, bases), name)).to(device, dtype)
+        if type(matrix) is not Tensor:  # a tracer's fake tensor must not outlive the tracing
+            return matrix
+        _matrices[key] = matrix
+    return _matrices[key]
 
 
 class Projection:
@@ -33,21 +72,13 @@ class Projection:
     """
 
     def __init__(self, layout: TokenLayout, bases: BasisSet, dtype: torch.dtype, device: torch.device):
-        matrices = grid_bases(layout.grid, bases)
         self.layout = layout
-        # from_numpy, unlike torch.tensor, takes no notice of a default device; inference tensors could not be saved.
-        with torch.inference_mode(False), torch.no_grad():
-            self.row_analysis, self.row_synthesis, self.column_analysis, self.column_synthesis = (
-                torch.from_numpy(matrix).to(device=device, dtype=dtype).contiguous()
-                for matrix in (
-                    matrices.row_analysis,
-                    matrices.row_synthesis.T,
-                    matrices.column_analysis,
-                    matrices.column_synthesis.T,
-                )
-            )
-            pairs = torch.from_numpy(matrices.pairs)
-            self.kept = (pairs[:, 0] * len(matrices.column_analysis) + pairs[:, 1]).to(device)
+        self.bases = bases
+        self.row_analysis = _matrix("row_analysis", layout.grid, bases, dtype, device)
+        self.row_synthesis = _matrix("row_synthesis", layout.grid, bases, dtype, device)
+        self.column_analysis = _matrix("column_analysis", layout.grid, bases, dtype, device)
+        self.column_synthesis = _matrix("column_synthesis", layout.grid, bases, dtype, device)
+        self.kept = _matrix("kept", layout.grid, bases, torch.int64, device)
 
     def project(self, tokens: Tensor) -> Tensor:
         """(N, L, C) -> (N, k, C)."""
@@ -64,29 +95,20 @@ class Projection:
         """(N, k, C) -> (N, L, C)."""
         (height, width), prefix = self.layout.grid, self.layout.num_prefix_tokens
         batch, _, channels = coefficients.shape
-        num_rows, num_columns = self.row_synthesis.shape[1], self.column_synthesis.shape[1]
+        num_rows, num_columns = len(self.row_synthesis), len(self.column_synthesis)
         both = coefficients.new_zeros(batch, num_rows * num_columns, channels)
         both = both.index_copy(1, self.kept, coefficients[:, prefix:])
         both = both.reshape(-1, num_columns, channels)
-        rows = torch.bmm(self.column_synthesis.expand(len(both), -1, -1), both)
+        rows = torch.bmm(self.column_synthesis.t().expand(len(both), -1, -1), both)
         rows = rows.reshape(batch, num_rows, width * channels)
-        grid = torch.bmm(self.row_synthesis.expand(batch, -1, -1), rows).reshape(batch, height * width, channels)
+        grid = torch.bmm(self.row_synthesis.t().expand(batch, -1, -1), rows).reshape(batch, height * width, channels)
         return torch.cat((coefficients[:, :prefix], grid), dim=1) if prefix else grid
-
-
-_cache: dict[tuple, Projection] = {}
 
 
 def projection(
     layout: TokenLayout, bases: BasisSet | None, dtype: torch.dtype, device: torch.device
 ) -> Projection | None:
-    """The [`Projection`] of a layout, built once per layout, bases, dtype and device; None where it is the identity."""
+    """The [`Projection`] of a layout; None where it would be the identity."""
     if bases is None or num_kept(layout, bases) == layout.num_tokens:
         return None
-    key = (layout, bases, dtype, device)
-    found = _cache.get(key)
-    if found is None:
-        found = Projection(layout, bases, dtype, device)
-        if type(found.kept) is Tensor:  # not under a tracer's fake tensors, which must not outlive it
-            _cache[key] = found
-    return found
+    return Projection(layout, bases, dtype, device)
