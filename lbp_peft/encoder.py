@@ -39,6 +39,14 @@ def _linears(module: nn.Module) -> Iterator[nn.Module]:
     if isinstance(module, nn.MultiheadAttention):  # reads its projections' weights without calling them
         return
     for child in module.children():
-        if is_plain_linear(child):
+        if is_plain_linear(_unwrapped(child)):
             yield child
-        yield from _linears(child)
+        else:
+            yield from _linears(child)
+
+
+def _unwrapped(module: nn.Module) -> nn.Module:
+    """An adapter that is there already stands for the layer it wraps, its `base_layer`."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
