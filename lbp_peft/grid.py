@@ -31,26 +31,29 @@ class GridFinder:
 
     What it learns of a forward pass is kept until the next one begins, so a layer that is run again in the backward
     pass (gradient checkpointing) gets the same answer as before.
-
-    Args:
-        model: Watched from now on, by forward hooks; see [`GridFinder.detach`].
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self) -> None:
         # Layouts of the forward pass under way or last done, by number of tokens.
         self._seen: dict[int, TokenLayout] = {}
-        # Layouts of all passes. For layers run again in a backward pass that follows several forward passes.
-        self._known: dict[int, TokenLayout] = {}
+        # Those of all forward passes since the last backward pass that ran layers again.
+        self._to_rerun: dict[int, set[TokenLayout]] = {}
+        self._reran = False
         self._warned: set[str] = set()
         self._hooks: list[Any] = []
         self._embeddings: dict[nn.Module, int] = {}
         self._embeddings_run: set[nn.Module] = set()
         self._patch_size: tuple[int, int] | None = None
         self._num_prefix_tokens = 0
+
+    def watch(self, model: nn.Module) -> None:
+        """Learn from this model's forward passes from now on, by hooks. Once more when its modules have changed."""
         for embedding, ancestors in _patch_embeddings(model):
-            self._embeddings[embedding] = _count_prefix_tokens(ancestors)
-            self._hooks.append(embedding.register_forward_hook(self._note_patches))
-        if not self._embeddings:
+            if embedding not in self._embeddings:
+                _drop_copied_hooks(embedding)
+                self._embeddings[embedding] = _count_prefix_tokens(ancestors)
+                self._hooks.append(embedding.register_forward_hook(self._note_patches))
+        if not self._embeddings and not self._hooks:
             self._patch_size = _patch_size_of(model)
             self._num_prefix_tokens = _count_prefix_tokens([model])
             if self._patch_size is not None:
@@ -81,9 +84,7 @@ class GridFinder:
         num_tokens = int(shape[1])
         if grid_size is not None:
             return self._given_layout(num_tokens, grid_size, num_prefix_tokens)
-        layout = self._seen.get(num_tokens)
-        if layout is None and _in_backward():
-            layout = self._known.get(num_tokens)
+        layout = self._layout_to_rerun(num_tokens) if _in_backward() else self._seen.get(num_tokens)
         if num_prefix_tokens is not None and (layout is None or layout.num_prefix_tokens != num_prefix_tokens):
             grids = {seen.grid for seen in self._seen.values()}
             fitting = [g for g in grids if g[0] * g[1] + num_prefix_tokens == num_tokens]
@@ -99,6 +100,18 @@ class GridFinder:
         if cause not in self._warned and not torch.compiler.is_compiling():
             self._warned.add(cause)
             warnings.warn(message, stacklevel=2)
+
+    def _layout_to_rerun(self, num_tokens: int) -> TokenLayout | None:
+        self._reran = True
+        candidates = self._to_rerun.get(num_tokens, set())
+        if len(candidates) > 1:
+            grids = " and ".join(f"{height} x {width}" for height, width in sorted(c.grid for c in candidates))
+            raise RuntimeError(
+                f"Gradient checkpointing runs layers again, and images of {grids} patches, as many tokens each, went "
+                "through the model before this backward pass: they cannot be told apart. Call backward after each, "
+                "give grid_size if it is the same, or do without gradient checkpointing."
+            )
+        return next(iter(candidates), None)
 
     def _given_layout(self, num_tokens: int, grid_size: tuple[int, int], num_prefix_tokens: int | None) -> TokenLayout:
         on_grid = grid_size[0] * grid_size[1]
@@ -136,18 +149,25 @@ class GridFinder:
         # Without its prefix tokens the same grid occurs too: dense heads and token-free stages drop them.
         for prefix in {0, num_prefix_tokens}:
             layout = TokenLayout(grid, prefix)
-            self._seen[layout.num_tokens] = self._known[layout.num_tokens] = layout
+            self._seen[layout.num_tokens] = layout
+            self._to_rerun.setdefault(layout.num_tokens, set()).add(layout)
+
+    def _begin_pass(self) -> None:
+        self._seen.clear()
+        self._embeddings_run.clear()
+        if self._reran:
+            self._to_rerun.clear()
+            self._reran = False
 
     def _note_patches(self, embedding: nn.Module, args: tuple, output: Tensor) -> None:
         if embedding in self._embeddings_run and not _in_backward():  # the same convolution again: a new forward pass
-            self._embeddings_run.clear()
-            self._seen.clear()
+            self._begin_pass()
         self._embeddings_run.add(embedding)
         self._note((int(output.shape[-2]), int(output.shape[-1])), self._embeddings[embedding])
 
     def _note_image(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         assert self._patch_size is not None
-        self._seen.clear()
+        self._begin_pass()
         candidates = [kwargs.get("pixel_values"), *args]
         image = next((x for x in candidates if isinstance(x, Tensor) and x.dim() == 4), None)
         if image is not None:
@@ -175,6 +195,13 @@ def _patch_embeddings(model: nn.Module) -> Iterator[tuple[nn.Conv2d, list[nn.Mod
         if isinstance(module, nn.Conv2d) and module.stride == module.kernel_size and max(module.stride) > 1:
             parts = name.split(".")
             yield module, [model.get_submodule(".".join(parts[:n])) for n in range(len(parts) - 1, -1, -1)]
+
+
+def _drop_copied_hooks(module: nn.Module) -> None:
+    """A copy of a watched module (PEFT's modules_to_save makes one) carries a hook that reports to nobody."""
+    for key, hook in list(module._forward_hooks.items()):
+        if isinstance(getattr(hook, "__self__", None), GridFinder):
+            del module._forward_hooks[key]
 
 
 def _count_prefix_tokens(ancestors: list[nn.Module]) -> int:

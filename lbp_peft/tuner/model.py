@@ -98,7 +98,11 @@ class LBPWHTModel(BaseTuner):
         for module in self.model.modules():
             if isinstance(module, LBPWHTLayer):
                 return module.finder
-        return GridFinder(self.model)
+        return GridFinder()
+
+    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, *args, **kwargs)
+        self._grid_finder().watch(model)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         finders = {module.finder for module in self.model.modules() if isinstance(module, LBPWHTLayer)}
