@@ -11,6 +11,9 @@ With P the projection of the L tokens onto k orthonormal rows and g = dLoss/dy, 
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -52,8 +55,7 @@ class _LowRankLinear(torch.autograd.Function):
         x, weight, _, ctx.for_weight, ctx.for_input = inputs
         saved_x = None
         if ctx.needs_input_grad[1]:
-            tokens = _as_tokens(x)
-            saved_x = ctx.for_weight.project(tokens) if ctx.for_weight else tokens
+            saved_x = _projected(x, ctx.for_weight) if ctx.for_weight else _as_tokens(x)
         ctx.save_for_backward(saved_x, weight if ctx.needs_input_grad[0] else None)
 
     @staticmethod
@@ -76,6 +78,8 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if needs_weight:
         small = for_weight.project(tokens) if for_weight else tokens
         grad_weight = small.flatten(0, 1).t() @ saved_x.flatten(0, 1)
+    if needs_bias:
+        grad_bias = _sum(tokens, small, for_weight)
     if needs_x:
         if for_input is None:
             grad_x = grad @ weight
@@ -83,9 +87,37 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             if small is None or for_weight is None or for_input.bases != for_weight.bases:
                 small = for_input.project(tokens)
             grad_x = for_input.lift(small @ weight).reshape(*grad.shape[:-1], -1)
-    if needs_bias:
-        grad_bias = grad.sum(dim=tuple(range(grad.dim() - 1)))
     return grad_x, grad_weight, grad_bias
+
+
+def _sum(tokens: Tensor, small: Tensor | None, projection: Projection | None) -> Tensor:
+    """Over images and tokens. Where that is exact it is read off the projected tokens, k rows instead of L."""
+    if small is not None and projection is not None and projection.keeps_sums and tokens.dtype.itemsize >= 4:
+        return projection.sum(small)
+    return tokens.sum(dim=(0, 1))
+
+
+class _LastProjected(threading.local):
+    """What was projected last. A query, a key and a value layer receive the same tensor: one projection serves all."""
+
+    x: Callable[[], Tensor | None] = staticmethod(lambda: None)
+    small: Callable[[], Tensor | None] = staticmethod(lambda: None)
+    key: tuple = ()
+
+
+_last = _LastProjected()
+
+
+def _projected(x: Tensor, projection: Projection) -> Tensor:
+    if torch.compiler.is_compiling():  # the compiler finds the common expression by itself
+        return projection.project(_as_tokens(x))
+    key = (x._version, projection.layout, projection.bases)
+    if _last.x() is x and _last.key == key and (small := _last.small()) is not None:
+        return small
+    small = projection.project(_as_tokens(x))
+    # Weak references: neither tensor may live longer for our sake.
+    _last.x, _last.small, _last.key = weakref.ref(x), weakref.ref(small), key
+    return small
 
 
 def _as_tokens(x: Tensor) -> Tensor:

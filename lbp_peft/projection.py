@@ -80,6 +80,19 @@ class Projection:
         self.column_synthesis = _matrix("column_synthesis", layout.grid, bases, dtype, device)
         self.kept = _matrix("kept", layout.grid, bases, torch.int64, device)
 
+    @property
+    def keeps_sums(self) -> bool:
+        """Whether [`sum`] is exact: whether the constant functions are among what is kept, and it is a projection."""
+        return self.bases.boundary == "orthogonal"  # the constant is the first basis of every block
+
+    def sum(self, coefficients: Tensor) -> Tensor:
+        """(N, k, C) -> (C,): the sum over images and tokens of what was projected."""
+        prefix = self.layout.num_prefix_tokens
+        of_rows, of_columns = self.row_analysis.sum(1), self.column_analysis.sum(1)
+        of_bases = torch.outer(of_rows, of_columns).flatten()[self.kept]
+        weights = torch.cat((of_bases.new_ones(prefix), of_bases))
+        return weights @ coefficients.sum(dim=0)
+
     def project(self, tokens: Tensor) -> Tensor:
         """(N, L, C) -> (N, k, C)."""
         (height, width), prefix = self.layout.grid, self.layout.num_prefix_tokens

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from lbp_peft import BasisSet, TokenLayout, low_rank_linear
+from lbp_peft.projection import Projection
 
 GRIDS = [(8, 8), (16, 16), (14, 14), (7, 7), (4, 12)]
 PREFIXES = [0, 1, 2, 5]
@@ -75,7 +76,6 @@ def test_other_blocks_and_selections(selection, block_size):
 def test_full_rank_is_exact_backpropagation(grid, prefix):
     """Through the projections themselves, not through the shortcut that skips them at full rank."""
     from lbp_peft.lowrank import _LowRankLinear
-    from lbp_peft.projection import Projection
 
     x, weight, bias, grad = problem(grid, prefix)
     full = Projection(TokenLayout(grid, prefix), BasisSet(64), torch.float64, x.device)
@@ -150,6 +150,31 @@ def test_nothing_is_done_for_gradients_that_are_not_needed():
     (found,) = torch.autograd.grad(y, x, grad)
     expected = reference.orthogonal_gradients(x.detach(), weight.detach(), grad, (8, 8), 1, 3, 3)[1]
     assert relative(found, expected) < 1e-12
+
+
+def test_query_key_and_value_share_one_projection(monkeypatch):
+    """They receive the same tensor. Another tensor, other bases, or the same tensor changed in place, do not count."""
+    projected = []
+    project = Projection.project
+    monkeypatch.setattr(Projection, "project", lambda maps, t: projected.append(t) or project(maps, t))
+    x, weight, bias, grad = problem((8, 8), 1)
+    layout, hidden = TokenLayout((8, 8), 1), x * 1
+    ys, shapes = saved_by(lambda: [low_rank_linear(hidden, weight, bias, layout, BasisSet(3)) for _ in "qkv"])
+    assert len(projected) == 1 and shapes.count((2, 4, 6)) == 3
+    found = torch.autograd.grad(sum(ys), weight, grad)[0]
+    once = torch.autograd.grad(low_rank_linear(hidden.clone(), weight, bias, layout, BasisSet(3)), weight, grad)[0]
+    assert relative(found, 3 * once) < 1e-14
+
+    projected.clear()
+    low_rank_linear(hidden, weight, bias, layout, BasisSet(6))
+    before = low_rank_linear(hidden.detach(), weight, bias, layout, BasisSet(3))
+    changed = hidden.detach()
+    low_rank_linear(changed, weight, bias, layout, BasisSet(3))
+    changed.mul_(2)
+    after = low_rank_linear(changed, weight, bias, layout, BasisSet(3))
+    assert len(projected) == 4
+    gradients = [torch.autograd.grad(y, weight, grad)[0] for y in (before, after)]
+    assert relative(gradients[1], 2 * gradients[0]) < 1e-14
 
 
 def test_second_derivative_is_refused_with_the_remedy():

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
@@ -85,13 +88,16 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
 
 def _is_untrained(model: nn.Module, adapter_name: str) -> bool:
     """Whether an adapter's weights are still those of the base model, so that nothing is lost with them."""
+    pairs: list[tuple[Any, Any]] = []
     for module in model.modules():
-        if isinstance(module, LBPWHTLayer) and adapter_name in module.lbpwht_weight:
-            weight = module.lbpwht_weight[adapter_name]
-            base = module.get_base_layer().weight
-            if weight.device.type != "meta" and not torch.equal(weight.to(base.dtype), base):
-                return False
-    return True
+        if isinstance(module, LBPWHTLayer):
+            weight, bias = module._base_parameters()
+            pairs += [(module.lbpwht_weight[adapter_name], weight)] if adapter_name in module.lbpwht_weight else []
+            pairs += [(module.lbpwht_bias[adapter_name], bias)] if adapter_name in module.lbpwht_bias else []
+        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            copy, original = module.modules_to_save[adapter_name], module.original_module
+            pairs += zip(copy.parameters(), original.parameters(), strict=True)
+    return all(own.device.type == "meta" or torch.equal(own.to(base), base) for own, base in pairs)
 
 
 def _remove_adapter(model: nn.Module, adapter_name: str) -> None:

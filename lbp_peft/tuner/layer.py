@@ -113,7 +113,9 @@ class LBPWHTLayer(BaseTunerLayer):
         return any(name in self.lbpwht_weight for name in self.active_adapters)
 
     def _adapted_parameters(self) -> tuple[Tensor, Tensor | None]:
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters:
+            return self._base_parameters()
+        if self.merged:
             base = self.get_base_layer()
             return base.weight, base.bias
         return self._combined_parameters(self.active_adapters)

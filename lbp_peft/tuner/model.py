@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import get_pattern_key
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from ..encoder import encoder_linears
@@ -44,21 +45,28 @@ class LBPWHTModel(BaseTuner):
 
     def _prepare_model(self, peft_config: LBPWHTConfig, model: nn.Module) -> None:
         if peft_config.target_modules is None:
-            peft_config.target_modules = set(encoder_linears(model))
-            if not peft_config.target_modules:
-                raise ValueError(
-                    f"No blocks with linear layers were found in {type(model).__name__}. Name the layers to adapt: "
-                    'target_modules=[...], a regular expression, or "all-linear".'
-                )
+            peft_config.target_modules = self._default_targets(peft_config, model)
+        _maybe_include_all_linear_layers(peft_config, model)
         targets = [
-            (name, module) for name, module in model.named_modules() if self._is_target(peft_config, name, module)
+            (name, module)
+            for name, module in model.named_modules()
+            if name and self._check_target_module_exists(peft_config, name)
         ]
         check_targets(targets, peft_config.train_base_weight)
 
-    def _is_target(self, peft_config: LBPWHTConfig, name: str, module: nn.Module) -> bool:
-        if not name or peft_config.target_modules == "all-linear":  # PEFT resolves that to layers we support
-            return False
-        return bool(self._check_target_module_exists(peft_config, name))
+    def _default_targets(self, peft_config: LBPWHTConfig, model: nn.Module) -> set[str]:
+        names = encoder_linears(model)
+        if not names:
+            raise ValueError(
+                f"No blocks with linear layers were found in {type(model).__name__}. Name the layers to adapt: "
+                'target_modules=[...], a regular expression, or "all-linear".'
+            )
+        if peft_config.layers_to_transform is None:
+            return set(names)
+        # PEFT counts layers only for targets given by suffix, not for those given by their whole name.
+        by_suffix = copy.copy(peft_config)
+        by_suffix.target_modules = {name.rpartition(".")[2] for name in names}
+        return {name for name in names if self._check_target_module_exists(by_suffix, name)}
 
     def _create_and_replace(
         self,
@@ -103,6 +111,12 @@ class LBPWHTModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, *args, **kwargs)
         self._grid_finder().watch(model)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):  # a trained copy takes the place of its original as it is
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         finders = {module.finder for module in self.model.modules() if isinstance(module, LBPWHTLayer)}

@@ -1,0 +1,343 @@
+"""The configuration, the registry, and which layers are adapted."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import disturb, forward, gradients, images, layers_of, outputs, tiny_vit
+from peft import PeftConfig, get_peft_model
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lbp_peft import LBPWHTConfig, layout_report
+from lbp_peft.tuner.registration import check_peft_version, register
+
+ROOT = Path(__file__).resolve().parents[1]
+ENCODER = {
+    f"vit.layers.{i}.{name}"
+    for i in (0, 1)
+    for name in (*(f"attention.{n}_proj" for n in "qkvo"), "mlp.fc1", "mlp.fc2")
+}
+
+
+def adapted_names(model) -> set[str]:
+    return {name.removeprefix("base_model.model.") for name in layers_of(model)}
+
+
+def test_settings_survive_json(tmp_path):
+    config = LBPWHTConfig(
+        r=7, grad_input=5, block_size=4, selection="lp_linf", boundary="reflect", train_base_weight=False,
+        rank_pattern={"fc2": 3}, grid_size=[4, 6], num_prefix_tokens=2, target_modules=["fc1", "fc2"],
+        exclude_modules=["q_proj"], modules_to_save=["classifier"], layers_to_transform=[0], layers_pattern="layers",
+    )  # fmt: skip
+    assert config.grid_size == (4, 6) and config.target_modules == {"fc1", "fc2"}
+    config.save_pretrained(tmp_path)
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert type(loaded) is LBPWHTConfig
+    # PEFT itself sets inference_mode on saving, and turns sets into lists.
+    assert loaded.to_dict() | {"inference_mode": False} == config.to_dict()
+    assert LBPWHTConfig.from_pretrained(tmp_path).to_dict() == loaded.to_dict()
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["grid_size"] == [4, 6] and written["peft_type"] == "LBPWHT"
+
+
+def test_defaults_survive_json(tmp_path):
+    LBPWHTConfig().save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).to_dict() | {"inference_mode": False} == LBPWHTConfig().to_dict()
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"r": 0}, "r must be an int from 1 to block_size\\*\\*2 = 64, got 0"),
+    ({"r": 65}, "got 65"),
+    ({"r": 17, "block_size": 4}, "= 16, got 17"),
+    ({"r": True}, "got True"),
+    ({"r": 2.0}, "got 2.0"),
+    ({"r": "10"}, "got '10'"),
+    ({"r": None}, "got None"),
+    ({"block_size": 6}, "power of two.*got 6"),
+    ({"block_size": 0}, "power of two.*got 0"),
+    ({"block_size": -8}, "power of two"),
+    ({"block_size": 8.0}, "power of two"),
+    ({"block_size": True, "r": 1}, "power of two"),
+    ({"selection": "lhe"}, "selection must be one of lp_l1, lp_linf, got 'lhe'"),
+    ({"selection": None}, "selection must be one of"),
+    ({"boundary": "zero"}, "boundary must be one of orthogonal, reflect, got 'zero'"),
+    ({"grad_input": "exact"}, 'grad_input must be "full" or a rank'),
+    ({"grad_input": 0}, "grad_input must be an int from 1"),
+    ({"grad_input": 65}, "grad_input"),
+    ({"grad_input": False}, "grad_input"),
+    ({"grad_input": None}, "grad_input"),
+    ({"rank_pattern": {"fc1": 99}}, r"rank_pattern\['fc1'\].*got 99"),
+    ({"grid_size": (8,)}, "grid_size must be two positive ints"),
+    ({"grid_size": 8}, "grid_size"),
+    ({"grid_size": (8, 0)}, "grid_size"),
+    ({"grid_size": (8, 2.0)}, "grid_size"),
+    ({"grid_size": "8x8"}, "grid_size"),
+    ({"num_prefix_tokens": -1}, "num_prefix_tokens must be an int of at least 0, got -1"),
+    ({"num_prefix_tokens": True}, "num_prefix_tokens"),
+    ({"num_prefix_tokens": 1.0}, "num_prefix_tokens"),
+    ({"target_modules": ".*fc1", "layers_to_transform": [0]}, "layers_to_transform needs target_modules as a list"),
+    ({"target_modules": ["fc1"], "layers_pattern": "layers"}, "give layers_to_transform too"),
+])  # fmt: skip
+def test_values_out_of_range_are_refused_with_what_is_allowed(settings, message):
+    with pytest.raises(ValueError, match=message):
+        LBPWHTConfig(**settings)
+
+
+@pytest.mark.parametrize("r", [1, 2, 5, 63, 64])
+def test_ranks_need_be_neither_triangular_nor_square(r):
+    assert LBPWHTConfig(r=r, grad_input=r, block_size=8).r == r
+
+
+@pytest.mark.parametrize("targets, expected", [
+    (None, ENCODER),
+    (["fc1"], {"vit.layers.0.mlp.fc1", "vit.layers.1.mlp.fc1"}),
+    (["layers.0.mlp.fc1"], {"vit.layers.0.mlp.fc1"}),
+    (r".*layers\.1\.attention\.[qv]_proj", {"vit.layers.1.attention.q_proj", "vit.layers.1.attention.v_proj"}),
+    ("all-linear", ENCODER | {"classifier"}),
+])  # fmt: skip
+def test_targets(targets, expected):
+    assert adapted_names(get_peft_model(tiny_vit(), LBPWHTConfig(target_modules=targets))) == expected
+
+
+@pytest.mark.parametrize("settings, expected", [
+    ({"exclude_modules": ["fc1", "fc2"]}, {n for n in ENCODER if "fc" not in n}),
+    ({"exclude_modules": r".*layers\.0\..*"}, {n for n in ENCODER if ".0." not in n}),
+    ({"target_modules": "all-linear", "exclude_modules": ["classifier"]}, ENCODER),
+    ({"target_modules": ["fc1", "fc2"], "layers_to_transform": [1]},
+     {"vit.layers.1.mlp.fc1", "vit.layers.1.mlp.fc2"}),
+    ({"target_modules": ["fc1"], "layers_to_transform": 0, "layers_pattern": "layers"}, {"vit.layers.0.mlp.fc1"}),
+])  # fmt: skip
+def test_targets_are_narrowed_down(settings, expected):
+    assert adapted_names(get_peft_model(tiny_vit(), LBPWHTConfig(**settings))) == expected
+
+
+def test_layers_to_transform_without_targets_is_not_ignored():
+    """Either it narrows the default down, or it asks for target_modules."""
+    try:
+        names = adapted_names(get_peft_model(tiny_vit(), LBPWHTConfig(layers_to_transform=[0])))
+    except ValueError as error:
+        assert "target_modules" in str(error)
+    else:
+        assert names == {n for n in ENCODER if ".0." in n}
+
+
+def test_the_default_leaves_pooler_and_head_alone():
+    from transformers import ViTModel
+
+    torch.manual_seed(0)
+    model = ViTModel(tiny_vit().config, add_pooling_layer=True)
+    names = adapted_names(get_peft_model(model, LBPWHTConfig()))
+    assert names == {name.removeprefix("vit.") for name in ENCODER}
+
+
+def test_modules_to_save_are_not_adapted():
+    model = get_peft_model(tiny_vit(), LBPWHTConfig(target_modules="all-linear", modules_to_save=["classifier"]))
+    assert adapted_names(model) == ENCODER
+
+
+def test_a_model_without_blocks_must_be_told_its_targets():
+    with pytest.raises(ValueError, match=r"No blocks.*target_modules=\[...\]"):
+        get_peft_model(nn.Sequential(nn.Linear(3, 3), nn.ReLU()), LBPWHTConfig())
+
+
+def test_targets_that_do_not_exist_are_an_error():
+    model = tiny_vit()
+    with pytest.raises(ValueError, match="nope"):
+        get_peft_model(model, LBPWHTConfig(target_modules=["nope"]))
+    assert not layers_of(model)
+
+
+def test_ranks_may_differ_by_suffix_and_by_expression():
+    pattern = {"fc2": 21, r".*layers\.1\.attention\.q_proj": 5, "layers.0.mlp.fc1": 6}
+    model = get_peft_model(tiny_vit(), LBPWHTConfig(r=3, rank_pattern=pattern))
+    gradients(model.train(), images())
+    ranks = {name: ran.kept_for_weight - 1 for name, ran in layout_report(model).layers.items()}
+    assert {name for name, r in ranks.items() if r == 21} == {"vit.layers.0.mlp.fc2", "vit.layers.1.mlp.fc2"}
+    assert {name for name, r in ranks.items() if r == 5} == {"vit.layers.1.attention.q_proj"}
+    assert {name for name, r in ranks.items() if r == 6} == {"vit.layers.0.mlp.fc1"}
+    assert {name for name, r in ranks.items() if r == 3} == ENCODER - {n for n, r in ranks.items() if r != 3}
+
+
+def test_a_rank_pattern_leaves_the_input_gradient_alone():
+    model = get_peft_model(tiny_vit(), LBPWHTConfig(r=3, grad_input=6, rank_pattern={"fc2": 21}))
+    gradients(model.train(), images())
+    ran = layout_report(model).layers["vit.layers.1.mlp.fc2"]
+    assert (ran.kept_for_weight, ran.kept_for_input) == (22, 7)
+
+
+# Refused targets
+
+
+def untouched(model, expected_trainable):
+    assert not layers_of(model) and not hasattr(model, "peft_config")
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == expected_trainable
+
+
+@pytest.mark.parametrize("targets, name, kind", [
+    (["projection"], "vit.embeddings.patch_embeddings.projection", "Conv2d"),
+    (["layernorm_before"], r"vit.layers.0.layernorm_before", "LayerNorm"),
+    (["fc1", "attention"], "vit.layers.0.attention", "ViTAttention"),
+])  # fmt: skip
+def test_layers_of_other_types_are_refused_before_anything_is_changed(targets, name, kind):
+    model = tiny_vit()
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises((TypeError, ValueError), match=f"{name} is of type {kind}.*torch.nn.Linear"):
+        get_peft_model(model, LBPWHTConfig(target_modules=targets))
+    untouched(model, trainable)
+
+
+class Int8Linear(nn.Linear):
+    """Stands for a quantised layer: an integer weight, and a product of its own."""
+
+    def __init__(self, in_features, out_features):
+        super().__init__(in_features, out_features)
+        scaled = (self.weight.detach() * 200).round().clamp(-127, 127)
+        self.weight = nn.Parameter(scaled.to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.to(x.dtype) / 200, self.bias)
+
+
+def quantised_vit():
+    model = tiny_vit()
+    for layer in model.vit.layers:
+        layer.mlp.fc1 = Int8Linear(32, 64)
+    return model
+
+
+@pytest.mark.parametrize("targets", [["fc1", "fc2"], r".*\.fc[12]", "all-linear"])
+def test_quantised_layers_cannot_be_trained(targets):
+    model = quantised_vit()
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises(ValueError, match=r"fc1 is quantised \(Int8Linear\).*train_base_weight=False"):
+        get_peft_model(model, LBPWHTConfig(target_modules=targets))
+    untouched(model, trainable)
+
+
+@pytest.mark.parametrize("targets", [["fc1", "fc2"], "all-linear"])
+def test_quantised_layers_may_be_passed_through(targets):
+    base = quantised_vit()
+    expected = outputs(base, images())
+    config = LBPWHTConfig(
+        target_modules=targets, train_base_weight=False, grad_input=3, modules_to_save=["layernorm_before"]
+    )
+    model = get_peft_model(base, config)
+    with pytest.warns(UserWarning, match="Int8Linear.*exclude_modules") as caught:
+        assert torch.equal(forward(model.train(), images()), expected)
+        gradients(model, images())
+    assert sum("exact backpropagation" in str(w.message) for w in caught) == 1
+    exact = layout_report(model).exact
+    assert {name for name in exact if "classifier" not in name} == {f"vit.layers.{i}.mlp.fc1" for i in (0, 1)}
+
+
+def test_a_linear_of_the_gpt2_kind_is_refused():
+    """PEFT's "all-linear" means these too; their weight is transposed."""
+    model = nn.Sequential(Conv1D(8, 4), nn.ReLU(), nn.Linear(8, 2))
+    for targets in (["0", "2"], "all-linear"):
+        with pytest.raises(TypeError, match="0 is of type Conv1D"):
+            get_peft_model(model, LBPWHTConfig(target_modules=targets))
+        assert not layers_of(model)
+
+
+# Registry
+
+
+@pytest.mark.parametrize("version", ["0.20.0", "0.22.0", "0.22.1", "1.0", "0.3.0"])
+def test_untested_peft_versions_are_refused(version):
+    with pytest.raises(ImportError, match=rf"peft >=0.21.0,<0.22, found {version}.*pip install"):
+        check_peft_version(version)
+
+
+@pytest.mark.parametrize("version", ["0.21.0", "0.21.2", "0.21.99"])
+def test_tested_peft_versions_pass(version):
+    check_peft_version(version)
+
+
+def test_registering_again_changes_nothing():
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    before = dict(PEFT_TYPE_TO_CONFIG_MAPPING)
+    register()
+    register()
+    assert before == PEFT_TYPE_TO_CONFIG_MAPPING
+
+
+RELOAD = """
+import importlib, lbp_peft, lbp_peft.tuner, lbp_peft.tuner.registration
+import lbp_peft as again
+importlib.reload(lbp_peft.tuner.registration)
+importlib.reload(lbp_peft.tuner)
+importlib.reload(lbp_peft)
+lbp_peft.tuner.registration.add_peft_type()
+lbp_peft.tuner.registration.register()
+"""
+
+OTHER = """
+from aenum import extend_enum
+from peft import PeftType
+from peft.tuners.lora import LoraConfig, LoraModel
+from peft.utils import register_peft_method
+from dataclasses import dataclass
+
+extend_enum(PeftType, "OTHER", "OTHER")
+
+@dataclass
+class OtherConfig(LoraConfig):
+    def __post_init__(self):
+        super().__post_init__()
+        self.peft_type = PeftType.OTHER
+
+class OtherModel(LoraModel):
+    prefix = "other_"
+
+register_peft_method(name="other", config_cls=OtherConfig, model_cls=OtherModel)
+"""
+
+USE = """
+import torch
+from torch import nn
+from peft import PeftType, get_peft_model
+from lbp_peft import LBPWHTConfig, LBPWHTLinear
+model = get_peft_model(nn.Sequential(nn.Linear(3, 3)), LBPWHTConfig(target_modules=["0"]))
+model(torch.ones(2, 3)).sum().backward()
+assert isinstance(model.base_model.model[0], LBPWHTLinear)
+assert model.peft_config["default"].peft_type == PeftType.LBPWHT == "LBPWHT"
+"""
+
+USE_OTHER = """
+assert get_peft_model(nn.Sequential(nn.Linear(3, 3)), OtherConfig(target_modules=["0"])).peft_type == PeftType.OTHER
+"""
+
+
+@pytest.mark.parametrize("script", [
+    pytest.param(OTHER + RELOAD + USE + USE_OTHER, id="after another extension"),
+    pytest.param("import lbp_peft\n" + OTHER + RELOAD + USE + USE_OTHER, id="before another extension"),
+])  # fmt: skip
+def test_the_registry_is_shared_peacefully(script):
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_another_method_of_the_same_name_is_refused(monkeypatch):
+    from peft import LoraConfig, PeftType
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    monkeypatch.setitem(PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.LBPWHT, LoraConfig)
+    with pytest.raises(ImportError, match="LoraConfig.*LBPWHT.*only one"):
+        register()
+
+
+def test_names_are_found_beneath_a_base_model_prefix_only():
+    """A head made of blocks is still a head."""
+    model = tiny_vit()
+    model.classifier = nn.Sequential(*[nn.Sequential(nn.Linear(32, 32), nn.ReLU()) for _ in range(2)])
+    disturb(get_peft_model(model, LBPWHTConfig()))
+    assert adapted_names(model) == ENCODER

@@ -1,0 +1,106 @@
+"""Costs, against numbers worked out by hand."""
+
+import pytest
+import torch
+from models import images, tiny_vit
+from peft import get_peft_model
+from torch import nn
+
+from lbp_peft import LBPWHTConfig
+from lbp_peft.measure import multiply_adds, saved_activations
+
+N, L, C_IN, C_OUT = 2, 64, 12, 20
+
+
+class OneLayer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(C_IN, C_OUT)
+
+    def forward(self, x):
+        return self.lin(x)
+
+
+def one_layer(**settings):
+    config = LBPWHTConfig(**({"target_modules": ["lin"], "grid_size": (8, 8), "num_prefix_tokens": 0} | settings))
+    return get_peft_model(OneLayer(), config).train()
+
+
+def tokens():
+    return torch.randn(N, L, C_IN, requires_grad=True)
+
+
+def test_a_plain_layer_saves_its_input():
+    model = OneLayer()
+    with saved_activations(model) as saved:
+        model(tokens())
+    assert saved.bytes == 4 * N * L * C_IN
+    assert saved.mib == saved.bytes / 2**20
+
+
+@pytest.mark.parametrize("r", [1, 10, 36])
+def test_an_adapted_layer_saves_its_projected_input(r):
+    model = one_layer(r=r)
+    with saved_activations(model) as saved:
+        model(tokens())
+    assert saved.bytes == 4 * N * r * C_IN
+
+
+@pytest.mark.parametrize("prepare", [
+    lambda model: model.eval(),
+    lambda model: model,
+])  # fmt: skip
+def test_an_exact_layer_saves_what_the_plain_layer_saves(prepare):
+    model = prepare(one_layer(r=64, grad_input=64))
+    with saved_activations(model) as saved:
+        model(tokens())
+    assert saved.bytes == 4 * N * L * C_IN
+
+
+def test_storages_are_counted_once_and_nothing_without_gradients():
+    x = tokens()
+    with saved_activations(OneLayer()) as saved:
+        (x * x).sum(), (x.view(-1) * x.view(-1)).sum()
+    assert saved.bytes == 4 * N * L * C_IN
+    with saved_activations(OneLayer()) as saved, torch.no_grad():
+        (x * x).sum()
+    assert saved.bytes == 0
+
+
+def test_a_plain_layer_multiplies_three_times():
+    model, x = OneLayer(), tokens()
+    with multiply_adds() as there:
+        y = model(x)
+    with multiply_adds() as back:
+        y.sum().backward()
+    assert (there.total, back.total) == (N * L * C_IN * C_OUT, 2 * N * L * C_IN * C_OUT)
+
+
+@pytest.mark.parametrize("input_rank", ["full", 10])
+def test_an_adapted_layer_multiplies_in_the_small_space(input_rank):
+    """8 x 8 patches are one block; its first 10 bases use 4 functions along each axis."""
+    model, x = one_layer(r=10, grad_input=input_rank), tokens()
+    project = (4 * 8 * 8) + (4 * 4 * 8)  # per channel: along the rows of the grid, then along its columns
+    with multiply_adds() as there:
+        y = model(x)
+    assert there.total == N * L * C_IN * C_OUT + N * project * C_IN
+    with multiply_adds() as back:
+        y.backward(torch.randn_like(y))
+    weight = N * project * C_OUT + N * 10 * C_IN * C_OUT
+    exact_input, low_rank_input = N * L * C_IN * C_OUT, N * 10 * C_IN * C_OUT + N * project * C_IN
+    bias = 10 * C_OUT  # read off the projected gradient
+    assert back.total == weight + bias + (exact_input if input_rank == "full" else low_rank_input)
+
+
+def test_a_low_rank_step_of_a_model_is_cheaper():
+    def cost(model):
+        model.train()
+        with saved_activations(model) as saved:
+            loss = model(pixel_values=images(), labels=torch.tensor([0, 1])).loss
+        with multiply_adds() as back:
+            loss.backward()
+        return saved.bytes, back.total
+
+    full = cost(tiny_vit())
+    low = cost(get_peft_model(tiny_vit(), LBPWHTConfig(r=3, grad_input=3)))
+    assert low[0] < full[0] and low[1] < 0.7 * full[1]
