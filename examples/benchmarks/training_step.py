@@ -11,6 +11,7 @@ medians and, for times, medians of the ratios within a round. A method may carry
 from __future__ import annotations
 
 import argparse
+import copy
 import datetime
 import json
 import platform
@@ -85,12 +86,9 @@ def adapted(model: nn.Module, method: str) -> nn.Module:
 class Step:
     """One method's training step on a fixed batch, run again and again."""
 
-    def __init__(self, options: argparse.Namespace, method: str):
-        torch.manual_seed(0)
-        config = MODELS[options.model](options.image_size)
-        config.num_labels = 100
+    def __init__(self, options: argparse.Namespace, base: nn.Module, method: str):
         self.method = method
-        self.model = adapted(AutoModelForImageClassification.from_config(config), method).train().to(options.device)
+        self.model = adapted(copy.deepcopy(base), method).train().to(options.device)
         self.device = torch.device(options.device)
         size = (options.batch_size, 3, options.image_size, options.image_size)
         self.batch = {
@@ -217,7 +215,11 @@ def main() -> None:
     print(", ".join(f"{key} {value}" for key, value in where.items() if value is not None))
     precision = "bf16 autocast" if options.bf16 else "float32"
     print(f"{options.model}, {options.image_size} px, batch {options.batch_size}, {precision}, {options.device}")
-    rows = measure([Step(options, method) for method in options.methods], options.rounds)
+    torch.manual_seed(0)
+    config = MODELS[options.model](options.image_size)
+    config.num_labels = 100
+    base = AutoModelForImageClassification.from_config(config)
+    rows = measure([Step(options, base, method) for method in options.methods], options.rounds)
     print(table(rows))
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,39 @@
+"""The example program, made small: it trains, resumes, reloads and reports."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = Path(__file__).parent.parent / "examples" / "image_classification.py"
+SMALL = [
+    "--epochs", "2", "--train_images_per_class", "4", "--batch_size", "10", "--test_images", "20",
+    "--timing_rounds", "1",
+]  # fmt: skip
+
+pytest.importorskip("sklearn", reason="the example's digits need scikit-learn")
+
+
+def run(*arguments, output):
+    """As a user runs it: a process of its own, from another folder than the repository's."""
+    command = [sys.executable, str(PROGRAM), *SMALL, "--output", str(output), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=output.parent, timeout=300)
+
+
+def test_the_default_data_with_two_methods(tmp_path):
+    done = run("--methods", "full", "lbp-wht", output=tmp_path / "out")
+    assert done.returncode == 0, done.stderr[-2000:]
+    table = (tmp_path / "out" / "table.txt").read_text()
+    assert table.strip() in done.stdout and "full fine-tuning" in table and "LBP-WHT r=10" in table
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(results["results"]) == 2
+    assert (tmp_path / "out" / "plot.png").stat().st_size > 10_000
+    assert list((tmp_path / "out").rglob("adapter_model.safetensors"))
+
+
+def test_wrong_arguments_are_refused_before_anything_runs(tmp_path):
+    done = run("--model", "somewhere", output=tmp_path / "out")
+    assert done.returncode == 2 and "--dataset" in done.stderr
+    assert not (tmp_path / "out").exists()
