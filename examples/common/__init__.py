@@ -1,0 +1,1 @@
+"""What the example programs share: options, data, methods, the training loop, measurements and the report."""

@@ -1,0 +1,88 @@
+"""What a training step of each method costs: memory and multiply-adds counted, times compared side by side."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from tqdm.auto import tqdm
+
+from lbp_peft.measure import multiply_adds, saved_activations
+
+from .models import trainable_parameters
+
+
+@dataclass
+class Cost:
+    """The cost of one training step; times are relative to those of the first model measured beside it."""
+
+    trainable: int
+    saved_bytes: int
+    backward_multiply_adds: int
+    milliseconds: float
+    relative_time: float
+
+
+def measure_costs(
+    accelerator: Accelerator, models: list[Callable[[], nn.Module]], batch: dict[str, Any], rounds: int
+) -> list[Cost]:
+    """Measure forward and backward passes on one batch.
+
+    The models take turns, and each round compares its own times: what else the machine does meanwhile slows
+    neighbours alike, and the median over rounds drops what it does not.
+
+    Args:
+        models: Builds each model; the first is what the others' times are relative to.
+    """
+    built = [build().to(accelerator.device).train() for build in models]
+    counts = [_count(accelerator, model, batch) for model in built]
+    times: list[list[float]] = [[] for _ in built]
+    for _ in tqdm(range(rounds), desc="step times", unit="round"):
+        for model, seconds in zip(built, times, strict=True):
+            seconds.append(_time(accelerator, model, batch))
+    return [
+        Cost(
+            trainable=trainable_parameters(model),
+            saved_bytes=saved_bytes,
+            backward_multiply_adds=backward,
+            milliseconds=1000 * statistics.median(seconds),
+            relative_time=statistics.median(own / first for own, first in zip(seconds, times[0], strict=True)),
+        )
+        for model, (saved_bytes, backward), seconds in zip(built, counts, times, strict=True)
+    ]
+
+
+def _forward(accelerator: Accelerator, model: nn.Module, batch: dict[str, Any]) -> torch.Tensor:
+    with accelerator.autocast():
+        return model(**batch).loss
+
+
+def _count(accelerator: Accelerator, model: nn.Module, batch: dict[str, Any]) -> tuple[int, int]:
+    """Bytes saved by the forward pass, multiply-adds of the backward pass."""
+    with saved_activations(model) as saved:
+        loss = _forward(accelerator, model, batch)
+    with multiply_adds() as backward:
+        loss.backward()
+    model.zero_grad(set_to_none=True)
+    return saved.bytes, backward.total
+
+
+def _time(accelerator: Accelerator, model: nn.Module, batch: dict[str, Any]) -> float:
+    _wait_for_device()
+    start = time.perf_counter()
+    _forward(accelerator, model, batch).backward()
+    _wait_for_device()
+    seconds = time.perf_counter() - start
+    model.zero_grad(set_to_none=True)
+    return seconds
+
+
+def _wait_for_device() -> None:
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()

@@ -1,0 +1,111 @@
+"""The methods that are compared: what each makes of the base model, and its learning rate.
+
+To add one, write a function from options to [`Method`] and name it in `METHODS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import PreTrainedModel
+
+from lbp_peft import LBPWHTConfig
+
+from .models import head_modules
+from .options import Options
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to adapt a model.
+
+    Args:
+        label: What the report calls it.
+        learning_rate: Peak learning rate.
+        config: From the names of the head's modules to the PEFT configuration; none trains the model itself.
+        folder: Where its runs are kept, inside the output folder.
+    """
+
+    label: str
+    learning_rate: float
+    config: Callable[[list[str]], PeftConfig] | None
+    folder: str = ""
+
+    def adapt(self, model: PreTrainedModel, options: Options) -> PreTrainedModel | PeftModel:
+        if self.config is None:
+            return model
+        return get_peft_model(model, self.config(head_modules(model, options)))
+
+    def reload(self, base: PreTrainedModel, folder: Path) -> PreTrainedModel | PeftModel:
+        """What `save_pretrained` wrote to the folder, on a fresh copy of the base model."""
+        if self.config is None:
+            return type(base).from_pretrained(folder)
+        return PeftModel.from_pretrained(base, folder)
+
+
+def full(options: Options) -> Method:
+    return Method("full fine-tuning", options.learning_rate, None)
+
+
+def lora(options: Options) -> Method:
+    def config(heads: list[str]) -> LoraConfig:
+        return LoraConfig(
+            r=options.lora_r,
+            lora_alpha=options.lora_alpha,
+            target_modules=options.lora_target_modules or "all-linear",
+            exclude_modules=heads,
+            modules_to_save=heads,
+        )
+
+    return Method(f"LoRA r={options.lora_r}", options.lora_learning_rate, config)
+
+
+def lbp_wht(options: Options) -> Method:
+    grad_input: Any = int(options.grad_input) if options.grad_input.isdigit() else options.grad_input
+
+    def config(heads: list[str]) -> LBPWHTConfig:
+        return LBPWHTConfig(
+            r=options.r,
+            grad_input=grad_input,
+            block_size=options.block_size,
+            selection=options.selection,
+            boundary=options.boundary,
+            modules_to_save=heads,
+        )
+
+    suffix = "" if grad_input == "full" else f", grad_input={grad_input}"
+    return Method(f"LBP-WHT r={options.r}{suffix}", options.learning_rate, config)
+
+
+def lbp_wht_paper(options: Options) -> Method:
+    """The setting of the paper: input gradients at the rank of the weight gradients."""
+    return lbp_wht(options.with_overrides(f"grad_input={options.r}"))
+
+
+METHODS: dict[str, Callable[[Options], Method]] = {
+    "full": full,
+    "lora": lora,
+    "lbp-wht": lbp_wht,
+    "lbp-wht-paper": lbp_wht_paper,
+}
+
+
+def chosen_methods(options: Options) -> list[Method]:
+    """The methods that the options name, each with its own overrides."""
+    methods = []
+    for text in options.methods:
+        name, _, overrides = text.partition(":")
+        if name not in METHODS:
+            raise SystemExit(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
+        method = METHODS[name](options.with_overrides(overrides))
+        ranks = ("r", "lora_r", "grad_input")  # the label has them already
+        shown = [part for part in overrides.split(",") if part and part.split("=")[0] not in ranks]
+        folder = re.sub(r"[^\w.-]+", "-", text)
+        methods.append(dataclasses.replace(method, label=", ".join([method.label, *shown]), folder=folder))
+    return methods

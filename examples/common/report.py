@@ -1,0 +1,165 @@
+"""The report: one table, one plot, one JSON file."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import platform
+import statistics
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+from matplotlib.axes import Axes
+
+from .measuring import Cost
+from .options import Options
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+# Okabe and Ito's palette, told apart by readers with any colour vision.
+COLOURS = ["#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9"]
+MARKERS = "osD^vP*"
+
+
+@dataclass
+class Row:
+    """What the report knows of a method: the history of each seed's run, and the cost of a step."""
+
+    method: str
+    seeds: list[int]
+    histories: list[list[dict[str, float]]]
+    cost: Cost
+
+    @property
+    def scores(self) -> list[float]:
+        return [history[-1]["score"] for history in self.histories]
+
+    def mean_scores(self) -> list[float]:
+        """The score after each epoch, mean over seeds."""
+        return [statistics.mean(epoch["score"] for epoch in epochs) for epochs in zip(*self.histories, strict=True)]
+
+
+def table(rows: list[Row], metric: str) -> str:
+    """One aligned row a method."""
+    header = ["method", "trainable", metric, "step time", "saved activations", "backward mult-adds"]
+    lines = [header]
+    for row in rows:
+        score = f"{100 * statistics.mean(row.scores):.1f} %"
+        if len(row.scores) > 1:
+            score += f" ± {100 * statistics.stdev(row.scores):.1f}"
+        lines.append(
+            [
+                row.method,
+                f"{row.cost.trainable / 1e6:.2f} M",
+                score,
+                f"{row.cost.relative_time:.2f} x",
+                f"{row.cost.saved_bytes / 2**20:.1f} MiB",
+                f"{row.cost.backward_multiply_adds / 1e9:.2f} G",
+            ]
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    text = []
+    for first, *cells in lines:
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        text.append("  ".join([first.ljust(widths[0]), *aligned]))
+    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+
+
+def write_json(path: Path, rows: list[Row], options: Options, extra: dict[str, Any]) -> None:
+    """All that the table and the plot show and more, with machine, versions, date and options."""
+    accelerators = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    packages = ["lbp-peft", "torch", "transformers", "peft", "accelerate", "datasets"]
+    record = {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "machine": {
+            "system": platform.platform(),
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "accelerators": accelerators,
+        },
+        "versions": {"python": platform.python_version(), **{name: installed_version(name) for name in packages}},
+        **extra,
+        "results": [dataclasses.asdict(row) for row in rows],
+        "options": dataclasses.asdict(options),
+    }
+    path.write_text(json.dumps(record, indent=2))
+
+
+def installed_version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def plot(path: Path, rows: list[Row], reference: Cost, metric: str) -> None:
+    """Left: the score against time in training. Right: what a step costs. Both in units of full fine-tuning."""
+    colours = {row.method: COLOURS[index % len(COLOURS)] for index, row in enumerate(rows)}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5), width_ratios=[1.15, 1], layout="constrained")
+    _plot_scores(left, rows, colours, metric)
+    _plot_costs(right, rows, reference, colours)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(rows)), frameon=False)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def _plot_scores(axes: Axes, rows: list[Row], colours: dict[str, str], metric: str) -> None:
+    for row, marker in zip(rows, itertools.cycle(MARKERS)):
+        scores = [100 * score for score in row.mean_scores()]
+        times = [row.cost.relative_time * (epoch + 1) for epoch in range(len(scores))]
+        axes.plot(
+            times, scores, color=colours[row.method], marker=marker, markersize=5, linewidth=1.8, label=row.method
+        )
+        if len(row.histories) > 1:
+            spread = [100 * statistics.stdev(h[epoch]["score"] for h in row.histories) for epoch in range(len(scores))]
+            low, high = ([s + sign * d for s, d in zip(scores, spread, strict=True)] for sign in (-1, 1))
+            axes.fill_between(times, low, high, color=colours[row.method], alpha=0.15, linewidth=0)
+    axes.set(xlabel="time in training steps (1 = an epoch of full fine-tuning)", ylabel=f"test {metric} (%)")
+    axes.set_title("What is learned, by time", loc="left", fontsize=11)
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _plot_costs(axes: Axes, rows: list[Row], reference: Cost, colours: dict[str, str]) -> None:
+    groups = [
+        ("step time", [(row.cost.relative_time, f"{row.cost.milliseconds:.0f} ms") for row in rows]),
+        (
+            "saved\nactivations",
+            [(row.cost.saved_bytes / reference.saved_bytes, f"{row.cost.saved_bytes / 2**20:.0f} MiB") for row in rows],
+        ),
+        (
+            "backward\nmultiply-adds",
+            [
+                (
+                    row.cost.backward_multiply_adds / reference.backward_multiply_adds,
+                    f"{row.cost.backward_multiply_adds / 1e9:.1f} G",
+                )
+                for row in rows
+            ],
+        ),
+    ]
+    height = 0.8 / len(rows)
+    for group, (_, bars) in enumerate(groups):
+        for index, ((value, text), row) in enumerate(zip(bars, rows, strict=True)):
+            y = group + (index - (len(rows) - 1) / 2) * height
+            axes.barh(y, value, height=0.9 * height, color=colours[row.method])
+            box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+            axes.text(value + 0.015, y, f"{value:.2f}  ({text})", va="center", fontsize=8, bbox=box)
+    axes.axvline(1, color="black", linewidth=0.8, linestyle=":", zorder=0)
+    axes.set_yticks(range(len(groups)), [name for name, _ in groups])
+    axes.invert_yaxis()
+    widest = max(value for _, bars in groups for value, _ in bars)
+    axes.set_xlim(0, 1.28 * widest)
+    axes.set_xlabel("relative to full fine-tuning")
+    axes.set_title("What a training step costs", loc="left", fontsize=11)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)

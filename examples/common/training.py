@@ -1,0 +1,151 @@
+"""The training loop: one model, one method, one seed, on one or many processes, and resumable to the last bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import get_scheduler
+
+from .metrics import load_metric, score
+from .options import Options
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run.
+
+    Args:
+        label: What the progress bar and the trackers call it.
+        folder: Where its checkpoint goes.
+        epochs: Passes over the training images.
+        learning_rate: Peak learning rate.
+    """
+
+    label: str
+    folder: Path
+    epochs: int
+    learning_rate: float
+
+
+@dataclass
+class Progress:
+    """Where training stands: what a checkpoint holds beside the states of model, optimizer and random numbers."""
+
+    epoch: int = 0
+    batch: int = 0
+    updates: int = 0
+    loss: float = 0.0
+    seconds: float = 0.0
+    history: list[dict[str, float]] = field(default_factory=list)
+
+    def next_epoch(self, value: float) -> None:
+        """Close the epoch: its mean loss, its score and the seconds spent on training steps go on record."""
+        self.history.append({"loss": self.loss / self.batch, "score": value, "seconds": self.seconds})
+        self.epoch, self.batch, self.loss, self.seconds = self.epoch + 1, 0, 0.0, 0.0
+
+
+def train(
+    accelerator: Accelerator, model: nn.Module, loaders: tuple[DataLoader, DataLoader], run: Run, options: Options
+) -> tuple[nn.Module, list[dict[str, float]]]:
+    """Train the model and test it after every epoch.
+
+    Returns:
+        The trained model, free of accelerate's wrappers, and per epoch its loss, score and seconds of training.
+    """
+    images = loaders[0].dataset
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=run.learning_rate, weight_decay=options.weight_decay)
+    model, optimizer, train_loader, test_loader = accelerator.prepare(model, optimizer, *loaders)
+    updates = math.ceil(len(train_loader) / options.gradient_accumulation_steps) * run.epochs
+    warmup = round(updates * options.warmup_ratio) if options.warmup_steps is None else options.warmup_steps
+    scheduler = accelerator.prepare(get_scheduler(options.scheduler, optimizer, warmup, updates))
+
+    def step(batch: dict[str, torch.Tensor]) -> float:
+        with accelerator.accumulate(model):
+            loss = model(**batch).loss
+            accelerator.backward(loss)
+            if accelerator.sync_gradients and options.max_grad_norm:
+                accelerator.clip_grad_norm_(weights, options.max_grad_norm)
+            optimizer.step()
+            if accelerator.sync_gradients:
+                scheduler.step()
+            optimizer.zero_grad()
+        return loss.item()
+
+    progress = load_checkpoint(accelerator, run.folder) if options.resume else Progress()
+    length, quiet = len(train_loader), not accelerator.is_main_process
+    with tqdm(total=run.epochs * length, desc=run.label, unit="step", disable=quiet) as bar:
+        bar.update(progress.epoch * length + progress.batch)
+        while progress.epoch < run.epochs:
+            images.epoch = progress.epoch
+            model.train()
+            batches = accelerator.skip_first_batches(train_loader, progress.batch) if progress.batch else train_loader
+            for batch in batches:
+                start = time.perf_counter()
+                loss = step(batch)
+                progress.seconds += time.perf_counter() - start
+                progress.loss += loss
+                progress.batch += 1
+                bar.update()
+                if accelerator.sync_gradients:
+                    progress.updates += 1
+                    log(accelerator, run, progress, {"loss": loss, "learning rate": scheduler.get_last_lr()[0]})
+                    if options.checkpoint_every and progress.updates % options.checkpoint_every == 0:
+                        save_checkpoint(accelerator, run.folder, progress)
+            progress.next_epoch(test(accelerator, model, test_loader, options))
+            done = progress.history[-1]
+            log(accelerator, run, progress, {f"epoch {name}": value for name, value in done.items()})
+            bar.set_postfix(loss=f"{done['loss']:.3f}", test=f"{100 * done['score']:.1f} %")
+
+    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    accelerator.free_memory()
+    return model, progress.history
+
+
+@torch.no_grad()
+def test(accelerator: Accelerator, model: nn.Module, loader: DataLoader, options: Options) -> float:
+    """The metric over the test images."""
+    metric = load_metric(options)
+    model.eval()
+    for batch in loader:
+        predictions = model(**batch).logits.argmax(-1)
+        predictions, references = accelerator.gather_for_metrics((predictions, batch["labels"]))
+        metric.add_batch(predictions=predictions, references=references)
+    return score(metric, options)
+
+
+def log(accelerator: Accelerator, run: Run, progress: Progress, values: dict[str, float]) -> None:
+    """Send values to the trackers, if any, under the run's name."""
+    accelerator.log({f"{run.label}/{name}": value for name, value in values.items()}, step=progress.updates)
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress) -> None:
+    """Write all that an exact resume needs; the last checkpoint stays until the new one is whole."""
+    new, last = folder / "checkpoint.new", folder / "checkpoint"
+    accelerator.save_state(new)
+    accelerator.wait_for_everyone()  # each process writes its own random state
+    if accelerator.is_main_process:
+        (new / "progress.json").write_text(json.dumps(dataclasses.asdict(progress)))
+        shutil.rmtree(last, ignore_errors=True)
+        new.rename(last)
+    accelerator.wait_for_everyone()
+
+
+def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
+    """Restore the last checkpoint into what the accelerator prepared; without one, start from the beginning."""
+    last = folder / "checkpoint"
+    if not last.exists():
+        return Progress()
+    accelerator.load_state(last)
+    return Progress(**json.loads((last / "progress.json").read_text()))
