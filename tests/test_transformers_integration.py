@@ -12,7 +12,6 @@ from transformers import Trainer, TrainerCallback, TrainingArguments, ViTForImag
 
 from lbp_peft import LBPWHTConfig, layout_report
 
-
 restores_modules_to_save = pytest.mark.skipif(
     "AuxiliaryTrainingWrapper" not in inspect.getsource(ViTForImageClassification.load_adapter),
     reason="this transformers' own load_adapter does not restore modules_to_save",
