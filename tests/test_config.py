@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from models import disturb, forward, gradients, images, layers_of, outputs, tiny_vit
-from peft import PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -242,6 +242,13 @@ def test_a_linear_of_the_gpt2_kind_is_refused():
         with pytest.raises(TypeError, match="0 is of type Conv1D"):
             get_peft_model(model, LBPWHTConfig(target_modules=targets))
         assert not layers_of(model)
+
+
+def test_layers_with_an_adapter_of_another_method_are_refused():
+    model = get_peft_model(tiny_vit(), LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(TypeError, match=r"q_proj has an adapter of another PEFT method.*lora.*merge_and_unload"):
+        get_peft_model(model, LBPWHTConfig())
+    assert not layers_of(model)
 
 
 # Registry

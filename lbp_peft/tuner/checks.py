@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
@@ -18,12 +19,18 @@ def check_targets(targets: list[tuple[str, nn.Module]], train_base_weight: bool)
     """Refuse layers that LBP-WHT cannot adapt.
 
     Raises:
-        TypeError: a target is no linear layer.
+        TypeError: a target is no linear layer, or has an adapter of another method.
         ValueError: a target is quantised, so that its weight cannot be trained.
     """
     for name, module in targets:
         if isinstance(module, LBPWHTLayer):
             module = module.get_base_layer()
+        if isinstance(module, BaseTunerLayer):
+            raise TypeError(
+                f"Target module {name} has an adapter of another PEFT method already ({type(module).__module__}), "
+                "which LBP-WHT does not adapt. Merge that adapter first (merge_and_unload), or name the module in "
+                "exclude_modules."
+            )
         quantised = _is_quantised(module)
         if not quantised and not is_plain_linear(module):
             raise TypeError(
