@@ -110,12 +110,23 @@ class Projection:
         batch, _, channels = coefficients.shape
         num_rows, num_columns = len(self.row_synthesis), len(self.column_synthesis)
         both = coefficients.new_zeros(batch, num_rows * num_columns, channels)
-        both = both.index_copy(1, self.kept, coefficients[:, prefix:])
+        both.index_copy_(1, self.kept, coefficients[:, prefix:])
         both = both.reshape(-1, num_columns, channels)
         rows = torch.bmm(self.column_synthesis.t().expand(len(both), -1, -1), both)
         rows = rows.reshape(batch, num_rows, width * channels)
-        grid = torch.bmm(self.row_synthesis.t().expand(batch, -1, -1), rows).reshape(batch, height * width, channels)
-        return torch.cat((coefficients[:, :prefix], grid), dim=1) if prefix else grid
+        # Written in place, since to join prefix and grid afterwards would cost as much as all of the above.
+        tokens = coefficients.new_empty(batch, self.layout.num_tokens, channels)
+        tokens[:, :prefix] = coefficients[:, :prefix]
+        grid = tokens[:, prefix:].view(batch, height, width * channels)
+        _bmm_into(grid, self.row_synthesis.t().expand(batch, -1, -1), rows)
+        return tokens
+
+
+def _bmm_into(target: Tensor, a: Tensor, b: Tensor) -> None:
+    if torch.compiler.is_compiling():  # it refuses to write into views, and saves the copy by itself
+        target.copy_(torch.bmm(a, b))
+    else:
+        torch.bmm(a, b, out=target)
 
 
 def projection(

@@ -1,6 +1,7 @@
 """The example program, made small: it trains, resumes, reloads and reports."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,8 @@ pytest.importorskip("sklearn", reason="the example's digits need scikit-learn")
 def run(*arguments, output):
     """As a user runs it: a process of its own, from another folder than the repository's."""
     command = [sys.executable, str(PROGRAM), *SMALL, "--output", str(output), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=output.parent, timeout=300)
+    here = {**os.environ, "PYTHONPATH": str(PROGRAM.parent.parent)}  # this checkout, installed or not
+    return subprocess.run(command, capture_output=True, text=True, cwd=output.parent, env=here, timeout=300)
 
 
 def test_the_default_data_with_two_methods(tmp_path):
