@@ -7,13 +7,20 @@ With P the projection of the L tokens onto k orthonormal rows and g = dLoss/dy, 
                  dW = sum_n g^_n^T x^_n
                  dx = P^T (g^ W)       or exactly g W
                  db = sum of g over images and tokens
+
+A low-rank update beside the weight (LoRA, arXiv 2106.09685), y += s (x A^T) B^T, uses the same projections:
+
+                 dA = s sum_n (g^_n B)^T x^_n
+                 dB = s sum_n g^_n^T (x^_n A^T)
+                 dx = P^T (g^ W + s (g^ B) A)
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,54 +50,126 @@ class _OnceDifferentiable(torch.autograd.Function):
         )
 
 
+@dataclass(frozen=True)
+class Branch:
+    """A low-rank update beside the weight, as LoRA's: y += scaling * ((x down^T) up^T + bias).
+
+    Attributes:
+        down: Shape (r, C_in).
+        up: Shape (C_out, r).
+        bias: Shape (C_out,), or None.
+        scaling: A factor.
+        x: What the branch is applied to, where that is not the layer's input itself but, say, that after dropout.
+    """
+
+    down: Tensor
+    up: Tensor
+    bias: Tensor | None = None
+    scaling: float = 1.0
+    x: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _How:
+    """All that is no tensor."""
+
+    for_weight: Projection | None
+    for_input: Projection | None
+    scalings: tuple[float, ...]
+
+
 class _LowRankLinear(torch.autograd.Function):
+    """Arguments: how, x, weight, bias, then x (or None), down, up and bias of each branch."""
+
     @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, for_weight: Projection | None, for_input: Projection | None
-    ) -> Tensor:
-        return F.linear(x, weight, bias)
+    def forward(how: _How, x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Tensor | None) -> Tensor:
+        y = F.linear(x, weight, bias)
+        for (own_x, down, up, shift), scaling in zip(_grouped(branches, 4), how.scalings, strict=True):
+            y.add_(F.linear(F.linear(x if own_x is None else own_x, down), up, shift).mul_(scaling))
+        return y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, weight, _, ctx.for_weight, ctx.for_input = inputs
-        saved_x = None
-        if ctx.needs_input_grad[1]:
-            saved_x = _projected(x, ctx.for_weight) if ctx.for_weight else _as_tokens(x)
-        ctx.save_for_backward(saved_x, weight if ctx.needs_input_grad[0] else None)
+        ctx.how, x, weight, _, *branches = inputs
+        _, needs_x, needs_weight, _, *needs = ctx.needs_input_grad
+        keeps_x, saved = needs_weight, []
+        for (own_x, down, up, _), needed in zip(_grouped(branches, 4), _grouped(needs, 4), strict=True):
+            trained = needed[1] or needed[2]
+            keeps_x = keeps_x or (trained and own_x is None)
+            saved.append(rows_to_keep(own_x, ctx.how.for_weight) if trained and own_x is not None else None)
+            saved += (down, up) if trained or needs_x or needed[0] else (None, None)
+        ctx.owns_x = [own_x is not None for own_x, *_ in _grouped(branches, 4)]
+        ctx.save_for_backward(
+            rows_to_keep(x, ctx.how.for_weight) if keeps_x else None, weight if needs_x else None, *saved
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
         second_order = torch.is_grad_enabled()
         with torch.no_grad():
-            gradients = _gradients(ctx, grad)
-        if second_order:
-            gradients = tuple(d if d is None else _OnceDifferentiable.apply(d.requires_grad_()) for d in gradients)
-        return (*gradients, None, None)
+            gradients = _gradients(ctx, grads[0])
+        return None, *(once_differentiable(gradients) if second_order else gradients)
 
 
-def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    saved_x, weight = ctx.saved_tensors
-    for_weight, for_input = ctx.for_weight, ctx.for_input
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    tokens = _as_tokens(grad)
-    grad_x = grad_weight = grad_bias = small = None
-    if needs_weight:
+def once_differentiable(gradients: Iterable[Tensor | None]) -> list[Tensor | None]:
+    """The gradients, which raise RuntimeError when they are differentiated in turn."""
+    return [d if d is None else _OnceDifferentiable.apply(d.requires_grad_()) for d in gradients]
+
+
+def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    x, weight, *saved = ctx.saved_tensors
+    for_weight, for_input = ctx.how.for_weight, ctx.how.for_input
+    _, needs_x, needs_weight, needs_bias, *needs = ctx.needs_input_grad
+    branches = list(zip(_grouped(saved, 3), _grouped(needs, 4), ctx.how.scalings, ctx.owns_x, strict=True))
+    tokens = as_tokens(grad)
+    small: Any = None
+    total: Any = None
+    if needs_weight or any(needed[1] or needed[2] for _, needed, *_ in branches):
         small = for_weight.project(tokens) if for_weight else tokens
-        grad_weight = small.flatten(0, 1).t() @ saved_x.flatten(0, 1)
-    if needs_bias:
-        grad_bias = _sum(tokens, small, for_weight)
-    if needs_x:
-        if for_input is None:
-            grad_x = grad @ weight
-        else:
-            if small is None or for_weight is None or for_input.bases != for_weight.bases:
-                small = for_input.project(tokens)
-            grad_x = for_input.lift(small @ weight).reshape(*grad.shape[:-1], -1)
-    return grad_x, grad_weight, grad_bias
+    if needs_bias or any(needed[3] for _, needed, *_ in branches):
+        total = sum_of_tokens(tokens, small, for_weight)
+    gradients: list[Tensor | None] = [None, _outer(small, x) if needs_weight else None, total if needs_bias else None]
+    for (own_x, down, up), needed, scaling, _ in branches:
+        z = x if own_x is None else own_x
+        gradients += (
+            None,
+            _outer(small @ up, z) * scaling if needed[1] else None,
+            _outer(small, z @ down.t()) * scaling if needed[2] else None,
+            total * scaling if needed[3] else None,
+        )
+    if not needs_x and not any(needed[0] for _, needed, *_ in branches):
+        return gradients
+
+    if for_input is None:
+        small = tokens
+    elif small is None or for_weight is None or for_input.bases != for_weight.bases:
+        small = for_input.project(tokens)
+    into_x: Any = small @ weight if needs_x else None
+    for index, ((_, down, up), needed, scaling, owns_x) in enumerate(branches):
+        if owns_x and needed[0]:
+            gradients[3 + 4 * index] = _in_full((small @ up * scaling) @ down, for_input, grad)
+        elif needs_x and not owns_x:
+            into_x = into_x.flatten(0, 1).addmm_((small @ up * scaling).flatten(0, 1), down).view_as(into_x)
+    gradients[0] = None if into_x is None else _in_full(into_x, for_input, grad)
+    return gradients
 
 
-def _sum(tokens: Tensor, small: Tensor | None, projection: Projection | None) -> Tensor:
+def _grouped(items: Sequence, size: int) -> list[Sequence]:
+    return [items[start : start + size] for start in range(0, len(items), size)]
+
+
+def _outer(grad: Tensor, x: Tensor) -> Tensor:
+    """(N, k, C_out), (N, k, C_in) -> (C_out, C_in): the gradient of a weight."""
+    return grad.flatten(0, 1).t() @ x.flatten(0, 1)
+
+
+def _in_full(grad_x: Tensor, for_input: Projection | None, like: Tensor) -> Tensor:
+    """The gradient of an input, lifted if it is in the small space, in the shape of the output's."""
+    tokens = for_input.lift(grad_x) if for_input else grad_x
+    return tokens.reshape(*like.shape[:-1], -1)
+
+
+def sum_of_tokens(tokens: Tensor, small: Tensor | None, projection: Projection | None) -> Tensor:
     """Over images and tokens. Where that is exact it is read off the projected tokens, k rows instead of L."""
     if small is not None and projection is not None and projection.keeps_sums and tokens.dtype.itemsize >= 4:
         return projection.sum(small)
@@ -108,25 +187,24 @@ class _LastProjected(threading.local):
 _last = _LastProjected()
 
 
-def _projected(x: Tensor, projection: Projection) -> Tensor:
+def rows_to_keep(x: Tensor, projection: Projection | None) -> Tensor:
+    """What is kept of x for the gradient of a weight."""
+    if projection is None:
+        return as_tokens(x)
     if torch.compiler.is_compiling():  # the compiler finds the common expression by itself
-        return projection.project(_as_tokens(x))
+        return projection.project(as_tokens(x))
     key = (x._version, projection.layout, projection.bases)
     if _last.x() is x and _last.key == key and (small := _last.small()) is not None:
         return small
-    small = projection.project(_as_tokens(x))
+    small = projection.project(as_tokens(x))
     # Weak references: neither tensor may live longer for our sake.
     _last.x, _last.small, _last.key = weakref.ref(x), weakref.ref(small), key
     return small
 
 
-def _as_tokens(x: Tensor) -> Tensor:
+def as_tokens(x: Tensor) -> Tensor:
     """(N, ..., C) -> (N, L, C)."""
     return x if x.dim() == 3 else x.flatten(1, -2)
-
-
-def _cast(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return t if t.dtype == torch.float64 else t.to(dtype)
 
 
 def low_rank_linear(
@@ -136,6 +214,7 @@ def low_rank_linear(
     layout: TokenLayout,
     for_weight: BasisSet | None = None,
     for_input: BasisSet | None = None,
+    branches: Sequence[Branch] = (),
 ) -> Tensor:
     """`F.linear`, bit for bit, whose backward pass goes through a small space.
 
@@ -144,18 +223,27 @@ def low_rank_linear(
         weight: Shape (C_out, C_in).
         bias: Shape (C_out,). Its gradient is always exact.
         layout: Where the L tokens lie.
-        for_weight: Bases of the weight gradient; x is saved projected on them. None, or as many bases as tokens: exact.
+        for_weight: Bases of the weight gradients; x is saved projected on them. None, or as many bases as tokens:
+            exact.
         for_input: Bases of the input gradient. None, or as many bases as tokens: exact.
+        branches: Low-rank updates beside the weight, added in turn. The gradients of `down` and `up` come from the
+            same projections.
 
     Under autocast, the tensors are cast as `F.linear` casts them. Double backward raises RuntimeError.
 
     Returns:
         Shape (N, ..., C_out).
     """
+    tensors: list[Any] = [x, weight, bias]
+    for branch in branches:
+        tensors += (branch.x, branch.down, branch.up, branch.bias)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight = _cast(x, dtype), _cast(weight, dtype)
-        bias = bias if bias is None else _cast(bias, dtype)
-    project_weight = projection(layout, for_weight, x.dtype, x.device)
-    project_input = projection(layout, for_input, x.dtype, x.device)
-    return _LowRankLinear.apply(x, weight, bias, project_weight, project_input)
+        tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    dtype = tensors[0].dtype
+    how = _How(
+        projection(layout, for_weight, dtype, x.device),
+        projection(layout, for_input, dtype, x.device),
+        tuple(branch.scaling for branch in branches),
+    )
+    return _LowRankLinear.apply(how, *tensors)

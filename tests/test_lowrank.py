@@ -75,11 +75,11 @@ def test_other_blocks_and_selections(selection, block_size):
 @pytest.mark.parametrize("grid", [*GRIDS, (9, 17), (5, 3), (6, 10)])
 def test_full_rank_is_exact_backpropagation(grid, prefix):
     """Through the projections themselves, not through the shortcut that skips them at full rank."""
-    from lbp_peft.lowrank import _LowRankLinear
+    from lbp_peft.lowrank import _How, _LowRankLinear
 
     x, weight, bias, grad = problem(grid, prefix)
     full = Projection(TokenLayout(grid, prefix), BasisSet(64), torch.float64, x.device)
-    found = torch.autograd.grad(_LowRankLinear.apply(x, weight, bias, full, full), (x, weight, bias), grad)
+    found = torch.autograd.grad(_LowRankLinear.apply(_How(full, full, ()), x, weight, bias), (x, weight, bias), grad)
     exact = torch.autograd.grad(F.linear(x, weight, bias), (x, weight, bias), grad)
     assert max(relative(f, e) for f, e in zip(found, exact, strict=True)) < 1e-12
 
