@@ -13,7 +13,8 @@ from .bases import BasisSet, LayoutError, TokenLayout
 from .grid import GridMismatchError
 from .lowrank import low_rank_linear
 from .tuner.config import LBPWHTConfig
-from .tuner.layer import LBPWHTLayer, LBPWHTLinear
+from .tuner.layer import LBPWHTLayer
+from .tuner.linear import LBPWHTLinear
 from .tuner.model import LBPWHTModel
 from .tuner.report import LayoutReport, exact_backward, layout_report
 

@@ -9,7 +9,8 @@ from torch import nn
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module computes x W^T + b the way `nn.Linear` does (subclasses that override forward do not)."""
-    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    cls = getattr(type(module), "plain_class", type(module))  # LBP-WHT may run a layer's forward pass from inside
+    return isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward
 
 
 def encoder_linears(model: nn.Module) -> list[str]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -226,3 +230,12 @@ def same_state(found: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
 
 def hooks_of(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_python(script: str, *args: str) -> None:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}  # as here
+    subprocess.run([sys.executable, "-c", script, *args], check=True, env=env)

@@ -1,10 +1,6 @@
 """Checkpoints: what is written, what comes back, and what is refused."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +15,7 @@ from models import (
     largest_difference,
     layers_of,
     outputs,
+    run_python,
     same_state,
     state_of,
     tiny_vit,
@@ -41,19 +38,12 @@ pytestmark = pytest.mark.filterwarnings(NO_GRID)
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 VIT = CASES[-1]
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def trained(case=VIT, **changes):
     model = case.adapted(**({"modules_to_save": [case.head]} | changes))
     disturb(model)
     return model
-
-
-def run_python(script: str, *args: str) -> None:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
-    env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}  # as here, see models.py
-    subprocess.run([sys.executable, "-c", script, *args], check=True, env=env)
 
 
 @every_case

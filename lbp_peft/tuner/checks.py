@@ -13,35 +13,65 @@ from torch import Tensor, nn
 
 from ..encoder import is_plain_linear
 from .layer import LBPWHTLayer
+from .linear import LBPWHTLinear
 
 
-def check_targets(targets: list[tuple[str, nn.Module]], train_base_weight: bool) -> None:
+def check_targets(targets: list[tuple[str, nn.Module]], train_base_weight: bool, beside_others: bool) -> None:
     """Refuse layers that LBP-WHT cannot adapt.
 
+    Args:
+        targets: By name.
+        train_base_weight: As configured.
+        beside_others: Whether the model has adapters of another method.
+
     Raises:
-        TypeError: a target is no linear layer, or has an adapter of another method.
-        ValueError: a target is quantised, so that its weight cannot be trained.
+        TypeError: a target is no linear layer, nor an adapter of one.
+        ValueError: a target's weight cannot be trained, as it is quantised or another method adapts the layer.
     """
     for name, module in targets:
-        if isinstance(module, LBPWHTLayer):
-            module = module.get_base_layer()
-        if isinstance(module, BaseTunerLayer):
-            raise TypeError(
-                f"Target module {name} has an adapter of another PEFT method already ({type(module).__module__}), "
-                "which LBP-WHT does not adapt. Merge that adapter first (merge_and_unload), or name the module in "
-                "exclude_modules."
+        if train_base_weight and beside_others and _is_of_others(module):
+            raise ValueError(
+                f"Target module {name} is trained by another PEFT method ({type(module).__module__}). To make that "
+                "training cheap, set train_base_weight=False. To train its weight instead, merge the other adapter "
+                "first (merge_and_unload), or name the module in exclude_modules."
             )
-        quantised = _is_quantised(module)
-        if not quantised and not is_plain_linear(module):
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        quantised = _is_quantised(base)
+        if not quantised and not is_plain_linear(base):
             raise TypeError(
-                f"Target module {name} is of type {type(module).__name__}, which LBP-WHT does not support. Supported "
+                f"Target module {name} is of type {type(base).__name__}, which LBP-WHT does not support. Supported "
                 "is torch.nn.Linear. Leave it out of target_modules, or name it in exclude_modules."
             )
         if quantised and train_base_weight:
             raise ValueError(
-                f"Target module {name} is quantised ({type(module).__name__}), so its weight cannot be trained. Set "
+                f"Target module {name} is quantised ({type(base).__name__}), so its weight cannot be trained. Set "
                 "train_base_weight=False, or load the model without quantisation."
             )
+
+
+def _is_of_others(module: nn.Module) -> bool:
+    if isinstance(module, BaseTunerLayer):
+        return not isinstance(module, LBPWHTLayer)
+    return any(p.requires_grad for p in module.parameters())
+
+
+def is_adapted_linear(module: nn.Module) -> bool:
+    """Whether it is another method's adapter of a linear layer."""
+    if not isinstance(module, BaseTunerLayer) or isinstance(module, LBPWHTLayer):
+        return False
+    base = module.get_base_layer()
+    return is_plain_linear(base) or _is_quantised(base)
+
+
+def adapter_keys(model: nn.Module, adapter_name: str) -> set[str]:
+    """The names that the adapter's tensors have in the model's state dict."""
+    return {
+        f"{name.removeprefix('_fsdp_wrapped_module.')}.{attribute}.{adapter_name}"
+        for name, module in model.named_modules()
+        if isinstance(module, LBPWHTLinear)
+        for attribute in LBPWHTLinear.adapter_layer_names
+        if adapter_name in getattr(module, attribute)
+    }
 
 
 def _is_quantised(module: nn.Module) -> bool:
@@ -64,13 +94,7 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
     Raises:
         ValueError: tensors are missing or do not belong.
     """
-    expected = {
-        f"{name.removeprefix('_fsdp_wrapped_module.')}.{attribute}.{adapter_name}"
-        for name, module in model.named_modules()
-        if isinstance(module, LBPWHTLayer)
-        for attribute in LBPWHTLayer.adapter_layer_names
-        if adapter_name in getattr(module, attribute)
-    }
+    expected = adapter_keys(model, adapter_name)
     missing = sorted(expected - state_dict.keys())
     extra = sorted(state_dict.keys() - model.state_dict().keys())
     if not missing and not extra:
@@ -97,7 +121,7 @@ def _is_untrained(model: nn.Module, adapter_name: str) -> bool:
     """Whether an adapter's weights are still those of the base model, so that nothing is lost with them."""
     pairs: list[tuple[Any, Any]] = []
     for module in model.modules():
-        if isinstance(module, LBPWHTLayer):
+        if isinstance(module, LBPWHTLinear):
             weight, bias = module._base_parameters()
             pairs += [(module.lbpwht_weight[adapter_name], weight)] if adapter_name in module.lbpwht_weight else []
             pairs += [(module.lbpwht_bias[adapter_name], bias)] if adapter_name in module.lbpwht_bias else []

@@ -39,6 +39,10 @@ class LBPWHTConfig(PeftConfig):
         modules_to_save: Modules apart from the targets that are trained in full and saved, such as the classifier.
         layers_to_transform: Indices of the blocks to adapt; needs `target_modules` as a list.
         layers_pattern: Name of the list of blocks that `layers_to_transform` counts in.
+        stack_on: Configuration of another PEFT method, say a `LoraConfig`, whose adapter is put on the model first and
+            whose training LBP-WHT then makes cheap; or several, by adapter name. Needs `train_base_weight=False`.
+            Filled in when a stack is saved, so that its checkpoint is complete.
+        stack_active: Which adapters of `stack_on` are active. None: the first.
 
     Raises:
         ValueError: a value is out of its range; the message says which are allowed.
@@ -66,6 +70,10 @@ class LBPWHTConfig(PeftConfig):
     modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained in full and saved."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of blocks to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
+    stack_on: PeftConfig | dict[str, PeftConfig] | None = field(
+        default=None, metadata={"help": "Configuration of the adapter beneath, such as a LoraConfig."}
+    )
+    stack_active: list[str] | None = field(default=None, metadata={"help": "Active adapters of stack_on."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,6 +85,7 @@ class LBPWHTConfig(PeftConfig):
             self.grid_size = tuple(self.grid_size)
         self._check_transform()
         self._check_layout()
+        self._check_stack()
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 "layers_to_transform needs target_modules as a list of names; with a regular expression, write the "
@@ -94,6 +103,31 @@ class LBPWHTConfig(PeftConfig):
         if isinstance(self.grad_input, str):
             return None
         return BasisSet(self.grad_input, self.block_size, self.selection, self.boundary)
+
+    def to_dict(self) -> dict[str, Any]:
+        output: dict[str, Any] = super().to_dict()
+        if self.stack_on:
+            output["stack_on"] = {name: _plain(config.to_dict()) for name, config in self.stack_on.items()}
+        return output
+
+    def _check_stack(self) -> None:
+        if self.stack_on is None:
+            return
+        if isinstance(self.stack_on, PeftConfig):
+            self.stack_on = {"default": self.stack_on}
+        self.stack_on = {
+            name: config if isinstance(config, PeftConfig) else PeftConfig.from_peft_type(**config)
+            for name, config in self.stack_on.items()
+        }
+        if any(config.peft_type == self.peft_type or config.is_prompt_learning for config in self.stack_on.values()):
+            raise ValueError(
+                "stack_on must be a configuration of another method with adapters in layers, such as LoRA."
+            )
+        unknown = set(self.stack_active or []) - self.stack_on.keys()
+        if unknown:
+            raise ValueError(
+                f"stack_active names {', '.join(sorted(unknown))}, but stack_on has {list(self.stack_on)}."
+            )
 
     def _check_transform(self) -> None:
         if not _is_int(self.block_size) or not is_power_of_two(self.block_size):
@@ -129,3 +163,12 @@ class LBPWHTConfig(PeftConfig):
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(_plain(item) for item in value)
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

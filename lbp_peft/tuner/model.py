@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import copy
+from collections import ChainMap
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
-from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, set_adapter
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..encoder import encoder_linears
-from ..grid import GridFinder
-from .checks import check_state_dict, check_targets
+from .checks import adapter_keys, check_state_dict
 from .config import LBPWHTConfig
-from .layer import BackwardRule, LBPWHTLayer, LBPWHTLinear
+from .inject import create_and_replace, grid_finder, leave_all, prepare
+from .layer import LBPWHTLayer
 from .report import LayoutReport, layout_report
+from .stack import KEYS, Stack, has_other_adapters, left_as_they_are, stack_beneath
 
 
 class LBPWHTModel(BaseTuner):
@@ -23,94 +25,100 @@ class LBPWHTModel(BaseTuner):
 
     Made by `get_peft_model(model, LBPWHTConfig(...))`; `model.base_model` of what that returns.
 
+    Put on a model that another PEFT method has adapted, it makes that method's backward pass cheap: the other adapters
+    stay in the model, trained, under their own names, and are saved and loaded along with this one.
+
     Args:
-        model: Adapted in place.
-        config: Or a dict of adapter name to config.
+        model: Adapted in place. Where it is a `PeftModel`, what that adapted.
+        peft_config: Of each adapter, by name; or one, which PEFT injects into a model of transformers or its like.
         adapter_name: Of the first adapter.
         low_cpu_mem_usage: Make the adapter's weights on the meta device, to be filled by a checkpoint.
+        state_dict: See PEFT.
+
+    Attributes:
+        stack: The adapters beneath, None where there are none.
     """
 
     prefix: str = "lbpwht_"
     tuner_layer_cls = LBPWHTLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # structure tells, see encoder.py
 
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: LBPWHTConfig | dict[str, LBPWHTConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ):
+        # Injected into a model, an adapter joins those that are there; a PeftModel has a list of its own.
+        injected = isinstance(peft_config, PeftConfig)
+        config: Any = peft_config if injected else peft_config[adapter_name]
+        self.peft_config: Any
+        self.stack = None if injected else stack_beneath(model)
+        if config.stack_on and (injected or self.stack is not None):
+            raise ValueError(
+                "stack_on brings adapters of its own and needs a plain model. To stack on those of this model, leave "
+                "it out; to put both on a plain model, use get_peft_model."
+            )
+        if config.stack_on:
+            self.stack = Stack.build(model, config.stack_on, config.stack_active or [], config.inference_mode)
+        if self.stack is None:
+            super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+            return
+        if config.base_model_name_or_path is None:
+            config.base_model_name_or_path = self.stack.base_model_name_or_path
+        model = self.stack.base_model
+        listed = model.__dict__.pop("peft_config")  # or PEFT would add to it
+        try:
+            super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        except Exception:
+            model.peft_config = listed
+            if config.stack_on:
+                self.stack.holder.unload()
+            raise
+        self.peft_config = ChainMap(self.peft_config, self.stack.configs)
+        model.peft_config = listed
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:  # add_weighted_adapter and its like
+            stack = self.__dict__.get("stack")
+            if stack is None or not isinstance(stack.holder, PeftModel) or name == "peft_config":
+                raise
+            return getattr(stack.holder.base_model, name)
+
+    @property
+    def stacked_on(self) -> nn.Module | None:
+        """The model beneath. Its `save_pretrained` writes a checkpoint of its own method, free of LBP-WHT."""
+        return None if self.stack is None else self.stack.holder
+
     def layout_report(self) -> LayoutReport:
         """How each adapted layer's backward pass ran last, see [`lbp_peft.layout_report`]."""
         return layout_report(self.model)
-
-    # Everything that can be refused is refused here, before a module is replaced.
 
     def _prepare_adapter_config(self, peft_config: LBPWHTConfig, model_config: dict) -> LBPWHTConfig:
         return peft_config
 
     def _prepare_model(self, peft_config: LBPWHTConfig, model: nn.Module) -> None:
-        if peft_config.target_modules is None:
-            peft_config.target_modules = self._default_targets(peft_config, model)
-        _maybe_include_all_linear_layers(peft_config, model)
-        targets = [
-            (name, module)
-            for name, module in model.named_modules()
-            if name and self._check_target_module_exists(peft_config, name)
-        ]
-        check_targets(targets, peft_config.train_base_weight)
+        prepare(self, peft_config, model)
 
-    def _default_targets(self, peft_config: LBPWHTConfig, model: nn.Module) -> set[str]:
-        names = encoder_linears(model)
-        if not names:
+    def _create_and_replace(self, peft_config: LBPWHTConfig, *args: Any, **kwargs: Any) -> None:
+        create_and_replace(self, peft_config, *args, **kwargs)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        if self.peft_config[adapter_name].stack_on and self._is_built():
             raise ValueError(
-                f"No blocks with linear layers were found in {type(model).__name__}. Name the layers to adapt: "
-                'target_modules=[...], a regular expression, or "all-linear".'
+                f"Adapter {adapter_name!r} was stacked on adapters of its own. Load it into a plain model, with "
+                "PeftModel.from_pretrained."
             )
-        if peft_config.layers_to_transform is None:
-            return set(names)
-        # PEFT counts layers only for targets given by suffix, not for those given by their whole name.
-        by_suffix = copy.copy(peft_config)
-        by_suffix.target_modules = {name.rpartition(".")[2] for name in names}
-        return {name for name in names if self._check_target_module_exists(by_suffix, name)}
+        with left_as_they_are(model) if has_other_adapters(model) else nullcontext():
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        grid_finder(model).watch(model)
 
-    def _create_and_replace(
-        self,
-        peft_config: LBPWHTConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        **_: Any,
-    ) -> None:
-        pattern = get_pattern_key(list(peft_config.rank_pattern), current_key)
-        rule = BackwardRule(
-            for_weight=peft_config.weight_bases(peft_config.rank_pattern.get(pattern, peft_config.r)),
-            for_input=peft_config.input_bases(),
-            grid_size=peft_config.grid_size,
-            num_prefix_tokens=peft_config.num_prefix_tokens,
-        )
-        if isinstance(target, LBPWHTLayer):
-            target.update_layer(adapter_name, rule, peft_config.train_base_weight, peft_config.inference_mode)
-            return
-        layer = LBPWHTLinear(
-            target,
-            self._grid_finder(),
-            current_key,
-            adapter_name,
-            rule,
-            peft_config.train_base_weight,
-            peft_config.inference_mode,
-        )
-        if adapter_name not in self.active_adapters:  # an additional adapter is not trained until it is activated
-            layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
-
-    def _grid_finder(self) -> GridFinder:
-        """The one that all layers of the model share, whichever adapter brought them."""
-        for module in self.model.modules():
-            if isinstance(module, LBPWHTLayer):
-                return module.finder
-        return GridFinder()
-
-    def inject_adapter(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, *args, **kwargs)
-        self._grid_finder().watch(model)
+    def _is_built(self) -> bool:
+        return any(isinstance(module, LBPWHTLayer) for module in self.model.modules())
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, AuxiliaryTrainingWrapper):  # a trained copy takes the place of its original as it is
@@ -118,19 +126,80 @@ class LBPWHTModel(BaseTuner):
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
+    # Switching adapters. A name means every adapter that has it, here and beneath.
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
+        if self.stack is None or not isinstance(self.peft_config, ChainMap):  # while it is being built, for one
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
+            return
+        if own := [name for name in names if name in self.peft_config.maps[0]]:
+            set_adapter(self.model, own, inference_mode=inference_mode, layer_cls=LBPWHTLayer)
+            self.active_adapter = own
+        if beneath := [name for name in names if name in self.stack.configs]:
+            self.stack.set_adapter(beneath, inference_mode=inference_mode)
+        brought = {name: self.peft_config[name].modules_to_save or [] for name in self.active_adapters}
+        self.stack.activate_modules_to_save(brought, inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if self.stack is not None and adapter_name in self.stack.configs:
+            self.stack.delete_adapter(adapter_name)
+            if adapter_name not in self.peft_config:
+                return
+        super().delete_adapter(adapter_name)
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        finders = {module.finder for module in self.model.modules() if isinstance(module, LBPWHTLayer)}
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        finders = leave_all(self.model)
+        holder = self.stacked_on
+        tuner: Any = holder.base_model if isinstance(holder, PeftModel) else super()
+        model: nn.Module = tuner._unload_and_optionally_merge(*args, **kwargs)
+        if self._is_built():  # what was beneath another adapter, which is gone now
+            model = super()._unload_and_optionally_merge(*args, **kwargs)
         for finder in finders:
             finder.detach()
         return model
+
+    # Checkpoints
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: LBPWHTConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        found = {key: state_dict[key] for key in sorted(adapter_keys(model, adapter_name))}
+        if (stack := _stack_of(model)) is not None:
+            config.stack_on, config.stack_active = stack.describe()
+            found.update(stack.modules_to_save(state_dict))
+            found.update(stack.state_dict(state_dict, unwanted_adapter_names))
+        return found
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        if key.startswith(KEYS):
+            return key
+        name: str = super()._remove_adapter_name_from_key(key, adapter_name)
+        return name
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: LBPWHTConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
-            model, config, adapter_name, state_dict
-        )
+        beneath = {key: tensor for key, tensor in state_dict.items() if key.startswith(KEYS)}
+        own = {key: tensor for key, tensor in state_dict.items() if key not in beneath}
+        stack = _stack_of(model)
+        if stack is not None:
+            own = stack.without_shared(own, beneath, adapter_name)
+        remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, own)
         check_state_dict(model, adapter_name, remapped)
+        if stack is not None:
+            stack.load_state_dict(beneath)
         return remapped
+
+
+def _stack_of(model: nn.Module) -> Stack | None:
+    tuner = getattr(model, "base_model", None)
+    return tuner.stack if isinstance(tuner, LBPWHTModel) else None

@@ -34,12 +34,16 @@ def register() -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils import register_peft_method
 
+    from .beneath import stand_in_as_base_layer
     from .config import LBPWHTConfig
+    from .mixed import join_mixed_models
     from .model import LBPWHTModel
 
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft.PeftType[NAME.upper()])
     if registered is None:
-        register_peft_method(name=NAME, config_cls=LBPWHTConfig, model_cls=LBPWHTModel)
+        register_peft_method(name=NAME, config_cls=LBPWHTConfig, model_cls=LBPWHTModel, is_mixed_compatible=True)
+        join_mixed_models()
+        stand_in_as_base_layer()
     elif registered is not LBPWHTConfig:
         raise ImportError(
             f"Another package has registered {registered.__module__}.{registered.__qualname__} with PEFT as "

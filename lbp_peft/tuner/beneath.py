@@ -1,0 +1,52 @@
+"""When another method's layer is put on top of an LBP-WHT layer."""
+
+from __future__ import annotations
+
+import functools
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from .layer import LBPWHTLayer
+from .linear import LBPWHTLinear
+
+
+def stand_in_as_base_layer() -> None:
+    """Let an LBP-WHT layer be the base layer of what wraps it, as long as it computes with a weight of its own.
+
+    PEFT takes the innermost layer, which is not the one in effect: what another method merged into it would be lost.
+    """
+    innermost = BaseTunerLayer.get_base_layer
+    if hasattr(innermost, "__wrapped__"):
+        return
+
+    @functools.wraps(innermost)
+    def get_base_layer(self: BaseTunerLayer) -> nn.Module:
+        layer = self
+        while hasattr(layer, "base_layer"):
+            layer = layer.base_layer
+            if isinstance(layer, LBPWHTLinear) and not isinstance(self, LBPWHTLayer):
+                _say_which_order_is_better(layer)
+                if layer.weights_in_effect():
+                    return _with_one_weight(layer)
+        return layer
+
+    BaseTunerLayer.get_base_layer = get_base_layer
+
+
+def _say_which_order_is_better(layer: LBPWHTLinear) -> None:
+    layer.finder.warn_once(
+        "order",
+        f"Another adapter was put on top of LBP-WHT ({layer.layer_name}). It is trained correctly, but not cheaply: it "
+        "saves its whole input. Put the other adapter on first and LBP-WHT on that, with train_base_weight=False.",
+    )
+
+
+def _with_one_weight(layer: LBPWHTLinear) -> LBPWHTLinear:
+    trained = layer.weights_in_effect()
+    if len(trained) > 1:
+        raise ValueError(
+            f"{layer.layer_name} computes with the sum of {len(trained)} LBP-WHT adapters ({', '.join(trained)}), "
+            "which no adapter on top of it can be merged into. Activate one of them, or merge them first."
+        )
+    return layer

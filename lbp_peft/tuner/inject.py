@@ -1,0 +1,106 @@
+"""Which layers of a model get an LBP-WHT adapter, and of which kind."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
+from torch import nn
+
+from ..encoder import encoder_linears
+from ..grid import GridFinder
+from .checks import check_targets, is_adapted_linear
+from .config import LBPWHTConfig
+from .layer import BackwardRule, LBPWHTLayer
+from .linear import LBPWHTLinear
+from .stack import has_other_adapters
+from .stacked import CHILD, LBPWHTStacked, leave, stand_inside
+
+
+def prepare(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -> None:
+    """Settle what the configuration leaves open, and refuse what can be refused before a module is replaced."""
+    if config.modules_to_save and has_other_adapters(model):
+        # Those that another adapter trains are saved with it; a second copy would put the trained one out of use.
+        trained = [f".{name}" for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        left = [name for name in config.modules_to_save if not any(one.endswith(f".{name}") for one in trained)]
+        config.modules_to_save = left or None
+    if config.target_modules is None:
+        config.target_modules = _default_targets(tuner, config, model)
+    _maybe_include_all_linear_layers(config, model)
+    targets = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name and tuner._check_target_module_exists(config, name)
+    ]
+    check_targets(targets, config.train_base_weight, beside_others=has_other_adapters(model))
+
+
+def _default_targets(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -> set[str]:
+    names = encoder_linears(model)
+    names += [name for name, module in model.named_modules() if name not in names and is_adapted_linear(module)]
+    if not names:
+        raise ValueError(
+            f"No blocks with linear layers were found in {type(model).__name__}. Name the layers to adapt: "
+            'target_modules=[...], a regular expression, or "all-linear".'
+        )
+    if config.layers_to_transform is None:
+        return set(names)
+    # PEFT counts layers only for targets given by suffix, not for those given by their whole name.
+    by_suffix = copy.copy(config)
+    by_suffix.target_modules = {name.rpartition(".")[2] for name in names}
+    return {name for name in names if tuner._check_target_module_exists(by_suffix, name)}
+
+
+def create_and_replace(
+    tuner: BaseTuner,
+    config: LBPWHTConfig,
+    adapter_name: str,
+    target: nn.Module,
+    target_name: str,
+    parent: nn.Module,
+    current_key: str,
+    **_: Any,
+) -> None:
+    """Give one layer an adapter: in its place if nobody else has to do with it, inside it otherwise."""
+    pattern = get_pattern_key(list(config.rank_pattern), current_key)
+    rule = BackwardRule(
+        for_weight=config.weight_bases(config.rank_pattern.get(pattern, config.r)),
+        for_input=config.input_bases(),
+        grid_size=config.grid_size,
+        num_prefix_tokens=config.num_prefix_tokens,
+    )
+    inside = getattr(target, CHILD, None)
+    if isinstance(inside, LBPWHTStacked):
+        inside.lbpwht_rule[adapter_name] = rule
+    elif isinstance(target, LBPWHTLinear):
+        target.update_layer(adapter_name, rule, config.train_base_weight, config.inference_mode)
+    elif isinstance(target, BaseTunerLayer) or _trained_by_others(target, tuner.model):
+        stand_inside(target, LBPWHTStacked(grid_finder(tuner.model), current_key, adapter_name, rule))
+    else:
+        finder = grid_finder(tuner.model)
+        train, inference = config.train_base_weight, config.inference_mode
+        layer = LBPWHTLinear(target, finder, current_key, adapter_name, rule, train, inference)
+        if adapter_name not in tuner.active_adapters:  # an additional adapter is not trained until it is activated
+            layer.requires_grad_(False)
+        tuner._replace_module(parent, target_name, layer, target)
+
+
+def leave_all(model: nn.Module) -> set[GridFinder]:
+    """Go from inside all layers; the grid finders of all LBP-WHT layers, to be detached when these are gone too."""
+    finders = {module.finder for module in model.modules() if isinstance(module, LBPWHTLayer)}
+    for module in list(model.modules()):
+        if isinstance(getattr(module, CHILD, None), LBPWHTStacked):
+            leave(module)
+    return finders
+
+
+def _trained_by_others(target: nn.Module, model: nn.Module) -> bool:
+    """Whether another method trains a layer's own parameters, as LoRA's bias="all" does."""
+    return has_other_adapters(model) and any(p.requires_grad for p in target.parameters())
+
+
+def grid_finder(model: nn.Module) -> GridFinder:
+    """The one that all layers of the model share, whichever adapter brought them."""
+    return next((module.finder for module in model.modules() if isinstance(module, LBPWHTLayer)), None) or GridFinder()

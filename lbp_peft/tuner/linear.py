@@ -1,0 +1,204 @@
+"""A linear layer with LBP-WHT adapters: which weight it uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from ..encoder import is_plain_linear
+from ..grid import GridFinder
+from ..lowrank import low_rank_linear
+from ..tokenwise import low_rank_layer
+from .layer import BackwardRule, LBPWHTLayer
+
+
+class LBPWHTLinear(nn.Module, LBPWHTLayer):
+    """`nn.Linear` with LBP-WHT adapters. An adapter's weight is a full copy of the base weight, trained; the base stays
+    intact.
+
+    Args:
+        base_layer: The adapted layer.
+        finder: Knows the patch grid; shared by all layers of the model.
+        layer_name: Of the layer in the model, for messages.
+        adapter_name, rule, train_base_weight, inference_mode: The first adapter, see [`update_layer`].
+    """
+
+    adapter_layer_names = ("lbpwht_weight", "lbpwht_bias")
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        finder: GridFinder,
+        layer_name: str,
+        adapter_name: str,
+        rule: BackwardRule,
+        train_base_weight: bool = True,
+        inference_mode: bool = False,
+    ):
+        super().__init__()
+        LBPWHTLayer.__init__(self, finder, layer_name)
+        self.base_layer = base_layer
+        self.lbpwht_weight = nn.ParameterDict({})
+        self.lbpwht_bias = nn.ParameterDict({})
+        self._unmerged: tuple[Tensor, Tensor | None] | None = None
+        base: Any = self.get_base_layer()
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, rule, train_base_weight, inference_mode)
+
+    def update_layer(
+        self, adapter_name: str, rule: BackwardRule, train_base_weight: bool, inference_mode: bool = False
+    ) -> None:
+        """Add an adapter, whose weights start as the base layer's."""
+        self.lbpwht_rule[adapter_name] = rule
+        if train_base_weight:
+            weight, bias = self._base_parameters()
+            self.lbpwht_weight[adapter_name] = nn.Parameter(weight.detach().clone())
+            if bias is not None:
+                self.lbpwht_bias[adapter_name] = nn.Parameter(bias.detach().clone())
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
+            return self.base_layer(x)
+        rule = self._active_rule(x)
+        if rule is None and not self.weights_in_effect():
+            return self.base_layer(x)
+        weight, bias = self._adapted_parameters()
+        layout = None if rule is None else self._low_rank_layout(x, weight.requires_grad, rule)
+        if is_plain_linear(self.get_base_layer()):
+            if rule is None or layout is None:
+                return F.linear(x, weight, bias)
+            return low_rank_linear(x, weight, bias, layout, rule.for_weight, rule.for_input)
+        if rule is None or layout is None or not self._is_token_wise(self.base_layer, x, None):
+            return self.base_layer(x)
+        return low_rank_layer(self.base_layer, x, layout, rule.for_weight, rule.for_input)
+
+    def __repr__(self) -> str:
+        return "lbpwht." + super().__repr__()
+
+    # What the layer computes with
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight the layer works with, for code that reads it instead of calling the layer; shape (out, in)."""
+        return self._adapted_parameters()[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._adapted_parameters()[1]
+
+    def _base_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Those of the base layer, as they were before any merge."""
+        if self._unmerged is not None:
+            return self._unmerged
+        base = self.get_base_layer()
+        return base.weight, base.bias
+
+    def weights_in_effect(self) -> list[str]:
+        """The adapters whose weights the layer computes with, in place of those of the base layer."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if name in self.lbpwht_weight]
+
+    def _adapted_parameters(self) -> tuple[Tensor, Tensor | None]:
+        if self.disable_adapters:
+            return self._base_parameters()
+        if self.merged:
+            base = self.get_base_layer()
+            return base.weight, base.bias
+        return self._combined_parameters(self.active_adapters)
+
+    def _combined_parameters(self, adapter_names: list[str]) -> tuple[Tensor, Tensor | None]:
+        """Those of one adapter; of several, the base's plus what each of them changed. In the base layer's dtype."""
+        weight, bias = self._base_parameters()
+        trained = [name for name in adapter_names if name in self.lbpwht_weight]
+        weight = _plus_changes(weight, [self.lbpwht_weight[name] for name in trained])
+        if bias is not None:
+            bias = _plus_changes(bias, [self.lbpwht_bias[name] for name in trained])
+        return weight, bias
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What an adapter changed: its weight less the base layer's, shape (C_out, C_in)."""
+        weight, _ = self._base_parameters()
+        if adapter not in self.lbpwht_weight:
+            return torch.zeros_like(weight)
+        return self.lbpwht_weight[adapter].detach() - weight.detach()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """A LoRA has no place for a trained bias."""
+        return adapter_name not in self.lbpwht_bias
+
+    # Merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the adapted weights into the base layer.
+
+        Args:
+            safe_merge: Check for NaN and infinity first.
+            adapter_names: Default: the active ones.
+
+        Raises:
+            ValueError: safe_merge, and an adapter is broken. Nothing is changed then.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lbpwht_rule]
+        if not any(name in self.lbpwht_weight for name in names):
+            self.merged_adapters = [*self.merged_adapters, *names]
+            return
+        with torch.no_grad():
+            weight, bias = self._combined_parameters([*self.merged_adapters, *names])
+            if safe_merge and not all(torch.isfinite(t).all() for t in (weight, bias) if t is not None):
+                raise ValueError(
+                    f"NaNs detected in the merged weights of {self.layer_name}. The adapter {', '.join(names)} seems "
+                    "to be broken."
+                )
+            base = self.get_base_layer()
+            if self._unmerged is None:
+                # Kept, not recomputed: taking differences back out would not restore the base weight bit for bit.
+                self._unmerged = (base.weight.data, None if base.bias is None else base.bias.data)
+            base.weight.data = weight.detach().clone()
+            if bias is not None:
+                base.bias.data = bias.detach().clone()
+        self.merged_adapters = [*self.merged_adapters, *names]
+
+    def unmerge(self) -> None:
+        """Give the base layer its own weights back.
+
+        What others merged into it or took out of it in between, as an adapter on top of this layer does, stays with
+        this layer's weights.
+        """
+        names, self.merged_adapters = self.merged_adapters, []
+        if self._unmerged is None:
+            return
+        base = self.get_base_layer()
+        merged = self._combined_parameters(names)
+        stash, self._unmerged = self._unmerged, None
+        name = next(name for name in names if name in self.lbpwht_weight)
+        _restore(base.weight, stash[0], merged[0], self.lbpwht_weight[name])
+        if base.bias is not None:
+            _restore(base.bias, stash[1], merged[1], self.lbpwht_bias[name])
+
+
+def _plus_changes(base: Tensor, adapted: list[Tensor]) -> Tensor:
+    """The base plus what each adapted copy of it changed, in the base's dtype."""
+    if not adapted:
+        return base
+    if len(adapted) == 1:
+        return adapted[0].to(base.dtype)
+    master = base.to(adapted[0].dtype)
+    return (master + torch.stack([copy - master for copy in adapted]).sum(dim=0)).to(base.dtype)
+
+
+@torch.no_grad()
+def _restore(base: Any, stash: Any, merged: Any, copy: Tensor) -> None:
+    """Put the stash back into a parameter; what it differs by from what was merged goes to the adapter's copy."""
+    if base.dtype == stash.dtype and not torch.equal(base, merged):
+        copy += (base - merged).to(copy)
+    base.data = stash.to(base)

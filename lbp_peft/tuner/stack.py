@@ -1,0 +1,209 @@
+"""What LBP-WHT was put on: the adapters of another PEFT method, which live on beneath it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftConfig, PeftMixedModel, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer, delete_adapter
+from peft.utils import PeftType
+from peft.utils.other import AuxiliaryTrainingWrapper, _set_adapter
+from torch import Tensor, nn
+
+from .layer import LBPWHTLayer
+
+KEYS = "stack_on."  # before the name of the adapter and its own key, in a checkpoint
+_PREFIX = "base_model.model."
+
+
+class Stack:
+    """The adapters beneath LBP-WHT, addressed as their own method does it.
+
+    Args:
+        holder: A `PeftModel`, or a model that adapters were injected into (transformers' `model.add_adapter`).
+    """
+
+    def __init__(self, holder: Any):
+        self.holder = holder
+
+    @property
+    def configs(self) -> dict[str, PeftConfig]:
+        return self.holder.peft_config
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self.holder.get_base_model() if isinstance(self.holder, PeftModel) else self.holder
+
+    @property
+    def base_model_name_or_path(self) -> str | None:
+        return next((config.base_model_name_or_path for config in self.configs.values()), None)
+
+    @property
+    def active_adapters(self) -> list[str]:
+        active = [name for layer in self._layers() for name in layer.active_adapters]
+        return [name for name in dict.fromkeys(active) if name in self.configs]
+
+    def _layers(self) -> list[BaseTunerLayer]:
+        modules = self.base_model.modules()
+        return [m for m in modules if isinstance(m, BaseTunerLayer) and not isinstance(m, LBPWHTLayer)]
+
+    def set_adapter(self, names: list[str], inference_mode: bool = False) -> None:
+        for layer in self._layers():
+            if layer.merged:
+                layer.unmerge()
+            layer.set_adapter(names, inference_mode=inference_mode)
+        if isinstance(self.holder, PeftModel):
+            self.holder.base_model.active_adapter = names
+            self.holder.active_adapter = names[0]
+
+    def activate_modules_to_save(self, on_top: dict[str, list[str]], inference_mode: bool = False) -> None:
+        """Those of the active adapters here, and those that active adapters on top have brought, by name of adapter."""
+        active = self.active_adapters
+        for name, module in self.base_model.named_modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                brought = [one for one, saved in on_top.items() if any(f".{name}".endswith(f".{s}") for s in saved)]
+                here = [one for one in active if one in module._adapters]
+                _set_adapter(module, here or brought or active, inference_mode=inference_mode)
+
+    def delete_adapter(self, name: str) -> None:
+        if isinstance(self.holder, PeftModel):
+            self.holder.delete_adapter(name)
+            return
+        peft_type = self.configs.pop(name).peft_type
+        layer_cls = PEFT_TYPE_TO_TUNER_MAPPING[peft_type].tuner_layer_cls
+        delete_adapter(self.holder, name, PEFT_TYPE_TO_PREFIX_MAPPING[peft_type], layer_cls)
+
+    # Checkpoints
+
+    def describe(self) -> tuple[dict[str, PeftConfig], list[str]]:
+        """What [`build`] needs: copies of the configurations, and which adapters are active."""
+        configs = {name: copy.deepcopy(config) for name, config in self.configs.items()}
+        for config in configs.values():
+            config.inference_mode = True
+        return configs, self.active_adapters
+
+    @staticmethod
+    def build(model: nn.Module, configs: dict[str, PeftConfig], active: list[str], inference_mode: bool) -> Stack:
+        """Give a plain model the adapters that were described."""
+        configs = {name: copy.deepcopy(config) for name, config in configs.items()}
+        for config in configs.values():
+            config.inference_mode = inference_mode
+        (first, config), *others = configs.items()
+        holder = PeftModel(model, config, first)
+        for name, config in others:
+            holder.add_adapter(name, config)
+        stack = Stack(holder)
+        if active and active != stack.active_adapters:
+            stack.set_adapter(active, inference_mode)
+            stack.activate_modules_to_save({}, inference_mode)
+        return stack
+
+    def modules_to_save(self, of_whole_model: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The active copies, under the names of the modules, which PEFT looks up for an adapter of the same name."""
+        found = {}
+        for wrapper, module in self.base_model.named_modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                prefix = f"{_PREFIX}{wrapper}."
+                own = {prefix + key: tensor for key, tensor in module.state_dict().items()}
+                own = {key.removeprefix(prefix): of_whole_model.get(key, tensor) for key, tensor in own.items()}
+                for name in module.active_adapters:
+                    found.update({prefix + k: t for k, t in module.adapter_state_dict(name, own).items()})
+        return found
+
+    def state_dict(self, of_whole_model: dict[str, Tensor], incomplete: list[str]) -> dict[str, Tensor]:
+        """The trained tensors of all adapters.
+
+        Args:
+            of_whole_model: Keys as in the model that LBP-WHT made of this.
+            incomplete: Names of adapters of which `of_whole_model` has no tensors.
+        """
+        found = {}
+        for name in self.configs:
+            given = None
+            if name not in incomplete:
+                is_peft = isinstance(self.holder, PeftModel)
+                given = {k if is_peft else k.removeprefix(_PREFIX): t for k, t in of_whole_model.items()}
+                missing = self.holder.state_dict().keys() - given.keys()  # what a method shares beside the layers
+                given.update({k: t for k, t in self.holder.state_dict().items() if k in missing})
+            tensors = get_peft_model_state_dict(self.holder, given, name, save_embedding_layers=False)
+            for key, tensor in tensors.items():
+                if ".lbpwht_" not in key:
+                    found[f"{KEYS}{name}.{_PREFIX if not key.startswith('base_model.') else ''}{key}"] = tensor
+        return found
+
+    def without_shared(self, own: dict[str, Tensor], beneath: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+        """Without the copies of modules_to_save that PEFT writes once more for an adapter of the same name."""
+        shared = set()
+        parts = {key.split(".", 2)[2] for key in beneath}
+        for wrapper, module in self.base_model.named_modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                for key in (k.removeprefix(_PREFIX).removeprefix(f"{wrapper}.") for k in parts if f"{wrapper}." in k):
+                    shared |= {f"{_PREFIX}{wrapper}.{key}", f"{_PREFIX}{wrapper}.modules_to_save.{name}.{key}"}
+        return {key: tensor for key, tensor in own.items() if key not in shared}
+
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """The reverse of [`state_dict`].
+
+        Raises:
+            ValueError: tensors are missing or do not belong. Nothing is loaded then.
+        """
+        parts: dict[str, dict[str, Tensor]] = {name: {} for name in self.configs}
+        expected = self.state_dict(self.holder.state_dict(), []).keys()
+        missing, extra = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
+        if missing or extra:
+            raise ValueError(
+                "This checkpoint does not fit the adapters beneath LBP-WHT. Tensors: "
+                f"{len(missing)} missing ({', '.join(missing[:3])}), {len(extra)} unexpected ({', '.join(extra[:3])}). "
+                "Check that its adapter_config.json and the base model are those it was saved with."
+            )
+        for key, tensor in tensors.items():
+            name = next(n for n in parts if key.startswith(f"{KEYS}{n}."))
+            own_key = key.removeprefix(f"{KEYS}{name}.")
+            parts[name][own_key if isinstance(self.holder, PeftModel) else own_key.removeprefix(_PREFIX)] = tensor
+        on_meta = any(p.is_meta for p in self.holder.parameters())
+        for name, part in parts.items():
+            set_peft_model_state_dict(self.holder, part, adapter_name=name, low_cpu_mem_usage=on_meta)
+
+
+def stack_beneath(model: nn.Module) -> Stack | None:
+    """The stack that a model brings along, if it does.
+
+    Raises:
+        TypeError: LBP-WHT cannot be put on such a model; the message says what to do instead.
+    """
+    if isinstance(model, PeftMixedModel):
+        raise TypeError(
+            'A PeftMixedModel takes LBP-WHT as one more adapter: model.add_adapter("lbp", LBPWHTConfig(...)).'
+        )
+    if isinstance(model, PeftModel):
+        if model.peft_type == PeftType.LBPWHT:
+            raise TypeError("This model has an LBP-WHT adapter already: add another one with model.add_adapter(...).")
+        if model.active_peft_config.is_prompt_learning:
+            raise TypeError(f"LBP-WHT cannot be stacked on prompt learning ({model.peft_type.value}).")
+        if isinstance(model.get_base_model(), PeftModel):
+            raise TypeError("LBP-WHT can be stacked on one PeftModel, not on one inside another. Merge the inner one.")
+        return Stack(model)
+    configs = getattr(model, "peft_config", None)
+    others = configs and any(config.peft_type != PeftType.LBPWHT for config in configs.values())
+    return Stack(model) if others else None
+
+
+def has_other_adapters(model: nn.Module) -> bool:
+    return any(isinstance(m, BaseTunerLayer) and not isinstance(m, LBPWHTLayer) for m in model.modules())
+
+
+@contextmanager
+def left_as_they_are(model: nn.Module) -> Iterator[None]:
+    """Afterwards the adapters that were there are as active, and as trainable, as before."""
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    wrappers = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    states = [(m, m._active_adapter, m._disable_adapters) for m in wrappers]
+    yield
+    for wrapper, active, disabled in states:
+        wrapper._active_adapter, wrapper._disable_adapters = active, disabled
+    for parameter, requires_grad in trained:
+        parameter.requires_grad = requires_grad

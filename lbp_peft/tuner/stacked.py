@@ -1,0 +1,152 @@
+"""Low-rank backpropagation through a layer that another PEFT method adapts."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..encoder import is_plain_linear
+from ..grid import GridFinder
+from ..lowrank import Branch, low_rank_linear
+from ..tokenwise import low_rank_layer
+from .layer import BackwardRule, LBPWHTLayer
+
+CHILD = "low_rank_backward"
+
+
+class LBPWHTStacked(nn.Module, LBPWHTLayer):
+    """Stands inside a layer, its host, and decides how the host goes backward.
+
+    The host stays where it is and keeps its name, its weights and its type, so whatever its own method does with it
+    (saving, loading, merging, switching adapters) works as before. LBP-WHT has no weights here.
+
+    Args:
+        finder: Knows the patch grid; shared by all layers of the model.
+        layer_name: Of the host in the model, for messages.
+        adapter_name, rule: The first adapter.
+    """
+
+    adapter_layer_names = ()
+
+    def __init__(self, finder: GridFinder, layer_name: str, adapter_name: str, rule: BackwardRule):
+        super().__init__()
+        LBPWHTLayer.__init__(self, finder, layer_name)
+        self._active_adapter = adapter_name
+        self.lbpwht_rule[adapter_name] = rule
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Nothing to merge."""
+
+    def unmerge(self) -> None:
+        """Nothing was merged."""
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Nothing to move."""
+
+    def run(self, host: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The host's forward pass."""
+        plain = type(host).plain_class.forward
+        rule = None if self.disable_adapters or args or kwargs else self._active_rule(x)
+        if rule is None:
+            return plain(host, x, *args, **kwargs)
+        layout = self._low_rank_layout(x, any(p.requires_grad for p in host.parameters()), rule)
+        if layout is None:
+            return plain(host, x)
+        if (branches := _branches(host, x)) is not None:
+            base = host.base_layer if isinstance(host, BaseTunerLayer) else host
+            return low_rank_linear(x, base.weight, base.bias, layout, rule.for_weight, rule.for_input, branches)
+        layer, state = _Plain(host), functools.partial(_state, host)
+        if torch.compiler.is_compiling() or not self._is_token_wise(layer, x, state()):
+            return plain(host, x)
+        return low_rank_layer(layer, x, layout, rule.for_weight, rule.for_input, state)
+
+    def __repr__(self) -> str:
+        return f"lbpwht.LBPWHTStacked({', '.join(self.lbpwht_rule)})"
+
+
+def stand_inside(host: Any, inside: LBPWHTStacked) -> None:
+    """Have a layer's forward pass run by what stands inside it."""
+    host.add_module(CHILD, inside)
+    plain_class: Any = type(host)
+    host.__class__ = _hosting(plain_class)
+    if "_old_forward" in vars(host):  # accelerate has put its own in front, and calls this
+        host._old_forward = type(host).forward.__get__(host)
+
+
+def leave(host: Any) -> None:
+    """The reverse of [`stand_inside`]."""
+    host.__class__ = type(host).plain_class
+    if "_old_forward" in vars(host):
+        host._old_forward = type(host).forward.__get__(host)
+    delattr(host, CHILD)
+
+
+@functools.cache
+def _hosting(plain_class: Any) -> Any:
+    """The class, but for its forward method. Copies and pickles of its instances are made by way of the plain one."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return getattr(self, CHILD).run(self, *args, **kwargs)
+
+    def reduce(self: nn.Module, protocol: int) -> tuple:
+        return _new_host, (plain_class,), self.__dict__
+
+    attributes = {"plain_class": plain_class, "forward": forward, "__reduce_ex__": reduce}
+    return type(plain_class.__name__, (plain_class,), attributes | {"__module__": plain_class.__module__})
+
+
+def _new_host(plain_class: Any) -> Any:
+    cls = _hosting(plain_class)
+    return cls.__new__(cls)
+
+
+class _Plain(nn.Module):
+    """A host as its class made it."""
+
+    def __init__(self, host: nn.Module):
+        super().__init__()
+        self.host = host
+
+    def forward(self, x: Tensor) -> Tensor:
+        host: Any = self.host
+        return type(host).plain_class.forward(host, x)
+
+
+def _state(host: Any) -> tuple:
+    """What a host computes depends on this beside its tensors."""
+    names = ("active_adapters", "disable_adapters", "merged_adapters", "training")
+    return tuple(str(getattr(host, name, None)) for name in names)
+
+
+def _branches(host: Any, x: Tensor) -> list[Branch] | None:
+    """The low-rank updates of a LoRA layer, or none of a plain one; None if it is any other layer.
+
+    Written out they cost less than to run the layer again.
+    """
+    if is_plain_linear(host):
+        return []
+    if type(host).plain_class.forward is not lora.Linear.forward or not is_plain_linear(host.base_layer):
+        return None
+    if host.disable_adapters:
+        return None if host.merged else []
+    if host.merged:
+        return []
+    branches = []
+    for name in host.active_adapters:
+        if name not in host.lora_A:
+            continue
+        down, up, dropout = host.lora_A[name], host.lora_B[name], host.lora_dropout[name]
+        plain = all(is_plain_linear(part) for part in (down, up)) and type(dropout) in (nn.Dropout, nn.Identity)
+        if name in host.lora_variant or not plain:
+            return None
+        if down.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            return None  # the layer casts back and forth
+        drops = isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training
+        own_x = dropout(host._cast_input_dtype(x, down.weight.dtype)) if drops else None
+        branches.append(Branch(down.weight, up.weight, up.bias, host.scaling[name], own_x))
+    return branches
