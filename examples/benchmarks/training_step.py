@@ -5,7 +5,8 @@
 
 The methods take turns, round after round, so that whatever else the machine does meets them all; the table shows
 medians and, for times, medians of the ratios within a round. A method may carry settings after a colon, as in
-`lbp-wht:r=10,grad_input=3` or `lora-all:r=16`.
+`lbp-wht:r=10,grad_input=3` or `lora-all:r=16`. LBP-WHT on all linear layers, put on LoRA, is written with a plus:
+`lora-all+lbp-wht:r=3`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import AutoModelForImageClassification, Dinov2Config, ViTConfig
 
@@ -47,15 +48,32 @@ MODELS: dict[str, Callable[[int], Any]] = {
     },
     "dinov2-b": lambda image_size: Dinov2Config(**SIZES["b"], image_size=image_size, patch_size=14),
 }
-METHODS = ("full", "lora-qv", "lora-all", "lbp-wht:r=3,grad_input=3", "lbp-wht:r=10,grad_input=10", "lbp-wht:r=10")
+METHODS = (
+    "full",
+    "lora-qv",
+    "lora-all",
+    "lbp-wht:r=3,grad_input=3",
+    "lbp-wht:r=10,grad_input=10",
+    "lbp-wht:r=10",
+    "lora-all+lbp-wht:r=3,grad_input=3",
+    "lora-all+lbp-wht:r=10,grad_input=10",
+    "lora-all+lbp-wht:r=10",
+    "lora-qv+lbp-wht:r=3,grad_input=3",
+    "lora-qv+lbp-wht:r=10,grad_input=10",
+    "lora-qv+lbp-wht:r=10",
+)
+REFERENCES = {"full": "full", "lora_all": "lora-all", "lora_qv": "lora-qv"}
 COLUMNS = (
     "method",
     "forward ms",
     "backward ms",
     "step / full",
     "step / LoRA all",
+    "step / LoRA qv",
     "saved MiB",
     "/ full",
+    "/ LoRA all",
+    "/ LoRA qv",
     "backward G MACs",
 )
 
@@ -69,12 +87,17 @@ def settings_of(method: str) -> tuple[str, dict[str, Any]]:
 
 def adapted(model: nn.Module, method: str) -> nn.Module:
     """The model, made ready to be trained by a method; every method trains the classifier."""
+    if "+" in method:
+        for part in method.split("+"):
+            model = adapted(model, part)
+        return model
     name, settings = settings_of(method)
     head = ["classifier"]
     if name == "full":
         return model
     if name == "lbp-wht":
-        return get_peft_model(model, LBPWHTConfig(modules_to_save=head, **settings))
+        stacked = isinstance(model, PeftModel)
+        return get_peft_model(model, LBPWHTConfig(modules_to_save=head, train_base_weight=not stacked, **settings))
     if name in ("lora-qv", "lora-all"):
         targets = encoder_linears(model)
         if name == "lora-qv":
@@ -139,21 +162,23 @@ def measure(steps: list[Step], rounds: int) -> list[dict[str, Any]]:
     whole = [[sum(pair) for pair in own[1:]] for own in times]
     names = [step.method for step in steps]
 
-    def ratio_to(reference: str, own: list[float]) -> float | None:
+    def step_over(reference: str, i: int) -> float | None:
         if reference not in names:
             return None
-        return statistics.median(a / b for a, b in zip(own, whole[names.index(reference)], strict=True))
+        return statistics.median(a / b for a, b in zip(whole[i], whole[names.index(reference)], strict=True))
+
+    def saved_over(reference: str, i: int) -> float | None:
+        return counts[i][0] / counts[names.index(reference)][0] if reference in names else None
 
     return [
         {
             "method": step.method,
             "forward_ms": 1e3 * statistics.median(forward for forward, _ in times[i][1:]),
             "backward_ms": 1e3 * statistics.median(backward for _, backward in times[i][1:]),
-            "step_over_full": ratio_to("full", whole[i]),
-            "step_over_lora_all": ratio_to("lora-all", whole[i]),
+            **{f"step_over_{key}": step_over(reference, i) for key, reference in REFERENCES.items()},
             "step_ms_lowest_highest": [1e3 * min(whole[i]), 1e3 * max(whole[i])],
             "saved_mib": counts[i][0],
-            "saved_over_full": counts[i][0] / counts[names.index("full")][0] if "full" in names else None,
+            **{f"saved_over_{key}": saved_over(reference, i) for key, reference in REFERENCES.items()},
             "backward_gmacs": counts[i][1],
         }
         for i, step in enumerate(steps)
@@ -169,10 +194,9 @@ def table(rows: list[dict[str, Any]]) -> str:
             row["method"],
             number(row["forward_ms"], 0),
             number(row["backward_ms"], 0),
-            number(row["step_over_full"], 3),
-            number(row["step_over_lora_all"], 3),
+            *(number(row[f"step_over_{key}"], 3) for key in REFERENCES),
             number(row["saved_mib"], 0),
-            number(row["saved_over_full"], 3),
+            *(number(row[f"saved_over_{key}"], 3) for key in REFERENCES),
             number(row["backward_gmacs"], 1),
         )
         for row in rows

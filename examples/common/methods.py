@@ -53,34 +53,39 @@ def full(options: Options) -> Method:
     return Method("full fine-tuning", options.learning_rate, None)
 
 
-def lora(options: Options) -> Method:
-    def config(heads: list[str]) -> LoraConfig:
-        return LoraConfig(
-            r=options.lora_r,
-            lora_alpha=options.lora_alpha,
-            target_modules=options.lora_target_modules or "all-linear",
-            exclude_modules=heads,
-            modules_to_save=heads,
-        )
+def lora_config(options: Options, heads: list[str]) -> LoraConfig:
+    return LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        target_modules=options.lora_target_modules or "all-linear",
+        exclude_modules=heads,
+        modules_to_save=heads,
+    )
 
-    return Method(f"LoRA r={options.lora_r}", options.lora_learning_rate, config)
+
+def lbp_wht_config(options: Options, **settings: Any) -> LBPWHTConfig:
+    return LBPWHTConfig(
+        r=options.r,
+        grad_input=int(options.grad_input) if options.grad_input.isdigit() else options.grad_input,
+        block_size=options.block_size,
+        selection=options.selection,
+        boundary=options.boundary,
+        **settings,
+    )
+
+
+def lbp_wht_label(options: Options) -> str:
+    return f"LBP-WHT r={options.r}" + ("" if options.grad_input == "full" else f", grad_input={options.grad_input}")
+
+
+def lora(options: Options) -> Method:
+    return Method(f"LoRA r={options.lora_r}", options.lora_learning_rate, lambda heads: lora_config(options, heads))
 
 
 def lbp_wht(options: Options) -> Method:
-    grad_input: Any = int(options.grad_input) if options.grad_input.isdigit() else options.grad_input
-
-    def config(heads: list[str]) -> LBPWHTConfig:
-        return LBPWHTConfig(
-            r=options.r,
-            grad_input=grad_input,
-            block_size=options.block_size,
-            selection=options.selection,
-            boundary=options.boundary,
-            modules_to_save=heads,
-        )
-
-    suffix = "" if grad_input == "full" else f", grad_input={grad_input}"
-    return Method(f"LBP-WHT r={options.r}{suffix}", options.learning_rate, config)
+    return Method(
+        lbp_wht_label(options), options.learning_rate, lambda heads: lbp_wht_config(options, modules_to_save=heads)
+    )
 
 
 def lbp_wht_paper(options: Options) -> Method:
@@ -88,11 +93,21 @@ def lbp_wht_paper(options: Options) -> Method:
     return lbp_wht(options.with_overrides(f"grad_input={options.r}"))
 
 
+def lora_with_lbp_wht(options: Options) -> Method:
+    """LoRA's weights are trained, LBP-WHT makes their gradients cheap."""
+
+    def config(heads: list[str]) -> LBPWHTConfig:
+        return lbp_wht_config(options, train_base_weight=False, stack_on=lora_config(options, heads))
+
+    return Method(f"LoRA r={options.lora_r} + {lbp_wht_label(options)}", options.lora_learning_rate, config)
+
+
 METHODS: dict[str, Callable[[Options], Method]] = {
     "full": full,
     "lora": lora,
     "lbp-wht": lbp_wht,
     "lbp-wht-paper": lbp_wht_paper,
+    "lora+lbp-wht": lora_with_lbp_wht,
 }
 
 

@@ -28,9 +28,9 @@ class Options:
 
     # Methods
     methods: list[str] = option(
-        ["full", "lora", "lbp-wht", "lbp-wht-paper"],
-        "What to compare: full, lora, lbp-wht, lbp-wht-paper. A method may carry options of its own: lbp-wht:r=3 or "
-        "lora:lora_r=4,lora_learning_rate=2e-3.",
+        ["full", "lora", "lora+lbp-wht", "lbp-wht", "lbp-wht-paper"],
+        "What to compare: full, lora, lora+lbp-wht, lbp-wht, lbp-wht-paper. A method may carry options of its own: "
+        "lbp-wht:r=3 or lora:lora_r=4,lora_learning_rate=2e-3.",
     )
     r: int = option(10, "LBP-WHT: Walsh-Hadamard bases per block.")
     grad_input: str = option(
