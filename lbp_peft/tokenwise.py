@@ -264,6 +264,10 @@ def why_not_token_wise(layer: nn.Module, num_features: int, dtype: torch.dtype, 
         with _replaced(_active_dropouts(layer), pass_on):
             return functional_call(layer, disturbed, (x,)).double()
 
+    fixed = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
+    with torch.enable_grad(), _same_random_state(device):
+        if functional_call(layer, fixed, (a,)).requires_grad:
+            return "it is trained by tensors that are not among its parameters"
     with torch.no_grad(), _same_random_state(device):
         at_a, at_zero = run(a), run(torch.zeros_like(a))
         scale = at_a.abs().max() + 1e-6
