@@ -13,6 +13,18 @@ def is_plain_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward
 
 
+def is_pointwise_conv(module: nn.Module) -> bool:
+    """Whether a module multiplies the channels of every pixel by one matrix: a convolution with kernel 1."""
+    cls = getattr(type(module), "plain_class", type(module))
+    return (
+        isinstance(module, nn.Conv2d)
+        and cls.forward is nn.Conv2d.forward
+        and module.kernel_size == module.stride == module.dilation == (1, 1)
+        and module.padding in ((0, 0), 0, "same", "valid")
+        and module.groups == 1
+    )
+
+
 def encoder_linears(model: nn.Module) -> list[str]:
     """Names of the linear layers inside the encoder's blocks.
 

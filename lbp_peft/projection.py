@@ -121,6 +121,26 @@ class Projection:
         _bmm_into(grid, self.row_synthesis.t().expand(batch, -1, -1), rows)
         return tokens
 
+    def project_image(self, image: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, k, C), for a layout without prefix tokens."""
+        batch, channels, height, width = image.shape
+        if image.is_contiguous(memory_format=torch.channels_last) and channels > 1:  # the tokens as they lie there
+            return self.project(image.permute(0, 2, 3, 1).flatten(1, 2))
+        columns = image.reshape(-1, width) @ self.column_analysis.t()
+        columns = columns.view(batch * channels, height, -1)
+        both = torch.bmm(self.row_analysis.expand(len(columns), -1, -1), columns)
+        return both.view(batch, channels, -1).index_select(2, self.kept).transpose(1, 2)
+
+    def lift_image(self, coefficients: Tensor) -> Tensor:
+        """(N, k, C) -> (N, C, H, W), for a layout without prefix tokens."""
+        (height, width), (batch, _, channels) = self.layout.grid, coefficients.shape
+        num_rows, num_columns = len(self.row_synthesis), len(self.column_synthesis)
+        both = coefficients.new_zeros(batch, channels, num_rows * num_columns)
+        both.index_copy_(2, self.kept, coefficients.transpose(1, 2))
+        columns = both.view(batch * channels, num_rows, num_columns)
+        columns = torch.bmm(self.row_synthesis.t().expand(len(columns), -1, -1), columns)
+        return (columns.view(-1, num_columns) @ self.column_synthesis).view(batch, channels, height, width)
+
 
 def _bmm_into(target: Tensor, a: Tensor, b: Tensor) -> None:
     if torch.compiler.is_compiling():  # it refuses to write into views, and saves the copy by itself

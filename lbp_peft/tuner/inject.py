@@ -9,12 +9,13 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
-from ..encoder import encoder_linears
+from ..encoder import encoder_linears, is_pointwise_conv
 from ..grid import GridFinder
 from .checks import check_targets, is_adapted_linear
 from .config import LBPWHTConfig
 from .layer import BackwardRule, LBPWHTLayer
 from .linear import LBPWHTLinear
+from .pointwise import LBPWHTPointwiseConv2d
 from .stack import has_other_adapters
 from .stacked import CHILD, LBPWHTStacked, leave, stand_inside
 
@@ -81,7 +82,8 @@ def create_and_replace(
     else:
         finder = grid_finder(tuner.model)
         train, inference = config.train_base_weight, config.inference_mode
-        layer = LBPWHTLinear(target, finder, current_key, adapter_name, rule, train, inference)
+        layer_cls = LBPWHTPointwiseConv2d if is_pointwise_conv(target) else LBPWHTLinear
+        layer = layer_cls(target, finder, current_key, adapter_name, rule, train, inference)
         if adapter_name not in tuner.active_adapters:  # an additional adapter is not trained until it is activated
             layer.requires_grad_(False)
         tuner._replace_module(parent, target_name, layer, target)

@@ -102,11 +102,12 @@ class LBPWHTLayer(BaseTunerLayer):
         if x.dim() not in (3, 4):
             self._note(x, "its input has no token axis")
             return None
-        if _num_tokens(x) <= 1:
+        shape = self._shape_of_tokens(x)
+        if _num_tokens(shape) <= 1:
             self._note(x, "its input has a single token")
             return None
         try:
-            layout = self.finder.layout(x.shape, rule.grid_size, rule.num_prefix_tokens)
+            layout = self.finder.layout(shape, rule.grid_size, rule.num_prefix_tokens)
             kept_for_weight, kept_for_input = num_kept(layout, for_weight), num_kept(layout, for_input)
         except LayoutError as error:
             self._fall_back(x, error.why, error.remedy, cause=error.remedy)
@@ -116,6 +117,10 @@ class LBPWHTLayer(BaseTunerLayer):
             return None
         self._note(x, "", layout, kept_for_weight, kept_for_input)
         return layout
+
+    def _shape_of_tokens(self, x: Tensor) -> torch.Size:
+        """(N, L, C) or (N, H, W, C)"""
+        return x.shape
 
     def _is_token_wise(self, layer: nn.Module, x: Tensor, state: Hashable) -> bool:
         """Whether a layer that is no plain linear one can go backward on few rows; tried out once in each state."""
@@ -143,11 +148,11 @@ class LBPWHTLayer(BaseTunerLayer):
         kept_for_input: int | None = None,
     ) -> None:
         if not torch.compiler.is_compiling():
-            num_tokens = _num_tokens(x)
+            num_tokens = _num_tokens(self._shape_of_tokens(x))
             self.last_backward = BackwardPass(
                 num_tokens, layout, kept_for_weight or num_tokens, kept_for_input or num_tokens, why_exact
             )
 
 
-def _num_tokens(x: Tensor) -> int:
-    return math.prod(x.shape[1:-1]) if x.dim() > 2 else 0
+def _num_tokens(shape: torch.Size) -> int:
+    return math.prod(shape[1:-1]) if len(shape) > 2 else 0

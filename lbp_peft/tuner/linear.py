@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..bases import TokenLayout
 from ..encoder import is_plain_linear
 from ..grid import GridFinder
 from ..lowrank import low_rank_linear
@@ -45,8 +46,7 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
         self.lbpwht_weight = nn.ParameterDict({})
         self.lbpwht_bias = nn.ParameterDict({})
         self._unmerged: tuple[Tensor, Tensor | None] | None = None
-        base: Any = self.get_base_layer()
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.in_features, self.out_features = self._num_features(self.get_base_layer())
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, rule, train_base_weight, inference_mode)
 
@@ -73,13 +73,27 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
             return self.base_layer(x)
         weight, bias = self._adapted_parameters()
         layout = None if rule is None else self._low_rank_layout(x, weight.requires_grad, rule)
-        if is_plain_linear(self.get_base_layer()):
+        if self._is_plain(self.get_base_layer()):
             if rule is None or layout is None:
-                return F.linear(x, weight, bias)
-            return low_rank_linear(x, weight, bias, layout, rule.for_weight, rule.for_input)
+                return self._multiply(x, weight, bias)
+            return self._multiply_low_rank(x, weight, bias, layout, rule)
         if rule is None or layout is None or not self._is_token_wise(self.base_layer, x, None):
             return self.base_layer(x)
         return low_rank_layer(self.base_layer, x, layout, rule.for_weight, rule.for_input)
+
+    def _is_plain(self, base: nn.Module) -> bool:
+        return is_plain_linear(base)
+
+    def _num_features(self, base: Any) -> tuple[int, int]:
+        return base.in_features, base.out_features
+
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+    def _multiply_low_rank(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, layout: TokenLayout, rule: BackwardRule
+    ) -> Tensor:
+        return low_rank_linear(x, weight, bias, layout, rule.for_weight, rule.for_input)
 
     def __repr__(self) -> str:
         return "lbpwht." + super().__repr__()

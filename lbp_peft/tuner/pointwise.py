@@ -1,0 +1,36 @@
+"""A convolution with kernel 1 with LBP-WHT adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..bases import TokenLayout
+from ..encoder import is_pointwise_conv
+from ..pointwise import low_rank_pointwise_conv
+from .layer import BackwardRule
+from .linear import LBPWHTLinear
+
+
+class LBPWHTPointwiseConv2d(LBPWHTLinear):
+    """`nn.Conv2d` with kernel 1, stride 1 and one group, with LBP-WHT adapters: see [`LBPWHTLinear`]."""
+
+    def _is_plain(self, base: nn.Module) -> bool:
+        return is_pointwise_conv(base)
+
+    def _num_features(self, base: Any) -> tuple[int, int]:
+        return base.in_channels, base.out_channels
+
+    def _shape_of_tokens(self, x: Tensor) -> torch.Size:
+        return torch.Size((x.shape[0], *x.shape[2:], x.shape[1])) if x.dim() == 4 else x.shape[:1]
+
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.conv2d(x, weight, bias)
+
+    def _multiply_low_rank(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, layout: TokenLayout, rule: BackwardRule
+    ) -> Tensor:
+        return low_rank_pointwise_conv(x, weight, bias, rule.for_weight, rule.for_input)

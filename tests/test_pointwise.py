@@ -1,0 +1,147 @@
+"""Convolutions with kernel 1: gradients against the float64 reference, and PEFT's behaviours."""
+
+import pytest
+import reference
+import torch
+import torch.nn.functional as F
+from models import images, layers_of, outputs, train
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from lbp_peft import BasisSet, LBPWHTConfig, layout_report
+from lbp_peft.pointwise import low_rank_pointwise_conv
+from lbp_peft.tuner.pointwise import LBPWHTPointwiseConv2d
+
+
+def bases(rank):
+    return None if rank is None else BasisSet(rank)
+
+
+def problem(grid, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 6, *grid, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    weight = torch.randn(4, 6, 1, 1, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    bias = torch.randn(4, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+    return x, weight, bias, torch.randn(2, 4, *grid, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def tokens(image):
+    return image.flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("ranks", [(3, 3), (10, None), (10, 3), (3, 21), (None, 6), (64, 64)])
+@pytest.mark.parametrize("grid", [(8, 8), (16, 16), (14, 14), (7, 7), (4, 12), (5, 21)])
+def test_gradients_are_the_references(grid, ranks, memory_format):
+    x, weight, bias, grad = problem(grid)
+    inner = x.contiguous(memory_format=memory_format)
+    y = low_rank_pointwise_conv(inner, weight, bias, *map(bases, ranks))
+    assert torch.equal(y, F.conv2d(inner, weight, bias))
+    found = torch.autograd.grad(y, (weight, x, bias), grad.contiguous(memory_format=memory_format))
+    r, r_input = ranks
+    expected_weight, expected_x = reference.orthogonal_gradients(
+        tokens(x.detach()), weight.detach().flatten(1), tokens(grad), grid, 0, r or 64, r_input
+    )
+    torch.testing.assert_close(found[0].flatten(1), expected_weight, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(tokens(found[1]), expected_x, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found[2], grad.sum((0, 2, 3)))
+
+
+def test_under_autocast_and_in_second_order():
+    x, weight, bias, grad = problem((8, 8), torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = low_rank_pointwise_conv(x, weight, bias, BasisSet(10), BasisSet(10))
+        assert torch.equal(y, F.conv2d(x, weight, bias))
+    found = torch.autograd.grad(y, (x, weight, bias), grad.bfloat16())
+    assert all(g.dtype == torch.float32 for g in found)
+    y = low_rank_pointwise_conv(x, weight, bias, BasisSet(3))
+    (first,) = torch.autograd.grad(y, weight, grad, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        first.sum().backward()
+
+
+class ConvMLP(nn.Module):
+    """A hybrid's convolutional stage: depthwise mixing, then an MLP written as convolutions."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 4, 4)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "mix": nn.Conv2d(8, 8, 3, padding=1, groups=8),
+                    "fc1": nn.Conv2d(8, 16, 1),
+                    "fc2": nn.Conv2d(16, 8, 1, bias=False),
+                }
+            )
+            for _ in range(2)
+        )
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block["fc2"](F.gelu(block["fc1"](block["mix"](x))))
+        return self.head(x.mean((2, 3)))
+
+
+def base():
+    torch.manual_seed(0)
+    return ConvMLP()
+
+
+TARGETS = {"target_modules": ["fc1", "fc2"], "modules_to_save": ["head"]}
+X = images(2, 32, 48)
+
+
+def test_the_layer_in_a_model(tmp_path):
+    model = get_peft_model(base(), LBPWHTConfig(r=3, grad_input=3, **TARGETS))
+    assert torch.equal(outputs(model, X), outputs(base(), X))
+    losses = train(model, X, 5)
+    assert losses[-1] < losses[0]
+    report = layout_report(model)
+    assert len(report.layers) == 4 and not report.exact
+    assert {ran.layout.grid for ran in report.layers.values()} == {(8, 12)}
+    expected = outputs(model, X)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(outputs(PeftModel.from_pretrained(base(), tmp_path), X), expected)
+    model.merge_adapter()
+    assert torch.equal(outputs(model, X), expected)
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(outputs(model, X), outputs(base(), X))
+    merged = model.merge_and_unload()
+    assert torch.equal(outputs(merged, X), expected) and type(merged.blocks[0]["fc1"]) is nn.Conv2d
+
+
+@pytest.mark.parametrize("rank, same", [(64, True), (36, False)])
+def test_full_rank_is_exact_backpropagation(rank, same):
+    plain = base().train()
+    plain(X).square().sum().backward()
+    model = get_peft_model(base(), LBPWHTConfig(r=rank, grad_input=rank, **TARGETS)).train()
+    model(X).square().sum().backward()
+    for name, layer in layers_of(model).items():
+        expected = plain.get_submodule(name.removeprefix("base_model.model.")).weight.grad
+        difference = (layer.lbpwht_weight["default"].grad - expected).norm() / expected.norm()
+        assert difference < 1e-5 if same else 1e-3 < difference < 0.5
+
+
+def test_other_convolutions_are_refused():
+    for targets in (["mix"], ["stem"]):
+        with pytest.raises(TypeError, match=r"Conv2d \(kernel .*kernel 1, stride 1 and one group"):
+            get_peft_model(base(), LBPWHTConfig(target_modules=targets))
+
+
+def test_strided_and_grouped_ones_are_refused():
+    for layer in (nn.Conv2d(4, 4, 1, stride=2), nn.Conv2d(4, 4, 1, groups=2), nn.Conv2d(4, 4, 1, padding=1)):
+        with pytest.raises(TypeError, match="does not support"):
+            get_peft_model(nn.Sequential(layer, nn.ReLU()), LBPWHTConfig(target_modules=["0"]))
+
+
+def test_stacked_on_lora_it_makes_the_input_gradient_cheap():
+    lora = get_peft_model(base(), LoraConfig(r=2, target_modules=["fc1"], modules_to_save=["head"]))
+    model = get_peft_model(lora, LBPWHTConfig(r=3, grad_input=3, train_base_weight=False, target_modules=["fc2"]))
+    assert all(isinstance(layer, LBPWHTPointwiseConv2d) for layer in layers_of(model).values())
+    losses = train(model, X, 5)
+    assert losses[-1] < losses[0]
+    assert not layout_report(model).exact
