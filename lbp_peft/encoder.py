@@ -26,10 +26,12 @@ def is_pointwise_conv(module: nn.Module) -> bool:
 
 
 def encoder_linears(model: nn.Module) -> list[str]:
-    """Names of the linear layers inside the encoder's blocks.
+    """Names of the linear layers, and the convolutions that are like them, inside the encoder's blocks.
 
-    Blocks are the like members of an `nn.ModuleList` or `nn.Sequential`. A head, a pooler or an embedding stands
-    outside them. Where a transformers model says which part of it is the base model, only that part is searched.
+    Blocks are the members of an `nn.ModuleList`, or the like members of an `nn.Sequential`. A head, a pooler or an
+    embedding stands outside them. Where a transformers model says which part of it is the base model, only that part is
+    searched. The blocks of a text tower, which embeds words and not patches, do not count, nor do layers that work on
+    coordinates instead of features.
     """
     base = getattr(model, getattr(model, "base_model_prefix", None) or "", None)
     searched = base if isinstance(base, nn.Module) else model
@@ -39,23 +41,51 @@ def encoder_linears(model: nn.Module) -> list[str]:
 
 
 def _block_lists(model: nn.Module) -> Iterator[nn.Module]:
-    for module in model.modules():
-        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len(module) > 0:
-            alike = len({type(block) for block in module}) == 1
-            if alike and all(
-                not is_plain_linear(block) and next(_linears(block), None) is not None for block in module
-            ):
-                yield module
+    lists = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and _is_list_of_blocks(module)
+    ]
+    on_images = [module for name, module in lists if not _is_of_text(model, name)]
+    yield from on_images or [module for _, module in lists]
+
+
+def _is_list_of_blocks(module: nn.ModuleList | nn.Sequential) -> bool:
+    if any(_is_adaptable(block) for block in module):
+        return False
+    with_linears = [next(_linears(block), None) is not None for block in module]
+    if isinstance(module, nn.ModuleList):
+        return any(with_linears)
+    return bool(with_linears) and all(with_linears) and len({type(block) for block in module}) == 1
+
+
+def _is_of_text(model: nn.Module, name: str) -> bool:
+    """Whether the nearest embedding around a module is one of words: there is no convolution beside it."""
+    parts = name.split(".")
+    for length in range(len(parts) - 1, -1, -1):
+        around = list(model.get_submodule(".".join(parts[:length])).modules())
+        if any(isinstance(module, nn.Conv2d) for module in around):
+            return False
+        if any(isinstance(module, nn.Embedding) for module in around):
+            return True
+    return False
 
 
 def _linears(module: nn.Module) -> Iterator[nn.Module]:
     if isinstance(module, nn.MultiheadAttention):  # reads its projections' weights without calling them
         return
+    if isinstance(module, nn.Sequential) and len(module) and getattr(module[0], "in_features", 5) <= 4:
+        return  # a map from two or three coordinates, as of relative positions
     for child in module.children():
-        if is_plain_linear(_unwrapped(child)):
+        if _is_adaptable(child):
             yield child
         else:
             yield from _linears(child)
+
+
+def _is_adaptable(module: nn.Module) -> bool:
+    layer = _unwrapped(module)
+    return is_plain_linear(layer) or is_pointwise_conv(layer)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

@@ -1,13 +1,15 @@
 """On which patch grid do the tokens of a layer lie?
 
-The answer is read off the running model, not guessed from the number of tokens: the convolution that turns the image
-into patches is watched, and the height and width of its output are the patch grid at any resolution and aspect ratio.
-Models that cut patches without a convolution are asked for their patch size instead, and their `pixel_values` for the
-image's.
+The answer is read off the running model, not guessed from the number of tokens: the convolutions that turn the image
+into patches, or merge patches into larger ones, are watched, and the height and width of their outputs are patch grids
+at any resolution and aspect ratio. Where a pyramid merges patches without a convolution, the grid is halved. Windowed
+attention says itself how large its windows are. Models that cut patches without a convolution are asked for their patch
+size instead, and their `pixel_values` for the image's.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterator
@@ -20,6 +22,9 @@ from .bases import LayoutError, TokenLayout
 
 # Learned tokens that vision transformers put before their patches: cls_token, class_embedding, register_tokens, ...
 _PREFIX_TOKEN = re.compile(r"(cls|class|dist|distillation|reg|register)_(tokens?|embedding)")
+
+
+_MAKES_GRIDS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 
 
 class GridMismatchError(ValueError):
@@ -42,12 +47,17 @@ class GridFinder:
         self._warned: set[str] = set()
         self._hooks: list[Any] = []
         self._embeddings: dict[nn.Module, int] = {}
-        self._embeddings_run: set[nn.Module] = set()
+        self._first_to_run: nn.Module | None = None
+        self._merges_patches = False
+        self._reorders_patches = False
+        self._num_images = 0
         self._patch_size: tuple[int, int] | None = None
         self._num_prefix_tokens = 0
 
     def watch(self, model: nn.Module) -> None:
         """Learn from this model's forward passes from now on, by hooks. Once more when its modules have changed."""
+        self._merges_patches = any(_may_merge_patches(module) for module in model.modules())
+        self._reorders_patches = any("unroll" in type(module).__name__.lower() for module in model.modules())
         for embedding, ancestors in _patch_embeddings(model):
             if embedding not in self._embeddings:
                 _drop_copied_hooks(embedding)
@@ -66,7 +76,11 @@ class GridFinder:
         self._hooks.clear()
 
     def layout(
-        self, shape: torch.Size, grid_size: tuple[int, int] | None = None, num_prefix_tokens: int | None = None
+        self,
+        shape: torch.Size,
+        grid_size: tuple[int, int] | None = None,
+        num_prefix_tokens: int | None = None,
+        window: tuple[int, int] | None = None,
     ) -> TokenLayout:
         """The layout of an input.
 
@@ -74,17 +88,29 @@ class GridFinder:
             shape: (N, L, C), or (N, H, W, C), which is its own grid.
             grid_size: (H, W) if given by hand.
             num_prefix_tokens: if given by hand.
+            window: (H, W) of the windows that attention near the layer works in.
 
         Raises:
             GridMismatchError: what was given by hand does not fit.
             LayoutError: nothing was given and the grid cannot be known.
         """
         if len(shape) == 4:
-            return _own_layout((int(shape[1]), int(shape[2])), grid_size)
+            return self._own_layout((int(shape[1]), int(shape[2])), grid_size, window)
         num_tokens = int(shape[1])
         if grid_size is not None:
             return self._given_layout(num_tokens, grid_size, num_prefix_tokens)
         layout = self._layout_to_rerun(num_tokens) if _in_backward() else self._seen.get(num_tokens)
+        if self._reorders_patches:
+            raise LayoutError(
+                "the model unrolls its patches, so that they do not lie in rows (Hiera)", "Exclude it to silence this."
+            )
+        in_window = window is not None and num_tokens == window[0] * window[1]
+        if (
+            window is not None and in_window and (layout is None or int(shape[0]) != self._num_images)
+        ):  # folded into the batch
+            return TokenLayout(window)
+        if layout is None and num_prefix_tokens is None:
+            layout = self._merged(num_tokens) if self._merges_patches else self._regrouped(shape)
         if num_prefix_tokens is not None and (layout is None or layout.num_prefix_tokens != num_prefix_tokens):
             grids = {seen.grid for seen in self._seen.values()}
             fitting = [g for g in grids if g[0] * g[1] + num_prefix_tokens == num_tokens]
@@ -94,6 +120,23 @@ class GridFinder:
                 self._why_unknown(num_tokens), "Set grid_size (and num_prefix_tokens) if they lie on a grid."
             )
         return layout
+
+    def _own_layout(
+        self, grid: tuple[int, int], grid_size: tuple[int, int] | None, window: tuple[int, int] | None
+    ) -> TokenLayout:
+        """Of an input with two axes of tokens. They are height and width only where such a grid is known to be."""
+        if grid_size is not None and grid != grid_size:
+            raise GridMismatchError(
+                f"grid_size={grid_size}, but the channels-last input that arrived is its own grid, {grid}. Correct "
+                "grid_size, or leave it out."
+            )
+        seen = {layout.grid for layout in self._seen.values()}
+        known = grid in (grid_size, window, *seen) or not seen
+        if not known and not (self._merges_patches and any(_is_merged(grid, larger) for larger in seen)):
+            raise LayoutError(
+                f"{grid[0]} x {grid[1]} tokens are no patch grid of this forward pass", "Set grid_size if they are one."
+            )
+        return TokenLayout(grid)
 
     def warn_once(self, cause: str, message: str) -> None:
         """Warn, unless a layer of this model has been warned about for the same cause."""
@@ -112,6 +155,28 @@ class GridFinder:
                 "give grid_size if it is the same, or do without gradient checkpointing."
             )
         return next(iter(candidates), None)
+
+    def _merged(self, num_tokens: int) -> TokenLayout | None:
+        """Of the grids that were seen, halved once or more and rounded either way, the one that fits, if it is one."""
+        fitting = set()
+        for grid in {layout.grid for layout in self._seen.values()}:
+            for up in (0, 1):
+                height, width = grid
+                while max(height, width) > 1:
+                    height, width = max((height + up) // 2, 1), max((width + up) // 2, 1)
+                    if height * width == num_tokens:
+                        fitting.add(TokenLayout((height, width)))
+        return fitting.pop() if len(fitting) == 1 else None
+
+    def _regrouped(self, shape: torch.Size) -> TokenLayout | None:
+        """Every p-th patch along both sides, the p x p such groups of an image folded into the batch (MobileViT)."""
+        groups = int(shape[0]) // max(self._num_images, 1)
+        p = math.isqrt(groups)
+        if p < 2 or p * p != groups or groups * self._num_images != int(shape[0]):
+            return None
+        grids = {layout.grid for layout in self._seen.values()}
+        fitting = [(h // p, w // p) for h, w in grids if h % p == w % p == 0 and h * w == int(shape[1]) * groups]
+        return TokenLayout(fitting[0]) if len(fitting) == 1 else None
 
     def _given_layout(self, num_tokens: int, grid_size: tuple[int, int], num_prefix_tokens: int | None) -> TokenLayout:
         on_grid = grid_size[0] * grid_size[1]
@@ -154,15 +219,15 @@ class GridFinder:
 
     def _begin_pass(self) -> None:
         self._seen.clear()
-        self._embeddings_run.clear()
         if self._reran:
             self._to_rerun.clear()
             self._reran = False
 
     def _note_patches(self, embedding: nn.Module, args: tuple, output: Tensor) -> None:
-        if embedding in self._embeddings_run and not _in_backward():  # the same convolution again: a new forward pass
+        if not _in_backward() and self._first_to_run in (None, embedding):  # the same one again: a new forward pass
             self._begin_pass()
-        self._embeddings_run.add(embedding)
+            self._first_to_run = embedding
+            self._num_images = int(output.shape[0])
         self._note((int(output.shape[-2]), int(output.shape[-1])), self._embeddings[embedding])
 
     def _note_image(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -171,6 +236,7 @@ class GridFinder:
         candidates = [kwargs.get("pixel_values"), *args]
         image = next((x for x in candidates if isinstance(x, Tensor) and x.dim() == 4), None)
         if image is not None:
+            self._num_images = int(image.shape[0])
             height, width = (int(side) // patch for side, patch in zip(image.shape[-2:], self._patch_size, strict=True))
             self._note((height, width), self._num_prefix_tokens)
 
@@ -180,21 +246,28 @@ def _in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _own_layout(grid: tuple[int, int], grid_size: tuple[int, int] | None) -> TokenLayout:
-    if grid_size is not None and grid != grid_size:
-        raise GridMismatchError(
-            f"grid_size={grid_size}, but the channels-last input that arrived is its own grid, {grid}. Correct "
-            "grid_size, or leave it out."
-        )
-    return TokenLayout(grid)
-
-
-def _patch_embeddings(model: nn.Module) -> Iterator[tuple[nn.Conv2d, list[nn.Module]]]:
-    """Convolutions that cut into patches (kernel = stride > 1), each with its ancestors, nearest first."""
+def _patch_embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    """Layers that cut into patches or merge them (stride > 1), each with its ancestors, nearest first."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Conv2d) and module.stride == module.kernel_size and max(module.stride) > 1:
+        if isinstance(module, _MAKES_GRIDS) and max(_pair(module.stride) or (1, 1)) > 1:
             parts = name.split(".")
             yield module, [model.get_submodule(".".join(parts[:n])) for n in range(len(parts) - 1, -1, -1)]
+
+
+def _is_merged(grid: tuple[int, int], larger: tuple[int, int]) -> bool:
+    """Whether a grid is another one halved once or more."""
+    while min(larger) > 1:
+        larger = ((larger[0] + 1) // 2, (larger[1] + 1) // 2)
+        if grid == larger:
+            return True
+    return False
+
+
+def _may_merge_patches(module: nn.Module) -> bool:
+    """Patch merging joins 2 x 2 patches of C channels and reduces 4 C to 2 C (Swin, arXiv 2103.14030)."""
+    if not isinstance(module, nn.Linear) or module.bias is not None:
+        return False
+    return module.in_features == 2 * module.out_features and module.in_features % 4 == 0
 
 
 def _drop_copied_hooks(module: nn.Module) -> None:
@@ -220,10 +293,28 @@ def _count_prefix_tokens(ancestors: list[nn.Module]) -> int:
     return 0
 
 
+def window_near(model: nn.Module, name: str) -> nn.Module | None:
+    """The nearest module around a layer that says its `window_size`."""
+    parts = name.split(".")
+    for length in range(len(parts) - 1, -1, -1):
+        ancestor = model.get_submodule(".".join(parts[:length]))
+        if _pair(getattr(ancestor, "window_size", None)) is not None:
+            return ancestor
+    return None
+
+
+def window_size(windowed: nn.Module | None) -> tuple[int, int] | None:
+    """(H, W) of the windows of what [`window_near`] found; they may change with the image."""
+    return _pair(getattr(windowed, "window_size", None))
+
+
 def _patch_size_of(model: nn.Module) -> tuple[int, int] | None:
-    size = getattr(getattr(model, "config", None), "patch_size", None)
-    if isinstance(size, int):
+    return _pair(getattr(getattr(model, "config", None), "patch_size", None))
+
+
+def _pair(size: Any) -> tuple[int, int] | None:
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
         return (size, size)
-    if isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(side, int) for side in size):
+    if isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size):
         return (size[0], size[1])
     return None

@@ -174,9 +174,15 @@ def test_text_beside_images_is_exact():
         vision_config=SMALL, text_config=text | {"vocab_size": 50, "max_position_embeddings": 12, "eos_token_id": 49},
         projection_dim=16,
     )  # fmt: skip
+    inputs = {"input_ids": torch.randint(0, 49, (2, 9)), "pixel_values": images()}
     model = adapt(transformers.CLIPModel(config))
+    model(**inputs).logits_per_image.sum().backward()
+    ran = layout_report(model).layers
+    assert ran and all("vision_model" in name and r.layout.grid == (8, 8) for name, r in ran.items())
+
+    model = adapt(transformers.CLIPModel(config), target_modules=["fc1", "fc2"])
     with pytest.warns(UserWarning, match="uses exact backpropagation") as caught:
-        output = model(input_ids=torch.randint(0, 49, (2, 9)), pixel_values=images())
+        output = model(**inputs)
     assert len(exact_warnings(caught)) == 1
     output.logits_per_image.sum().backward()
     ran = layout_report(model).layers

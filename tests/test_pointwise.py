@@ -1,11 +1,13 @@
 """Convolutions with kernel 1: gradients against the float64 reference, and PEFT's behaviours."""
 
+import copy
+
 import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from models import images, layers_of, outputs, train
-from peft import LoraConfig, PeftModel, get_peft_model
+from models import gradients, images, largest_difference, layers_of, outputs, train
+from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from lbp_peft import BasisSet, LBPWHTConfig, layout_report
@@ -121,9 +123,11 @@ def test_full_rank_is_exact_backpropagation(rank, same):
     model = get_peft_model(base(), LBPWHTConfig(r=rank, grad_input=rank, **TARGETS)).train()
     model(X).square().sum().backward()
     for name, layer in layers_of(model).items():
+        if not same and "blocks.1" in name:  # behind it is the mean over pixels: a constant, which any rank keeps
+            continue
         expected = plain.get_submodule(name.removeprefix("base_model.model.")).weight.grad
         difference = (layer.lbpwht_weight["default"].grad - expected).norm() / expected.norm()
-        assert difference < 1e-5 if same else 1e-3 < difference < 0.5
+        assert difference < 1e-5 if same else 1e-3 < difference < 1, (name, difference)
 
 
 def test_other_convolutions_are_refused():
@@ -145,3 +149,26 @@ def test_stacked_on_lora_it_makes_the_input_gradient_cheap():
     losses = train(model, X, 5)
     assert losses[-1] < losses[0]
     assert not layout_report(model).exact
+
+
+@pytest.mark.parametrize("config", [LoraConfig(r=2, target_modules=["fc1"]), LoHaConfig(r=2, target_modules=["fc1"])])
+@pytest.mark.parametrize("rank", [36, 64])
+def test_other_methods_on_convolutions_are_made_cheap(config, rank):
+    def build():
+        model = get_peft_model(base(), copy.deepcopy(config))
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.add_(0.1 * torch.randn(p.shape, generator=generator))
+        return model.train()
+
+    plain = build()
+    model = get_peft_model(build(), LBPWHTConfig(r=rank, grad_input=rank, train_base_weight=False)).train()
+    assert torch.equal(model(X), plain(X))
+    difference = largest_difference(gradients(model, X), gradients(plain, X))
+    assert difference < 1e-5 if rank == 64 else 1e-3 < difference < 1
+    report = layout_report(model)
+    assert {name.rsplit(".")[-1] for name in report.layers} == {"fc1", "fc2"}
+    if rank == 36:
+        assert not report.exact and {ran.layout.grid for ran in report.layers.values()} == {(8, 12)}

@@ -43,7 +43,8 @@ def check_targets(targets: list[tuple[str, nn.Module]], train_base_weight: bool,
                 what += f" (kernel {base.kernel_size}, stride {base.stride}, groups {base.groups})"
             raise TypeError(
                 f"Target module {name} is of type {what}, which LBP-WHT does not support. Supported are "
-                "torch.nn.Linear, and torch.nn.Conv2d with kernel 1, stride 1 and one group. Leave it out of target_modules, or name it in exclude_modules."
+                "torch.nn.Linear, and torch.nn.Conv2d with kernel 1, stride 1 and one group. Leave it out of "
+                "target_modules, or name it in exclude_modules."
             )
         if quantised and train_base_weight:
             raise ValueError(
@@ -59,11 +60,11 @@ def _is_of_others(module: nn.Module) -> bool:
 
 
 def is_adapted_linear(module: nn.Module) -> bool:
-    """Whether it is another method's adapter of a linear layer."""
+    """Whether it is another method's adapter of a layer that LBP-WHT supports."""
     if not isinstance(module, BaseTunerLayer) or isinstance(module, LBPWHTLayer):
         return False
     base = module.get_base_layer()
-    return is_plain_linear(base) or _is_quantised(base)
+    return is_plain_linear(base) or is_pointwise_conv(base) or _is_quantised(base)
 
 
 def adapter_keys(model: nn.Module, adapter_name: str) -> set[str]:

@@ -10,7 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from ..encoder import encoder_linears, is_pointwise_conv
-from ..grid import GridFinder
+from ..grid import GridFinder, window_near
 from .checks import check_targets, is_adapted_linear
 from .config import LBPWHTConfig
 from .layer import BackwardRule, LBPWHTLayer
@@ -101,6 +101,14 @@ def leave_all(model: nn.Module) -> set[GridFinder]:
 def _trained_by_others(target: nn.Module, model: nn.Module) -> bool:
     """Whether another method trains a layer's own parameters, as LoRA's bias="all" does."""
     return has_other_adapters(model) and any(p.requires_grad for p in target.parameters())
+
+
+def look_around(model: nn.Module) -> None:
+    """Have the layers of a model learn on what grids their tokens lie."""
+    grid_finder(model).watch(model)
+    for name, module in model.named_modules():
+        if isinstance(module, LBPWHTLayer):
+            module.windowed = (window_near(model, name),)
 
 
 def grid_finder(model: nn.Module) -> GridFinder:

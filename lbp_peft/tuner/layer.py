@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..bases import BasisSet, LayoutError, TokenLayout
-from ..grid import GridFinder
+from ..grid import GridFinder, window_size
 from ..projection import num_kept
 from ..tokenwise import why_not_token_wise
 
@@ -73,6 +73,8 @@ class LBPWHTLayer(BaseTunerLayer):
         self.lbpwht_rule: dict[str, BackwardRule] = {}
         self.finder = finder
         self.layer_name = layer_name
+        # In a tuple, since it is around this layer, not a part of it.
+        self.windowed: tuple[nn.Module | None] = (None,)
         self.exact_backward = False
         self.last_backward: BackwardPass | None = None
         self._disable_adapters = False
@@ -107,7 +109,8 @@ class LBPWHTLayer(BaseTunerLayer):
             self._note(x, "its input has a single token")
             return None
         try:
-            layout = self.finder.layout(shape, rule.grid_size, rule.num_prefix_tokens)
+            window = window_size(self.windowed[0])
+            layout = self.finder.layout(shape, rule.grid_size, rule.num_prefix_tokens, window)
             kept_for_weight, kept_for_input = num_kept(layout, for_weight), num_kept(layout, for_input)
         except LayoutError as error:
             self._fall_back(x, error.why, error.remedy, cause=error.remedy)

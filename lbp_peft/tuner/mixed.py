@@ -15,7 +15,7 @@ from peft.utils import PeftType
 from torch import nn
 
 from .config import LBPWHTConfig
-from .inject import create_and_replace, grid_finder, leave_all, prepare
+from .inject import create_and_replace, leave_all, look_around, prepare
 from .layer import LBPWHTLayer
 from .model import LBPWHTModel
 from .stack import has_other_adapters, left_as_they_are
@@ -53,7 +53,7 @@ class MixedModel(mixed.MixedModel):
             return
         with left_as_they_are(model) if has_other_adapters(model) else nullcontext():
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        grid_finder(model).watch(model)
+        look_around(model)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         finders = leave_all(self.model)

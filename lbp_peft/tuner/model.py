@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .checks import adapter_keys, check_state_dict
 from .config import LBPWHTConfig
-from .inject import create_and_replace, grid_finder, leave_all, prepare
+from .inject import create_and_replace, leave_all, look_around, prepare
 from .layer import LBPWHTLayer
 from .report import LayoutReport, layout_report
 from .stack import KEYS, Stack, has_other_adapters, left_as_they_are, stack_beneath
@@ -115,7 +115,7 @@ class LBPWHTModel(BaseTuner):
             )
         with left_as_they_are(model) if has_other_adapters(model) else nullcontext():
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        grid_finder(model).watch(model)
+        look_around(model)
 
     def _is_built(self) -> bool:
         return any(isinstance(module, LBPWHTLayer) for module in self.model.modules())

@@ -18,6 +18,12 @@ from .linear import LBPWHTLinear
 class LBPWHTPointwiseConv2d(LBPWHTLinear):
     """`nn.Conv2d` with kernel 1, stride 1 and one group, with LBP-WHT adapters: see [`LBPWHTLinear`]."""
 
+    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any):
+        super().__init__(base_layer, *args, **kwargs)
+        base: Any = self.get_base_layer()
+        for name in ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups"):
+            setattr(self, name, getattr(base, name))  # models read these of their convolutions
+
     def _is_plain(self, base: nn.Module) -> bool:
         return is_pointwise_conv(base)
 

@@ -10,7 +10,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..encoder import is_plain_linear
+from ..encoder import is_plain_linear, is_pointwise_conv
 from ..grid import GridFinder
 from ..lowrank import Branch, low_rank_linear
 from ..tokenwise import low_rank_layer
@@ -38,6 +38,10 @@ class LBPWHTStacked(nn.Module, LBPWHTLayer):
         LBPWHTLayer.__init__(self, finder, layer_name)
         self._active_adapter = adapter_name
         self.lbpwht_rule[adapter_name] = rule
+        self._on_images = False
+
+    def _shape_of_tokens(self, x: Tensor) -> torch.Size:
+        return x.movedim(1, -1).shape if self._on_images and x.dim() > 2 else x.shape
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing to merge."""
@@ -54,16 +58,23 @@ class LBPWHTStacked(nn.Module, LBPWHTLayer):
         rule = None if self.disable_adapters or args or kwargs else self._active_rule(x)
         if rule is None:
             return plain(host, x, *args, **kwargs)
+        self._on_images = is_pointwise_conv(self._base_layer(host))
         layout = self._low_rank_layout(x, any(p.requires_grad for p in host.parameters()), rule)
         if layout is None:
             return plain(host, x)
-        if (branches := _branches(host, x)) is not None:
+        if not self._on_images and (branches := _branches(host, x)) is not None:
             base = host.base_layer if isinstance(host, BaseTunerLayer) else host
             return low_rank_linear(x, base.weight, base.bias, layout, rule.for_weight, rule.for_input, branches)
-        layer, state = _Plain(host), functools.partial(_state, host)
-        if torch.compiler.is_compiling() or not self._is_token_wise(layer, x, state()):
+        layer = _ChannelsLast(_Plain(host)) if self._on_images else _Plain(host)
+        tokens = x.movedim(1, -1) if self._on_images else x
+        state = functools.partial(_state, host)
+        if torch.compiler.is_compiling() or not self._is_token_wise(layer, tokens, state()):
             return plain(host, x)
-        return low_rank_layer(layer, x, layout, rule.for_weight, rule.for_input, state)
+        y = low_rank_layer(layer, tokens, layout, rule.for_weight, rule.for_input, state)
+        return y.movedim(-1, 1) if self._on_images else y
+
+    def _base_layer(self, host: Any) -> nn.Module:
+        return host.get_base_layer() if isinstance(host, BaseTunerLayer) else host
 
     def __repr__(self) -> str:
         return f"lbpwht.LBPWHTStacked({', '.join(self.lbpwht_rule)})"
@@ -115,6 +126,19 @@ class _Plain(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         host: Any = self.host
         return type(host).plain_class.forward(host, x)
+
+
+class _ChannelsLast(nn.Module):
+    """A layer that works on images (N, C, H, W), for (N, H, W, C) and for rows of tokens (N, L, C)."""
+
+    def __init__(self, layer: nn.Module):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:
+            return self.layer(x.movedim(1, -1)[..., None])[..., 0].movedim(1, -1)
+        return self.layer(x.movedim(-1, 1)).movedim(1, -1)
 
 
 def _state(host: Any) -> tuple:
