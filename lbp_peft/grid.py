@@ -57,7 +57,7 @@ class GridFinder:
     def watch(self, model: nn.Module) -> None:
         """Learn from this model's forward passes from now on, by hooks. Once more when its modules have changed."""
         self._merges_patches = any(_may_merge_patches(module) for module in model.modules())
-        self._reorders_patches = any("unroll" in type(module).__name__.lower() for module in model.modules())
+        self._reorders_patches = any(_unrolls_patches(module) for module in model.modules())
         for embedding, ancestors in _patch_embeddings(model):
             if embedding not in self._embeddings:
                 _drop_copied_hooks(embedding)
@@ -268,6 +268,11 @@ def _may_merge_patches(module: nn.Module) -> bool:
     if not isinstance(module, nn.Linear) or module.bias is not None:
         return False
     return module.in_features == 2 * module.out_features and module.in_features % 4 == 0
+
+
+def _unrolls_patches(module: nn.Module) -> bool:
+    """Hiera (arXiv 2306.00989) puts the patches of a unit side by side: timm by a module, transformers by a schedule."""
+    return type(module).__name__ == "Unroll" or hasattr(module, "unroll_schedule")
 
 
 def _drop_copied_hooks(module: nn.Module) -> None:
