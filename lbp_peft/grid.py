@@ -131,7 +131,7 @@ class GridFinder:
                 "grid_size, or leave it out."
             )
         seen = {layout.grid for layout in self._seen.values()}
-        known = grid in (grid_size, window, *seen) or not seen
+        known = grid in (grid_size, window) or not seen or any(_are_multiples(grid, other) for other in seen)
         if not known and not (self._merges_patches and any(_is_merged(grid, larger) for larger in seen)):
             raise LayoutError(
                 f"{grid[0]} x {grid[1]} tokens are no patch grid of this forward pass", "Set grid_size if they are one."
@@ -254,6 +254,13 @@ def _patch_embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Mod
             yield module, [model.get_submodule(".".join(parts[:n])) for n in range(len(parts) - 1, -1, -1)]
 
 
+def _are_multiples(grid: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Whether two grids are the same, or one of them is the other at a multiple of its resolution."""
+    small, large = sorted((grid, other))
+    factor = large[0] // small[0]
+    return (small[0] * factor, small[1] * factor) == large
+
+
 def _is_merged(grid: tuple[int, int], larger: tuple[int, int]) -> bool:
     """Whether a grid is another one halved once or more."""
     while min(larger) > 1:
@@ -271,7 +278,7 @@ def _may_merge_patches(module: nn.Module) -> bool:
 
 
 def _unrolls_patches(module: nn.Module) -> bool:
-    """Hiera (arXiv 2306.00989) puts the patches of a unit side by side: timm by a module, transformers by a schedule."""
+    """Hiera (arXiv 2306.00989) puts patches of a unit side by side: timm by a module, transformers by a schedule."""
     return type(module).__name__ == "Unroll" or hasattr(module, "unroll_schedule")
 
 
@@ -306,6 +313,13 @@ def window_near(model: nn.Module, name: str) -> nn.Module | None:
         if _pair(getattr(ancestor, "window_size", None)) is not None:
             return ancestor
     return None
+
+
+def is_unfolded(model: nn.Module, name: str) -> bool:
+    """Whether a layer works on images unfolded to (N, C, pixels of a patch, patches), as MobileViTV2's do."""
+    parts = name.split(".")
+    around = (model.get_submodule(".".join(parts[:length])) for length in range(len(parts)))
+    return any(type(module).__name__ in ("MobileViTV2Transformer", "LinearTransformerBlock") for module in around)
 
 
 def window_size(windowed: nn.Module | None) -> tuple[int, int] | None:

@@ -9,10 +9,15 @@ import warnings
 
 import pytest
 import torch
-import transformers
 from models import largest_difference, layers_of
 from peft import PeftModel, get_peft_model
-from transformers import AutoModelForImageClassification
+from transformers import (
+    AutoBackbone,
+    AutoModelForDepthEstimation,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from lbp_peft import LBPWHTConfig, exact_backward, layout_report
 
@@ -83,20 +88,70 @@ CASES |= {
                   (128, 128), {r"layer\.2\.transformer": ((8, 8), 0), r"layer\.3\.transformer": ((4, 4), 0),
                                r"layer\.4\.transformer": ((2, 2), 0)}),
 }  # fmt: skip
+BACKBONES = {
+    "dinov3_convnext": (STAGES, (64, 96), FOUR_STAGES),
+    "dinov3_vit": (FLAT, (64, 96), {"": ((8, 12), 1)}),
+    "hgnet_v2": ({}, (64, 64), {}),
+    "maskformer-swin": (SWIN, (64, 64), {
+        r"layers\.0": ((16, 16), 0), r"layers\.1": ((8, 8), 0), "downsample": ((8, 8), 0), "attention": ((4, 4), 0)}),
+    "pixio": (FLAT | {"n_cls_tokens": 8}, (64, 64), {"": ((8, 8), 8)}),
+    "rt_detr_resnet": (STAGES | {"embedding_size": 16}, (64, 64), {}),
+    "sapiens2": (FLAT | {"num_register_tokens": 8}, (64, 64), {"": ((8, 8), 9)}),
+    "textnet": ({}, (64, 64), {}),
+    "vitdet": (FLAT | {"window_size": 4, "window_block_indices": [0]}, (64, 64), {
+        "": ((8, 8), 0), r"layer\.0\.attention": ((4, 4), 0)}),
+    "vitpose_backbone": (FLAT | {"image_size": [64, 64], "patch_size": [8, 8]}, (64, 64), LINEAR),
+}  # fmt: skip
+DENSE = {
+    "depth_anything": ({
+        "backbone_config": FLAT | {"model_type": "dinov2", "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4],
+                                   "reshape_hidden_states": False},
+        "reassemble_hidden_size": 32, "neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8, "patch_size": 8,
+        "head_hidden_size": 8, "depth_estimation_type": "metric", "max_depth": 1}, (64, 64), {r"backbone": ((8, 8), 1)}),
+    "glpn": (PYRAMID | {"decoder_hidden_size": 16, "drop_path_rate": 0.0}, (64, 96), {
+        r"block\.0": ((16, 24), 0), r"block\.1": ((8, 12), 0), r"block\.2": ((4, 6), 0), r"block\.3": ((2, 3), 0),
+        r"self\.(key|value)|attention\.self\.[kv]": ((2, 3), 0)}),
+}  # fmt: skip
+SEGMENTATION = {
+    "segformer": (PYRAMID | {"decoder_hidden_size": 16}, (64, 96), CASES["segformer"][2]),
+    "upernet": ({
+        "backbone_config": STAGES | {"model_type": "convnext",
+                                     "out_features": ["stage1", "stage2", "stage3", "stage4"]},
+        "hidden_size": 16, "auxiliary_in_channels": 32}, (64, 96), {}),
+}  # fmt: skip
+CASES |= {
+    "efficientnet": ({"depth_coefficient": 1.0, "dropout_rate": 0.0, "drop_connect_rate": 0.0}, (64, 64), {}),
+    "levit": ({"hidden_sizes": [16, 32, 48], "num_attention_heads": [2, 2, 3], "depths": [1, 1, 1],
+               "key_dim": [8, 8, 8], "image_size": 128, "drop_path_rate": 0}, (128, 128), {}),
+}  # fmt: skip
+SUBSAMPLED = {"levit": {(4, 4), (2, 2)}}  # without a layer that puts such a map out
+AUTO = (
+    [(name, AutoModelForImageClassification, CASES[name]) for name in CASES]
+    + [(name, AutoBackbone, BACKBONES[name]) for name in BACKBONES]
+    + [(name, AutoModelForDepthEstimation, DENSE[name]) for name in DENSE]
+    + [(name, AutoModelForSemanticSegmentation, SEGMENTATION[name]) for name in SEGMENTATION]
+)
 EXACT = {
     "hiera": ({"embed_dim": 16, "depths": [1, 1, 1], "num_heads": [1, 2, 4], "image_size": [64, 64],
-               "masked_unit_size": [8, 8], "query_stride": [2, 2], "num_query_pool": 2}, (64, 64), "unrolls its patches"),
+               "masked_unit_size": [8, 8], "query_stride": [2, 2], "num_query_pool": 2}, (64, 64),
+              "unrolls its patches"),
     "mobilevitv2": ({"image_size": 64, "base_attn_unit_dims": [16, 24, 32], "n_attn_blocks": [1, 1, 1]}, (64, 64),
-                    "4 x 16 tokens are no patch grid"),
+                    "neither axis of its tokens is height or width"),
 }  # fmt: skip
 
 
-def build(name, settings, image):
+def build(name, settings, image, auto=AutoModelForImageClassification):
     torch.manual_seed(0)
-    config = transformers.models.auto.configuration_auto.CONFIG_MAPPING[name](**settings)
-    config.num_labels = 3
+    settings = {
+        key: CONFIG_MAPPING[value["model_type"]](**{k: v for k, v in value.items() if k != "model_type"})
+        if isinstance(value, dict) and "model_type" in value
+        else value
+        for key, value in settings.items()
+    }
+    config = CONFIG_MAPPING[name](**settings)
+    config.num_labels, config.architectures = 3, []
     try:
-        model = AutoModelForImageClassification.from_config(config)
+        model = auto.from_config(config)
     except (ImportError, TypeError) as error:  # some need packages, or an image processor that is not there
         pytest.skip(f"{name} cannot be made here: {error}".splitlines()[0])
     for module in model.modules():  # or outputs and gradients would not repeat
@@ -117,7 +172,11 @@ def unpacked(case):
 
 def logits(model, x):
     torch.manual_seed(2)
-    return model(pixel_values=x).logits
+    output = model(pixel_values=x)
+    for name in ("logits", "predicted_depth", "feature_maps"):
+        if (found := getattr(output, name, None)) is not None:
+            return found[-1] if isinstance(found, (tuple, list)) else found
+    raise KeyError(list(output))
 
 
 def gradients(model, x):
@@ -132,10 +191,13 @@ def adapt(model, **settings):
     return get_peft_model(copy.deepcopy(model), LBPWHTConfig(**settings)).train()
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_default_configuration_does_the_right_thing(name, tmp_path):
-    kind, settings, image, expected = unpacked(CASES[name])
-    base, x = build(kind or name, settings, image)
+@pytest.mark.parametrize(
+    "name, auto, case",
+    [pytest.param(*one, id=f"{one[1].__name__.removeprefix('AutoModelFor')}-{one[0]}") for one in AUTO],
+)
+def test_the_default_configuration_does_the_right_thing(name, auto, case, tmp_path):
+    kind, settings, image, expected = unpacked(case)
+    base, x = build(kind or name, settings, image, auto)
     recorded = grids_of_the_forward_pass(base, x)
     model = adapt(base, r=3, grad_input=3)
     plain = logits(base, x)
@@ -148,7 +210,7 @@ def test_the_default_configuration_does_the_right_thing(name, tmp_path):
         if ran is None or ran.layout is None:
             assert ran is None or "single token" in ran.why_exact or "not needed" in ran.why_exact, (layer, ran)
             continue
-        assert ran.layout.grid in recorded or expected, layer
+        assert ran.layout.grid in recorded | SUBSAMPLED.get(name, set()) or expected, layer
         matching = [grid for part, grid in expected.items() if re.search(part, layer)]
         if matching:
             assert (ran.layout.grid, ran.layout.num_prefix_tokens) == matching[-1], layer

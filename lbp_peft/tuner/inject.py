@@ -10,7 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from ..encoder import encoder_linears, is_pointwise_conv
-from ..grid import GridFinder, window_near
+from ..grid import GridFinder, is_unfolded, window_near
 from .checks import check_targets, is_adapted_linear
 from .config import LBPWHTConfig
 from .layer import BackwardRule, LBPWHTLayer
@@ -109,6 +109,7 @@ def look_around(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, LBPWHTLayer):
             module.windowed = (window_near(model, name),)
+            module.is_unfolded = is_unfolded(model, name)
 
 
 def grid_finder(model: nn.Module) -> GridFinder:

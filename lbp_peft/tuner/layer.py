@@ -75,6 +75,7 @@ class LBPWHTLayer(BaseTunerLayer):
         self.layer_name = layer_name
         # In a tuple, since it is around this layer, not a part of it.
         self.windowed: tuple[nn.Module | None] = (None,)
+        self.is_unfolded = False
         self.exact_backward = False
         self.last_backward: BackwardPass | None = None
         self._disable_adapters = False
@@ -107,6 +108,10 @@ class LBPWHTLayer(BaseTunerLayer):
         shape = self._shape_of_tokens(x)
         if _num_tokens(shape) <= 1:
             self._note(x, "its input has a single token")
+            return None
+        if self.is_unfolded and rule.grid_size is None:
+            why = "its images are unfolded, so that neither axis of its tokens is height or width"
+            self._fall_back(x, why, "Leave it out with exclude_modules to silence this.", cause="unfolded")
             return None
         try:
             window = window_size(self.windowed[0])
