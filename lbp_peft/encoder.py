@@ -74,7 +74,7 @@ def _is_of_text(model: nn.Module, name: str) -> bool:
 def _linears(module: nn.Module) -> Iterator[nn.Module]:
     if isinstance(module, nn.MultiheadAttention):  # reads its projections' weights without calling them
         return
-    if isinstance(module, nn.Sequential) and len(module) and getattr(module[0], "in_features", 5) <= 4:
+    if getattr(next(module.children(), None), "in_features", 5) <= 4:
         return  # a map from two or three coordinates, as of relative positions
     for child in module.children():
         if _is_adaptable(child):

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .bases import LayoutError, TokenLayout
+from .walsh import is_power_of_two
 
 # Learned tokens that vision transformers put before their patches: cls_token, class_embedding, register_tokens, ...
 _PREFIX_TOKEN = re.compile(r"(cls|class|dist|distillation|reg|register)_(tokens?|embedding)")
@@ -131,7 +132,9 @@ class GridFinder:
                 "grid_size, or leave it out."
             )
         seen = {layout.grid for layout in self._seen.values()}
-        known = grid in (grid_size, window) or not seen or any(_are_multiples(grid, other) for other in seen)
+        known = grid in (grid_size, window, *seen) or not seen
+        if not known and grid[0] not in self._seen:  # which it would be for attention maps, L x L
+            known = any(_are_multiples(grid, other) for other in seen)
         if not known and not (self._merges_patches and any(_is_merged(grid, larger) for larger in seen)):
             raise LayoutError(
                 f"{grid[0]} x {grid[1]} tokens are no patch grid of this forward pass", "Set grid_size if they are one."
@@ -255,10 +258,10 @@ def _patch_embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Mod
 
 
 def _are_multiples(grid: tuple[int, int], other: tuple[int, int]) -> bool:
-    """Whether two grids are the same, or one of them is the other at a multiple of its resolution."""
+    """Whether one of two grids is the other at 2, 4, ... times its resolution."""
     small, large = sorted((grid, other))
     factor = large[0] // small[0]
-    return (small[0] * factor, small[1] * factor) == large
+    return (small[0] * factor, small[1] * factor) == large and is_power_of_two(factor)
 
 
 def _is_merged(grid: tuple[int, int], larger: tuple[int, int]) -> bool:

@@ -107,7 +107,8 @@ DENSE = {
         "backbone_config": FLAT | {"model_type": "dinov2", "num_hidden_layers": 4, "out_indices": [1, 2, 3, 4],
                                    "reshape_hidden_states": False},
         "reassemble_hidden_size": 32, "neck_hidden_sizes": [8, 8, 8, 8], "fusion_hidden_size": 8, "patch_size": 8,
-        "head_hidden_size": 8, "depth_estimation_type": "metric", "max_depth": 1}, (64, 64), {r"backbone": ((8, 8), 1)}),
+        "head_hidden_size": 8, "depth_estimation_type": "metric", "max_depth": 1}, (64, 64), {
+        r"backbone": ((8, 8), 1)}),
     "glpn": (PYRAMID | {"decoder_hidden_size": 16, "drop_path_rate": 0.0}, (64, 96), {
         r"block\.0": ((16, 24), 0), r"block\.1": ((8, 12), 0), r"block\.2": ((4, 6), 0), r"block\.3": ((2, 3), 0),
         r"self\.(key|value)|attention\.self\.[kv]": ((2, 3), 0)}),
