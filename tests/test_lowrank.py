@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from lbp_peft import BasisSet, TokenLayout, low_rank_linear
 from lbp_peft.projection import Projection
 
-GRIDS = [(8, 8), (16, 16), (14, 14), (7, 7), (4, 12)]
+GRIDS = [(8, 8), (16, 16), (14, 14), (7, 7), (4, 12), (24, 32)]
 PREFIXES = [0, 1, 2, 5]
 # Rank of the weight gradient, rank of the input gradient (None: exact).
 RANKS = [(3, 3), (10, None), (10, 3), (3, 21), (64, 64), (64, 10)]

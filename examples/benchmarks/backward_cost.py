@@ -66,9 +66,8 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224)
     options = parser.parse_args()
     images = torch.randn(2, 3, options.image_size, options.image_size)  # batch norms want more than one
-    print(
-        f"EfficientFormer-L1, {options.image_size} px, r={options.r}, LoRA r={options.lora_r}, torch {torch.__version__}"
-    )
+    ranks = f"r={options.r}, LoRA r={options.lora_r}"
+    print(f"EfficientFormer-L1, {options.image_size} px, {ranks}, torch {torch.__version__}, timm {timm.__version__}")
     for protocol, part in PROTOCOLS.items():
         millions = {}
         for method in ("exact", "LoRA", "LBP-WHT, paper", "LBP-WHT, grad_input=full"):
