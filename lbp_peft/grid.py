@@ -132,9 +132,7 @@ class GridFinder:
                 "grid_size, or leave it out."
             )
         seen = {layout.grid for layout in self._seen.values()}
-        known = grid in (grid_size, window, *seen) or not seen
-        if not known and grid[0] not in self._seen:  # which it would be for attention maps, L x L
-            known = any(_are_multiples(grid, other) for other in seen)
+        known = grid in (grid_size, window) or not seen or any(_are_multiples(grid, other) for other in seen)
         if not known and not (self._merges_patches and any(_is_merged(grid, larger) for larger in seen)):
             raise LayoutError(
                 f"{grid[0]} x {grid[1]} tokens are no patch grid of this forward pass", "Set grid_size if they are one."

@@ -298,6 +298,15 @@ def test_the_state_dict_makes_the_round_trip():
     assert torch.equal(outputs(other, X), outputs(model, X))
 
 
+def test_a_configuration_may_be_used_again(tmp_path):
+    config = lbp_config()
+    for folder in ("first", "second"):
+        model = get_peft_model(get_peft_model(tiny_vit(), lora_config()), config)
+        model.save_pretrained(tmp_path / folder)
+        assert torch.equal(outputs(reloaded(tmp_path / folder), X), outputs(model, X))
+    assert config.stack_on is None
+
+
 @pytest.mark.parametrize("damage", ["missing", "extra"])
 def test_a_checkpoint_that_does_not_fit_is_refused(damage, tmp_path):
     model = stacked()

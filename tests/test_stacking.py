@@ -576,10 +576,9 @@ def test_lora_of_another_dtype_than_its_input():
     assert isinstance(model.base_model.model.vit.layers[0].mlp.fc1, LoraLinear)
 
 
-@pytest.mark.parametrize("lora_settings", [{}, {"lora_dropout": 0.2}])
-def test_a_stack_compiles_without_graph_breaks(lora_settings):
+def test_a_stack_compiles_without_graph_breaks():
     torch._dynamo.reset()
-    _, model = pair(lora_settings, r=3, grad_input=3)
+    _, model = pair({"lora_dropout": 0.2}, r=3, grad_input=3)
     x = images()
     torch.manual_seed(1)
     expected = gradients(model, x)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import ChainMap
 from contextlib import nullcontext
 from typing import Any, ClassVar
@@ -66,6 +67,8 @@ class LBPWHTModel(BaseTuner):
         if self.stack is None:
             super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
             return
+        config = copy.copy(config)  # it will hold what is beneath, which the caller's should not
+        peft_config = {adapter_name: config}
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = self.stack.base_model_name_or_path
         model = self.stack.base_model
