@@ -514,6 +514,9 @@ def test_what_the_config_refuses():
         LBPWHTConfig(stack_on=LBPWHTConfig())
     with pytest.raises(ValueError, match="configuration of another method"):
         LBPWHTConfig(stack_on=peft.PromptTuningConfig(num_virtual_tokens=2))
+    for wrong in ("lora", {"default": "lora"}, ["lora"]):
+        with pytest.raises(ValueError, match="stack_on must be a PEFT configuration, or several by adapter name"):
+            LBPWHTConfig(stack_on=wrong)
     with pytest.raises(ValueError, match="stack_active names other"):
         LBPWHTConfig(stack_on=lora_config(), stack_active=["other"])
     base = tiny_vit()

@@ -115,6 +115,12 @@ class LBPWHTConfig(PeftConfig):
             return
         if isinstance(self.stack_on, PeftConfig):
             self.stack_on = {"default": self.stack_on}
+        if not isinstance(self.stack_on, dict) or not all(
+            isinstance(c, (PeftConfig, dict)) for c in self.stack_on.values()
+        ):
+            raise ValueError(
+                f"stack_on must be a PEFT configuration, or several by adapter name, got {self.stack_on!r}."
+            )
         self.stack_on = {
             name: config if isinstance(config, PeftConfig) else PeftConfig.from_peft_type(**config)
             for name, config in self.stack_on.items()
