@@ -9,7 +9,7 @@ the same space as orthonormalising the cropped two-dimensional bases themselves.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
 import numpy as np
@@ -56,16 +56,44 @@ class TokenLayout:
     """Where the tokens of a layer's input lie.
 
     Attributes:
-        grid: (H, W) of the patch grid; its tokens come row by row.
+        grid: (H, W) of the patch grid; its tokens come row by row. (1, L): a sequence of L tokens, as of words.
         num_prefix_tokens: Tokens before the grid's ([CLS], distillation, registers). They pass through exactly.
+        num_suffix_tokens: Tokens after the grid's (YOLOS's detection tokens). They pass through exactly too.
+        unrolled: Not row by row but unrolled by these strides, (height, width) each: the patches at equal places in
+            blocks of that size come together, first for the first strides, then within the others (Hiera, arXiv
+            2306.00989).
     """
 
     grid: tuple[int, int]
     num_prefix_tokens: int = 0
+    num_suffix_tokens: int = 0
+    unrolled: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def num_outside(self) -> int:
+        """Tokens before and after the grid."""
+        return self.num_prefix_tokens + self.num_suffix_tokens
 
     @property
     def num_tokens(self) -> int:
-        return self.num_prefix_tokens + self.grid[0] * self.grid[1]
+        return self.num_outside + self.grid[0] * self.grid[1]
+
+
+@cache
+def unrolled_order(layout: TokenLayout) -> np.ndarray:
+    """Shape (H W,): for each of the tokens in their order, where it stands row by row."""
+    height, width = layout.grid
+    order = np.arange(height * width).reshape(1, height, width)
+    for down, across in layout.unrolled:
+        groups, height, width = order.shape
+        order = order.reshape(groups, height // down, down, width // across, across).transpose(0, 2, 4, 1, 3)
+        order = order.reshape(-1, height // down, width // across)
+    return order.reshape(-1)
+
+
+def bases_along(grid: tuple[int, int], bases: BasisSet) -> BasisSet:
+    """The bases for a grid. Along a single row, blocks are as many tokens long as square ones have tokens."""
+    return replace(bases, block_size=bases.block_size**2) if 1 in grid else bases
 
 
 @dataclass(frozen=True)
@@ -185,6 +213,7 @@ def axis_blocks(side: int, block_size: int, boundary: str) -> tuple[AxisBlock, .
 @cache
 def num_bases(grid: tuple[int, int], bases: BasisSet) -> int:
     """How many bases [`grid_bases`] keeps on a grid: the sum over blocks of min(r, tokens of the block)."""
+    bases = bases_along(grid, bases)
     rows, columns = (axis_blocks(side, bases.block_size, bases.boundary) for side in grid)
     return sum(min(bases.r, len(row.sequencies) * len(column.sequencies)) for row in rows for column in columns)
 
@@ -201,6 +230,7 @@ def grid_bases(grid: tuple[int, int], bases: BasisSet) -> GridBases:
         ValueError: unknown selection.
         LayoutError: a side too short for boundary="reflect".
     """
+    bases = bases_along(grid, bases)
     rows, columns = (axis_blocks(side, bases.block_size, bases.boundary) for side in grid)
     row_starts = np.cumsum([0] + [len(block.sequencies) for block in rows])
     column_starts = np.cumsum([0] + [len(block.sequencies) for block in columns])

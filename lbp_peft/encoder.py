@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .hints import after_the_encoder, is_of_text
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -13,16 +17,27 @@ def is_plain_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward
 
 
-def is_pointwise_conv(module: nn.Module) -> bool:
-    """Whether a module multiplies the channels of every pixel by one matrix: a convolution with kernel 1."""
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether a module computes x W + b: transformers' `Conv1D`, a linear layer with its weight as (C_in, C_out)."""
     cls = getattr(type(module), "plain_class", type(module))
+    return isinstance(module, Conv1D) and cls.forward is Conv1D.forward
+
+
+def is_pointwise_conv(module: nn.Module) -> bool:
+    """Whether a module multiplies the channels of every pixel by one matrix: a 1-D or 2-D convolution with kernel 1."""
+    cls: Any = getattr(type(module), "plain_class", type(module))
     return (
-        isinstance(module, nn.Conv2d)
-        and cls.forward is nn.Conv2d.forward
-        and module.kernel_size == module.stride == module.dilation == (1, 1)
-        and module.padding in ((0, 0), 0, "same", "valid")
+        isinstance(module, (nn.Conv1d, nn.Conv2d))
+        and cls.forward in (nn.Conv1d.forward, nn.Conv2d.forward)
+        and {*module.kernel_size, *module.stride, *module.dilation} == {1}
+        and module.padding in ((0,), (0, 0), 0, "same", "valid")
         and module.groups == 1
     )
+
+
+def is_supported(module: nn.Module) -> bool:
+    """Whether a module treats every token by one matrix, in one of the three ways above."""
+    return is_plain_linear(module) or is_transposed_linear(module) or is_pointwise_conv(module)
 
 
 def encoder_linears(model: nn.Module) -> list[str]:
@@ -30,8 +45,8 @@ def encoder_linears(model: nn.Module) -> list[str]:
 
     Blocks are the members of an `nn.ModuleList`, or the like members of an `nn.Sequential`. A head, a pooler or an
     embedding stands outside them. Where a transformers model says which part of it is the base model, only that part is
-    searched. The blocks of a text tower, which embeds words and not patches, do not count, nor do layers that work on
-    coordinates instead of features.
+    searched. The blocks of a text tower, which embeds words and not patches, do not count, nor do those of decoders and
+    heads, nor layers that work on coordinates instead of features.
     """
     base = getattr(model, getattr(model, "base_model_prefix", None) or "", None)
     searched = base if isinstance(base, nn.Module) else model
@@ -46,8 +61,12 @@ def _block_lists(model: nn.Module) -> Iterator[nn.Module]:
         for name, module in model.named_modules()
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and _is_list_of_blocks(module)
     ]
-    on_images = [module for name, module in lists if not _is_of_text(model, name)]
-    yield from on_images or [module for _, module in lists]
+    of_encoder = [blocks for name, blocks in lists if not is_of_text(model, name) and not _answers(model, name, blocks)]
+    yield from of_encoder or [blocks for _, blocks in lists]
+
+
+def _answers(model: nn.Module, name: str, blocks: nn.Module) -> bool:
+    return any(after_the_encoder(model, f"{name}.{block}") for block, _ in blocks.named_children())
 
 
 def _is_list_of_blocks(module: nn.ModuleList | nn.Sequential) -> bool:
@@ -57,18 +76,6 @@ def _is_list_of_blocks(module: nn.ModuleList | nn.Sequential) -> bool:
     if isinstance(module, nn.ModuleList):
         return any(with_linears)
     return bool(with_linears) and all(with_linears) and len({type(block) for block in module}) == 1
-
-
-def _is_of_text(model: nn.Module, name: str) -> bool:
-    """Whether the nearest embedding around a module is one of words: there is no convolution beside it."""
-    parts = name.split(".")
-    for length in range(len(parts) - 1, -1, -1):
-        around = list(model.get_submodule(".".join(parts[:length])).modules())
-        if any(isinstance(module, nn.Conv2d) for module in around):
-            return False
-        if any(isinstance(module, nn.Embedding) for module in around):
-            return True
-    return False
 
 
 def _linears(module: nn.Module) -> Iterator[nn.Module]:
@@ -84,8 +91,7 @@ def _linears(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_adaptable(module: nn.Module) -> bool:
-    layer = _unwrapped(module)
-    return is_plain_linear(layer) or is_pointwise_conv(layer)
+    return is_supported(_unwrapped(module))
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

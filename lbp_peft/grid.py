@@ -10,7 +10,6 @@ size instead, and their `pixel_values` for the image's.
 from __future__ import annotations
 
 import math
-import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -19,13 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .bases import LayoutError, TokenLayout
+from .hints import learned_queries, learned_tokens, may_merge_patches, patch_embeddings, patch_size_of, unroll_schedule
+from .padding import PaddingFinder
 from .walsh import is_power_of_two
-
-# Learned tokens that vision transformers put before their patches: cls_token, class_embedding, register_tokens, ...
-_PREFIX_TOKEN = re.compile(r"(cls|class|dist|distillation|reg|register)_(tokens?|embedding)")
-
-
-_MAKES_GRIDS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 
 
 class GridMismatchError(ValueError):
@@ -47,26 +42,31 @@ class GridFinder:
         self._reran = False
         self._warned: set[str] = set()
         self._hooks: list[Any] = []
-        self._embeddings: dict[nn.Module, int] = {}
+        # With the learned tokens before and after their patches.
+        self._embeddings: dict[nn.Module, tuple[int, int]] = {}
         self._first_to_run: nn.Module | None = None
         self._merges_patches = False
-        self._reorders_patches = False
+        self._unrolled_by: tuple[tuple[int, int], ...] = ()
+        self._queries: set[int] = set()
         self._num_images = 0
         self._patch_size: tuple[int, int] | None = None
-        self._num_prefix_tokens = 0
+        self._learned_tokens = (0, 0)
+        self.paddings = PaddingFinder()
 
     def watch(self, model: nn.Module) -> None:
         """Learn from this model's forward passes from now on, by hooks. Once more when its modules have changed."""
-        self._merges_patches = any(_may_merge_patches(module) for module in model.modules())
-        self._reorders_patches = any(_unrolls_patches(module) for module in model.modules())
-        for embedding, ancestors in _patch_embeddings(model):
+        self._merges_patches = any(may_merge_patches(module) for module in model.modules())
+        self._unrolled_by = unroll_schedule(model)
+        self._queries = learned_queries(model)
+        self.paddings.watch(model)
+        for embedding, around in patch_embeddings(model):
             if embedding not in self._embeddings:
                 _drop_copied_hooks(embedding)
-                self._embeddings[embedding] = _count_prefix_tokens(ancestors)
+                self._embeddings[embedding] = learned_tokens(around)
                 self._hooks.append(embedding.register_forward_hook(self._note_patches))
         if not self._embeddings and not self._hooks:
-            self._patch_size = _patch_size_of(model)
-            self._num_prefix_tokens = _count_prefix_tokens([model])
+            self._patch_size = patch_size_of(model)
+            self._learned_tokens = learned_tokens([model])
             if self._patch_size is not None:
                 self._hooks.append(model.register_forward_pre_hook(self._note_image, with_kwargs=True))
 
@@ -75,12 +75,18 @@ class GridFinder:
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
+        self.paddings.detach()
+
+    def padding(self, shape: torch.Size) -> Tensor | None:
+        """Shape (N, L), True where a token of a text (N, L, C) is only padding; None where it is not known."""
+        return self.paddings.padding(shape, _in_backward())
 
     def layout(
         self,
         shape: torch.Size,
         grid_size: tuple[int, int] | None = None,
         num_prefix_tokens: int | None = None,
+        num_suffix_tokens: int | None = None,
         window: tuple[int, int] | None = None,
     ) -> TokenLayout:
         """The layout of an input.
@@ -88,7 +94,7 @@ class GridFinder:
         Args:
             shape: (N, L, C), or (N, H, W, C), which is its own grid.
             grid_size: (H, W) if given by hand.
-            num_prefix_tokens: if given by hand.
+            num_prefix_tokens, num_suffix_tokens: if given by hand.
             window: (H, W) of the windows that attention near the layer works in.
 
         Raises:
@@ -99,23 +105,21 @@ class GridFinder:
             return self._own_layout((int(shape[1]), int(shape[2])), grid_size, window)
         num_tokens = int(shape[1])
         if grid_size is not None:
-            return self._given_layout(num_tokens, grid_size, num_prefix_tokens)
-        layout = self._layout_to_rerun(num_tokens) if _in_backward() else self._seen.get(num_tokens)
-        if self._reorders_patches:
+            return self._given_layout(num_tokens, grid_size, num_prefix_tokens, num_suffix_tokens)
+        if self._num_images and shape[0] % self._num_images:
             raise LayoutError(
-                "the model unrolls its patches, so that they do not lie in rows (Hiera)", "Exclude it to silence this."
+                f"its input of shape {tuple(shape)} does not hold the tokens of {self._num_images} images one after "
+                "the other",
+                "Leave it out with exclude_modules to silence this.",
             )
-        in_window = window is not None and num_tokens == window[0] * window[1]
-        if (
-            window is not None and in_window and (layout is None or int(shape[0]) != self._num_images)
-        ):  # folded into the batch
-            return TokenLayout(window)
-        if layout is None and num_prefix_tokens is None:
+        layout = self._layout_to_rerun(num_tokens) if _in_backward() else self._seen.get(num_tokens)
+        is_window = window is not None and num_tokens == window[0] * window[1] and not self._unrolled_by
+        if is_window and (layout is None or int(shape[0]) != self._num_images):  # folded into the batch
+            layout = TokenLayout(window or (0, 0))
+        elif num_prefix_tokens is not None or num_suffix_tokens is not None:
+            layout = self._with_outside(num_tokens, num_prefix_tokens, num_suffix_tokens)
+        elif layout is None:
             layout = self._merged(num_tokens) if self._merges_patches else self._regrouped(shape)
-        if num_prefix_tokens is not None and (layout is None or layout.num_prefix_tokens != num_prefix_tokens):
-            grids = {seen.grid for seen in self._seen.values()}
-            fitting = [g for g in grids if g[0] * g[1] + num_prefix_tokens == num_tokens]
-            layout = TokenLayout(fitting[0], num_prefix_tokens) if len(fitting) == 1 else None
         if layout is None:
             raise LayoutError(
                 self._why_unknown(num_tokens), "Set grid_size (and num_prefix_tokens) if they lie on a grid."
@@ -179,42 +183,59 @@ class GridFinder:
         fitting = [(h // p, w // p) for h, w in grids if h % p == w % p == 0 and h * w == int(shape[1]) * groups]
         return TokenLayout(fitting[0]) if len(fitting) == 1 else None
 
-    def _given_layout(self, num_tokens: int, grid_size: tuple[int, int], num_prefix_tokens: int | None) -> TokenLayout:
-        on_grid = grid_size[0] * grid_size[1]
-        prefix = num_prefix_tokens
-        if prefix is None:
-            counts = {0, self._num_prefix_tokens, *self._embeddings.values()}
-            prefix = num_tokens - on_grid if num_tokens - on_grid in counts else None
-        if prefix is None or prefix + on_grid != num_tokens:
-            given = f"grid_size={grid_size}" + ("" if prefix is None else f" and num_prefix_tokens={prefix}")
+    def _with_outside(self, num_tokens: int, before: int | None, after: int | None) -> TokenLayout | None:
+        """The one grid of this forward pass that has so many tokens with those that were given."""
+        before, after = before or 0, after or 0
+        grids = {seen.grid for seen in self._seen.values()}
+        fitting = [(h, w) for h, w in grids if h * w + before + after == num_tokens]
+        return TokenLayout(fitting[0], before, after) if len(fitting) == 1 else None
+
+    def _given_layout(
+        self, num_tokens: int, grid_size: tuple[int, int], before: int | None, after: int | None
+    ) -> TokenLayout:
+        rest = num_tokens - grid_size[0] * grid_size[1]
+        if before is None and after is None:
+            learned = {(0, 0), self._learned_tokens, *self._embeddings.values()}
+            before, after = next((pair for pair in learned if sum(pair) == rest), (None, None))
+        elif before is None or after is None:
+            before, after = before or 0, after or 0
+        if before is None or after is None or before + after != rest:
+            given = [f"grid_size={grid_size}"]
+            given += [f"num_prefix_tokens={before}"] if before else []
+            given += [f"num_suffix_tokens={after}"] if after else []
+            total = num_tokens - rest + (before or 0) + (after or 0)
             raise GridMismatchError(
-                f"{given} makes {on_grid + (prefix or 0)} tokens, but {num_tokens} arrived. "
+                f"{' and '.join(given)} makes {total} tokens, but {num_tokens} arrived. "
                 + (
-                    f"If {num_tokens - on_grid} of them come before the grid, set num_prefix_tokens to that; else "
-                    if prefix is None and num_tokens > on_grid
+                    f"If {rest} of them come before the grid, set num_prefix_tokens to that; else "
+                    if before is None and rest > 0
                     else ""
                 )
                 + "correct grid_size, or leave it out to have the grid found from the model and the image."
             )
-        return TokenLayout(grid_size, prefix)
+        return TokenLayout(grid_size, before, after)
 
     def _why_unknown(self, num_tokens: int) -> str:
         if self._seen:
             seen = ", ".join(
-                f"{n} ({layout.grid[0]} x {layout.grid[1]} + {layout.num_prefix_tokens})"
-                for n, layout in self._seen.items()
+                f"{n} ({layout.grid[0]} x {layout.grid[1]} + {layout.num_outside})" for n, layout in self._seen.items()
             )
             why = f"{num_tokens} tokens fit no patch grid of this forward pass (those have {seen} tokens)"
         elif self._embeddings or self._patch_size:
-            why = f"no image has passed through the model's patch embedding yet, so {num_tokens} tokens have no grid"
+            why = (
+                f"no layer that cuts an image into patches has run yet, so the grid of {num_tokens} tokens is not known"
+            )
         else:
             why = f"the model shows no patch embedding from which the grid of {num_tokens} tokens could be known"
         return why
 
-    def _note(self, grid: tuple[int, int], num_prefix_tokens: int) -> None:
-        # Without its prefix tokens the same grid occurs too: dense heads and token-free stages drop them.
-        for prefix in {0, num_prefix_tokens}:
-            layout = TokenLayout(grid, prefix)
+    def _note(self, grid: tuple[int, int], learned_tokens: tuple[int, int]) -> None:
+        # Without its learned tokens the same grid occurs too: dense heads and token-free stages drop them.
+        before, after = learned_tokens
+        layouts = {TokenLayout(grid)} | {TokenLayout(grid, before + count, after) for count in {0, *self._queries}}
+        if self._unrolled_by:
+            layouts = set(_unrolled(grid, self._unrolled_by))
+        for layout in layouts:
             self._seen[layout.num_tokens] = layout
             self._to_rerun.setdefault(layout.num_tokens, set()).add(layout)
 
@@ -239,7 +260,7 @@ class GridFinder:
         if image is not None:
             self._num_images = int(image.shape[0])
             height, width = (int(side) // patch for side, patch in zip(image.shape[-2:], self._patch_size, strict=True))
-            self._note((height, width), self._num_prefix_tokens)
+            self._note((height, width), self._learned_tokens)
 
 
 def _in_backward() -> bool:
@@ -247,12 +268,12 @@ def _in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _patch_embeddings(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
-    """Layers that cut into patches or merge them (stride > 1), each with its ancestors, nearest first."""
-    for name, module in model.named_modules():
-        if isinstance(module, _MAKES_GRIDS) and max(_pair(module.stride) or (1, 1)) > 1:
-            parts = name.split(".")
-            yield module, [model.get_submodule(".".join(parts[:n])) for n in range(len(parts) - 1, -1, -1)]
+def _unrolled(grid: tuple[int, int], strides: tuple[tuple[int, int], ...]) -> Iterator[TokenLayout]:
+    """Patches unrolled by all strides, then pooled again and again over those of the first that are left (Hiera)."""
+    yield TokenLayout(grid, unrolled=strides)
+    for level, (down, across) in enumerate(strides, start=1):
+        grid = (grid[0] // down, grid[1] // across)
+        yield TokenLayout(grid, unrolled=strides[level:])
 
 
 def _are_multiples(grid: tuple[int, int], other: tuple[int, int]) -> bool:
@@ -271,70 +292,8 @@ def _is_merged(grid: tuple[int, int], larger: tuple[int, int]) -> bool:
     return False
 
 
-def _may_merge_patches(module: nn.Module) -> bool:
-    """Patch merging joins 2 x 2 patches of C channels and reduces 4 C to 2 C (Swin, arXiv 2103.14030)."""
-    if not isinstance(module, nn.Linear) or module.bias is not None:
-        return False
-    return module.in_features == 2 * module.out_features and module.in_features % 4 == 0
-
-
-def _unrolls_patches(module: nn.Module) -> bool:
-    """Hiera (arXiv 2306.00989) puts patches of a unit side by side: timm by a module, transformers by a schedule."""
-    return type(module).__name__ == "Unroll" or hasattr(module, "unroll_schedule")
-
-
 def _drop_copied_hooks(module: nn.Module) -> None:
     """A copy of a watched module (PEFT's modules_to_save makes one) carries a hook that reports to nobody."""
     for key, hook in list(module._forward_hooks.items()):
         if isinstance(getattr(hook, "__self__", None), GridFinder):
             del module._forward_hooks[key]
-
-
-def _count_prefix_tokens(ancestors: list[nn.Module]) -> int:
-    """Learned tokens ([CLS], distillation, registers) that the nearest ancestor holding any puts before the patches."""
-    for ancestor in ancestors:
-        declared = getattr(ancestor, "num_prefix_tokens", None)  # timm says it outright
-        if isinstance(declared, int):
-            return declared
-        tokens = [
-            1 if parameter.dim() == 1 else parameter.shape[-2]
-            for name, parameter in ancestor.named_parameters(recurse=False)
-            if _PREFIX_TOKEN.fullmatch(name)
-        ]
-        if tokens:
-            return sum(tokens)
-    return 0
-
-
-def window_near(model: nn.Module, name: str) -> nn.Module | None:
-    """The nearest module around a layer that says its `window_size`."""
-    parts = name.split(".")
-    for length in range(len(parts) - 1, -1, -1):
-        ancestor = model.get_submodule(".".join(parts[:length]))
-        if _pair(getattr(ancestor, "window_size", None)) is not None:
-            return ancestor
-    return None
-
-
-def is_unfolded(model: nn.Module, name: str) -> bool:
-    """Whether a layer works on images unfolded to (N, C, pixels of a patch, patches), as MobileViTV2's do."""
-    parts = name.split(".")
-    around = (model.get_submodule(".".join(parts[:length])) for length in range(len(parts)))
-    return any(type(module).__name__ in ("MobileViTV2Transformer", "LinearTransformerBlock") for module in around)
-
-
-def window_size(windowed: nn.Module | None) -> tuple[int, int] | None:
-    """(H, W) of the windows of what [`window_near`] found; they may change with the image."""
-    return _pair(getattr(windowed, "window_size", None))
-
-
-def _patch_size_of(model: nn.Module) -> tuple[int, int] | None:
-    return _pair(getattr(getattr(model, "config", None), "patch_size", None))
-
-
-def _pair(size: Any) -> tuple[int, int] | None:
-    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
-        return (size, size)
-    if isinstance(size, (tuple, list)) and len(size) == 2 and all(isinstance(side, int) and side > 0 for side in size):
-        return (size[0], size[1])
-    return None

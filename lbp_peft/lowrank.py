@@ -125,7 +125,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     small: Any = None
     total: Any = None
     if needs_weight or any(needed[1] or needed[2] for _, needed, *_ in branches):
-        small = for_weight.project(tokens) if for_weight else tokens
+        small = for_weight.project_gradient(tokens) if for_weight else tokens
     if needs_bias or any(needed[3] for _, needed, *_ in branches):
         total = sum_of_tokens(tokens, small, for_weight)
     gradients: list[Tensor | None] = [None, _outer(small, x) if needs_weight else None, total if needs_bias else None]
@@ -143,7 +143,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     if for_input is None:
         small = tokens
     elif small is None or for_weight is None or for_input.bases != for_weight.bases:
-        small = for_input.project(tokens)
+        small = for_input.project_gradient(tokens)
     into_x: Any = small @ weight if needs_x else None
     for index, ((_, down, up), needed, scaling, owns_x) in enumerate(branches):
         if owns_x and needed[0]:
@@ -193,7 +193,7 @@ def rows_to_keep(x: Tensor, projection: Projection | None) -> Tensor:
         return as_tokens(x)
     if torch.compiler.is_compiling():  # the compiler finds the common expression by itself
         return projection.project(as_tokens(x))
-    key = (x._version, projection.layout, projection.bases)
+    key = (x._version, projection.layout, projection.bases, id(projection.padding))
     if _last.x() is x and _last.key == key and (small := _last.small()) is not None:
         return small
     small = projection.project(as_tokens(x))
@@ -215,6 +215,7 @@ def low_rank_linear(
     for_weight: BasisSet | None = None,
     for_input: BasisSet | None = None,
     branches: Sequence[Branch] = (),
+    padding: Tensor | None = None,
 ) -> Tensor:
     """`F.linear`, bit for bit, whose backward pass goes through a small space.
 
@@ -228,8 +229,10 @@ def low_rank_linear(
         for_input: Bases of the input gradient. None, or as many bases as tokens: exact.
         branches: Low-rank updates beside the weight, added in turn. The gradients of `down` and `up` come from the
             same projections.
+        padding: Shape (N, L), True for tokens that are only padding: nothing of them enters the gradients of others.
 
-    Under autocast, the tensors are cast as `F.linear` casts them. Double backward raises RuntimeError.
+    Under autocast, the tensors are cast as `F.linear` casts them. Double backward raises RuntimeError, and so does a
+    loss that depends on padding.
 
     Returns:
         Shape (N, ..., C_out).
@@ -242,8 +245,8 @@ def low_rank_linear(
         tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
     dtype = tensors[0].dtype
     how = _How(
-        projection(layout, for_weight, dtype, x.device),
-        projection(layout, for_input, dtype, x.device),
+        projection(layout, for_weight, dtype, x.device, padding),
+        projection(layout, for_input, dtype, x.device, padding),
         tuple(branch.scaling for branch in branches),
     )
     return _LowRankLinear.apply(how, *tensors)

@@ -22,29 +22,36 @@ def low_rank_pointwise_conv(
     bias: Tensor | None,
     for_weight: BasisSet | None = None,
     for_input: BasisSet | None = None,
+    layout: TokenLayout | None = None,
+    padding: Tensor | None = None,
 ) -> Tensor:
-    """`F.conv2d` with kernel 1 and stride 1, bit for bit, whose backward pass goes through a small space.
+    """`F.conv2d` or `F.conv1d` with kernel 1 and stride 1, bit for bit, whose backward pass goes through a small space.
 
     Args:
-        x: Shape (N, C_in, H, W); (H, W) is the grid.
-        weight: Shape (C_out, C_in, 1, 1).
+        x: Shape (N, C_in, H, W), where (H, W) is the grid, or (N, C_in, L).
+        weight: Shape (C_out, C_in, 1, 1) or (C_out, C_in, 1).
         bias: Shape (C_out,). Its gradient is always exact.
         for_weight: Bases of the weight gradient; x is saved projected on them. None, or as many bases as pixels: exact.
         for_input: Bases of the input gradient. None, or as many bases as pixels: exact.
+        layout: Where the L tokens of (N, C_in, L) lie.
+        padding: Shape (N, L), True for tokens that are only padding.
 
-    Under autocast, the tensors are cast as `F.conv2d` casts them. Double backward raises RuntimeError.
+    Under autocast, the tensors are cast as the convolutions cast them. Double backward raises RuntimeError.
 
     Returns:
-        Shape (N, C_out, H, W).
+        Shape (N, C_out, H, W) or (N, C_out, L).
     """
     tensors: list[Any] = [x, weight, bias]
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
     x, weight, bias = tensors
-    layout = TokenLayout((x.shape[2], x.shape[3]))
-    project_weight = projection(layout, for_weight, x.dtype, x.device)
-    project_input = projection(layout, for_input, x.dtype, x.device)
+    if x.dim() == 4:
+        layout = TokenLayout((x.shape[2], x.shape[3]))
+    elif layout is None:
+        raise ValueError("The tokens of (N, C_in, L) need a layout.")
+    project_weight = projection(layout, for_weight, x.dtype, x.device, padding)
+    project_input = projection(layout, for_input, x.dtype, x.device, padding)
     return _LowRankPointwise.apply(x, weight, bias, project_weight, project_input)
 
 
@@ -53,7 +60,7 @@ class _LowRankPointwise(torch.autograd.Function):
     def forward(
         x: Tensor, weight: Tensor, bias: Tensor | None, for_weight: Projection | None, for_input: Projection | None
     ) -> Tensor:
-        return F.conv2d(x, weight, bias)
+        return _convolution(x)(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -77,21 +84,29 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     grad_weight: Any = None
     small: Any = None
     if needs_weight:
-        small = _rows(grad, for_weight)
-        grad_weight = (small.flatten(0, 1).t() @ kept.flatten(0, 1))[:, :, None, None]
+        small = _rows(grad, for_weight, is_gradient=True)
+        grad_weight = (small.flatten(0, 1).t() @ kept.flatten(0, 1)).unflatten(1, (-1, *[1] * (grad.dim() - 2)))
     if needs_x:
         matrix = weight.flatten(1)
         if for_input is None:
-            grad_x = F.conv2d(grad, matrix.t()[:, :, None, None])
+            grad_x = _convolution(grad)(grad, weight.transpose(0, 1))
         else:
             if small is None or for_weight is None or for_input.bases != for_weight.bases:
-                small = _rows(grad, for_input)
-            grad_x = for_input.lift_image(small @ matrix)
-    return [grad_x, grad_weight, grad.sum((0, 2, 3)) if needs_bias else None]
+                small = _rows(grad, for_input, is_gradient=True)
+            small = small @ matrix
+            grad_x = for_input.lift_image(small) if grad.dim() == 4 else for_input.lift(small).transpose(1, 2)
+    return [grad_x, grad_weight, grad.sum((0, *range(2, grad.dim()))) if needs_bias else None]
 
 
-def _rows(x: Tensor, projection: Projection | None) -> Tensor:
-    """(N, C, H, W) -> (N, k, C), or all pixels where there is no projection."""
+def _convolution(x: Tensor) -> Any:
+    return F.conv2d if x.dim() == 4 else F.conv1d
+
+
+def _rows(x: Tensor, projection: Projection | None, is_gradient: bool = False) -> Tensor:
+    """(N, C, H, W) or (N, C, L) -> (N, k, C), or all pixels where there is no projection."""
+    if x.dim() == 4 and projection is not None:
+        return projection.project_image(x)
+    tokens = x.flatten(2).transpose(1, 2)
     if projection is None:
-        return x.flatten(2).transpose(1, 2)
-    return projection.project_image(x)
+        return tokens
+    return projection.project_gradient(tokens) if is_gradient else projection.project(tokens)

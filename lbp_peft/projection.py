@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .bases import BasisSet, TokenLayout, check_side, grid_bases, num_bases
+from .bases import BasisSet, TokenLayout, bases_along, check_side, grid_bases, num_bases, unrolled_order
 
 
 def num_kept(layout: TokenLayout, bases: BasisSet | None) -> int:
-    """k: the rows that represent the L = `layout.num_tokens` tokens, prefix tokens included.
+    """k: the rows that represent the L = `layout.num_tokens` tokens, those outside the grid included.
 
     It is L, and nothing is gained, where `bases` is None or keeps no fewer rows than there are tokens.
 
@@ -19,9 +19,9 @@ def num_kept(layout: TokenLayout, bases: BasisSet | None) -> int:
     if bases is None:
         return layout.num_tokens
     for side in layout.grid:
-        check_side(side, bases.block_size, bases.boundary)
+        check_side(side, bases_along(layout.grid, bases).block_size, bases.boundary)
     on_grid = _num_bases(*layout.grid, bases.r, bases.block_size, bases.selection, bases.boundary)
-    return min(layout.num_prefix_tokens + on_grid, layout.num_tokens)
+    return min(layout.num_outside + on_grid, layout.num_tokens)
 
 
 # torch.compile does not trace how bases come about: it takes the results of these two as constants. They deal in plain
@@ -57,6 +57,19 @@ def _matrix(name: str, grid: tuple[int, int], bases: BasisSet, dtype: torch.dtyp
     return _matrices[key]
 
 
+_orders: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+
+def _order(layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Indices that bring unrolled tokens row by row, and back."""
+    key = (layout, device)
+    if key not in _orders:
+        with torch.inference_mode(False):
+            back = torch.from_numpy(unrolled_order(layout)).to(device)
+            _orders[key] = (back.argsort(), back)
+    return _orders[key]
+
+
 class Projection:
     """The linear maps between L tokens and their k coefficients, for one layout, dtype and device.
 
@@ -69,12 +82,22 @@ class Projection:
         bases: Which bases are kept.
         dtype: Of the tokens to project. The matrices are built in float64 and rounded once.
         device: Of the tokens to project.
+        padding: Shape (N, L), True where a token is only padding: taken, and lifted, as zero. None: none is.
     """
 
-    def __init__(self, layout: TokenLayout, bases: BasisSet, dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        layout: TokenLayout,
+        bases: BasisSet,
+        dtype: torch.dtype,
+        device: torch.device,
+        padding: Tensor | None = None,
+    ):
         self.layout = layout
         self.bases = bases
-        self.row_blocks, self.column_blocks = (_like_blocks(side, bases, layout) for side in layout.grid)
+        self.padding = padding
+        block_size = bases_along(layout.grid, bases).block_size
+        self.row_blocks, self.column_blocks = (_like_blocks(side, block_size, layout) for side in layout.grid)
 
         def matrix(name: str, blocks: int) -> Tensor:
             whole = _matrix(name, layout.grid, bases, dtype, device)
@@ -86,29 +109,57 @@ class Projection:
         self.column_synthesis = matrix("column_synthesis", self.column_blocks)
         self.kept = _matrix("kept", layout.grid, bases, torch.int64, device)
 
+    def of_dtype(self, dtype: torch.dtype) -> Projection:
+        """The same for tokens of another dtype."""
+        if self.row_analysis.dtype == dtype:
+            return self
+        return Projection(self.layout, self.bases, dtype, self.row_analysis.device, self.padding)
+
     @property
     def keeps_sums(self) -> bool:
         """Whether [`sum`] is exact: whether the constant functions are among what is kept, and it is a projection."""
-        return self.bases.boundary == "orthogonal"  # the constant is the first basis of every block
+        # The constant is the first basis of every block.
+        return self.bases.boundary == "orthogonal" and self.padding is None
 
     def sum(self, coefficients: Tensor) -> Tensor:
         """(N, k, C) -> (C,): the sum over images and tokens of what was projected."""
-        prefix = self.layout.num_prefix_tokens
         of_rows = self.row_analysis.sum(1).repeat(self.row_blocks)
         of_columns = self.column_analysis.sum(1).repeat(self.column_blocks)
         of_bases = torch.outer(of_rows, of_columns).flatten()[self.kept]
-        weights = torch.cat((of_bases.new_ones(prefix), of_bases))
+        before, after = self.layout.num_prefix_tokens, self.layout.num_suffix_tokens
+        weights = torch.cat((of_bases.new_ones(before), of_bases, of_bases.new_ones(after)))
         return weights @ coefficients.sum(dim=0)
 
     def project(self, tokens: Tensor) -> Tensor:
         """(N, L, C) -> (N, k, C)."""
         (height, width), prefix = self.layout.grid, self.layout.num_prefix_tokens
         batch, _, channels = tokens.shape
-        grid = tokens[:, prefix:].reshape(batch, height, width * channels)
+        if self.padding is not None:
+            tokens = tokens.masked_fill(self.padding[:, :, None], 0)
+        grid = tokens[:, prefix : prefix + height * width]
+        if self.layout.unrolled:
+            grid = grid.index_select(1, _order(self.layout, tokens.device)[0])
+        grid = grid.reshape(batch, height, width * channels)
         rows = _times(self.row_analysis, grid, self.row_blocks).reshape(-1, width, channels)
         both = _times(self.column_analysis, rows, self.column_blocks)
         kept = both.reshape(batch, -1, channels).index_select(1, self.kept)
-        return torch.cat((tokens[:, :prefix], kept), dim=1) if prefix else kept
+        if self.layout.num_outside == 0:
+            return kept
+        return torch.cat((tokens[:, :prefix], kept, tokens[:, prefix + height * width :]), dim=1)
+
+    def project_gradient(self, tokens: Tensor) -> Tensor:
+        """[`project`], of the gradient of outputs.
+
+        Raises:
+            RuntimeError: the loss depends on what was said to be padding.
+        """
+        if self.padding is not None and not torch.compiler.is_compiling() and tokens[self.padding].any():
+            raise RuntimeError(
+                "Tokens that attention_mask calls padding have a gradient: the loss depends on them, and low-rank "
+                "backpropagation would leave them out. Pass no attention_mask if they are to count, keep them out of "
+                "the loss, or leave these layers out with exclude_modules."
+            )
+        return self.project(tokens)
 
     def lift(self, coefficients: Tensor) -> Tensor:
         """(N, k, C) -> (N, L, C)."""
@@ -117,17 +168,29 @@ class Projection:
         num_rows = len(self.row_synthesis) * self.row_blocks
         num_columns = len(self.column_synthesis) * self.column_blocks
         both = coefficients.new_zeros(batch, num_rows * num_columns, channels)
-        both.index_copy_(1, self.kept, coefficients[:, prefix:])
+        both.index_copy_(1, self.kept, coefficients[:, prefix : prefix + len(self.kept)])
         rows = _times(self.column_synthesis.t(), both.reshape(-1, num_columns, channels), self.column_blocks)
         rows = rows.reshape(batch, num_rows, width * channels)
-        if self.row_blocks > 1:
-            return _times(self.row_synthesis.t(), rows, self.row_blocks).view(batch, -1, channels)
-        # Written in place, since to join prefix and grid afterwards would cost as much as all of the above.
-        tokens = coefficients.new_empty(batch, self.layout.num_tokens, channels)
-        tokens[:, :prefix] = coefficients[:, :prefix]
-        grid = tokens[:, prefix:].view(batch, height, width * channels)
-        _bmm_into(grid, self.row_synthesis.t().expand(batch, -1, -1), rows)
-        return tokens
+        if self.row_blocks > 1 or self.layout.unrolled:
+            grid = _times(self.row_synthesis.t(), rows, self.row_blocks).view(batch, -1, channels)
+            if self.layout.unrolled:
+                grid = grid.index_select(1, _order(self.layout, grid.device)[1])
+            tokens = self._with_outside(coefficients, grid)
+        else:
+            # Written in place, since to join prefix and grid afterwards would cost as much as all of the above.
+            tokens = coefficients.new_empty(batch, self.layout.num_tokens, channels)
+            tokens[:, :prefix] = coefficients[:, :prefix]
+            tokens[:, prefix + height * width :] = coefficients[:, prefix + len(self.kept) :]
+            grid = tokens[:, prefix : prefix + height * width].view(batch, height, width * channels)
+            _bmm_into(grid, self.row_synthesis.t().expand(batch, -1, -1), rows)
+        return tokens if self.padding is None else tokens.masked_fill_(self.padding[:, :, None], 0)
+
+    def _with_outside(self, coefficients: Tensor, grid: Tensor) -> Tensor:
+        """The grid's tokens between those that were never projected."""
+        if self.layout.num_outside == 0:
+            return grid
+        prefix = self.layout.num_prefix_tokens
+        return torch.cat((coefficients[:, :prefix], grid, coefficients[:, prefix + len(self.kept) :]), dim=1)
 
     def project_image(self, image: Tensor) -> Tensor:
         """(N, C, H, W) -> (N, k, C), for a layout without prefix tokens."""
@@ -153,14 +216,14 @@ class Projection:
         return pixels.view(batch, channels, height, width)
 
 
-def _like_blocks(side: int, bases: BasisSet, layout: TokenLayout) -> int:
+def _like_blocks(side: int, block_size: int, layout: TokenLayout) -> int:
     """How many blocks of a side are transformed by one and the same matrix; 1: the side is transformed as a whole.
 
     Block by block takes fewer multiply-adds, in more and smaller products. That pays from three blocks on, where no
-    prefix tokens make the batch's grids lie apart.
+    tokens outside make the batch's grids lie apart.
     """
-    blocks, rest = divmod(side, bases.block_size)
-    return blocks if rest == 0 and blocks >= 3 and layout.num_prefix_tokens == 0 else 1
+    blocks, rest = divmod(side, block_size)
+    return blocks if rest == 0 and blocks >= 3 and layout.num_outside == 0 else 1
 
 
 def _times(matrix: Tensor, x: Tensor, blocks: int) -> Tensor:
@@ -178,9 +241,13 @@ def _bmm_into(target: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def projection(
-    layout: TokenLayout, bases: BasisSet | None, dtype: torch.dtype, device: torch.device
+    layout: TokenLayout,
+    bases: BasisSet | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    padding: Tensor | None = None,
 ) -> Projection | None:
     """The [`Projection`] of a layout; None where it would be the identity."""
     if bases is None or num_kept(layout, bases) == layout.num_tokens:
         return None
-    return Projection(layout, bases, dtype, device)
+    return Projection(layout, bases, dtype, device, padding)

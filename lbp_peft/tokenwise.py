@@ -34,6 +34,7 @@ def low_rank_layer(
     for_weight: BasisSet | None,
     for_input: BasisSet | None = None,
     state: Callable[[], Hashable] = lambda: None,
+    padding: Tensor | None = None,
 ) -> Tensor:
     """`layer(x)`, bit for bit, whose backward pass goes through a small space.
 
@@ -45,6 +46,7 @@ def low_rank_layer(
         for_input: Bases of the input gradient. None, or as many bases as tokens: exact.
         state: What the layer computes depends on, beside its tensors. The backward pass raises RuntimeError if it is
             not what it was in the forward pass.
+        padding: Shape (N, L), True for tokens that are only padding: nothing of them enters the gradients of others.
 
     Dropout of the input is respected: the parameters see what it left of x, and no gradient goes through what it
     dropped. Double backward raises RuntimeError.
@@ -53,8 +55,8 @@ def low_rank_layer(
         Shape (N, ..., C_out).
     """
     parameters = {name: p for name, p in layer.named_parameters() if p.requires_grad}
-    project_weight = projection(layout, for_weight, x.dtype, x.device)
-    project_input = projection(layout, for_input, x.dtype, x.device)
+    project_weight = projection(layout, for_weight, x.dtype, x.device, padding)
+    project_input = projection(layout, for_input, x.dtype, x.device, padding)
     dropouts = _active_dropouts(layer)
     dropped: list[Tensor] = []
     if project_input is None:
@@ -105,7 +107,9 @@ class _LowRankLayer(torch.autograd.Function):
         xs, parameters = tensors[:split], tensors[split:]
         ctx.shapes = [z.shape for z in xs]
         ctx.dtypes = [z.dtype for z in xs]
-        kept = [rows_to_keep(z, _of_dtype(how.for_weight, z.dtype)) if parameters else None for z in xs]
+        kept = [
+            rows_to_keep(z, how.for_weight and how.for_weight.of_dtype(z.dtype)) if parameters else None for z in xs
+        ]
         ctx.save_for_backward(*kept, *parameters)
 
     @staticmethod
@@ -134,8 +138,8 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     for_input: Any = how.for_input
     needs_inputs = for_input is not None and any(needed[:num_inputs])
     if parameters:
-        for_weight = _of_dtype(how.for_weight, tokens.dtype)
-        small = tokens if for_weight is None else for_weight.project(tokens)
+        for_weight = how.for_weight and how.for_weight.of_dtype(tokens.dtype)
+        small = tokens if for_weight is None else for_weight.project_gradient(tokens)
         rows = small.flatten(0, 1)
         exactly = torch.promote_types(rows.dtype, torch.float32)
         lacking = sum_of_tokens(tokens, small, for_weight).to(exactly) - rows.sum(0, dtype=exactly)
@@ -150,7 +154,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         if together:
             of_inputs, needs_inputs = [z[:-1].unflatten(0, small.shape[:2]) for z in of_rows], False
     if needs_inputs:  # f is affine: its derivative is the same at any x
-        small = _of_dtype(for_input, tokens.dtype).project(tokens)
+        small = for_input.of_dtype(tokens.dtype).project_gradient(tokens)
         rows = small.flatten(0, 1)
         zeros = [
             rows.new_zeros(len(rows), shape[-1], dtype=dtype)
@@ -160,7 +164,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         of_inputs = [z.unflatten(0, small.shape[:2]) for z in of_rows]
     if for_input is not None:
         of_inputs = [
-            _of_dtype(for_input, z.dtype).lift(z).view(shape) if need and z is not None else None
+            for_input.of_dtype(z.dtype).lift(z).view(shape) if need and z is not None else None
             for z, shape, need in zip(of_inputs, ctx.shapes, needed, strict=False)
         ]
     return [*of_inputs, *of_parameters]
@@ -187,13 +191,6 @@ def _differentiate(
     split = len(inputs) if inputs_too else 0
     of_inputs = [torch.zeros_like(z[0]) if g is None else g[0] for z, g in zip(inputs, found[:split], strict=False)]
     return [*of_inputs, found[split:] or [None] * len(parameters)]
-
-
-def _of_dtype(projection: Any, dtype: torch.dtype) -> Any:
-    """Under autocast, and with adapters of a dtype of their own, not all has the dtype of x."""
-    if projection is None or projection.row_analysis.dtype == dtype:
-        return projection
-    return Projection(projection.layout, projection.bases, dtype, projection.row_analysis.device)
 
 
 def _active_dropouts(layer: nn.Module) -> list[nn.Module]:

@@ -55,6 +55,8 @@ def piece_functions(length: int, offset: int, block: int) -> Tensor:
 def orthogonal_bases(grid: tuple[int, int], r: int, block: int = 8, selection: str = "lp_l1") -> Tensor:
     """Shape (k, H * W), orthonormal rows. Cropped two-dimensional bases, orthonormalised in their order by QR."""
     height, width = grid
+    if 1 in grid:  # a sequence: as many tokens a block
+        block = block * block
     rows = []
     for top, bottom, row_offset in cuts(height, block):
         for left, right, column_offset in cuts(width, block):

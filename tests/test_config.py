@@ -11,7 +11,6 @@ import torch
 from models import disturb, forward, gradients, images, layers_of, outputs, tiny_vit
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lbp_peft import LBPWHTConfig, layout_report
 from lbp_peft.tuner.registration import check_peft_version, register
@@ -230,15 +229,6 @@ def test_quantised_layers_may_be_passed_through(targets):
     assert torch.equal(forward(model.train(), images()), expected)
     gradients(model, images())
     assert not {name for name in layout_report(model).exact if "classifier" not in name}
-
-
-def test_a_linear_of_the_gpt2_kind_is_refused():
-    """PEFT's "all-linear" means these too; their weight is transposed."""
-    model = nn.Sequential(Conv1D(8, 4), nn.ReLU(), nn.Linear(8, 2))
-    for targets in (["0", "2"], "all-linear"):
-        with pytest.raises(TypeError, match="0 is of type Conv1D"):
-            get_peft_model(model, LBPWHTConfig(target_modules=targets))
-        assert not layers_of(model)
 
 
 def test_layers_that_another_method_trains_are_not_trained_too():

@@ -167,29 +167,6 @@ def test_masked_pre_training_is_exact_with_one_warning():
     assert all(p.grad is not None for n, p in model.named_parameters() if p.requires_grad)
 
 
-def test_text_beside_images_is_exact():
-    torch.manual_seed(0)
-    text = {n: SMALL[n] for n in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
-    config = transformers.CLIPConfig(
-        vision_config=SMALL, text_config=text | {"vocab_size": 50, "max_position_embeddings": 12, "eos_token_id": 49},
-        projection_dim=16,
-    )  # fmt: skip
-    inputs = {"input_ids": torch.randint(0, 49, (2, 9)), "pixel_values": images()}
-    model = adapt(transformers.CLIPModel(config))
-    model(**inputs).logits_per_image.sum().backward()
-    ran = layout_report(model).layers
-    assert ran and all("vision_model" in name and r.layout.grid == (8, 8) for name, r in ran.items())
-
-    model = adapt(transformers.CLIPModel(config), target_modules=["fc1", "fc2"])
-    with pytest.warns(UserWarning, match="uses exact backpropagation") as caught:
-        output = model(**inputs)
-    assert len(exact_warnings(caught)) == 1
-    output.logits_per_image.sum().backward()
-    ran = layout_report(model).layers
-    assert {bool(r.why_exact) for name, r in ran.items() if "text_model" in name} == {True}
-    assert {r.layout.grid for name, r in ran.items() if "vision_model" in name} == {(8, 8)}
-
-
 def test_video_is_exact():
     torch.manual_seed(0)
     config = transformers.VideoMAEConfig(**SMALL, num_frames=2, num_labels=3)

@@ -12,7 +12,7 @@ from torch import nn
 
 from lbp_peft import BasisSet, LBPWHTConfig, layout_report
 from lbp_peft.pointwise import low_rank_pointwise_conv
-from lbp_peft.tuner.pointwise import LBPWHTPointwiseConv2d
+from lbp_peft.tuner.pointwise import LBPWHTPointwiseConv
 
 
 def bases(rank):
@@ -145,7 +145,7 @@ def test_strided_and_grouped_ones_are_refused():
 def test_stacked_on_lora_it_makes_the_input_gradient_cheap():
     lora = get_peft_model(base(), LoraConfig(r=2, target_modules=["fc1"], modules_to_save=["head"]))
     model = get_peft_model(lora, LBPWHTConfig(r=3, grad_input=3, train_base_weight=False, target_modules=["fc2"]))
-    assert all(isinstance(layer, LBPWHTPointwiseConv2d) for layer in layers_of(model).values())
+    assert all(isinstance(layer, LBPWHTPointwiseConv) for layer in layers_of(model).values())
     losses = train(model, X, 5)
     assert losses[-1] < losses[0]
     assert not layout_report(model).exact

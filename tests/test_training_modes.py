@@ -297,7 +297,7 @@ def compiled_gradients(backend, dynamic=None, batches=(2,)):
         goal = torch.randn(logits.shape, generator=torch.Generator().manual_seed(9))
         (logits - goal).square().sum().backward()
         found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        assert largest_difference(found, expected) < 1e-4
+        assert largest_difference(found, expected) < 1e-3  # inductor rounds differently
         with exact_backward(model):  # so that equality says something
             assert largest_difference(gradients(model, images(batch)), expected) > 1e-2
 

@@ -33,6 +33,7 @@ class LBPWHTConfig(PeftConfig):
             `{"layers.11.mlp.fc2": 21}`. It changes r only, not `grad_input`.
         grid_size: (H, W) of the patch grid. None: found out from the model and the input.
         num_prefix_tokens: Tokens before the patches ([CLS], distillation, registers). None: found out.
+        num_suffix_tokens: Tokens after the patches (detection tokens). None: found out.
         target_modules: Names, a regular expression, or "all-linear". None: every linear layer in the blocks of the
             encoder, never the head.
         exclude_modules: Names or a regular expression of modules not to adapt.
@@ -63,6 +64,7 @@ class LBPWHTConfig(PeftConfig):
     )
     grid_size: tuple[int, int] | None = field(default=None, metadata={"help": "(H, W) of the patch grid."})
     num_prefix_tokens: int | None = field(default=None, metadata={"help": "Tokens before the patches."})
+    num_suffix_tokens: int | None = field(default=None, metadata={"help": "Tokens after the patches."})
     target_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": 'Names, a regular expression or "all-linear"; None for the whole encoder.'}
     )
@@ -162,9 +164,10 @@ class LBPWHTConfig(PeftConfig):
             isinstance(grid, tuple) and len(grid) == 2 and all(_is_int(side) and side > 0 for side in grid)
         ):
             raise ValueError(f"grid_size must be two positive ints (height, width) in patches, got {grid!r}.")
-        prefix = self.num_prefix_tokens
-        if prefix is not None and (not _is_int(prefix) or prefix < 0):
-            raise ValueError(f"num_prefix_tokens must be an int of at least 0, got {prefix!r}.")
+        for name in ("num_prefix_tokens", "num_suffix_tokens"):
+            number = getattr(self, name)
+            if number is not None and (not _is_int(number) or number < 0):
+                raise ValueError(f"{name} must be an int of at least 0, got {number!r}.")
 
 
 def _is_int(value: Any) -> bool:

@@ -9,15 +9,17 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_a
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
-from ..encoder import encoder_linears, is_pointwise_conv
-from ..grid import GridFinder, is_unfolded, window_near
+from ..encoder import encoder_linears, is_pointwise_conv, is_transposed_linear
+from ..grid import GridFinder
+from ..hints import after_the_encoder, is_of_text, is_unfolded, window_near
 from .checks import check_targets, is_adapted_linear
 from .config import LBPWHTConfig
 from .layer import BackwardRule, LBPWHTLayer
 from .linear import LBPWHTLinear
-from .pointwise import LBPWHTPointwiseConv2d
+from .pointwise import LBPWHTPointwiseConv
 from .stack import has_other_adapters
 from .stacked import CHILD, LBPWHTStacked, leave, stand_inside
+from .transposed import LBPWHTTransposedLinear
 
 
 def prepare(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -> None:
@@ -71,6 +73,7 @@ def create_and_replace(
         for_input=config.input_bases(),
         grid_size=config.grid_size,
         num_prefix_tokens=config.num_prefix_tokens,
+        num_suffix_tokens=config.num_suffix_tokens,
     )
     inside = getattr(target, CHILD, None)
     if isinstance(inside, LBPWHTStacked):
@@ -82,11 +85,16 @@ def create_and_replace(
     else:
         finder = grid_finder(tuner.model)
         train, inference = config.train_base_weight, config.inference_mode
-        layer_cls = LBPWHTPointwiseConv2d if is_pointwise_conv(target) else LBPWHTLinear
-        layer = layer_cls(target, finder, current_key, adapter_name, rule, train, inference)
+        layer = _layer_class(target)(target, finder, current_key, adapter_name, rule, train, inference)
         if adapter_name not in tuner.active_adapters:  # an additional adapter is not trained until it is activated
             layer.requires_grad_(False)
         tuner._replace_module(parent, target_name, layer, target)
+
+
+def _layer_class(target: nn.Module) -> type[LBPWHTLinear]:
+    if is_pointwise_conv(target):
+        return LBPWHTPointwiseConv
+    return LBPWHTTransposedLinear if is_transposed_linear(target) else LBPWHTLinear
 
 
 def leave_all(model: nn.Module) -> set[GridFinder]:
@@ -110,6 +118,8 @@ def look_around(model: nn.Module) -> None:
         if isinstance(module, LBPWHTLayer):
             module.windowed = (window_near(model, name),)
             module.is_unfolded = is_unfolded(model, name)
+            module.is_of_text = is_of_text(model, name)
+            module.after_the_encoder = after_the_encoder(model, name)
 
 
 def grid_finder(model: nn.Module) -> GridFinder:

@@ -12,7 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..bases import BasisSet, LayoutError, TokenLayout
-from ..grid import GridFinder, window_size
+from ..grid import GridFinder
+from ..hints import window_size
 from ..projection import num_kept
 from ..tokenwise import why_not_token_wise
 
@@ -24,13 +25,14 @@ class BackwardRule:
     Attributes:
         for_weight: Bases of the weight gradient.
         for_input: Bases of the input gradient; None: exact.
-        grid_size, num_prefix_tokens: As given in the configuration.
+        grid_size, num_prefix_tokens, num_suffix_tokens: As given in the configuration.
     """
 
     for_weight: BasisSet
     for_input: BasisSet | None
     grid_size: tuple[int, int] | None = None
     num_prefix_tokens: int | None = None
+    num_suffix_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class LBPWHTLayer(BaseTunerLayer):
         # In a tuple, since it is around this layer, not a part of it.
         self.windowed: tuple[nn.Module | None] = (None,)
         self.is_unfolded = False
+        self.is_of_text = False
+        self.after_the_encoder = ""
         self.exact_backward = False
         self.last_backward: BackwardPass | None = None
         self._disable_adapters = False
@@ -114,8 +118,7 @@ class LBPWHTLayer(BaseTunerLayer):
             self._fall_back(x, why, "Leave it out with exclude_modules to silence this.", cause="unfolded")
             return None
         try:
-            window = window_size(self.windowed[0])
-            layout = self.finder.layout(shape, rule.grid_size, rule.num_prefix_tokens, window)
+            layout = self._layout(shape, rule)
             kept_for_weight, kept_for_input = num_kept(layout, for_weight), num_kept(layout, for_input)
         except LayoutError as error:
             self._fall_back(x, error.why, error.remedy, cause=error.remedy)
@@ -125,6 +128,21 @@ class LBPWHTLayer(BaseTunerLayer):
             return None
         self._note(x, "", layout, kept_for_weight, kept_for_input)
         return layout
+
+    def _layout(self, shape: torch.Size, rule: BackwardRule) -> TokenLayout:
+        if self.is_of_text and len(shape) == 3:
+            return TokenLayout((1, int(shape[1])))
+        if self.after_the_encoder and rule.grid_size is None:
+            raise LayoutError(
+                f"it is part of a {self.after_the_encoder}, whose tokens may be others than patches",
+                "Set grid_size if they are patches.",
+            )
+        window = window_size(self.windowed[0])
+        return self.finder.layout(shape, rule.grid_size, rule.num_prefix_tokens, rule.num_suffix_tokens, window)
+
+    def _padding(self, x: Tensor) -> Tensor | None:
+        """Shape (N, L), True where a token is only padding."""
+        return self.finder.padding(self._shape_of_tokens(x)) if self.is_of_text and x.dim() == 3 else None
 
     def _shape_of_tokens(self, x: Tensor) -> torch.Size:
         """(N, L, C) or (N, H, W, C)"""

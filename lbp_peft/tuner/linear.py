@@ -79,7 +79,7 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
             return self._multiply_low_rank(x, weight, bias, layout, rule)
         if rule is None or layout is None or not self._is_token_wise(self.base_layer, x, None):
             return self.base_layer(x)
-        return low_rank_layer(self.base_layer, x, layout, rule.for_weight, rule.for_input)
+        return low_rank_layer(self.base_layer, x, layout, rule.for_weight, rule.for_input, padding=self._padding(x))
 
     def _is_plain(self, base: nn.Module) -> bool:
         return is_plain_linear(base)
@@ -93,7 +93,7 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
     def _multiply_low_rank(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, layout: TokenLayout, rule: BackwardRule
     ) -> Tensor:
-        return low_rank_linear(x, weight, bias, layout, rule.for_weight, rule.for_input)
+        return low_rank_linear(x, weight, bias, layout, rule.for_weight, rule.for_input, padding=self._padding(x))
 
     def __repr__(self) -> str:
         return "lbpwht." + super().__repr__()

@@ -123,6 +123,13 @@ class LBPWHTModel(BaseTuner):
     def _is_built(self) -> bool:
         return any(isinstance(module, LBPWHTLayer) for module in self.model.modules())
 
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        try:
+            names: list[str] = super()._get_module_names_tied_with_embedding()
+        except NotImplementedError:  # some detectors tie weights but have no embedding of words
+            return []
+        return names
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, AuxiliaryTrainingWrapper):  # a trained copy takes the place of its original as it is
             setattr(parent, child_name, new_module)

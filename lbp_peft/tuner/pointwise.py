@@ -15,8 +15,8 @@ from .layer import BackwardRule
 from .linear import LBPWHTLinear
 
 
-class LBPWHTPointwiseConv2d(LBPWHTLinear):
-    """`nn.Conv2d` with kernel 1, stride 1 and one group, with LBP-WHT adapters: see [`LBPWHTLinear`]."""
+class LBPWHTPointwiseConv(LBPWHTLinear):
+    """`nn.Conv2d` or `nn.Conv1d` with kernel 1, stride 1 and one group, with LBP-WHT adapters: see [`LBPWHTLinear`]."""
 
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any):
         super().__init__(base_layer, *args, **kwargs)
@@ -31,12 +31,13 @@ class LBPWHTPointwiseConv2d(LBPWHTLinear):
         return base.in_channels, base.out_channels
 
     def _shape_of_tokens(self, x: Tensor) -> torch.Size:
-        return torch.Size((x.shape[0], *x.shape[2:], x.shape[1])) if x.dim() == 4 else x.shape[:1]
+        has_batch = x.dim() == self.weight.dim()
+        return torch.Size((x.shape[0], *x.shape[2:], x.shape[1])) if has_batch else x.shape[:1]
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return F.conv2d(x, weight, bias)
+        return (F.conv1d if weight.dim() == 3 else F.conv2d)(x, weight, bias)
 
     def _multiply_low_rank(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, layout: TokenLayout, rule: BackwardRule
     ) -> Tensor:
-        return low_rank_pointwise_conv(x, weight, bias, rule.for_weight, rule.for_input)
+        return low_rank_pointwise_conv(x, weight, bias, rule.for_weight, rule.for_input, layout, self._padding(x))

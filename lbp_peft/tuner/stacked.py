@@ -64,13 +64,17 @@ class LBPWHTStacked(nn.Module, LBPWHTLayer):
             return plain(host, x)
         if not self._on_images and (branches := _branches(host, x)) is not None:
             base = host.base_layer if isinstance(host, BaseTunerLayer) else host
-            return low_rank_linear(x, base.weight, base.bias, layout, rule.for_weight, rule.for_input, branches)
-        layer = _ChannelsLast(_Plain(host)) if self._on_images else _Plain(host)
+            padding = self._padding(x)
+            return low_rank_linear(
+                x, base.weight, base.bias, layout, rule.for_weight, rule.for_input, branches, padding
+            )
+        layer = _ChannelsLast(_Plain(host), x.dim()) if self._on_images else _Plain(host)
         tokens = x.movedim(1, -1) if self._on_images else x
         state = functools.partial(_state, host)
         if torch.compiler.is_compiling() or not self._is_token_wise(layer, tokens, state()):
             return plain(host, x)
-        y = low_rank_layer(layer, tokens, layout, rule.for_weight, rule.for_input, state)
+        padding = self._padding(tokens)
+        y = low_rank_layer(layer, tokens, layout, rule.for_weight, rule.for_input, state, padding)
         return y.movedim(-1, 1) if self._on_images else y
 
     def _base_layer(self, host: Any) -> nn.Module:
@@ -129,14 +133,15 @@ class _Plain(nn.Module):
 
 
 class _ChannelsLast(nn.Module):
-    """A layer that works on images (N, C, H, W), for (N, H, W, C) and for rows of tokens (N, L, C)."""
+    """A layer that works on (N, C, H, W) or (N, C, L), for (N, H, W, C) and for rows of tokens (N, L, C)."""
 
-    def __init__(self, layer: nn.Module):
+    def __init__(self, layer: nn.Module, num_axes: int):
         super().__init__()
         self.layer = layer
+        self.num_axes = num_axes
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() == 3:
+        if x.dim() == 3 and self.num_axes == 4:
             return self.layer(x.movedim(1, -1)[..., None])[..., 0].movedim(1, -1)
         return self.layer(x.movedim(-1, 1)).movedim(1, -1)
 

@@ -1,0 +1,36 @@
+"""transformers' `Conv1D`, a linear layer whose weight is (C_in, C_out), with LBP-WHT adapters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..bases import TokenLayout
+from ..encoder import is_transposed_linear
+from .layer import BackwardRule
+from .linear import LBPWHTLinear
+
+
+class LBPWHTTransposedLinear(LBPWHTLinear):
+    """`transformers.pytorch_utils.Conv1D` with LBP-WHT adapters: see [`LBPWHTLinear`]."""
+
+    def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any):
+        super().__init__(base_layer, *args, **kwargs)
+        self.nx, self.nf = self.in_features, self.out_features
+
+    def _is_plain(self, base: nn.Module) -> bool:
+        return is_transposed_linear(base)
+
+    def _num_features(self, base: Any) -> tuple[int, int]:
+        return tuple(base.weight.shape)
+
+    def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        assert bias is not None  # it always has one
+        return torch.addmm(bias, x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+
+    def _multiply_low_rank(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, layout: TokenLayout, rule: BackwardRule
+    ) -> Tensor:
+        return super()._multiply_low_rank(x, weight.t(), bias, layout, rule)

@@ -1,0 +1,112 @@
+"""Layers of a text tower, where they are named: one-dimensional, padding apart."""
+
+import warnings
+
+import pytest
+import torch
+import transformers
+from models import images, largest_difference
+from peft import LoraConfig, get_peft_model
+
+from lbp_peft import LBPWHTConfig, exact_backward, layout_report
+
+SIZE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+LENGTH = 24
+
+
+def clip():
+    torch.manual_seed(0)
+    vocabulary = {"vocab_size": 60, "max_position_embeddings": LENGTH, "bos_token_id": 57, "eos_token_id": 58}
+    config = transformers.CLIPConfig(
+        vision_config=SIZE | {"image_size": 32, "patch_size": 4},
+        text_config=SIZE | vocabulary | {"pad_token_id": 59},
+        projection_dim=16,
+    )
+    return transformers.CLIPModel(config)
+
+
+def words(padding=59, lengths=(11, LENGTH)):
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 57, (len(lengths), LENGTH), generator=generator)
+    mask = torch.arange(LENGTH) < torch.tensor(lengths)[:, None]
+    for row, length in zip(ids, lengths, strict=True):
+        row[length - 1] = 58
+    return {"input_ids": ids.where(mask, padding), "attention_mask": mask.long()}
+
+
+def adapted(model=None, **settings):
+    settings = {"r": 3, "target_modules": ["fc1", "fc2", "q_proj"]} | settings
+    return get_peft_model(model or clip(), LBPWHTConfig(**settings)).train()
+
+
+def gradients(model, **inputs):
+    model.zero_grad()
+    output = model(pixel_values=images(), **inputs)
+    (output.text_embeds @ torch.arange(16.0) + output.image_embeds.sum()).sum().backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def test_text_is_left_alone_unless_it_is_named():
+    model = adapted(target_modules=None)
+    gradients(model, **words())
+    assert all("vision_model" in name for name in layout_report(model).layers)
+
+
+def test_text_layers_are_one_dimensional():
+    model = adapted()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*exact backpropagation")
+        gradients(model, **words())
+    ran = layout_report(model).layers
+    assert {r.layout.grid for name, r in ran.items() if "text_model" in name} == {(1, LENGTH)}
+    assert {r.kept_for_weight for name, r in ran.items() if "text_model" in name} == {3}
+    assert {r.layout.grid for name, r in ran.items() if "vision_model" in name} == {(8, 8)}
+
+
+def test_a_grid_given_by_hand_is_that_of_the_images():
+    model = adapted(grid_size=(8, 8), num_prefix_tokens=1)
+    gradients(model, **words())
+    assert {r.layout.grid for r in layout_report(model).layers.values()} == {(1, LENGTH), (8, 8)}
+
+
+@pytest.mark.parametrize("grad_input", ["full", 3])
+@pytest.mark.parametrize("stacked", [False, True])
+def test_what_stands_in_the_padding_does_not_matter(grad_input, stacked):
+    settings = {"grad_input": grad_input}
+    if stacked:
+        lora = LoraConfig(r=2, target_modules=["fc1", "fc2", "q_proj"], init_lora_weights=False)
+        settings |= {"stack_on": lora, "train_base_weight": False, "target_modules": None}
+    model = adapted(**settings)
+    first, second = (gradients(model, **words(padding)) for padding in (59, 7))
+    assert len(first) >= 6 and largest_difference(first, second) < 1e-5
+
+    # What would have come of it without the mask, to see that it is the mask that does it.
+    text = model.get_submodule(next(n for n, _ in model.named_modules() if n.endswith("text_model")))
+    finder = next(m.finder for m in text.modules() if hasattr(m, "finder"))
+    finder.paddings.padding = lambda *_: None
+    first, second = (gradients(model, **words(padding)) for padding in (59, 7))
+    assert largest_difference(first, second) > 1e-3
+
+
+def test_at_full_rank_the_gradients_are_exact():
+    model = adapted(r=64, grad_input=64)
+    low = gradients(model, **words())
+    with exact_backward(model):
+        assert largest_difference(low, gradients(model, **words())) < 1e-5
+
+
+def test_gradient_checkpointing_finds_the_mask_again_or_says_that_it_cannot():
+    model = adapted(grad_input=3)
+    expected = gradients(model, **words())
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert largest_difference(gradients(model, **words()), expected) < 1e-6
+    outputs = [model(pixel_values=images(), **words(lengths=lengths)) for lengths in ((11, 9), (5, 6))]
+    with pytest.raises(RuntimeError, match="different attention masks.*cannot be told apart"):
+        sum(output.text_embeds.sum() for output in outputs).backward()
+    gradients(model, **words())  # one at a time it goes on
+
+
+def test_hooks_go_with_the_adapter():
+    model = adapted()
+    base = model.unload()
+    assert not any(module._forward_pre_hooks for module in base.modules())
