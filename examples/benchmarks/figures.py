@@ -63,4 +63,4 @@ def _texts(axes: Axes, rows: list[dict[str, Any]], ends: list[float], texts: lis
         if over is not None:
             text += f"  ({over[1] if isinstance(over, tuple) else over:.2f})"
         axes.annotate(text, (end, line), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
-    axes.set_xlim(0, 1.4 * max(ends))
+    axes.set_xlim(0, 1.45 * max(ends))

@@ -222,7 +222,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rate-side", type=int, help="side of the matrices that the rate is measured with")
     parser.add_argument("--rate-mib", type=int, default=512, help="MiB that are copied to measure the bandwidth")
     parser.add_argument("--threads", type=int, help="of the CPU (default: as PyTorch chooses)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="JSON file (default: in runs/benchmarks)")
     options = parser.parse_args(arguments)
     options.modes = options.modes or [mode for mode in (*MODES, str(options.r)) if is_known(mode)]
