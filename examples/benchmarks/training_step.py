@@ -169,7 +169,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--image-size", type=int, nargs="+", help="side, or height and width (default: the model's)")
     parser.add_argument("--bf16", action="store_true", help="everything under bf16 autocast")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each method, after two to count memory")
-    parser.add_argument("--minutes", type=float, default=60, help="for all rounds; those that would end later are left out")
+    parser.add_argument("--minutes", type=float, default=60, help="for the rounds; what would end later is left out")
     parser.add_argument("--threads", type=int, help="of the CPU (default: as PyTorch chooses)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="JSON file, the figure beside it (default: in runs/benchmarks)")
