@@ -11,19 +11,25 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
+from pathlib import Path
 
-import timm
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lbp_peft import LBPWHTConfig
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.environment import environment, in_words
+from benchmarks.methods import lbp_wht, lora
+from benchmarks.models import MODELS, efficientformer_l1
+from benchmarks.tables import aligned, number
 from lbp_peft.encoder import encoder_linears
 from lbp_peft.measure import multiply_adds
 
-HEADS = ["head", "head_dist"]
+MODEL = MODELS["efficientformer-l1"]
+HEADS = list(MODEL.heads)
 PROTOCOLS = {"partial (last stage)": r"stages\.3\.", "full": r"stages\."}
+METHODS = ("exact", "LoRA", "LBP-WHT, paper", "LBP-WHT, grad_input=full")
 
 
 def backward_macs(model: nn.Module, images: torch.Tensor) -> int:
@@ -45,36 +51,34 @@ def backward_macs(model: nn.Module, images: torch.Tensor) -> int:
 
 def adapted(options: argparse.Namespace, method: str, part: str) -> nn.Module:
     torch.manual_seed(0)
-    model = timm.create_model("efficientformer_l1", pretrained=False, num_classes=options.classes).train()
+    model = efficientformer_l1(MODEL.size, options.classes).train()
     targets = [name for name in encoder_linears(model) if re.search(part, name)]
     if method == "exact":
         for name, parameter in model.named_parameters():
             parameter.requires_grad = bool(re.search(part, name)) or name.split(".")[0] in HEADS
         return model
     if method == "LoRA":
-        return get_peft_model(model, LoraConfig(r=options.lora_r, target_modules=targets, modules_to_save=HEADS))
-    rank, grad_input = options.r, options.r if method == "LBP-WHT, paper" else "full"
-    config = LBPWHTConfig(r=rank, grad_input=grad_input, target_modules=targets, modules_to_save=HEADS)
-    return get_peft_model(model, config).train()
+        return lora(model, HEADS, targets, {"r": options.lora_r})
+    grad_input = options.r if method == "LBP-WHT, paper" else "full"
+    return lbp_wht(model, HEADS, {"r": options.r, "grad_input": grad_input, "target_modules": targets}).train()
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--r", type=int, default=21, help="LBP-WHT: bases per block; 21 is the paper's LP_L1-6")
     parser.add_argument("--lora-r", type=int, default=8)
     parser.add_argument("--classes", type=int, default=100)
-    parser.add_argument("--image-size", type=int, default=224)
-    options = parser.parse_args()
-    images = torch.randn(2, 3, options.image_size, options.image_size)  # batch norms want more than one
-    ranks = f"r={options.r}, LoRA r={options.lora_r}"
-    print(f"EfficientFormer-L1, {options.image_size} px, {ranks}, torch {torch.__version__}, timm {timm.__version__}")
+    options = parser.parse_args(arguments)
+    images = torch.randn(2, 3, *MODEL.size)  # batch norms want more than one
+    print(in_words(environment()))
+    print(f"EfficientFormer-L1, {MODEL.size[0]} px, r={options.r}, LoRA r={options.lora_r}")
+    rows = []
     for protocol, part in PROTOCOLS.items():
-        millions = {}
-        for method in ("exact", "LoRA", "LBP-WHT, paper", "LBP-WHT, grad_input=full"):
-            millions[method] = backward_macs(adapted(options, method, part), images) / len(images) / 1e6
-        for method, value in millions.items():
-            less = 2 * (millions["LoRA"] - value)
-            print(f"{protocol:22} {method:26} {value:9.1f} M multiply-adds, {less:+8.1f} MFLOPs less than LoRA")
+        macs = {method: backward_macs(adapted(options, method, part), images) / len(images) for method in METHODS}
+        for method, own in macs.items():
+            less = 2 * (macs["LoRA"] - own)
+            rows.append([f"{protocol}: {method}", number(own / 1e6, 1), f"{less / 1e6:+.1f}"])
+    print(aligned(["protocol: method", "M multiply-adds", "MFLOPs less than LoRA"], rows))
 
 
 if __name__ == "__main__":

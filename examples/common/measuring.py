@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 from lbp_peft.measure import multiply_adds, saved_activations
 
 from .models import trainable_parameters
+from .timing import interleaved, now, ratios
 
 
 @dataclass
@@ -42,17 +43,15 @@ def measure_costs(
     """
     built = [build().to(accelerator.device).train() for build in models]
     counts = [_count(accelerator, model, batch) for model in built]
-    times: list[list[float]] = [[] for _ in built]
-    for _ in tqdm(range(rounds), desc="step times", unit="round"):
-        for model, seconds in zip(built, times, strict=True):
-            seconds.append(_time(accelerator, model, batch))
+    runs = [partial(_time, accelerator, model, batch) for model in built]
+    times = interleaved(runs, tqdm(range(rounds), desc="step times", unit="round"))
     return [
         Cost(
             trainable=trainable_parameters(model),
             saved_bytes=saved_bytes,
             backward_multiply_adds=backward,
             milliseconds=1000 * statistics.median(seconds),
-            relative_time=statistics.median(own / first for own, first in zip(seconds, times[0], strict=True)),
+            relative_time=statistics.median(ratios(seconds, times[0])),
         )
         for model, (saved_bytes, backward), seconds in zip(built, counts, times, strict=True)
     ]
@@ -74,15 +73,8 @@ def _count(accelerator: Accelerator, model: nn.Module, batch: dict[str, Any]) ->
 
 
 def _time(accelerator: Accelerator, model: nn.Module, batch: dict[str, Any]) -> float:
-    _wait_for_device()
-    start = time.perf_counter()
+    start = now()
     _forward(accelerator, model, batch).backward()
-    _wait_for_device()
-    seconds = time.perf_counter() - start
+    seconds = now() - start
     model.zero_grad(set_to_none=True)
     return seconds
-
-
-def _wait_for_device() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()

@@ -1,0 +1,1 @@
+"""What a training step costs: programs that measure it, and what they share."""

@@ -1,0 +1,57 @@
+"""On what a measurement was made, to be kept beside the figures."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "transformers", "peft", "timm", "lbp-peft")
+
+
+def environment() -> dict[str, Any]:
+    """Date, machine and versions; None for what is not there."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        # Of one minute: well above zero at the start, it says that the machine was not quiet.
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{package: _version(package) for package in PACKAGES},
+    }
+
+
+def in_words(record: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in record.items() if value is not None)
+
+
+def write_record(path: Path, environment: dict[str, Any], options: dict[str, Any], **results: Any) -> None:
+    """Everything about a run, as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    record = {"environment": environment, "options": options, **results}
+    path.write_text(json.dumps(record, indent=2, default=str) + "\n")
+
+
+def _version(package: str) -> str | None:
+    if package == "torch":
+        return torch.__version__  # the metadata leave out which build it is
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

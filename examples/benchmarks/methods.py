@@ -1,0 +1,190 @@
+"""The methods that are compared, each written as one word or more, joined by `+`, with settings after a colon.
+
+    full                                   all weights are trained
+    lora-all:r=16                          LoRA on all linear layers of the encoder
+    full+checkpointing                     activations are computed again in the backward pass
+    lbp-wht:r=10,grad_input=int8           LBP-WHT; the settings are those of its configuration
+    lora-all+lbp-wht:r=3,grad_input=3      LBP-WHT put on LoRA
+
+To add a word, write a function from model, names of the head's modules and settings to the model, and name it in
+`WORDS`.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import yaml
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from lbp_peft import LBPWHTConfig
+from lbp_peft.encoder import encoder_linears
+
+# Those that this version of LBP-WHT does not know are left out, see `default_methods`.
+DEFAULT_METHODS = (
+    "full",
+    "full+checkpointing",
+    "lora-qv",
+    "lora-all",
+    "lora-fa",
+    "velora",
+    "lbp-wht:r=3,grad_input=3",
+    "lbp-wht:r=10,grad_input=10",
+    "lbp-wht:r=10,grad_input=full",
+    "lbp-wht:r=10,grad_input=int8",
+    "lbp-wht:r=10,grad_input=bf16",
+    "lbp-wht:r=10,grad_input=auto",
+    "lbp-wht:r=10,grad_input=auto,compress_activations=int8",
+    "lora-all+lbp-wht:r=3,grad_input=3",
+    "lora-all+lbp-wht:r=10,grad_input=full",
+    "lora-all+lbp-wht:r=10,grad_input=auto",
+    "lora-qv+lbp-wht:r=10,grad_input=auto",
+)
+
+QUERY_AND_VALUE = ("q_proj", "v_proj", "query", "value")
+Settings = dict[str, Any]
+
+
+class NotAvailable(Exception):
+    """A method cannot be had here; the message says why."""
+
+
+def adapted(base: nn.Module, method: str, heads: list[str]) -> nn.Module:
+    """A copy of the model, made ready to be trained by a method, which trains the heads too.
+
+    The copy has parameters of its own on the memory of the base model's: many large models fit side by side, and no
+    step that is only measured changes a weight.
+
+    Raises:
+        NotAvailable: the model or an installed version does not admit the method.
+        ValueError: there is no such method.
+    """
+    shared = {id(parameter): nn.Parameter(parameter.detach()) for parameter in base.parameters()}
+    model = copy.deepcopy(base, shared)
+    for word, settings in words(method):
+        model = WORDS[word](model, heads, settings)
+    return model
+
+
+def words(method: str) -> list[tuple[str, Settings]]:
+    """ "lora-all+lbp-wht:r=3" -> [("lora-all", {}), ("lbp-wht", {"r": 3})]
+
+    Raises:
+        ValueError: a word is unknown, or a setting has no value.
+    """
+    result = []
+    for part in method.split("+"):
+        word, _, text = part.partition(":")
+        pairs = [pair.partition("=") for pair in text.split(",") if pair]
+        if word not in WORDS or not all(value for _, _, value in pairs):
+            raise ValueError(
+                f"Cannot read the method {method!r}: choose from {', '.join(WORDS)}, or several of them joined by +, "
+                "with settings as in lbp-wht:r=10,grad_input=3."
+            )
+        result.append((word, {key: yaml.safe_load(value) for key, _, value in pairs}))
+    return result
+
+
+def default_methods() -> list[str]:
+    """`DEFAULT_METHODS` without the settings that this version of LBP-WHT does not accept."""
+    return [method for method in DEFAULT_METHODS if all(_is_known(*word) for word in words(method))]
+
+
+def _is_known(word: str, settings: Settings) -> bool:
+    if word == "lbp-wht":
+        try:
+            LBPWHTConfig(**settings)
+        except (TypeError, ValueError):
+            return False
+    return True
+
+
+def full(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
+    return model
+
+
+def checkpointing(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
+            if hasattr(module, "activation_checkpointing_enable"):  # the newer name in transformers
+                module.activation_checkpointing_enable({"use_reentrant": False})
+            else:
+                module.gradient_checkpointing_enable({"use_reentrant": False})
+            return model
+        if hasattr(module, "set_grad_checkpointing"):  # timm
+            module.set_grad_checkpointing()
+            return model
+    raise NotAvailable("the model has no gradient checkpointing")
+
+
+def lbp_wht(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
+    stacked = isinstance(model, PeftModel)
+    try:
+        config = LBPWHTConfig(**{"modules_to_save": heads, "train_base_weight": not stacked} | settings)
+    except (TypeError, ValueError) as error:
+        raise NotAvailable(str(error)) from error
+    return _with_adapter(model, config)
+
+
+def lora_all(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
+    return lora(model, heads, encoder_linears(model), settings)
+
+
+def lora_qv(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
+    targets = [name for name in encoder_linears(model) if name.rsplit(".", 1)[-1] in QUERY_AND_VALUE]
+    if not targets:
+        raise NotAvailable("the model has no query and value layers apart from the key's")
+    return lora(model, heads, targets, settings)
+
+
+def lora_fa(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
+    """LoRA whose factor A is frozen. In PEFT the optimiser's constructor freezes it."""
+    try:
+        from peft.optimizers import create_lorafa_optimizer
+    except ImportError:
+        raise NotAvailable(f"PEFT {peft.__version__} has no LoRA-FA") from None
+    model = lora_all(model, heads, settings)
+    config = model.peft_config["default"]
+    create_lorafa_optimizer(model, r=config.r, lora_alpha=config.lora_alpha, lr=1e-3)
+    return model
+
+
+def velora(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
+    """LoRA that keeps the input of its factor A in compressed form."""
+    try:
+        from peft import VeloraConfig
+    except ImportError:
+        raise NotAvailable(f"PEFT {peft.__version__} has no VeLoRA") from None
+    try:
+        return lora_all(model, heads, {"velora_config": VeloraConfig(), **settings})
+    except ValueError as error:  # it does not adapt convolutions
+        raise NotAvailable(str(error)) from error
+
+
+def lora(model: nn.Module, heads: list[str], targets: list[str], settings: Settings) -> nn.Module:
+    settings = {"r": 8, "target_modules": targets, "modules_to_save": heads} | settings
+    return _with_adapter(model, LoraConfig(**settings))
+
+
+def _with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
+    with warnings.catch_warnings():  # both are meant
+        warnings.filterwarnings("ignore", "You are trying to modify a model with PEFT for a second time")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
+        return get_peft_model(model, config)
+
+
+WORDS: dict[str, Callable[[nn.Module, list[str], Settings], nn.Module]] = {
+    "full": full,
+    "lora-qv": lora_qv,
+    "lora-all": lora_all,
+    "lora-fa": lora_fa,
+    "velora": velora,
+    "lbp-wht": lbp_wht,
+    "checkpointing": checkpointing,
+}

@@ -1,0 +1,234 @@
+"""The benchmarks, made small: what they count is checked, what they time is not."""
+
+import gc
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from benchmarks import methods, single_layers, training_step
+from benchmarks.floors import Rates, Work, measure_rates
+from benchmarks.methods import NotAvailable, adapted, default_methods, words
+from benchmarks.models import MODELS, Model
+from benchmarks.peak_memory import allocated
+from common.timing import interleaved, quartiles, ratios, rounds_within
+from models import tiny_vit
+from torch import nn
+
+BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
+CPU = torch.device("cpu")
+N = 1000
+
+
+# Timing
+
+
+def test_runs_take_turns():
+    order = []
+    results = interleaved([lambda: order.append("a") or 1, lambda: order.append("b") or 2], range(3))
+    assert order == list("ababab") and results == [[1, 1, 1], [2, 2, 2]]
+
+
+def test_ratios_are_taken_within_a_round_and_quartiles_include_the_ends():
+    assert ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
+    assert quartiles([5.0, 1.0, 2.0, 4.0, 3.0]) == (2.0, 3.0, 4.0)
+    assert quartiles([7.0]) == (7.0, 7.0, 7.0)
+
+
+def test_rounds_stop_when_the_time_is_up():
+    assert list(rounds_within(minutes=0, rounds=5)) == [0]
+    assert list(rounds_within(minutes=60, rounds=5)) == [0, 1, 2, 3, 4]
+
+
+# Peak memory
+
+
+def test_the_peak_is_what_is_allocated_at_once():
+    def run():
+        a = torch.ones(N)
+        b = a + 1  # two
+        del a
+        c = b + 1  # two again
+        c = torch.cat((b, c, c))  # b, the old c, and three more: five
+        del b
+        return c[: N // 2].clone()  # three and a half
+
+    with allocated(CPU) as memory:
+        left = run()
+    assert memory.left == left.nbytes == 4 * N // 2
+    assert 0 <= memory.peak - 4 * 5 * N < 100  # beside numbers that became tensors for a moment
+
+
+def test_the_peak_of_a_backward_pass():
+    model, x = nn.Linear(N, N, bias=False), torch.ones(8, N)
+    with allocated(CPU) as memory:
+        model(x).sum().backward()
+    # The gradient of the weight, with that of the output (one number, expanded) or a copy of it.
+    assert memory.left == 4 * N * N
+    assert 4 * N * N <= memory.peak <= 4 * (N * N + 2 * 8 * N) + 100
+
+
+# Methods
+
+
+def test_a_method_is_words_with_settings():
+    assert words("lora-all:r=16+lbp-wht:r=3,grad_input=full") == [
+        ("lora-all", {"r": 16}),
+        ("lbp-wht", {"r": 3, "grad_input": "full"}),
+    ]
+
+
+@pytest.mark.parametrize("method", ["", "lorax", "full+", "lbp-wht:r", "lbp-wht:r="])
+def test_what_is_no_method_is_refused(method):
+    with pytest.raises(ValueError, match="Cannot read the method"):
+        words(method)
+
+
+def test_methods_share_the_base_models_memory_and_nothing_else():
+    base = tiny_vit()
+    full, lora = (adapted(base, method, ["classifier"]) for method in ("full", "lora-qv"))
+    name = "vit.layers.0.attention.q_proj"
+    weights = [base.get_submodule(name).weight, full.get_submodule(name).weight]
+    weights.append(lora.get_base_model().get_submodule(name).base_layer.weight)
+    assert len({weight.data_ptr() for weight in weights}) == 1 and len({id(weight) for weight in weights}) == 3
+    assert [weight.requires_grad for weight in weights] == [True, True, False]
+
+
+def test_the_defaults_are_what_this_version_knows(monkeypatch):
+    known = default_methods()
+    assert {"full", "lora-all", "lbp-wht:r=10,grad_input=10"} <= set(known) <= set(methods.DEFAULT_METHODS)
+    monkeypatch.setattr(methods, "DEFAULT_METHODS", ("lora-all+lbp-wht:grad_input=nonsense", "full"))
+    assert default_methods() == ["full"]
+
+
+def test_what_cannot_be_had_is_said():
+    with pytest.raises(NotAvailable, match="grad_input"):
+        adapted(tiny_vit(), "lbp-wht:grad_input=nonsense", ["classifier"])
+    with pytest.raises(NotAvailable, match="gradient checkpointing"):
+        adapted(nn.Sequential(nn.Linear(2, 2)), "full+checkpointing", [])
+
+
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_every_model_has_a_loss_and_its_heads(name):
+    kind = MODELS[name]
+    if name.startswith("efficientformer"):
+        pytest.importorskip("timm", reason="timm is not installed")
+    with torch.device("meta"):
+        model = kind.build(kind.size)
+        loss = kind.loss(model, kind.batch(1, kind.size))
+    assert loss.shape == () and all(hasattr(model, head) for head in kind.heads)
+
+
+# The programs
+
+
+def tiny(size):
+    return tiny_vit(image_size=size[0])
+
+
+TINY = Model(tiny, size=(32, 32), batch=lambda n, size: {
+    "pixel_values": torch.randn(n, 3, *size), "labels": torch.randint(5, (n,)),
+})  # fmt: skip
+
+
+def test_training_step(tmp_path, capsys, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the figure needs matplotlib")
+    monkeypatch.setitem(MODELS, "tiny", TINY)
+    chosen = [*default_methods(), "lbp-wht:grad_input=nonsense"]
+    output = tmp_path / "new" / "tiny.json"
+    arguments = ["--model", "tiny", "--batch-size", "2", "--rounds", "2", "--device", "cpu", "--output", str(output)]
+    training_step.main([*arguments, "--methods", *chosen])
+    gc.unfreeze()
+
+    printed = capsys.readouterr().out
+    assert "left out lbp-wht:grad_input=nonsense: grad_input must be" in printed
+    record = json.loads(output.read_text())
+    assert record["environment"]["torch"] == torch.__version__ and record["options"]["image_size"] == [32, 32]
+    rows = {row["method"]: row for row in record["rows"]}
+    assert list(rows) == chosen[:-1] and all(method in printed for method in rows)
+    assert output.with_suffix(".png").stat().st_size > 10_000
+
+    full = rows["full"]
+    parameters = sum(parameter.nbytes for parameter in tiny((32, 32)).parameters())
+    assert full["trained_mib"] == full["weights_mib"] == parameters / 2**20
+    assert full["peak_mib"] > full["weights_mib"] + full["saved_mib"]
+    assert all(len(row["rounds_ms"]) == 2 and row["step_over_full"][0] > 0 for row in rows.values())
+    # A trained copy of every linear layer of the encoder, and of the head.
+    assert rows["lbp-wht:r=10,grad_input=full"]["weights_mib"] > 1.5 * full["weights_mib"]
+    for leaner in ("full+checkpointing", "lora-fa", "lbp-wht:r=10,grad_input=full"):
+        assert rows[leaner]["saved_over_full"] < 0.9
+    assert rows["lora-fa"]["saved_mib"] < rows["lora-all"]["saved_mib"]
+    assert rows["full+checkpointing"]["backward_gmacs"] > full["backward_gmacs"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--bf16"]])
+def test_single_layers(flags, tmp_path, capsys):
+    output = tmp_path / "layers.json"
+    small = ["--batch-size", "1", "--rounds", "1", "--rate-side", "64", "--rate-mib", "1", "--device", "cpu"]
+    for layers, tokens in (("vit-s qkv", 197), ("efficientformer-l1 stage 3 fc1", 49)):
+        single_layers.main([*small, *flags, "--layers", layers, "--output", str(output)])
+        record = json.loads(output.read_text())
+        modes = [row["mode"] for row in record["rows"]]
+        assert {"plain", "full", "10"} <= set(modes) <= {*single_layers.MODES, "10"}
+        assert f"1 x {tokens} x " in capsys.readouterr().out
+        assert record["rows"][0]["over_plain"] == [1.0, 1.0, 1.0]
+
+
+def test_a_layer_multiplies_and_moves_no_less_than_this():
+    shape = next(shape for shape in single_layers.SHAPES if shape.layer == "vit-s fc1")
+    rates = Rates({"float32": 1e9, "int8": 8e9}, 1e9)
+    x, y, weight = 2 * 197 * 384, 2 * 197 * 1536, 384 * 1536
+
+    plain = single_layers.work(shape, "plain", 10, 2, False, rates)
+    assert plain == Work({"float32": 3 * x * 1536}, 4 * (2 * x + 2 * y + x + 3 * weight))
+    kept = 2 * 41 * 384  # of 14 x 14 patches: four blocks of 10, and [CLS]
+    int8 = single_layers.work(shape, "int8", 10, 2, False, rates)
+    assert int8 == Work({"float32": x * 1536, "int8": (kept + x) * 1536}, 4 * (2 * x + 2 * y + 2 * kept + 3 * weight))
+    paper = single_layers.work(shape, "10", 10, 2, False, rates)
+    assert paper.multiply_adds == {"float32": (x + 2 * kept) * 1536}
+    assert plain.seconds(rates) == (3 * x * 1536 / 1e9, plain.bytes / 1e9)
+    assert single_layers.work(shape, "bf16", 10, 2, False, rates).seconds(rates) is None  # not to be had
+
+
+def test_rates_are_those_of_the_device():
+    rates = measure_rates(CPU, side=64, mib=1)
+    assert rates.multiply_adds["float32"] > 0 and rates.bytes > 0
+
+
+def test_the_programs_find_their_modules_from_any_folder(tmp_path):
+    command = [sys.executable, str(BENCHMARKS / "training_step.py"), "--help"]
+    here = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent.parent)}  # this checkout, installed or not
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=here, timeout=120)
+    assert done.returncode == 0 and "--methods" in done.stdout, done.stderr[-2000:]
+
+
+def test_multiply_adds_of_efficientformer_by_hand():
+    """Forward products are counted by hooks on the layers, and each has two gradients where both are asked for."""
+    pytest.importorskip("timm", reason="timm is not installed")
+    import argparse
+
+    from benchmarks.backward_cost import adapted, backward_macs
+    from timm.models.efficientformer import Attention
+
+    model = adapted(argparse.Namespace(classes=10), "exact", r"stages\.")
+    expected = 0
+
+    def count(module, inputs, output):
+        nonlocal expected
+        x = inputs[0]
+        if isinstance(module, Attention):
+            tokens = x.shape[1]
+            product = len(x) * module.num_heads * tokens * tokens
+            expected += 2 * product * (module.key_dim + module.val_dim)  # q k^T and its product with v
+            return
+        rows = output.numel() // output.shape[1] if isinstance(module, nn.Conv2d) else output.shape[:-1].numel()
+        expected += rows * module.weight.numel() * (x.requires_grad + module.weight.requires_grad)
+
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Conv2d, Attention)):
+            module.register_forward_hook(count)
+    counted = backward_macs(model, torch.randn(2, 3, 224, 224))
+    assert 2 * counted == expected  # two forward passes were made: one counted here, one by PyTorch
