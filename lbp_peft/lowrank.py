@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bases import BasisSet, TokenLayout
+from .precision import FULL, Precision, product
 from .projection import Projection, projection
 
 
@@ -76,6 +77,8 @@ class _How:
     for_weight: Projection | None
     for_input: Projection | None
     scalings: tuple[float, ...]
+    precision: Precision = FULL
+    source: Callable[[], Tensor | None] = lambda: None  # the parameter that the weight was cast from
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -144,7 +147,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         small = tokens
     elif small is None or for_weight is None or for_input.bases != for_weight.bases:
         small = for_input.project_gradient(tokens)
-    into_x: Any = small @ weight if needs_x else None
+    into_x: Any = product(small, weight, ctx.how.precision, ctx.how.source()) if needs_x else None
     for index, ((_, down, up), needed, scaling, owns_x) in enumerate(branches):
         if owns_x and needed[0]:
             gradients[3 + 4 * index] = _in_full((small @ up * scaling) @ down, for_input, grad)
@@ -211,11 +214,12 @@ def low_rank_linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    layout: TokenLayout,
+    layout: TokenLayout | None,
     for_weight: BasisSet | None = None,
     for_input: BasisSet | None = None,
     branches: Sequence[Branch] = (),
     padding: Tensor | None = None,
+    precision: Precision = FULL,
 ) -> Tensor:
     """`F.linear`, bit for bit, whose backward pass goes through a small space.
 
@@ -223,13 +227,14 @@ def low_rank_linear(
         x: Shape (N, L, C_in), or (N, H, W, C_in) with L = H W.
         weight: Shape (C_out, C_in).
         bias: Shape (C_out,). Its gradient is always exact.
-        layout: Where the L tokens lie.
+        layout: Where the L tokens lie. None will do where no bases are given.
         for_weight: Bases of the weight gradients; x is saved projected on them. None, or as many bases as tokens:
             exact.
         for_input: Bases of the input gradient. None, or as many bases as tokens: exact.
         branches: Low-rank updates beside the weight, added in turn. The gradients of `down` and `up` come from the
             same projections.
         padding: Shape (N, L), True for tokens that are only padding: nothing of them enters the gradients of others.
+        precision: Of the product of gradient and weight in the input gradient.
 
     Under autocast, the tensors are cast as `F.linear` casts them. Double backward raises RuntimeError, and so does a
     loss that depends on padding.
@@ -248,5 +253,7 @@ def low_rank_linear(
         projection(layout, for_weight, dtype, x.device, padding),
         projection(layout, for_input, dtype, x.device, padding),
         tuple(branch.scaling for branch in branches),
+        precision,
+        (lambda: None) if precision == FULL or torch.compiler.is_compiling() else weakref.ref(weight),
     )
     return _LowRankLinear.apply(how, *tensors)

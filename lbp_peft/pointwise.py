@@ -5,6 +5,9 @@ The mathematics is that of [`lbp_peft.lowrank`], with the pixels for tokens; onl
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 
 from .bases import BasisSet, TokenLayout
 from .lowrank import once_differentiable
+from .precision import FULL, Precision, product
 from .projection import Projection, projection
 
 
@@ -24,6 +28,7 @@ def low_rank_pointwise_conv(
     for_input: BasisSet | None = None,
     layout: TokenLayout | None = None,
     padding: Tensor | None = None,
+    precision: Precision = FULL,
 ) -> Tensor:
     """`F.conv2d` or `F.conv1d` with kernel 1 and stride 1, bit for bit, whose backward pass goes through a small space.
 
@@ -35,12 +40,14 @@ def low_rank_pointwise_conv(
         for_input: Bases of the input gradient. None, or as many bases as pixels: exact.
         layout: Where the L tokens of (N, C_in, L) lie.
         padding: Shape (N, L), True for tokens that are only padding.
+        precision: Of the product of gradient and weight in the input gradient.
 
     Under autocast, the tensors are cast as the convolutions cast them. Double backward raises RuntimeError.
 
     Returns:
         Shape (N, C_out, H, W) or (N, C_out, L).
     """
+    source = (lambda: None) if precision == FULL or torch.compiler.is_compiling() else weakref.ref(weight)
     tensors: list[Any] = [x, weight, bias]
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -48,24 +55,30 @@ def low_rank_pointwise_conv(
     x, weight, bias = tensors
     if x.dim() == 4:
         layout = TokenLayout((x.shape[2], x.shape[3]))
-    elif layout is None:
-        raise ValueError("The tokens of (N, C_in, L) need a layout.")
     project_weight = projection(layout, for_weight, x.dtype, x.device, padding)
     project_input = projection(layout, for_input, x.dtype, x.device, padding)
-    return _LowRankPointwise.apply(x, weight, bias, project_weight, project_input)
+    return _LowRankPointwise.apply(x, weight, bias, _How(project_weight, project_input, precision, source))
+
+
+@dataclass(frozen=True)
+class _How:
+    """All that is no tensor."""
+
+    for_weight: Projection | None
+    for_input: Projection | None
+    precision: Precision
+    source: Callable[[], Tensor | None]
 
 
 class _LowRankPointwise(torch.autograd.Function):
     @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor, bias: Tensor | None, for_weight: Projection | None, for_input: Projection | None
-    ) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
         return _convolution(x)(x, weight, bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, weight, _, ctx.for_weight, ctx.for_input = inputs
-        kept = _rows(x, ctx.for_weight) if ctx.needs_input_grad[1] else None
+        x, weight, _, ctx.how = inputs
+        kept = _rows(x, ctx.how.for_weight) if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None)
 
     @staticmethod
@@ -73,12 +86,12 @@ class _LowRankPointwise(torch.autograd.Function):
         second_order = torch.is_grad_enabled()
         with torch.no_grad():
             gradients = _gradients(ctx, grads[0])
-        return *(once_differentiable(gradients) if second_order else gradients), None, None
+        return *(once_differentiable(gradients) if second_order else gradients), None
 
 
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     kept, weight = ctx.saved_tensors
-    for_weight, for_input = ctx.for_weight, ctx.for_input
+    for_weight, for_input = ctx.how.for_weight, ctx.how.for_input
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     grad_x: Any = None
     grad_weight: Any = None
@@ -88,12 +101,15 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         grad_weight = (small.flatten(0, 1).t() @ kept.flatten(0, 1)).unflatten(1, (-1, *[1] * (grad.dim() - 2)))
     if needs_x:
         matrix = weight.flatten(1)
-        if for_input is None:
+        if for_input is None and ctx.how.precision != FULL:
+            rows = product(_rows(grad, None), matrix, ctx.how.precision, ctx.how.source())
+            grad_x = rows.transpose(1, 2).unflatten(2, grad.shape[2:])
+        elif for_input is None:
             grad_x = _convolution(grad)(grad, weight.transpose(0, 1))
         else:
             if small is None or for_weight is None or for_input.bases != for_weight.bases:
                 small = _rows(grad, for_input, is_gradient=True)
-            small = small @ matrix
+            small = product(small, matrix, ctx.how.precision, ctx.how.source())
             grad_x = for_input.lift_image(small) if grad.dim() == 4 else for_input.lift(small).transpose(1, 2)
     return [grad_x, grad_weight, grad.sum((0, *range(2, grad.dim()))) if needs_bias else None]
 

@@ -241,13 +241,17 @@ def _bmm_into(target: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def projection(
-    layout: TokenLayout,
+    layout: TokenLayout | None,
     bases: BasisSet | None,
     dtype: torch.dtype,
     device: torch.device,
     padding: Tensor | None = None,
 ) -> Projection | None:
     """The [`Projection`] of a layout; None where it would be the identity."""
-    if bases is None or num_kept(layout, bases) == layout.num_tokens:
+    if bases is None:
+        return None
+    if layout is None:
+        raise ValueError("To project tokens on bases, it has to be known where they lie: give a layout.")
+    if num_kept(layout, bases) == layout.num_tokens:
         return None
     return Projection(layout, bases, dtype, device, padding)

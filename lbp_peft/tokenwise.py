@@ -30,7 +30,7 @@ from .projection import Projection, projection
 def low_rank_layer(
     layer: nn.Module,
     x: Tensor,
-    layout: TokenLayout,
+    layout: TokenLayout | None,
     for_weight: BasisSet | None,
     for_input: BasisSet | None = None,
     state: Callable[[], Hashable] = lambda: None,
@@ -41,7 +41,7 @@ def low_rank_layer(
     Args:
         layer: Affine in x and token-wise, see [`why_not_token_wise`]. It is run again in the backward pass.
         x: Shape (N, L, C_in), or (N, H, W, C_in) with L = H W.
-        layout: Where the L tokens lie.
+        layout: Where the L tokens lie. None will do where no bases are given.
         for_weight: Bases of the gradients of all trained parameters of the layer; x is saved projected on them.
         for_input: Bases of the input gradient. None, or as many bases as tokens: exact.
         state: What the layer computes depends on, beside its tensors. The backward pass raises RuntimeError if it is

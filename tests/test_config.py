@@ -65,7 +65,7 @@ def test_defaults_survive_json(tmp_path):
     ({"selection": "lhe"}, "selection must be one of lp_l1, lp_linf, got 'lhe'"),
     ({"selection": None}, "selection must be one of"),
     ({"boundary": "zero"}, "boundary must be one of orthogonal, reflect, got 'zero'"),
-    ({"grad_input": "exact"}, 'grad_input must be "full" or a rank'),
+    ({"grad_input": "exact"}, 'grad_input must be one of full, bf16'),
     ({"grad_input": 0}, "grad_input must be an int from 1"),
     ({"grad_input": 65}, "grad_input"),
     ({"grad_input": False}, "grad_input"),

@@ -9,6 +9,7 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from ..bases import BOUNDARIES, BasisSet
+from ..precision import AUTO, FULL, PRECISIONS, Precision
 from ..walsh import SELECTIONS, is_power_of_two
 
 
@@ -20,8 +21,13 @@ class LBPWHTConfig(PeftConfig):
         r: Walsh bases kept in each block of `block_size` x `block_size` patches for the weight gradient, 1 to
             block_size**2. It need not be triangular or square. 1, 3, 6, 10, 15, 21, 28, 36 are the paper's LP_L1-1 to
             LP_L1-8.
-        grad_input: The input gradient. "full": exact. An int: low-rank, with a rank of its own; the paper's setting is
-            `grad_input=r`. Its error compounds from the last layer to the first, that of the weight gradient does not.
+        grad_input: The input gradient. "full": exact. "int8", "bf16", "fp8": exact up to the rounding of its product
+            g W to that type. "auto": in the precision that is fastest for the device and the shape, or with the whole
+            layer exact where that is faster; see docs/configuration.md. An int: low-rank, with a rank of its own; the
+            paper's setting is `grad_input=r`. Its error compounds from the last layer to the first, that of the weight
+            gradient does not. A pair, as in (10, "int8"): low-rank, and its product rounded.
+        rotation: Before g and W are rounded to 8 bits, mix blocks of so many outputs by a Hadamard matrix, a power of
+            two; 0: not. It spreads outliers and cancels in the product.
         block_size: Order of the two-dimensional Walsh-Hadamard transform, a power of two.
         selection: Which bases (i, j) come first: "lp_l1" by i + j, "lp_linf" by max(i, j). Ties: see
             [`lbp_peft.walsh.basis_order`].
@@ -50,9 +56,11 @@ class LBPWHTConfig(PeftConfig):
     """
 
     r: int = field(default=10, metadata={"help": "Walsh bases kept per block for the weight gradient."})
-    grad_input: str | int = field(
-        default="full", metadata={"help": '"full" for an exact input gradient, or the rank of a low-rank one.'}
+    grad_input: str | int | tuple[int, str] = field(
+        default="full",
+        metadata={"help": '"full" (exact), "int8", "bf16", "fp8", "auto", the rank of a low-rank one, or both.'},
     )
+    rotation: int = field(default=0, metadata={"help": "Outputs mixed by a Hadamard matrix before rounding; 0: none."})
     block_size: int = field(default=8, metadata={"help": "Order of the 2-D Walsh-Hadamard transform."})
     selection: str = field(default="lp_l1", metadata={"help": '"lp_l1" or "lp_linf".'})
     boundary: str = field(default="orthogonal", metadata={"help": '"orthogonal" or "reflect".'})
@@ -83,8 +91,9 @@ class LBPWHTConfig(PeftConfig):
         for name in ("target_modules", "exclude_modules"):
             if isinstance(getattr(self, name), (list, tuple)):
                 setattr(self, name, set(getattr(self, name)))
-        if isinstance(self.grid_size, list):  # JSON has no tuples
-            self.grid_size = tuple(self.grid_size)
+        for name in ("grid_size", "grad_input"):
+            if isinstance(getattr(self, name), list):  # JSON has no tuples
+                setattr(self, name, tuple(getattr(self, name)))
         self._check_transform()
         self._check_layout()
         self._check_stack()
@@ -101,10 +110,16 @@ class LBPWHTConfig(PeftConfig):
         return BasisSet(r, self.block_size, self.selection, self.boundary)
 
     def input_bases(self) -> BasisSet | None:
-        """The bases of the input gradient, None where it is exact."""
-        if isinstance(self.grad_input, str):
+        """The bases of the input gradient, None where it has all."""
+        rank = self.grad_input[0] if isinstance(self.grad_input, tuple) else self.grad_input
+        if isinstance(rank, str):
             return None
-        return BasisSet(self.grad_input, self.block_size, self.selection, self.boundary)
+        return BasisSet(rank, self.block_size, self.selection, self.boundary)
+
+    def input_precision(self) -> Precision:
+        """Of the product in the input gradient."""
+        name = self.grad_input[1] if isinstance(self.grad_input, tuple) else self.grad_input
+        return Precision(name, self.rotation) if isinstance(name, str) else FULL
 
     def to_dict(self) -> dict[str, Any]:
         output: dict[str, Any] = super().to_dict()
@@ -143,15 +158,27 @@ class LBPWHTConfig(PeftConfig):
         self._check_rank("r", self.r)
         for pattern, rank in self.rank_pattern.items():
             self._check_rank(f"rank_pattern[{pattern!r}]", rank)
-        if isinstance(self.grad_input, str):
-            if self.grad_input != "full":
-                raise ValueError(f'grad_input must be "full" or a rank (an int), got {self.grad_input!r}.')
-        else:
-            self._check_rank("grad_input", self.grad_input)
+        self._check_grad_input()
         if self.selection not in SELECTIONS:
             raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {self.selection!r}.")
         if self.boundary not in BOUNDARIES:
             raise ValueError(f"boundary must be one of {', '.join(BOUNDARIES)}, got {self.boundary!r}.")
+
+    def _check_grad_input(self) -> None:
+        value = self.grad_input
+        if isinstance(value, tuple) and len(value) == 2:
+            self._check_rank("the rank in grad_input", value[0])
+            value = value[1]
+        if isinstance(value, (str, tuple)):
+            if value not in (*PRECISIONS, AUTO):
+                raise ValueError(
+                    f"grad_input must be one of {', '.join(PRECISIONS)}, {AUTO}, a rank (an int), or a pair of a rank "
+                    f"and one of these, got {self.grad_input!r}."
+                )
+        else:
+            self._check_rank("grad_input", value)
+        if not _is_int(self.rotation) or (self.rotation and not is_power_of_two(self.rotation)):
+            raise ValueError(f"rotation must be a power of two (16 to 128 are useful), or 0, got {self.rotation!r}.")
 
     def _check_rank(self, name: str, rank: Any) -> None:
         full = self.block_size**2

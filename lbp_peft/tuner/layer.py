@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +12,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..bases import BasisSet, LayoutError, TokenLayout
+from ..cost import fastest_precision, low_rank_pays
 from ..grid import GridFinder
 from ..hints import window_size
+from ..precision import AUTO, FULL, Precision
 from ..projection import num_kept
 from ..tokenwise import why_not_token_wise
 
@@ -25,14 +27,34 @@ class BackwardRule:
     Attributes:
         for_weight: Bases of the weight gradient.
         for_input: Bases of the input gradient; None: exact.
+        precision: Of the product in the input gradient.
         grid_size, num_prefix_tokens, num_suffix_tokens: As given in the configuration.
     """
 
     for_weight: BasisSet
     for_input: BasisSet | None
+    precision: Precision = FULL
     grid_size: tuple[int, int] | None = None
     num_prefix_tokens: int | None = None
     num_suffix_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """What a backward pass that is not exact needs to know.
+
+    Attributes:
+        layout: Where the tokens lie; None where no bases are asked for.
+        for_weight, for_input: Bases; None: exact, or not needed.
+        padding: Shape (N, L), True where a token is only padding.
+        precision: Of the product in the input gradient.
+    """
+
+    layout: TokenLayout | None = None
+    for_weight: BasisSet | None = None
+    for_input: BasisSet | None = None
+    padding: Tensor | None = None
+    precision: Precision = FULL
 
 
 @dataclass(frozen=True)
@@ -43,7 +65,8 @@ class BackwardPass:
         num_tokens: L; 0 where the input has no token axis.
         layout: Where they lie, if it is known.
         kept_for_weight, kept_for_input: k of the L tokens that each gradient is computed from; L: exact.
-        why_exact: Empty where at least one of the two is low-rank.
+        why_exact: Empty where at least one of the two is low-rank or in low precision.
+        precision: Of the product in the input gradient.
     """
 
     num_tokens: int
@@ -51,6 +74,7 @@ class BackwardPass:
     kept_for_weight: int
     kept_for_input: int
     why_exact: str = ""
+    precision: str = "full"
 
 
 class LBPWHTLayer(BaseTunerLayer):
@@ -99,11 +123,12 @@ class LBPWHTLayer(BaseTunerLayer):
             return None
         return rules.pop() if rules else None
 
-    def _low_rank_layout(self, x: Tensor, train_weight: bool, rule: BackwardRule) -> TokenLayout | None:
-        """Where the tokens lie; None where the backward pass has to be, or may as well be, exact."""
+    def _plan(self, x: Tensor, base: nn.Module, train_weight: bool, rule: BackwardRule) -> BackwardPlan | None:
+        """How to prepare the backward pass; None where it has to be, or may as well be, exact."""
         for_weight = rule.for_weight if train_weight else None
         for_input = rule.for_input if x.requires_grad else None
-        if for_weight is None and for_input is None:
+        precision = rule.precision if x.requires_grad else FULL
+        if for_weight is None and for_input is None and precision == FULL:
             self._note(x, "its weight is not trained and its input gradient is to be exact or is not needed")
             return None
         if x.dim() not in (3, 4):
@@ -113,6 +138,8 @@ class LBPWHTLayer(BaseTunerLayer):
         if _num_tokens(shape) <= 1:
             self._note(x, "its input has a single token")
             return None
+        if for_weight is None and for_input is None:
+            return self._of_precision(x, base, BackwardPlan(precision=precision))
         if self.is_unfolded and rule.grid_size is None:
             why = "its images are unfolded, so that neither axis of its tokens is height or width"
             self._fall_back(x, why, "Leave it out with exclude_modules to silence this.", cause="unfolded")
@@ -123,11 +150,34 @@ class LBPWHTLayer(BaseTunerLayer):
         except LayoutError as error:
             self._fall_back(x, error.why, error.remedy, cause=error.remedy)
             return None
-        if min(kept_for_weight, kept_for_input) == layout.num_tokens:
+        if min(kept_for_weight, kept_for_input) == layout.num_tokens and precision == FULL:
             self._note(x, "it would keep as many rows as there are tokens", layout)
             return None
-        self._note(x, "", layout, kept_for_weight, kept_for_input)
-        return layout
+        plan = BackwardPlan(layout, for_weight, for_input, self._padding(x), precision)
+        return self._of_precision(x, base, plan, kept_for_weight, kept_for_input)
+
+    def _of_precision(
+        self, x: Tensor, base: Any, plan: BackwardPlan, kept_for_weight: int = 0, kept_for_input: int = 0
+    ) -> BackwardPlan | None:
+        """The plan, with "auto" settled for this shape."""
+        shape = self._shape_of_tokens(x)
+        num_tokens = _num_tokens(shape)
+        kept_for_weight, kept_for_input = kept_for_weight or num_tokens, kept_for_input or num_tokens
+        if plan.precision.name == AUTO:
+            features = (base.weight.numel() // int(shape[-1]), int(shape[-1]))
+            on_images = x.dim() == 4 and shape != x.shape
+            if kept_for_weight < num_tokens and not low_rank_pays(num_tokens, kept_for_weight, *features, on_images):
+                self._note(x, "it is so narrow that exact backpropagation is faster", plan.layout)
+                return None
+            device = x.device.type
+            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+            name = fastest_precision(shape[0] * kept_for_input, *features, dtype, x.device)
+            plan = replace(plan, precision=replace(plan.precision, name=name))
+        if min(kept_for_weight, kept_for_input) == num_tokens and plan.precision.name == "full":
+            self._note(x, "nothing is faster than exact backpropagation here", plan.layout)
+            return None
+        self._note(x, "", plan.layout, kept_for_weight, kept_for_input, plan.precision.name)
+        return plan
 
     def _layout(self, shape: torch.Size, rule: BackwardRule) -> TokenLayout:
         if self.is_of_text and len(shape) == 3:
@@ -172,11 +222,12 @@ class LBPWHTLayer(BaseTunerLayer):
         layout: TokenLayout | None = None,
         kept_for_weight: int | None = None,
         kept_for_input: int | None = None,
+        precision: str = "full",
     ) -> None:
         if not torch.compiler.is_compiling():
             num_tokens = _num_tokens(self._shape_of_tokens(x))
             self.last_backward = BackwardPass(
-                num_tokens, layout, kept_for_weight or num_tokens, kept_for_input or num_tokens, why_exact
+                num_tokens, layout, kept_for_weight or num_tokens, kept_for_input or num_tokens, why_exact, precision
             )
 
 

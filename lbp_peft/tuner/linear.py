@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..bases import TokenLayout
 from ..encoder import is_plain_linear
 from ..grid import GridFinder
 from ..lowrank import low_rank_linear
 from ..tokenwise import low_rank_layer
-from .layer import BackwardRule, LBPWHTLayer
+from .layer import BackwardPlan, BackwardRule, LBPWHTLayer
 
 
 class LBPWHTLinear(nn.Module, LBPWHTLayer):
@@ -72,14 +71,13 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
         if rule is None and not self.weights_in_effect():
             return self.base_layer(x)
         weight, bias = self._adapted_parameters()
-        layout = None if rule is None else self._low_rank_layout(x, weight.requires_grad, rule)
-        if self._is_plain(self.get_base_layer()):
-            if rule is None or layout is None:
-                return self._multiply(x, weight, bias)
-            return self._multiply_low_rank(x, weight, bias, layout, rule)
-        if rule is None or layout is None or not self._is_token_wise(self.base_layer, x, None):
+        base = self.get_base_layer()
+        plan = None if rule is None else self._plan(x, base, weight.requires_grad, rule)
+        if self._is_plain(base):
+            return self._multiply(x, weight, bias) if plan is None else self._multiply_low_rank(x, weight, bias, plan)
+        if plan is None or not self._is_token_wise(self.base_layer, x, None):
             return self.base_layer(x)
-        return low_rank_layer(self.base_layer, x, layout, rule.for_weight, rule.for_input, padding=self._padding(x))
+        return low_rank_layer(self.base_layer, x, plan.layout, plan.for_weight, plan.for_input, padding=plan.padding)
 
     def _is_plain(self, base: nn.Module) -> bool:
         return is_plain_linear(base)
@@ -90,10 +88,17 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)
 
-    def _multiply_low_rank(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, layout: TokenLayout, rule: BackwardRule
-    ) -> Tensor:
-        return low_rank_linear(x, weight, bias, layout, rule.for_weight, rule.for_input, padding=self._padding(x))
+    def _multiply_low_rank(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: BackwardPlan) -> Tensor:
+        return low_rank_linear(
+            x,
+            weight,
+            bias,
+            plan.layout,
+            plan.for_weight,
+            plan.for_input,
+            padding=plan.padding,
+            precision=plan.precision,
+        )
 
     def __repr__(self) -> str:
         return "lbpwht." + super().__repr__()

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bases import TokenLayout
 from ..encoder import is_pointwise_conv
 from ..pointwise import low_rank_pointwise_conv
-from .layer import BackwardRule
+from .layer import BackwardPlan
 from .linear import LBPWHTLinear
 
 
@@ -37,7 +36,7 @@ class LBPWHTPointwiseConv(LBPWHTLinear):
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return (F.conv1d if weight.dim() == 3 else F.conv2d)(x, weight, bias)
 
-    def _multiply_low_rank(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, layout: TokenLayout, rule: BackwardRule
-    ) -> Tensor:
-        return low_rank_pointwise_conv(x, weight, bias, rule.for_weight, rule.for_input, layout, self._padding(x))
+    def _multiply_low_rank(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: BackwardPlan) -> Tensor:
+        return low_rank_pointwise_conv(
+            x, weight, bias, plan.for_weight, plan.for_input, plan.layout, plan.padding, plan.precision
+        )

@@ -58,26 +58,32 @@ class LBPWHTStacked(nn.Module, LBPWHTLayer):
         rule = None if self.disable_adapters or args or kwargs else self._active_rule(x)
         if rule is None:
             return plain(host, x, *args, **kwargs)
-        self._on_images = is_pointwise_conv(self._base_layer(host))
-        layout = self._low_rank_layout(x, any(p.requires_grad for p in host.parameters()), rule)
-        if layout is None:
+        base = self._base_layer(host)
+        self._on_images = is_pointwise_conv(base)
+        plan = self._plan(x, base, any(p.requires_grad for p in host.parameters()), rule)
+        if plan is None:
             return plain(host, x)
         if not self._on_images and (branches := _branches(host, x)) is not None:
-            base = host.base_layer if isinstance(host, BaseTunerLayer) else host
-            padding = self._padding(x)
             return low_rank_linear(
-                x, base.weight, base.bias, layout, rule.for_weight, rule.for_input, branches, padding
+                x,
+                base.weight,
+                base.bias,
+                plan.layout,
+                plan.for_weight,
+                plan.for_input,
+                branches,
+                plan.padding,
+                plan.precision,
             )
         layer = _ChannelsLast(_Plain(host), x.dim()) if self._on_images else _Plain(host)
         tokens = x.movedim(1, -1) if self._on_images else x
         state = functools.partial(_state, host)
         if torch.compiler.is_compiling() or not self._is_token_wise(layer, tokens, state()):
             return plain(host, x)
-        padding = self._padding(tokens)
-        y = low_rank_layer(layer, tokens, layout, rule.for_weight, rule.for_input, state, padding)
+        y = low_rank_layer(layer, tokens, plan.layout, plan.for_weight, plan.for_input, state, plan.padding)
         return y.movedim(-1, 1) if self._on_images else y
 
-    def _base_layer(self, host: Any) -> nn.Module:
+    def _base_layer(self, host: Any) -> Any:
         return host.get_base_layer() if isinstance(host, BaseTunerLayer) else host
 
     def __repr__(self) -> str:

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bases import TokenLayout
 from ..encoder import is_transposed_linear
-from .layer import BackwardRule
+from .layer import BackwardPlan
 from .linear import LBPWHTLinear
 
 
@@ -30,7 +29,5 @@ class LBPWHTTransposedLinear(LBPWHTLinear):
         assert bias is not None  # it always has one
         return torch.addmm(bias, x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
 
-    def _multiply_low_rank(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, layout: TokenLayout, rule: BackwardRule
-    ) -> Tensor:
-        return super()._multiply_low_rank(x, weight.t(), bias, layout, rule)
+    def _multiply_low_rank(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: BackwardPlan) -> Tensor:
+        return super()._multiply_low_rank(x, weight.t(), bias, plan)

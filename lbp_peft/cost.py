@@ -1,0 +1,56 @@
+"""What is fastest for a layer, told from its shape and the instructions of the device.
+
+Nothing is timed while training: a run has to give the same bits when it is repeated. The constants were read off
+`examples/benchmarks/single_layers.py`, see docs/results.md.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+# Rounding a matrix to int8 takes as long as this many multiply-adds in float32 for each of its elements, and so does
+# scaling the product.
+_ROUNDING = 160
+# And projecting a tensor as long as this many for each of its elements; more on images, whose channels come first.
+_PROJECTING, _PROJECTING_IMAGES = 128, 400
+
+
+def fastest_precision(rows: int, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> str:
+    """The precision in which g W is fastest while its direction is kept to three digits.
+
+    Args:
+        rows: M, of g (M, C_out).
+        out_features, in_features: C_out and C_in.
+        dtype: Of g.
+        device: It is asked for its instructions.
+    """
+    if dtype != torch.float32:
+        return "full"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return "bf16"
+    if device.type == "cpu" and _cpu_multiplies_int8():
+        pays = _ROUNDING * (1 / rows + 1 / out_features + 1 / in_features) < 1
+        return "int8" if pays else "full"
+    return "full"
+
+
+def low_rank_pays(num_tokens: int, kept: int, out_features: int, in_features: int, on_images: bool = False) -> bool:
+    """Whether the weight gradient of k rows instead of L makes up for projecting x and g, of C_in and C_out columns.
+
+    Args:
+        num_tokens: L.
+        kept: k.
+        on_images: Whether x is (N, C_in, H, W).
+    """
+    saved = (num_tokens - kept) * out_features * in_features
+    projecting = _PROJECTING_IMAGES if on_images else _PROJECTING
+    return saved > projecting * num_tokens * (out_features + in_features)
+
+
+@functools.cache
+def _cpu_multiplies_int8() -> bool:
+    """Whether the processor has instructions for it (VNNI); without them int8 is slower than float32."""
+    supported = getattr(torch.cpu, "_is_vnni_supported", None)
+    return supported is not None and bool(supported())

@@ -1,0 +1,207 @@
+"""The product g W of a gradient and a weight, in low precision.
+
+An exact input gradient dx = g W is the largest product of a step whose weight gradients are low-rank. Rounded to few
+bits it keeps its direction, as HLQ found (arXiv 2406.15102), and integer units multiply several times faster. For int8,
+with one scale for each row of g and one for each column of W,
+
+    g ~ diag(a) G,   W ~ V diag(b)      G, V integers from -127 to 127
+    g W ~ diag(a) (G V) diag(b)         G V summed exactly in int32
+
+An orthogonal matrix R between the two cancels, g W = (g R) (R^T W). A blockwise Hadamard matrix spreads what stands out
+in a row over its block, so that it takes less of the range from the others.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .walsh import walsh_functions
+
+PRECISIONS = ("full", "bf16", "int8", "fp8")
+AUTO = "auto"  # one of them, as [`lbp_peft.cost.fastest_precision`] says
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How g W is multiplied.
+
+    Attributes:
+        name: "full", "bf16", "int8" or "fp8".
+        rotation: For int8 and fp8: columns of g that a Hadamard matrix mixes before rounding, a power of two; 0: none.
+            Where C_out is no multiple of it, the largest smaller block is taken.
+    """
+
+    name: str = "full"
+    rotation: int = 0
+
+
+FULL = Precision()
+
+
+_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+_ROWS_AT_ONCE = 400
+_TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Values of few bits, and the scales that they are to be multiplied by.
+
+    Attributes:
+        values: Shape (M, K), of an 8-bit type, or bfloat16.
+        scales: Shape (M, 1) for one scale a row, (1, K) for one a column; None for bfloat16.
+    """
+
+    values: Tensor
+    scales: Tensor | None
+
+
+def rounded(matrix: Tensor, dtype: torch.dtype, dim: int) -> Rounded:
+    """Round a matrix to 8 bits, with one scale for all values along `dim`; float32 scales."""
+    largest = _largest(matrix, dim)
+    scaled = matrix * (_MAX[dtype] / largest)
+    if dtype == torch.int8:
+        scaled = scaled.round_()
+    return Rounded(scaled.to(dtype), largest / _MAX[dtype])
+
+
+def _largest(matrix: Tensor, dim: int) -> Tensor:
+    """Absolute values, float32."""
+    largest = torch.maximum(matrix.amax(dim, keepdim=True), matrix.amin(dim, keepdim=True).neg_()).float()
+    return largest.clamp_(min=1e-30)  # what is all zero stays zero
+
+
+def rotated(matrix: Tensor, block: int) -> Tensor:
+    """Multiply blocks of columns by a symmetric orthogonal Hadamard matrix; (M, K) -> (M, K), block divides K."""
+    return (matrix.reshape(-1, block) @ _hadamard(block, matrix.dtype, matrix.device)).view_as(matrix)
+
+
+def _fitting_block(rotation: int, features: int) -> int:
+    """The largest block, at most `rotation`, that divides C_out; 1 or 0: no rotation."""
+    while rotation > 1 and features % rotation:
+        rotation //= 2
+    return rotation
+
+
+@functools.cache
+def _hadamard(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(walsh_functions(block)).to(device, dtype) * block**-0.5
+
+
+def product(grad: Tensor, weight: Tensor, precision: Precision, source: Tensor | None = None) -> Tensor:
+    """g W in a precision.
+
+    Args:
+        grad: Shape (..., C_out).
+        weight: Shape (C_out, C_in).
+        precision: See [`Precision`].
+        source: The parameter that `weight` was cast from, or is. Its rounded copy is kept for as long as it stays the
+            same.
+
+    Returns:
+        Shape (..., C_in), of the dtype of `grad`.
+
+    Raises:
+        ValueError: the device has no products in fp8.
+    """
+    name = precision.name
+    if name == "full":
+        return grad @ weight
+    check_precision(name, grad.device)
+    rotation = _fitting_block(precision.rotation, weight.shape[0])
+    right = _rounded_weight(weight, name, rotation, source)
+    rows = grad.reshape(-1, grad.shape[-1])
+    if right.scales is None:
+        found = rows.to(right.values.dtype) @ right.values
+    elif rows.device.type == "cpu" and name == "int8" and not torch.compiler.is_compiling():
+        found = _int8_product_by_parts(rows, rotation, right)
+    else:
+        rows = rotated(rows, rotation) if rotation > 1 else rows
+        found = rescaled_product(rounded(rows, right.values.dtype, dim=1), right)
+    return found.to(grad.dtype).view(*grad.shape[:-1], -1)
+
+
+def rescaled_product(left: Rounded, right: Rounded) -> Tensor:
+    """(M, K), (K, N) -> (M, N), of values of 8 bits; float32, or bfloat16 for fp8."""
+    assert left.scales is not None and right.scales is not None
+    if left.values.dtype != torch.int8:
+        columns = right.values.t().contiguous().t()  # the way the product wants them
+        return torch._scaled_mm(
+            left.values, columns, scale_a=left.scales, scale_b=right.scales, out_dtype=torch.bfloat16
+        )
+    return torch.mul(_int_product(left.values, right.values), left.scales).mul_(right.scales)
+
+
+def _int8_product_by_parts(rows: Tensor, rotation: int, right: Rounded) -> Tensor:
+    """The same for some hundred rows at a time, whose steps in between stay in the cache."""
+    assert right.scales is not None
+    (num_rows, inner), columns = rows.shape, right.values.shape[1]
+    at_once = -(-num_rows // max(round(num_rows / _ROWS_AT_ONCE), 1))
+    product = rows.new_empty(num_rows, columns, dtype=torch.float32)
+    scaled = rows.new_empty(at_once, inner, dtype=torch.float32)
+    values = rows.new_empty(at_once, inner, dtype=torch.int8)
+    sums = rows.new_empty(at_once, columns, dtype=torch.int32)
+    for part, found in zip(rows.split(at_once), product.split(at_once), strict=True):
+        part = rotated(part, rotation) if rotation > 1 else part
+        n = len(part)
+        largest = _largest(part, dim=1)
+        torch.mul(part, 127 / largest, out=scaled[:n])
+        values[:n] = scaled[:n].round_()
+        torch._int_mm(values[:n], right.values, out=sums[:n])
+        found.copy_(sums[:n]).mul_(largest / 127).mul_(right.scales)
+    return product
+
+
+def _int_product(left: Tensor, right: Tensor) -> Tensor:
+    (rows, inner), columns = left.shape, right.shape[1]
+    if left.device.type != "cuda":
+        return torch._int_mm(left, right)
+    # On GPUs only of more than 16 rows, and of multiples of 8 otherwise.
+    left = F.pad(left, (0, -inner % 8, 0, max(17 - rows, 0)))
+    right = F.pad(right, (0, -columns % 8, 0, -inner % 8))
+    return torch._int_mm(left, right)[:rows, :columns]
+
+
+def check_precision(precision: str, device: torch.device) -> None:
+    """Raise ValueError where a device lacks a precision."""
+    if precision == "fp8" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)):
+        raise ValueError(
+            f'grad_input="fp8" needs a GPU of compute capability 8.9 or later; this is {device}. Use "int8", or "auto".'
+        )
+
+
+# Rounded copies of weights, with what tells whether the weight is still the same.
+_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def _rounded_weight(weight: Tensor, name: str, rotation: int, source: Tensor | None) -> Rounded:
+    if source is None or torch.compiler.is_compiling() or not _can_be_kept(source):
+        return _round_weight(weight, name, rotation)
+    key = (name, rotation, weight.dtype, source._version, source.data_ptr())
+    kept, copy = _copies.get(source, (None, None))
+    if kept != key:
+        copy = _round_weight(weight, name, rotation)
+        _copies[source] = (key, copy)
+    return copy
+
+
+def _round_weight(weight: Tensor, name: str, rotation: int) -> Rounded:
+    if name == "bf16":
+        return Rounded(weight.to(torch.bfloat16), None)
+    if rotation > 1:
+        weight = rotated(weight.t(), rotation).t()
+    return rounded(weight, _TYPES[name], dim=0)
+
+
+def _can_be_kept(source: Tensor) -> bool:
+    """Sharded training changes trained weights behind the back of their version counters."""
+    if not source.is_leaf:
+        return False
+    return not source.requires_grad or not (dist.is_available() and dist.is_initialized())
