@@ -70,10 +70,7 @@ class Architecture:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        with torch.no_grad():  # biases start at zero, which would hide that one is forgotten
-            for parameter in model.parameters():
-                if parameter.dim() == 1 and not parameter.any():
-                    parameter.normal_(std=0.05)
+        _spread(model)
         return model.train()
 
     def batch(self) -> dict[str, Tensor]:
@@ -94,6 +91,16 @@ def _with_configs(settings: dict[str, Any]) -> dict[str, Any]:
         else value
         for key, value in settings.items()
     }
+
+
+@torch.no_grad()
+def _spread(model: nn.Module) -> None:
+    """Values of the size that trained ones have: in a new model, small weights stacked let gradients vanish."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.normal_(std=max(parameter[0].numel(), 1) ** -0.5)
+        elif parameter.dim() == 1 and parameter.abs().max() < 1e-3:  # biases, scales of a layer's output
+            parameter.normal_(std=0.1)
 
 
 def _words(count: int, length: int = 5) -> Tensor:
@@ -170,6 +177,15 @@ OCR_BLOCK = {
     "symmetric_conv_long_longratio": [7, 1, 3], "symmetric_conv_long_midratio": [5, 1, 2],
     "symmetric_conv_long_shortratio": [3, 1, 1],
 }  # fmt: skip
+LCNET_V3 = {
+    "stem_channels": 8, "conv_symmetric_num": 2, "divisor": 4, "block_configs": [
+        [[3, 8, 8, 1, False]], [[3, 8, 16, 2, False]], [[3, 16, 16, 2, False]], [[3, 16, 32, 2, False]],
+        [[5, 32, 32, 2, True]]],
+}  # fmt: skip
+LCNET_V4 = {
+    "stem_channels": [3, 8, 16], "block_configs": [
+        [[3, 16, 16, 1, True]], [[3, 16, 16, 2, False]], [[3, 16, 32, 2, False]], [[3, 32, 32, 2, True]]],
+}  # fmt: skip
 OCR = {"intraclass_block_config": OCR_BLOCK, "neck_out_channels": 32, "kernel_list": [3, 2, 2]}
 
 # Grids that many share. Images are 64 x 96 where no size is given.
@@ -187,14 +203,14 @@ def _stages(pattern: str, grids: tuple = (S4, S8, S16, S32)) -> dict[str, Any]:
 
 def _swin(grids: tuple = (S4, S8, S16, S32)) -> dict[str, Any]:
     merged = {rf"layers\.{i}\.downsample": grid for i, grid in enumerate(grids[1:])}
-    return _stages(r"encoder\.layers\.{}\.", grids) | merged | {r"blocks\.\d+\.attention\.": WINDOW}
+    return _stages(r"layers\.{}\.blocks", grids) | merged | {r"blocks\.\d+\.attention\.": WINDOW}
 
 
 DECODER = {r"decoder\.layers": QUERIES, r"decoder\.bbox_embed": QUERIES}
 DETR_GRIDS = {r"encoder\.layers": S32} | DECODER | {r"decoder.*encoder_attn\.(k|v)(_content|_pos)?_proj": S32}
 RT_DETR_GRIDS = {r"encoder\.aifi": S32} | DECODER | {r"decoder.*encoder_attn\.value_proj": SCALES}
 DEFORMABLE_GRIDS = {r"encoder\.layers": SCALES} | DECODER | {r"decoder.*attn\.value_proj": SCALES}
-MASK_GRIDS = {r"pixel_level_module\.decoder\.encoder": SCALES} | _swin()
+MASK_GRIDS = _swin() | {r"pixel_level_module\.decoder\.encoder": SCALES}
 
 ARCHITECTURES = [
     # Plain transformers
@@ -307,19 +323,19 @@ ARCHITECTURES = [
             r"stages\.1\.layers\.([34]|2\.(queries|projection))": (2, 2)}, (128, 128)),
     Architecture("pvt", "AutoModelForImageClassification", PYRAMID | {"image_size": 64, "drop_path_rate": 0.0},
                  _stages(r"block\.{}\.", ((16, 16), (8, 8), (4, 4), (2, 2)))
-                 | {r"\b(key|value|[kv]_proj)$": (2, 2), r"block\.3\.": (2, 2, 1)}, (64, 64)),
+                 | {r"\b(key|value|[kv]_proj)$": (2, 2), r"block\.3\.\d": (2, 2, 1)}, (64, 64)),
     Architecture("pvt_v2", "AutoModelForImageClassification", PYRAMID,
                  _stages(r"encoder\.layers\.{}\.") | {r"\b(key|value|[kv]_proj)$": S32}),
     Architecture("segformer", "AutoModelForImageClassification", PYRAMID,
-                 _stages(r"block\.{}\.") | {r"\.self\.(key|value)$": S32}),
+                 _stages(r"\b(block|stages)\.{}\.") | {r"\b(key|value|[kv]_proj)$": S32}),
     Architecture("segformer", "AutoModelForSemanticSegmentation", PYRAMID | {"decoder_hidden_size": 16},
-                 _stages(r"block\.{}\.") | {r"\.self\.(key|value)$": S32}, variant="segmentation"),
+                 _stages(r"\b(block|stages)\.{}\.") | {r"\b(key|value|[kv]_proj)$": S32}, variant="segmentation"),
     # Hybrids and convolutional networks
     Architecture("convnext", "AutoModelForImageClassification", STAGES, _stages(r"stages\.{}\.")),
     Architecture("convnextv2", "AutoModelForImageClassification", STAGES, _stages(r"stages\.{}\.")),
     Architecture("dinov3_convnext", "AutoBackbone", STAGES, _stages(r"stages\.{}\.")),
     Architecture("efficientnet", "AutoModelForImageClassification", {
-        "depth_coefficient": 0.5, "width_coefficient": 0.5, "hidden_dim": 640, "dropout_rate": 0.0, "drop_connect_rate": 0.0}),
+        "depth_coefficient": 0.1, "width_coefficient": 0.5, "hidden_dim": 640, "dropout_rate": 0.0, "drop_connect_rate": 0.0}),
     Architecture("hgnet_v2", "AutoBackbone", {key: value for key, value in HGNET.items() if key != "model_type"}),
     Architecture("mobilenet_v1", "AutoModelForImageClassification", {"depth_multiplier": 0.25}),
     Architecture("mobilenet_v2", "AutoModelForImageClassification", {"depth_multiplier": 0.35}),
@@ -332,15 +348,16 @@ ARCHITECTURES = [
         {r"\.transformer\.": "images unfolded to pixels of a patch by patches"}, (64, 64)),
     Architecture("poolformer", "AutoModelForImageClassification", STAGES | {"drop_path_rate": 0.0}),
     Architecture("pp_lcnet", "AutoModelForImageClassification", {"scale": 0.25}),
-    Architecture("pp_lcnet_v3", "AutoBackbone", {"scale": 0.25}),
-    Architecture("pp_lcnet_v4", "AutoBackbone"),
+    Architecture("pp_lcnet_v3", "AutoBackbone", LCNET_V3),
+    Architecture("pp_lcnet_v4", "AutoBackbone", LCNET_V4),
     Architecture("regnet", "AutoModelForImageClassification", STAGES | {"embedding_size": 16, "groups_width": 8}),
     Architecture("resnet", "AutoModelForImageClassification", STAGES | {"embedding_size": 16}),
     Architecture("rt_detr_resnet", "AutoBackbone", STAGES | {"embedding_size": 16}),
     Architecture("swiftformer", "AutoModelForImageClassification", {
         "embed_dims": [16, 16, 32, 32], "depths": [2, 2, 2, 2], "drop_path_rate": 0.0}, {
             r"network\.0": S4, r"network\.2": S8, r"network\.4": S16, r"network\.6": S32}),
-    Architecture("textnet", "AutoBackbone", {"depths": [1, 1, 1, 1]}),
+    Architecture("textnet", "AutoBackbone", {
+        "hidden_sizes": [8, 8, 16, 16, 16], "stem_out_channels": 8}),
     # Depth and pose
     Architecture("chmv2", "AutoModelForDepthEstimation", {
         "backbone_config": FOUR | {"model_type": "dinov3_vit", "reshape_hidden_states": True,
@@ -362,7 +379,7 @@ ARCHITECTURES = [
                  FLAT | DPT | {"num_hidden_layers": 4, "backbone_out_indices": [0, 1, 2, 3]}, SQUARE_CLS, (64, 64),
                  variant="segmentation"),
     Architecture("glpn", "AutoModelForDepthEstimation", PYRAMID | {"decoder_hidden_size": 16, "drop_path_rate": 0.0},
-                 _stages(r"block\.{}\.") | {r"\.self\.(key|value)$": S32}),
+                 _stages(r"\b(block|stages)\.{}\.") | {r"\b(key|value|[kv]_proj)$": S32}),
     Architecture("prompt_depth_anything", "AutoModelForDepthEstimation", DPT | {
         "backbone_config": FOUR | {"model_type": "dinov2"}, "reassemble_hidden_size": 32, "patch_size": 8,
         "head_hidden_size": 8}, WIDE_CLS, inputs=lambda x: {"pixel_values": x, "prompt_depth": x[:, :1, ::8, ::8]}),
@@ -391,7 +408,8 @@ ARCHITECTURES = [
     Architecture("oneformer", "AutoModelForUniversalSegmentation", MASKS | {
         "text_encoder_width": 32, "text_encoder_context_length": 8, "text_encoder_num_layers": 1,
         "text_encoder_vocab_size": 99, "text_encoder_n_ctx": 2, "conv_dim": 32, "mask_dim": 32, "query_dec_layers": 1,
-        "task_seq_len": 8}, MASK_GRIDS, inputs=lambda x: {"pixel_values": x, "task_inputs": _words(2, 8)}),
+        "task_seq_len": 8}, MASK_GRIDS | {"transformer_module": QUERIES},
+        inputs=lambda x: {"pixel_values": x, "task_inputs": _words(2, 8)}),
     Architecture("upernet", "AutoModelForSemanticSegmentation", {
         "backbone_config": STAGES | ALL_STAGES | {"model_type": "convnext"}, "hidden_size": 16,
         "auxiliary_in_channels": 32}, _stages(r"stages\.{}\.")),
@@ -432,19 +450,27 @@ ARCHITECTURES = [
     Architecture("owlvit", "AutoModelForZeroShotObjectDetection", TWO_TOWERS | {"projection_dim": 32}, SQUARE_CLS,
                  (64, 64), lambda x: {"pixel_values": x, "input_ids": _words(4)}),
     Architecture("pp_doclayout_v2", "AutoModelForObjectDetection",
-                 RT_DETR | {"class_thresholds": [0.5] * 3, "class_order": [0, 1, 2]}, RT_DETR_GRIDS),
+                 RT_DETR | {
+        "class_thresholds": [0.5] * 3, "class_order": [0, 1, 2], "reading_order_config": {
+            "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 1,
+            "max_position_embeddings": 64, "max_2d_position_embeddings": 1024, "coordinate_size": 6, "shape_size": 4}},
+        RT_DETR_GRIDS),
     Architecture("pp_doclayout_v3", "AutoModelForObjectDetection", RT_DETR | {
         "x4_feat_dim": 16, "backbone_config": HGNET | ALL_STAGES}, RT_DETR_GRIDS),
     Architecture("pp_doclayout_v4", "AutoModelForObjectDetection",
                  {key: value for key, value in RT_DETR.items() if key != "d_model"} | {"hidden_size": 32},
                  RT_DETR_GRIDS),
     Architecture("pp_ocrv5_mobile_det", "AutoModelForObjectDetection", {
-        "backbone_config": {"model_type": "pp_lcnet_v3", "scale": 0.25, "out_features": [
-            "stage2", "stage3", "stage4", "stage5"]}, "neck_out_channels": 16}),
+        "backbone_config": LCNET_V3 | {"model_type": "pp_lcnet_v3", "out_features": [
+            "stage2", "stage3", "stage4", "stage5"]}, "neck_out_channels": 16,
+        "layer_list_out_channels": [16, 16, 32, 32]}),
     Architecture("pp_ocrv5_server_det", "AutoModelForObjectDetection", OCR | {
         "backbone_config": HGNET | ALL_STAGES, "scale_factor_list": [1, 2, 4, 8]}),
-    Architecture("pp_ocrv6_medium_det", "AutoModelForObjectDetection", OCR),
-    Architecture("pp_ocrv6_small_det", "AutoModelForObjectDetection"),
+    Architecture("pp_ocrv6_medium_det", "AutoModelForObjectDetection", OCR | {
+        "backbone_config": LCNET_V4 | ALL_STAGES | {"model_type": "pp_lcnet_v4"}, "scale_factor_list": [1, 2, 4, 8]}),
+    Architecture("pp_ocrv6_small_det", "AutoModelForObjectDetection", {
+        "backbone_config": LCNET_V4 | ALL_STAGES | {"model_type": "pp_lcnet_v4"}, "neck_out_channels": 16,
+        "layer_list_out_channels": [16, 16, 32, 32]}),
     Architecture("rf_detr", "AutoModelForObjectDetection", LW_DETR | {
         "backbone_config": FLAT | {"model_type": "rf_detr_dinov2", "num_windows": 2, "window_block_indexes": [0],
                                    "out_features": ["stage2"]}, "intermediate_size": 32}, {

@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 from architectures import ARCHITECTURES, LEFT_OUT, Architecture, mapped_types
-from models import largest_difference, layers_of
+from models import layers_of
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -42,7 +42,8 @@ def test_the_default_configuration_does_the_right_thing(architecture, tmp_path, 
     check_outputs(model, base, batch)
     check_layouts(architecture, model, record)
     check_low_rank_gradients(architecture, model, base, batch, record)
-    check_gradients_at_full_rank(base, batch, monkeypatch)
+    if any(ran is not None and not ran.why_exact for ran in report_of(model).values()):
+        check_gradients_at_full_rank(base, batch, monkeypatch)
     check_training_step_and_checkpoint(model, base, batch, tmp_path)
 
 
@@ -224,6 +225,10 @@ def gradients_of(model):
 
 
 def check_close(found, expected):
-    assert largest_difference(found, expected) < 1e-4  # relative to each tensor, some of which hardly matter
-    total = sum((found[name] - e).square().sum() for name, e in expected.items())
-    assert (total / sum(e.square().sum() for e in expected.values())).sqrt() < 1e-5
+    """To 1e-5 in all, and to 1e-4 for each tensor that is not negligible (key biases: softmax does not see them)."""
+    assert found.keys() == expected.keys()
+    scale = torch.stack([e.norm() for e in expected.values()]).norm()
+    differences = {name: (found[name] - e).norm() for name, e in expected.items()}
+    assert torch.stack(list(differences.values())).norm() < 1e-5 * scale
+    for name, difference in differences.items():
+        assert difference < 1e-4 * (expected[name].norm() + 1e-3 * scale), name
