@@ -279,6 +279,14 @@ ARCHITECTURES = [
         {"": "tiles of an image, each padded to a multiple of eight tokens"}, (64, 64), lambda x: {
             "pixel_values": x[:, None, None], "aspect_ratio_ids": torch.tensor([[1], [1]]),
             "aspect_ratio_mask": torch.ones(2, 1, 1, dtype=torch.long)}, config_type="mllama_vision_model"),
+    Architecture("align", "AutoModelForZeroShotImageClassification", {
+        "vision_config": {"depth_coefficient": 0.1, "width_coefficient": 0.5, "hidden_dim": 160, "image_size": 64},
+        "text_config": TEXT, "projection_dim": 160}, inputs=lambda x: {"pixel_values": x, "input_ids": _words(2)}),
+    Architecture("blip-2", "AutoModelForZeroShotImageClassification", {
+        "vision_config": FLAT, "qformer_config": TEXT | {"encoder_hidden_size": 32, "use_qformer_text_input": True},
+        "text_config": TEXT | {"model_type": "opt"}, "num_query_tokens": 4, "image_text_hidden_size": 16},
+        SQUARE_CLS | {"qformer": QUERIES, r"qformer.*crossattention.*\.(key|value)$": (8, 8, 1)}, (64, 64),
+        lambda x: {"pixel_values": x, "input_ids": _words(2)}),
     # Windows
     Architecture("donut-swin", "AutoModelForImageClassification", SWIN, _swin((S4, S8))),
     Architecture("lw_detr_vit", "AutoBackbone", FLAT | {"num_windows": 4, "window_block_indices": [0]},
@@ -302,6 +310,28 @@ ARCHITECTURES = [
         "mask_decoder_config": {"hidden_size": 16, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16,
                                 "num_hidden_layers": 1}},
         SQUARE | {r"layers\.0\.attn": WINDOW}, (64, 64),
+        lambda x: {"pixel_values": x, "input_points": torch.tensor([[[[9.0, 20.0]]], [[[50.0, 33.0]]]])}),
+    Architecture("sam_hq", "AutoModelForMaskGeneration", {
+        "vision_config": FLAT | {"window_size": 4, "global_attn_indexes": [0], "output_channels": 16, "mlp_dim": 64,
+                                 "num_pos_feats": 8},
+        "prompt_encoder_config": {"hidden_size": 16, "image_size": 64, "patch_size": 8, "mask_input_channels": 4},
+        "mask_decoder_config": {"hidden_size": 16, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16,
+                                "num_hidden_layers": 1, "vit_dim": 32}},
+        SQUARE | {r"layers\.1\.attn": WINDOW, "mask_decoder": "tokens of prompts"}, (64, 64),
+        lambda x: {"pixel_values": x, "input_points": torch.tensor([[[[9.0, 20.0]]], [[[50.0, 33.0]]]])}),
+    Architecture("sam2", "AutoModelForMaskGeneration", {
+        "vision_config": {
+            "backbone_config": {
+                "model_type": "sam2_hiera_det_model", "hidden_size": 16, "image_size": [128, 128],
+                "blocks_per_stage": [1, 1, 1, 1], "embed_dim_per_stage": [16, 32, 32, 32],
+                "num_attention_heads_per_stage": [1, 2, 2, 2], "window_size_per_stage": [8, 4, 4, 2],
+                "global_attention_blocks": [2]},
+            "backbone_channel_list": [32, 32, 32, 16], "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
+            "fpn_hidden_size": 32},
+        "prompt_encoder_config": {"hidden_size": 32, "image_size": 128, "patch_size": 16, "mask_input_channels": 4},
+        "mask_decoder_config": {"hidden_size": 32, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16,
+                                "num_hidden_layers": 1}},
+        {}, (128, 128),
         lambda x: {"pixel_values": x, "input_points": torch.tensor([[[[9.0, 20.0]]], [[[50.0, 33.0]]]])}),
     # Pyramids
     Architecture("cvt", "AutoModelForImageClassification", {
@@ -334,15 +364,15 @@ ARCHITECTURES = [
     Architecture("convnext", "AutoModelForImageClassification", STAGES, _stages(r"stages\.{}\.")),
     Architecture("convnextv2", "AutoModelForImageClassification", STAGES, _stages(r"stages\.{}\.")),
     Architecture("dinov3_convnext", "AutoBackbone", STAGES, _stages(r"stages\.{}\.")),
-    Architecture("efficientnet", "AutoModelForImageClassification", {
+    Architecture("efficientnet", "AutoModel", {
         "depth_coefficient": 0.1, "width_coefficient": 0.5, "hidden_dim": 640, "dropout_rate": 0.0, "drop_connect_rate": 0.0}),
     Architecture("hgnet_v2", "AutoBackbone", {key: value for key, value in HGNET.items() if key != "model_type"}),
     Architecture("mobilenet_v1", "AutoModelForImageClassification", {"depth_multiplier": 0.25}),
     Architecture("mobilenet_v2", "AutoModelForImageClassification", {"depth_multiplier": 0.35}),
-    Architecture("mobilevit", "AutoModelForImageClassification", {
+    Architecture("mobilevit", "AutoModel", {
         "image_size": 128, "hidden_sizes": [16, 24, 32], "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 32]}, {
-            r"layer\.2\.transformer": (8, 8), r"layer\.3\.transformer": (4, 4), r"layer\.4\.transformer": (2, 2)},
-        (128, 128)),
+            r"layer\.2\.transformer": (4, 8), r"layer\.3\.transformer": (2, 4), r"layer\.4\.transformer": (1, 2)},
+        (64, 128)),
     Architecture("mobilevitv2", "AutoModelForImageClassification", {
         "image_size": 64, "base_attn_unit_dims": [16, 24, 32], "n_attn_blocks": [1, 1, 1]},
         {r"\.transformer\.": "images unfolded to pixels of a patch by patches"}, (64, 64)),
@@ -445,6 +475,17 @@ ARCHITECTURES = [
         "projector_scale_factors": [1.0], "projector_out_channels": 32}, {
             r"encoder\.layer\.0": (4, 6), r"encoder\.layer\.1\.": (8, 12), "intermediate": (4, 6),
             "enc_out_bbox_embed": (8, 12)} | DECODER | {r"cross_attn\.value_proj": (8, 12)}),
+    Architecture("omdet-turbo", "AutoModelForZeroShotObjectDetection", {
+        "backbone_config": SWIN_OF_FOUR | {"out_indices": [2, 3, 4]}, "text_config": TEXT | {
+            "model_type": "clip_text_model", "eos_token_id": 2}, "image_size": 64, "text_projection_in_dim": 32,
+        "text_projection_out_dim": 32, "task_encoder_hidden_dim": 32, "class_embed_dim": 32, "num_queries": 7,
+        "d_model": 32, "vision_features_channels": [32, 32, 32],
+        "encoder_in_channels": [32, 64, 128], "encoder_attention_heads": 2, "encoder_dim_feedforward": 32,
+        "encoder_hidden_dim": 32, "decoder_hidden_dim": 32, "decoder_num_heads": 2, "decoder_num_layers": 1,
+        "decoder_dim_feedforward": 32}, RT_DETR_GRIDS | _swin(), (64, 64), lambda x: {
+            "pixel_values": x, "classes_input_ids": _words(4), "classes_attention_mask": torch.ones_like(_words(4)),
+            "tasks_input_ids": _words(2), "tasks_attention_mask": torch.ones_like(_words(2)),
+            "classes_structure": torch.tensor([2, 2])}),
     Architecture("owlv2", "AutoModelForZeroShotObjectDetection", TWO_TOWERS | {"projection_dim": 32}, SQUARE_CLS,
                  (64, 64), lambda x: {"pixel_values": x, "input_ids": _words(4)}),
     Architecture("owlvit", "AutoModelForZeroShotObjectDetection", TWO_TOWERS | {"projection_dim": 32}, SQUARE_CLS,
@@ -483,6 +524,9 @@ ARCHITECTURES = [
         "image_size": [64, 96], "num_detection_tokens": 7, "use_mid_position_embeddings": False},
         {"": (8, 12, 1, 7)}),
     # Not on patches
+    Architecture("imagegpt", "AutoModelForImageClassification", {
+        "vocab_size": 33, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}, {"": (8, 8)}, (8, 8),
+        lambda x: {"input_ids": _words(2, 64) % 32}),
     Architecture("perceiver", "AutoModelForImageClassification", {
         "num_latents": 4, "d_latents": 32, "d_model": 32, "num_self_attends_per_block": 1,
         "num_self_attention_heads": 2, "num_cross_attention_heads": 1, "image_size": 16}, {"": "latent vectors"},
