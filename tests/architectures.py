@@ -16,6 +16,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.utils import is_timm_available
 
 # The auto-model mappings whose model types are either checked or left out.
 MAPPINGS = (
@@ -56,12 +57,16 @@ class Architecture:
     def name(self) -> str:
         return self.model_type + (f", {self.variant}" if self.variant else "")
 
-    def build(self) -> nn.Module:
-        """Random weights, in training mode; dropout is off.
+    def why_not_here(self) -> str:
+        """Empty where it can be built."""
+        if (self.config_type or self.model_type) not in CONFIG_MAPPING or not hasattr(transformers, self.task):
+            return f"transformers {transformers.__version__} has no {self.model_type}"
+        if self.model_type.startswith("timm_") and not is_timm_available():
+            return "timm is not installed"
+        return ""
 
-        Raises:
-            ImportError: it needs a package that is not there.
-        """
+    def build(self) -> nn.Module:
+        """Random weights, in training mode; dropout is off."""
         torch.manual_seed(0)
         config = CONFIG_MAPPING[self.config_type or self.model_type](**_with_configs(self.settings))
         config.num_labels, config.architectures = 3, []
@@ -70,7 +75,7 @@ class Architecture:
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0
-        _spread(model)
+        spread(model)
         return model.train()
 
     def batch(self) -> dict[str, Tensor]:
@@ -94,7 +99,7 @@ def _with_configs(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _spread(model: nn.Module) -> None:
+def spread(model: nn.Module) -> None:
     """Values of the size that trained ones have: in a new model, small weights stacked let gradients vanish."""
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -319,20 +324,6 @@ ARCHITECTURES = [
                                 "num_hidden_layers": 1, "vit_dim": 32}},
         SQUARE | {r"layers\.1\.attn": WINDOW, "mask_decoder": "tokens of prompts"}, (64, 64),
         lambda x: {"pixel_values": x, "input_points": torch.tensor([[[[9.0, 20.0]]], [[[50.0, 33.0]]]])}),
-    Architecture("sam2", "AutoModelForMaskGeneration", {
-        "vision_config": {
-            "backbone_config": {
-                "model_type": "sam2_hiera_det_model", "hidden_size": 16, "image_size": [128, 128],
-                "blocks_per_stage": [1, 1, 1, 1], "embed_dim_per_stage": [16, 32, 32, 32],
-                "num_attention_heads_per_stage": [1, 2, 2, 2], "window_size_per_stage": [8, 4, 4, 2],
-                "global_attention_blocks": [2]},
-            "backbone_channel_list": [32, 32, 32, 16], "backbone_feature_sizes": [[32, 32], [16, 16], [8, 8]],
-            "fpn_hidden_size": 32},
-        "prompt_encoder_config": {"hidden_size": 32, "image_size": 128, "patch_size": 16, "mask_input_channels": 4},
-        "mask_decoder_config": {"hidden_size": 32, "mlp_dim": 16, "num_attention_heads": 2, "iou_head_hidden_dim": 16,
-                                "num_hidden_layers": 1}},
-        {}, (128, 128),
-        lambda x: {"pixel_values": x, "input_points": torch.tensor([[[[9.0, 20.0]]], [[[50.0, 33.0]]]])}),
     # Pyramids
     Architecture("cvt", "AutoModelForImageClassification", {
         "embed_dim": [16, 32, 32], "depth": [1, 2, 3], "num_heads": [1, 2, 2], "drop_path_rate": [0.0] * 3},
@@ -475,17 +466,6 @@ ARCHITECTURES = [
         "projector_scale_factors": [1.0], "projector_out_channels": 32}, {
             r"encoder\.layer\.0": (4, 6), r"encoder\.layer\.1\.": (8, 12), "intermediate": (4, 6),
             "enc_out_bbox_embed": (8, 12)} | DECODER | {r"cross_attn\.value_proj": (8, 12)}),
-    Architecture("omdet-turbo", "AutoModelForZeroShotObjectDetection", {
-        "backbone_config": SWIN_OF_FOUR | {"out_indices": [2, 3, 4]}, "text_config": TEXT | {
-            "model_type": "clip_text_model", "eos_token_id": 2}, "image_size": 64, "text_projection_in_dim": 32,
-        "text_projection_out_dim": 32, "task_encoder_hidden_dim": 32, "class_embed_dim": 32, "num_queries": 7,
-        "d_model": 32, "vision_features_channels": [32, 32, 32],
-        "encoder_in_channels": [32, 64, 128], "encoder_attention_heads": 2, "encoder_dim_feedforward": 32,
-        "encoder_hidden_dim": 32, "decoder_hidden_dim": 32, "decoder_num_heads": 2, "decoder_num_layers": 1,
-        "decoder_dim_feedforward": 32}, RT_DETR_GRIDS | _swin(), (64, 64), lambda x: {
-            "pixel_values": x, "classes_input_ids": _words(4), "classes_attention_mask": torch.ones_like(_words(4)),
-            "tasks_input_ids": _words(2), "tasks_attention_mask": torch.ones_like(_words(2)),
-            "classes_structure": torch.tensor([2, 2])}),
     Architecture("owlv2", "AutoModelForZeroShotObjectDetection", TWO_TOWERS | {"projection_dim": 32}, SQUARE_CLS,
                  (64, 64), lambda x: {"pixel_values": x, "input_ids": _words(4)}),
     Architecture("owlvit", "AutoModelForZeroShotObjectDetection", TWO_TOWERS | {"projection_dim": 32}, SQUARE_CLS,
@@ -523,6 +503,14 @@ ARCHITECTURES = [
     Architecture("yolos", "AutoModelForObjectDetection", FLAT | {
         "image_size": [64, 96], "num_detection_tokens": 7, "use_mid_position_embeddings": False},
         {"": (8, 12, 1, 7)}),
+    # timm's
+    Architecture("timm_backbone", "AutoBackbone", {"backbone": "test_vit"}, {"": (10, 10, 1)}, (160, 160)),
+    Architecture("timm_wrapper", "AutoModelForImageClassification", {
+        "architecture": "vit_tiny_patch16_224", "model_args": {"img_size": 96, "depth": 2, "embed_dim": 48}},
+        {"": (6, 6, 1)}, (96, 96)),
+    Architecture("timm_wrapper", "AutoModel", {
+        "architecture": "convnext_atto", "model_args": {"depths": [1, 1, 1, 1], "dims": [16, 32, 32, 32]}},
+        image=(64, 96), variant="ConvNeXt"),
     # Not on patches
     Architecture("imagegpt", "AutoModelForImageClassification", {
         "vocab_size": 33, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}, {"": (8, 8)}, (8, 8),
@@ -545,5 +533,14 @@ ARCHITECTURES = [
 LEFT_OUT: dict[str, str] = {
     "bit": "its convolutions standardise their weights, so it has no layer to adapt",
     "dinat": "needs the package natten",
+    "edgetam": "its backbone is timm's RepViT, which is checked",
+    "edgetam_video": "video; its backbone is timm's RepViT, which is checked",
+    "omdet-turbo": "no small instance was made; its parts are Swin and the encoder of RT-DETR, which are checked",
+    "sam2": "no small instance was made; its encoder is Hiera with windows in rows",
+    "sam2_video": "video, on the encoder of sam2",
+    "sam3_tracker": "no small instance was made; its encoder is a plain transformer with windows, as sam's",
+    "sam3_video": "video, on the encoder of sam3_tracker",
     "uvdoc_backbone": "it has no convolution with kernel 1 and no linear layer to adapt",
+    "videoprism": "video",
+    "videoprism_vision_model": "video",
 }
