@@ -28,6 +28,26 @@ MAPPINGS = (
 
 
 @dataclass(frozen=True)
+class Unrolled:
+    """A grid whose tokens are cut into units of 2 x 2, `levels` times, and put side by side by their place in a unit.
+
+    Hiera (arXiv 2306.00989) does so, to pool a unit by taking the largest of neighbours along the batch's axis.
+    """
+
+    height: int
+    width: int
+    levels: int
+
+    def places(self) -> Tensor:
+        """Of each token in turn, its place in the grid, row by row; shape (H * W,)."""
+        places = torch.arange(self.height * self.width).view(1, self.height, self.width)
+        for _ in range(self.levels):
+            units = places.view(len(places), places.shape[1] // 2, 2, places.shape[2] // 2, 2)
+            places = units.permute(0, 2, 4, 1, 3).flatten(0, 2)
+        return places.flatten()
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A model of one type, small, and where the tokens of its adapted layers lie.
 
@@ -35,9 +55,9 @@ class Architecture:
         model_type: As transformers names it.
         task: The auto class, or the model's class, to make it with.
         settings: Of the configuration; a dict with a "model_type" becomes a configuration itself.
-        grids: {part of a layer's name: (H, W), (H, W, tokens before) or (H, W, tokens before, tokens after)}, or a
-            reason for which the layer is exact. The last part that occurs in a name, as a regular expression, counts.
-            Layers on images (N, C, H, W) need none: they are their own grid.
+        grids: {part of a layer's name: (H, W), (H, W, tokens before), (H, W, tokens before, tokens after) or
+            `Unrolled`; or a reason for which the layer is exact. The last part that occurs in a name, as a regular
+            expression, counts. Layers on images (N, C, H, W) need none: they are their own grid.
         image: (H, W).
         inputs: Makes the model's inputs of images (2, 3, H, W); None: they are its `pixel_values`.
         config_type: The configuration's model type, where it is not `model_type`.
@@ -335,7 +355,9 @@ ARCHITECTURES = [
     Architecture("hiera", "AutoModelForImageClassification", {
         "embed_dim": 16, "depths": [1, 1, 1], "num_heads": [1, 2, 4], "image_size": [64, 64],
         "masked_unit_size": [8, 8], "query_stride": [2, 2], "num_query_pool": 2},
-        {"": "patches in an order of their own"}, (64, 64)),
+        {r"stages\.0": Unrolled(16, 16, 2), r"stages\.1": Unrolled(8, 8, 1), r"stages\.2": (4, 4),
+         r"stages\.1\.layers\.0\.(proj|attn\.qkv)": Unrolled(16, 16, 2),
+         r"stages\.2\.layers\.0\.(proj|attn\.qkv)": Unrolled(8, 8, 1)}, (64, 64)),
     Architecture("levit", "AutoModelForImageClassification", {
         "hidden_sizes": [16, 32, 48], "num_attention_heads": [2, 2, 3], "depths": [1, 1, 1], "key_dim": [8, 8, 8],
         "image_size": 128, "drop_path_rate": 0}, {
@@ -356,7 +378,7 @@ ARCHITECTURES = [
     Architecture("convnextv2", "AutoModelForImageClassification", STAGES, _stages(r"stages\.{}\.")),
     Architecture("dinov3_convnext", "AutoBackbone", STAGES, _stages(r"stages\.{}\.")),
     Architecture("efficientnet", "AutoModel", {
-        "depth_coefficient": 0.1, "width_coefficient": 0.5, "hidden_dim": 640, "dropout_rate": 0.0, "drop_connect_rate": 0.0}),
+        "depth_coefficient": 0.1, "width_coefficient": 0.5, "hidden_dim": 640, "drop_connect_rate": 0.0}),
     Architecture("hgnet_v2", "AutoBackbone", {key: value for key, value in HGNET.items() if key != "model_type"}),
     Architecture("mobilenet_v1", "AutoModelForImageClassification", {"depth_multiplier": 0.25}),
     Architecture("mobilenet_v2", "AutoModelForImageClassification", {"depth_multiplier": 0.35}),
@@ -513,7 +535,7 @@ ARCHITECTURES = [
         image=(64, 96), variant="ConvNeXt"),
     # Not on patches
     Architecture("imagegpt", "AutoModelForImageClassification", {
-        "vocab_size": 33, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}, {"": (8, 8)}, (8, 8),
+        "vocab_size": 33, "n_positions": 64, "n_embd": 32, "n_layer": 2, "n_head": 2}, {"": (1, 64)}, (8, 8),
         lambda x: {"input_ids": _words(2, 64) % 32}),
     Architecture("perceiver", "AutoModelForImageClassification", {
         "num_latents": 4, "d_latents": 32, "d_model": 32, "num_self_attends_per_block": 1,

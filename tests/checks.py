@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 import reference
 import torch
+from architectures import Unrolled
 from models import layers_of
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import lbp_peft.projection
 import lbp_peft.tuner.layer
@@ -70,7 +72,8 @@ def check_layouts(architecture, model, record):
         if isinstance(expected, str):
             assert ran.layout is None and ran.why_exact, (name, expected, ran)
             continue
-        (height, width), before, after = expected[:2], *(*expected[2:], 0, 0)[:2]
+        height, width, before, after = sides_and_others(expected)
+        assert ran.layout is not None, (name, expected, ran)
         assert (ran.layout.grid, ran.layout.num_prefix_tokens) == ((height, width), before), (name, expected, ran)
         assert ran.num_tokens == ran.layout.num_tokens == before + height * width + after, (name, expected, ran)
         assert (not ran.why_exact) == (height * width > R), (name, ran)
@@ -140,7 +143,8 @@ class Record:
             output.register_hook(lambda grad: self.gradients[name].append((x.detach(), grad)))
 
     def weight_gradient(self, name: str, architecture: Any) -> Tensor:
-        return sum(self._weight_gradient(name, architecture, x, grad) for x, grad in self.gradients[name])
+        found = sum(self._weight_gradient(name, architecture, x, grad) for x, grad in self.gradients[name])
+        return found.t() if isinstance(self.layers[name], Conv1D) else found
 
     def _weight_gradient(self, name, architecture, x, grad):
         layout = layout_of(architecture, name, self.layers[name], x)
@@ -151,8 +155,10 @@ class Record:
         x, grad = x.double(), grad.double()
         if isinstance(layout, str):
             return torch.einsum("...o,...i->oi", grad, x)
-        (height, width), before = layout[:2], (*layout[2:], 0)[0]
+        height, width, before, _ = sides_and_others(layout)
         bases = orthogonal_bases((height, width))
+        if isinstance(layout, Unrolled):
+            bases = bases[:, layout.places()]
         on_grid = slice(before, before + height * width)
         x_hat, g_hat = (torch.einsum("kl,nlc->nkc", bases, tokens[:, on_grid]) for tokens in (x, grad))
         beside = [torch.einsum("nlo,nli->oi", grad[:, part], x[:, part]) for part in outside(on_grid)]
@@ -170,7 +176,7 @@ def outside(part):
 
 
 def layout_of(architecture: Any, name: str, layer: nn.Module, x: Tensor):
-    """(H, W), (H, W, before), (H, W, before, after), or why it has none."""
+    """As in `Architecture.grids`: where the tokens of x lie, or why they lie on no grid."""
     if x.dim() < 3 or x[0].numel() == x.shape[1 if is_pointwise_conv(layer) else -1]:
         return "a single token"
     matching = [grid for part, grid in architecture.grids.items() if re.search(part, name)]
@@ -178,9 +184,15 @@ def layout_of(architecture: Any, name: str, layer: nn.Module, x: Tensor):
         return tuple(x.shape[2:])
     assert matching, f"{name}: no grid is known for {tuple(x.shape)}"
     if not isinstance(matching[-1], str):
-        height, width, *beside = matching[-1]
-        assert x[0].numel() == (height * width + sum(beside)) * x.shape[-1], (name, matching[-1], x.shape)
+        height, width, before, after = sides_and_others(matching[-1])
+        assert x[0].numel() == (height * width + before + after) * x.shape[-1], (name, matching[-1], x.shape)
     return matching[-1]
+
+
+def sides_and_others(layout):
+    """Height, width, tokens before, tokens after."""
+    sides = (layout.height, layout.width) if isinstance(layout, Unrolled) else layout
+    return (*sides, 0, 0)[:4]
 
 
 def is_surprising(ran):

@@ -1,8 +1,10 @@
 """The default configuration on every vision architecture of transformers, see `tests/architectures.py`."""
 
 import pytest
+import timm_architectures
 from architectures import ARCHITECTURES, LEFT_OUT, mapped_types
 from checks import check
+from models import ROOT
 
 
 def test_every_model_type_is_checked_or_left_out_with_a_reason():
@@ -20,3 +22,13 @@ def test_the_default_configuration_does_the_right_thing(architecture, tmp_path, 
     if why := architecture.why_not_here():
         pytest.skip(why)
     check(architecture, tmp_path, monkeypatch)
+
+
+def test_the_tables_in_the_docs_are_of_these_lists():
+    """They are made by docs/models_table.py."""
+    page = (ROOT / "docs" / "models.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
+    rows = [row for row in rows if row[0] not in ("model type", "model", "---")]
+    assert [row[0] for row in rows if len(row) == 5] == sorted(architecture.name for architecture in ARCHITECTURES)
+    assert [row for row in rows if len(row) == 2] == [list(item) for item in sorted(LEFT_OUT.items())]
+    assert [row[0] for row in rows if len(row) == 4] == sorted(a.name for a in timm_architectures.ARCHITECTURES)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from architectures import spread
+from architectures import Unrolled, spread
 from torch import Tensor, nn
 
 
@@ -64,13 +64,14 @@ ARCHITECTURES = [
     TimmArchitecture("efficientformer_l1", {"depths": (1, 1, 1, 2)}, 224, _stages(224)),
     TimmArchitecture("efficientformer_l7", {"depths": (1, 1, 1, 2), "num_vit": 1}, 224, _stages(224)),
     TimmArchitecture("efficientformerv2_s0", {"depths": (1, 1, 1, 2)}, 224, {"talking_head": ATTENTION_MAPS}),
-    TimmArchitecture("efficientformerv2_l", {"depths": (1, 1, 1, 2), "img_size": 128}, 128, {"talking_head": ATTENTION_MAPS}),
+    TimmArchitecture("efficientformerv2_l", {"depths": (1, 1, 1, 2), "img_size": 128}, 128, {
+        "talking_head": ATTENTION_MAPS}),
     TimmArchitecture("eva_giant_patch14_224", FLAT | {"img_size": 112}, 112, {"": (8, 8, 1)}),
     TimmArchitecture("eva02_tiny_patch14_224", FLAT | {"img_size": 112}, 112, {"": (8, 8, 1)}),
     TimmArchitecture("fastvit_t8", {"layers": (1, 1, 1, 1)}, 128),
     TimmArchitecture("mobilevit_xxs", {}, 128, {
         r"stages\.2.*transformer": (8, 8), r"stages\.3.*transformer": (4, 4), r"stages\.4.*transformer": (2, 2)}),
-    TimmArchitecture("poolformer_s12", {"depths": (1, 1, 1, 1)}, 96, _stages(96)),
+    TimmArchitecture("poolformer_s12", {}, 96, _stages(96)),
     TimmArchitecture("pvt_v2_b0", {"depths": (1, 1, 1, 1)}, 128, _stages(128) | {r"attn\.kv$": (4, 4)}),
     TimmArchitecture("repvit_m1", {"depth": (1, 1, 1, 1)}, 128),
     TimmArchitecture("resnet50", {"layers": (1, 1, 1, 1)}, 64),
@@ -86,7 +87,9 @@ ARCHITECTURES = [
         "": (8, 8), r"cls_attn.*attn\.[kv]$": (8, 8, 1)}),
     # In another order, or along another axis
     TimmArchitecture("hiera_tiny_224", {"stages": (1, 1, 1, 1), "embed_dim": 32}, 224, {
-        "": "patches in an order of their own"}),
+        r"blocks\.0": Unrolled(56, 56, 3), r"blocks\.1": Unrolled(28, 28, 2), r"blocks\.2": Unrolled(14, 14, 1),
+        r"blocks\.3": (7, 7), r"blocks\.1\.(proj|attn\.qkv)": Unrolled(56, 56, 3),
+        r"blocks\.2\.(proj|attn\.qkv)": Unrolled(28, 28, 2), r"blocks\.3\.(proj|attn\.qkv)": Unrolled(14, 14, 1)}),
     TimmArchitecture("mixer_s32_224", {}, 224, {
         "": (7, 7), "mlp_tokens": "patches are the channels"}),
     TimmArchitecture("mobilevitv2_050", {}, 128, {
