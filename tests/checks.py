@@ -1,0 +1,245 @@
+"""What is checked of an architecture, of transformers or timm: see `tests/architectures.py`.
+
+Expected grids and gradients share no code with the package: grids are those of the architecture or, of images, those
+that arrive at the layer; gradients are computed from what hooks on the plain model see, with dense bases.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import reference
+import torch
+from architectures import Unrolled
+from models import layers_of
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+import lbp_peft.projection
+import lbp_peft.tuner.layer
+from lbp_peft import LBPWHTConfig, exact_backward, layout_report
+from lbp_peft.encoder import is_pointwise_conv
+
+R = 3
+
+
+def check(architecture: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The default configuration on a small instance: outputs, grids, gradients, a training step, a checkpoint.
+
+    Args:
+        architecture: An `Architecture`, or what has its `build`, `batch` and `grids`.
+        tmp_path, monkeypatch: pytest's.
+    """
+    base, batch = architecture.build(), architecture.batch()
+    model = adapted(base, r=R)
+    record = Record(base, list(layers_of(model)))
+    check_outputs(model, base, batch)
+    check_layouts(architecture, model, record)
+    check_low_rank_gradients(architecture, model, base, batch, record)
+    if any(ran is not None and not ran.why_exact for ran in report_of(model).values()):
+        check_gradients_at_full_rank(base, batch, monkeypatch)
+    check_training_step_and_checkpoint(model, base, batch, tmp_path)
+
+
+def check_outputs(model, base, batch):
+    """Bit for bit. Which parameters are trained is the same in both: torch.matmul folds batches by that."""
+    for name, parameter in base.named_parameters():
+        parameter.requires_grad_(f"base_model.model.{name.rpartition('.')[0]}" in layers_of(model))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        found = tensors(model, batch)
+    for ours, plain in zip(found, tensors(base, batch), strict=True):
+        assert torch.equal(ours, plain)
+    expected = any(ran is not None and ran.layout is None and is_surprising(ran) for ran in report_of(model).values())
+    told = [str(warning.message) for warning in caught if "exact backpropagation" in str(warning.message)]
+    assert bool(told) == expected, told
+
+
+def check_layouts(architecture, model, record):
+    for name, ran in report_of(model).items():
+        calls = record.inputs[name]
+        if ran is None:
+            assert not calls, name
+            continue
+        expected = layout_of(architecture, name, record.layers[name], calls[-1])
+        if isinstance(expected, str):
+            assert ran.layout is None and ran.why_exact, (name, expected, ran)
+            continue
+        height, width, before, after = sides_and_others(expected)
+        assert ran.layout is not None, (name, expected, ran)
+        assert (ran.layout.grid, ran.layout.num_prefix_tokens) == ((height, width), before), (name, expected, ran)
+        assert ran.num_tokens == ran.layout.num_tokens == before + height * width + after, (name, expected, ran)
+        assert (not ran.why_exact) == (height * width > R), (name, ran)
+
+
+def check_low_rank_gradients(architecture, model, base, batch, record):
+    """Weight gradients, computed once more from the plain model's inputs and gradients, with dense bases."""
+    record.clear()
+    loss(base, batch).backward()
+    expected = {name: record.weight_gradient(name, architecture) for name in record.layers if record.gradients[name]}
+    model.zero_grad()
+    loss(model, batch).backward()
+    found = {name: layers_of(model)[f"base_model.model.{name}"].lbpwht_weight["default"].grad for name in expected}
+    assert found
+    check_close({name: grad.flatten(1).double() for name, grad in found.items()}, expected)
+
+
+def check_gradients_at_full_rank(base, batch, monkeypatch):
+    """Through the projections themselves, not through the shortcut that skips them at full rank."""
+    num_kept = lbp_peft.projection.num_kept
+
+    def one_less(layout, bases):
+        kept = num_kept(layout, bases)
+        return kept if bases is None else min(kept, layout.num_tokens - 1)
+
+    model = adapted(base, r=64, grad_input=64)
+    with monkeypatch.context() as patched:
+        for module in (lbp_peft.projection, lbp_peft.tuner.layer):
+            patched.setattr(module, "num_kept", one_less)
+        loss(model, batch).backward()
+    found = gradients_of(model)
+    assert any(ran is not None and not ran.why_exact for ran in report_of(model).values())
+    model.zero_grad()
+    with exact_backward(model):
+        loss(model, batch).backward()
+    check_close(found, gradients_of(model))
+
+
+def check_training_step_and_checkpoint(model, base, batch, tmp_path):
+    before = {name: p.clone() for name, p in model.named_parameters() if p.requires_grad and p.grad is not None}
+    torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3).step()
+    assert any(not torch.equal(model.get_parameter(name), old) for name, old in before.items())
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True).train()
+    for buffer_name, buffer in model.named_buffers():  # batch norms' statistics are no adapter's to keep
+        loaded.get_buffer(buffer_name).copy_(buffer)
+    for ours, plain in zip(tensors(loaded, batch), tensors(model, batch), strict=True):
+        assert torch.equal(ours, plain)
+
+
+class Record:
+    """What passes through the layers of a plain model that are adapted in another: inputs, and gradients of outputs."""
+
+    def __init__(self, base: nn.Module, names: list[str]):
+        self.layers = {name: base.get_submodule(name) for name in (n.removeprefix("base_model.model.") for n in names)}
+        self.clear()
+        for name, layer in self.layers.items():
+            layer.register_forward_hook(lambda layer, args, output, name=name: self._note(name, args[0], output))
+
+    def clear(self) -> None:
+        self.inputs: dict[str, list] = {name: [] for name in self.layers}
+        self.gradients: dict[str, list] = {name: [] for name in self.layers}
+
+    def _note(self, name: str, x: Tensor, output: Tensor) -> None:
+        self.inputs[name].append(x.detach())
+        if output.requires_grad:
+            output.register_hook(lambda grad: self.gradients[name].append((x.detach(), grad)))
+
+    def weight_gradient(self, name: str, architecture: Any) -> Tensor:
+        found = sum(self._weight_gradient(name, architecture, x, grad) for x, grad in self.gradients[name])
+        return found.t() if isinstance(self.layers[name], Conv1D) else found
+
+    def _weight_gradient(self, name, architecture, x, grad):
+        layout = layout_of(architecture, name, self.layers[name], x)
+        if is_pointwise_conv(self.layers[name]):
+            x, grad = x.movedim(1, -1), grad.movedim(1, -1)
+        if x.dim() == 4 and not isinstance(layout, str):
+            x, grad = x.flatten(1, 2), grad.flatten(1, 2)
+        x, grad = x.double(), grad.double()
+        if isinstance(layout, str):
+            return torch.einsum("...o,...i->oi", grad, x)
+        height, width, before, _ = sides_and_others(layout)
+        bases = orthogonal_bases((height, width))
+        if isinstance(layout, Unrolled):
+            bases = bases[:, layout.places()]
+        on_grid = slice(before, before + height * width)
+        x_hat, g_hat = (torch.einsum("kl,nlc->nkc", bases, tokens[:, on_grid]) for tokens in (x, grad))
+        beside = [torch.einsum("nlo,nli->oi", grad[:, part], x[:, part]) for part in outside(on_grid)]
+        return torch.einsum("nko,nki->oi", g_hat, x_hat) + sum(beside)
+
+
+@cache
+def orthogonal_bases(grid):
+    """Those of one block serve for all blocks, put side by side."""
+    return reference.orthogonal_bases(grid, R)
+
+
+def outside(part):
+    return slice(0, part.start), slice(part.stop, None)
+
+
+def layout_of(architecture: Any, name: str, layer: nn.Module, x: Tensor):
+    """As in `Architecture.grids`: where the tokens of x lie, or why they lie on no grid."""
+    if x.dim() < 3 or x[0].numel() == x.shape[1 if is_pointwise_conv(layer) else -1]:
+        return "a single token"
+    matching = [grid for part, grid in architecture.grids.items() if re.search(part, name)]
+    if is_pointwise_conv(layer) and not (matching and isinstance(matching[-1], str)):
+        return tuple(x.shape[2:])
+    assert matching, f"{name}: no grid is known for {tuple(x.shape)}"
+    if not isinstance(matching[-1], str):
+        height, width, before, after = sides_and_others(matching[-1])
+        assert x[0].numel() == (height * width + before + after) * x.shape[-1], (name, matching[-1], x.shape)
+    return matching[-1]
+
+
+def sides_and_others(layout):
+    """Height, width, tokens before, tokens after."""
+    sides = (layout.height, layout.width) if isinstance(layout, Unrolled) else layout
+    return (*sides, 0, 0)[:4]
+
+
+def is_surprising(ran):
+    return not re.search("single token|no token axis", ran.why_exact)
+
+
+def adapted(base, **settings):
+    return get_peft_model(copy.deepcopy(base), LBPWHTConfig(**settings)).train()
+
+
+def report_of(model):
+    return layout_report(model).layers
+
+
+def tensors(model, batch):
+    """All that the model puts out in floating point, in training mode."""
+    torch.manual_seed(2)
+    return [t for t in leaves(model(**batch)) if t.is_floating_point()]
+
+
+def leaves(output):
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, (dict, list, tuple)):
+        for value in output.values() if isinstance(output, dict) else output:
+            yield from leaves(value)
+
+
+def loss(model, batch):
+    """The distance of all outputs from fixed random goals."""
+    total = 0.0
+    for index, tensor in enumerate(t for t in tensors(model, batch) if t.requires_grad):
+        goal = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(index))
+        finite = tensor.isfinite()
+        total = total + (tensor - goal)[finite].square().mean()
+    return total
+
+
+def gradients_of(model):
+    return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def check_close(found, expected):
+    """To 1e-5 in all, and to 1e-4 for each tensor that is not negligible (key biases: softmax does not see them)."""
+    assert found.keys() == expected.keys()
+    scale = torch.stack([e.norm() for e in expected.values()]).norm()
+    differences = {name: (found[name] - e).norm() for name, e in expected.items()}
+    assert torch.stack(list(differences.values())).norm() < 1e-5 * scale
+    for name, difference in differences.items():
+        assert difference < 1e-4 * (expected[name].norm() + 1e-2 * scale), name
