@@ -5,9 +5,11 @@ Both are read off the running computation, so full fine-tuning, LoRA and LBP-WHT
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -65,7 +67,7 @@ def saved_activations(model: nn.Module) -> Iterator[SavedActivations]:
 
 @contextmanager
 def multiply_adds() -> Iterator[MultiplyAdds]:
-    """Count the multiply-adds of the block with PyTorch's own FLOP counter.
+    """Count the multiply-adds of the block with PyTorch's own FLOP counter, but grouped convolutions by their groups.
 
     Yields:
         [`MultiplyAdds`], complete when the block ends.
@@ -76,6 +78,20 @@ def multiply_adds() -> Iterator[MultiplyAdds]:
         >>> print(f"{backward.total / 1e9:.1f} G")
     """
     result = MultiplyAdds()
-    with FlopCounterMode(display=False) as counter:
+    formulas = {torch.ops.aten.convolution_backward: _flops_of_convolution_backward}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
         yield result
     result.total = counter.get_total_flops() // 2
+
+
+def _flops_of_convolution_backward(
+    grad_shape: torch.Size, x_shape: torch.Size, weight_shape: torch.Size, *args: Any, **kwargs: Any
+) -> int:
+    """Each gradient takes the multiply-adds of the forward pass.
+
+    PyTorch's own formula ignores groups in the gradient of the weight: for a depthwise convolution of C channels it
+    counts C times too much, which would make training one look dearer than it is.
+    """
+    *_, transposed, _, _, output_mask = args
+    pixels = math.prod((x_shape if transposed else grad_shape)[2:])
+    return 2 * x_shape[0] * pixels * math.prod(weight_shape) * sum(output_mask[:2])

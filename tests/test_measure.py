@@ -76,6 +76,24 @@ def test_a_plain_layer_multiplies_three_times():
     assert (there.total, back.total) == (N * L * C_IN * C_OUT, 2 * N * L * C_IN * C_OUT)
 
 
+@pytest.mark.parametrize("groups", [1, 4, 12])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_convolution_multiplies_by_its_groups(groups, transposed):
+    """Forward and for each gradient: every pixel of the smaller side, every weight."""
+    kind = nn.ConvTranspose2d if transposed else nn.Conv2d
+    layer, x = kind(C_IN, 24, 2, stride=2, groups=groups), torch.randn(N, C_IN, 6, 10, requires_grad=True)
+    pixels = 6 * 10 if transposed else 3 * 5
+    once = N * pixels * 4 * C_IN * 24 // groups
+    with multiply_adds() as there:
+        y = layer(x)
+    with multiply_adds() as back:
+        y.sum().backward()
+    assert (there.total, back.total) == (once, 2 * once)
+    with multiply_adds() as of_weight:
+        layer(x.detach()).sum().backward()
+    assert of_weight.total == 2 * once  # forward, and one gradient
+
+
 @pytest.mark.parametrize("input_rank", ["full", 10])
 def test_an_adapted_layer_multiplies_in_the_small_space(input_rank):
     """8 x 8 patches are one block; its first 10 bases use 4 functions along each axis."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image
@@ -12,6 +11,7 @@ from sklearn.datasets import load_digits
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
 
 from .datasources import Source
+from .task import Embedded
 
 SIZE = 32
 
@@ -36,7 +36,7 @@ def digits(wanted: Sequence[int]) -> Source:
         }
         return Dataset.from_dict(columns, features=features)
 
-    return Source(part(range(first_test)), part(range(first_test, len(images))))
+    return Source(part(range(first_test)), part(range(first_test, len(images))), features["label"].names)
 
 
 def tiny_vit(seed: int = 0) -> ViTForImageClassification:
@@ -56,8 +56,12 @@ def tiny_vit(seed: int = 0) -> ViTForImageClassification:
     return model
 
 
-def save_backbone(model: ViTForImageClassification, folder: Path) -> None:
-    """Write the model without its head, and its image processor, as a checkpoint that others can start from."""
-    model.base_model.save_pretrained(folder)
-    processor = ViTImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    processor.save_pretrained(folder)
+EMBEDDED = Embedded(
+    label="pre-training on digits 0-4",
+    model=tiny_vit,
+    processor=ViTImageProcessor(size={"height": SIZE, "width": SIZE}, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+    known=lambda: digits(range(5)),
+    new=lambda: digits(range(5, 10)),
+    epochs=4,
+    learning_rate=1e-3,
+)

@@ -12,79 +12,97 @@ from PIL import Image
 from torch.utils.data import DataLoader, Sampler
 from transformers import AutoImageProcessor, PretrainedConfig, ViTImageProcessor
 
-from .options import Options
+from .options import Options, as_size
+from .task import Task
+from .views import View, random_view
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 class Preprocessor:
-    """The image processor of a checkpoint, at a size of our choice."""
+    """The image processor of a checkpoint, at a size of our choice.
 
-    def __init__(self, options: Options, config: PretrainedConfig):
+    Args:
+        options: Name the checkpoint, and the size if it is not the checkpoint's.
+        config: Of the model; tells the size where there is no image processor.
+        whole_image: Resize images as a whole, cropping nothing, so that pixels in and out correspond.
+    """
+
+    def __init__(self, options: Options, config: PretrainedConfig, whole_image: bool = False):
         self.overrides: dict[str, Any] = {}
         self.notice: str | None = None
+        self.whole_image = whole_image
+        size = as_size(options.image_size)
         try:
             self.processor = AutoImageProcessor.from_pretrained(options.model)
         except OSError:
-            side = options.image_size or config.image_size
-            size = {"height": side, "width": side}
-            self.processor = ViTImageProcessor(size=size, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
-            self.notice = f"{options.model} has no image processor: using ImageNet's mean and deviation, {side} pixels."
-        if options.image_size:
-            self.overrides = self._resized(options.image_size)
-        self.size: int = self(Image.new("RGB", (64, 64))).shape[-1]
+            size = size or as_size(getattr(config, "image_size", None))
+            if size is None:
+                raise SystemExit(f"{options.model} says no image size: give --image_size.") from None
+            sides = {"height": size[0], "width": size[1]}
+            self.processor = ViTImageProcessor(size=sides, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
+            shown = size[0] if size[0] == size[1] else f"{size[0]} x {size[1]}"
+            self.notice = (
+                f"{options.model} has no image processor: using ImageNet's mean and deviation, {shown} pixels."
+            )
+        if whole_image:
+            size = size or self._size_of(Image.new("RGB", (64, 64)))
+        if size and (options.image_size or whole_image):
+            self.overrides = self._resized(size)
+        self.size = self._size_of(Image.new("RGB", (64, 64)))
 
-    def _resized(self, side: int) -> dict[str, Any]:
-        """Arguments that make the processor give side x side pixels, keeping its margin around the centre crop."""
-        square = {"height": side, "width": side}
+    def _size_of(self, image: Image.Image) -> tuple[int, int]:
+        height, width = self(image).shape[-2:]
+        return height, width
+
+    def _resized(self, size: tuple[int, int]) -> dict[str, Any]:
+        """Arguments that make the processor give this size, keeping its margin around the centre crop if it may."""
+        sides = {"height": size[0], "width": size[1]}
+        if self.whole_image:
+            other = ("do_center_crop", "do_pad", "keep_aspect_ratio")
+            return {"size": sides} | {name: False for name in other if hasattr(self.processor, name)}
         crop = dict(getattr(self.processor, "crop_size", None) or {})
         edge = dict(self.processor.size).get("shortest_edge")
         if edge and crop.get("height") and getattr(self.processor, "do_center_crop", False):
-            return {"size": {"shortest_edge": round(side * edge / crop["height"])}, "crop_size": square}
-        return {"size": square, "do_center_crop": False} if crop else {"size": square}
+            return {"size": {"shortest_edge": round(min(size) * edge / crop["height"])}, "crop_size": sides}
+        return {"size": sides, "do_center_crop": False} if crop else {"size": sides}
 
-    def __call__(self, image: Image.Image, **overrides: Any) -> torch.Tensor:
-        arguments = self.overrides | overrides
-        return self.processor(images=image.convert("RGB"), return_tensors="pt", **arguments)["pixel_values"][0]
-
-    def augmented(self, image: Image.Image, random: np.random.Generator, min_crop: float, flip: bool) -> torch.Tensor:
-        """A random crop, resized to the full input, mirrored half of the time where `flip` is set."""
-        image = image.convert("RGB")
-        if flip and random.random() < 0.5:
-            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        box = random_box(image.width, image.height, random, min_crop)
-        image = image.resize((self.size, self.size), Image.Resampling.BICUBIC, box=box)
-        crop = {"do_center_crop": False} if hasattr(self.processor, "do_center_crop") else {}
-        return self(image, do_resize=False, **crop)
-
-
-def random_box(width: int, height: int, random: np.random.Generator, min_crop: float) -> tuple[float, ...]:
-    """A box of `min_crop` to 1 of the area, its sides' ratio between 3/4 and 4/3 of the image's, anywhere within."""
-    if min_crop >= 1:
-        return 0, 0, width, height
-    area, ratio = random.uniform(min_crop, 1), np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)) / 2)
-    w, h = width * min(1, area**0.5 * ratio), height * min(1, area**0.5 / ratio)
-    left, top = random.uniform(0, width - w), random.uniform(0, height - h)
-    return left, top, left + w, top + h
+    def __call__(self, image: Image.Image, view: View | None = None) -> torch.Tensor:
+        """The pixel values of an image, or of a part of it at the full size."""
+        image, arguments = image.convert("RGB"), self.overrides
+        if view is not None:
+            image = view.of(image, self.size, Image.Resampling.BICUBIC)
+            crop = {"do_center_crop": False} if hasattr(self.processor, "do_center_crop") else {}
+            arguments = arguments | {"do_resize": False} | crop
+        return self.processor(images=image, return_tensors="pt", **arguments)["pixel_values"][0]
 
 
 class Images(torch.utils.data.Dataset):
     """Images as pixel values. What augmentation draws depends on seed, epoch and index alone, never on history."""
 
-    def __init__(self, dataset: Dataset, preprocessor: Preprocessor, options: Options, *, train: bool, seed: int = 0):
-        self.dataset, self.preprocessor, self.options = dataset, preprocessor, options
+    def __init__(
+        self,
+        dataset: Dataset,
+        task: Task,
+        preprocessor: Preprocessor,
+        options: Options,
+        *,
+        train: bool,
+        seed: int = 0,
+    ):
+        self.dataset, self.task, self.preprocessor, self.options = dataset, task, preprocessor, options
         self.train, self.seed, self.epoch = train, seed, 0
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        row = self.dataset[int(index)]
-        if not self.train:
-            return {"pixel_values": self.preprocessor(row["image"]), "labels": row["label"]}
-        random = np.random.default_rng((self.seed, self.epoch, index))
-        pixels = self.preprocessor.augmented(row["image"], random, self.options.min_crop, self.options.horizontal_flip)
-        return {"pixel_values": pixels, "labels": row["label"]}
+        row, view = self.dataset[int(index)], None
+        if self.train:
+            random = np.random.default_rng((self.seed, self.epoch, index))
+            view = random_view(row["image"], random, self.options.min_crop, self.options.horizontal_flip)
+        label = self.task.label(row["label"], view, self.preprocessor.size, self.options)
+        return {"pixel_values": self.preprocessor(row["image"], view), "labels": label}
 
 
 class EpochOrder(Sampler[int]):
@@ -104,13 +122,13 @@ class EpochOrder(Sampler[int]):
 class Collator:
     """Stack examples; `extra` are further arguments of the model's forward pass."""
 
-    def __init__(self, extra: dict[str, Any]):
-        self.extra = extra
+    def __init__(self, images: Images, extra: dict[str, Any]):
+        self.task, self.train, self.extra = images.task, images.train, extra
 
     def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         return {
             "pixel_values": torch.stack([example["pixel_values"] for example in examples]),
-            "labels": torch.tensor([example["labels"] for example in examples]),
+            "labels": self.task.collate([example["labels"] for example in examples], self.train),
             **self.extra,
         }
 
@@ -125,7 +143,7 @@ def loader(images: Images, options: Options, extra: dict[str, Any]) -> DataLoade
         images,
         batch_size=options.batch_size if images.train else options.eval_batch_size,
         sampler=EpochOrder(images) if images.train else None,
-        collate_fn=Collator(extra),
+        collate_fn=Collator(images, extra),
         num_workers=options.workers,
         generator=torch.Generator().manual_seed(images.seed),
     )

@@ -1,10 +1,12 @@
-"""Metrics through `evaluate`; accuracy is built in, so that nothing need be downloaded."""
+"""Metrics through `evaluate`; accuracy and mean IoU are built in, so that nothing need be downloaded."""
 
 from __future__ import annotations
 
 import datasets
 import evaluate
 import numpy as np
+import torch
+import yaml
 
 from .options import Options
 
@@ -23,14 +25,45 @@ class Accuracy(evaluate.Metric):
         return {"accuracy": float(np.mean(np.equal(predictions, references)))}
 
 
-def load_metric(options: Options) -> evaluate.Metric:
+class MeanIoU(evaluate.Metric):
+    """Intersection over union of the pixels of a class, over all images together; the mean over classes.
+
+    A class that is neither in the labels nor predicted has no such ratio and does not count.
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        counts = datasets.Sequence(datasets.Sequence(datasets.Value("int64")))
+        return evaluate.MetricInfo(
+            description=self.__doc__ or "", citation="", features=datasets.Features({"confusion": counts})
+        )
+
+    def _compute(self, confusion: list[list[list[int]]]) -> dict[str, float]:
+        total = np.sum(confusion, axis=0)
+        intersection, union = np.diag(total), total.sum(0) + total.sum(1) - np.diag(total)
+        return {"mean_iou": float(np.mean(intersection[union > 0] / union[union > 0]))}
+
+
+def confusion_matrix(predictions: torch.Tensor, labels: torch.Tensor, classes: int, ignore: int) -> torch.Tensor:
+    """How many pixels of each class (rows) are taken for each class (columns); shape (classes, classes), int64.
+
+    Raises:
+        ValueError: a label is neither a class nor the one to ignore.
+    """
+    counted = labels != ignore
+    labels, predictions = labels[counted], predictions[counted]
+    if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        raise ValueError(f"labels from {int(labels.min())} to {int(labels.max())}, but there are {classes} classes")
+    return torch.bincount(labels * classes + predictions, minlength=classes**2).view(classes, classes)
+
+
+def load_metric(built_in: type[evaluate.Metric], options: Options) -> evaluate.Metric:
     """The metric the options name. It lives in memory: in a distributed run every process holds all predictions."""
     if options.metric is None:
-        return Accuracy(keep_in_memory=True)
+        return built_in(keep_in_memory=True)
     return evaluate.load(options.metric, keep_in_memory=True)
 
 
 def score(metric: evaluate.Metric, options: Options) -> float:
     """The value of the metric over all that was added to it."""
-    arguments = dict(text.split("=", 1) for text in options.metric_options)
+    arguments = {name: yaml.safe_load(value) for name, value in (text.split("=", 1) for text in options.metric_options)}
     return float(next(iter(metric.compute(**arguments).values())))

@@ -11,8 +11,6 @@ from typing import Any, Literal
 import yaml
 from transformers import HfArgumentParser
 
-DIGITS = Path(__file__).parent.parent / "digits.yaml"
-
 
 def option(default: Any, help: str) -> Any:
     """A dataclass field that the parser turns into a flag with this default and help."""
@@ -23,8 +21,10 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass
 class Options:
+    """The options that all tasks share; each adds its own."""
+
     config: str | None = option(None, "YAML file of options, named as here; flags override it.")
-    output: str = option("runs/image_classification", "Folder for adapters, checkpoints, results and the plot.")
+    output: str = option("runs", "Folder for adapters, checkpoints, results and the plot.")
 
     # Methods
     methods: list[str] = option(
@@ -45,8 +45,8 @@ class Options:
     head_modules: list[str] | None = option(None, "Modules trained in full (default: all outside the base model).")
 
     # Model and data
-    model: str | None = option(None, "Hub id or local folder, for AutoModelForImageClassification.")
-    dataset: str | None = option(None, "Hub id, image folder (a sub-folder per class) or other data folder.")
+    model: str | None = option(None, "Checkpoint to adapt: hub id or local folder.")
+    dataset: str | None = option(None, "Hub id or data folder, as `datasets` loads it.")
     dataset_config: str | None = option(None, "Configuration of the dataset, where it has several.")
     train_files: list[str] | None = option(None, "Parquet files to train on, in place of --dataset.")
     test_files: list[str] | None = option(None, "Parquet files to test on, with --train-files.")
@@ -54,11 +54,11 @@ class Options:
     test_split: str | None = option(None, "Split to test on (default: test, else validation, else part of train).")
     held_out: float = option(0.2, "Part of the training split held out where there is nothing to test on.")
     image_column: str | None = option(None, "Column of images (default: the first of that kind).")
-    label_column: str | None = option(None, "Column of labels (default: the first of classes, else `label`).")
-    train_images_per_class: int | None = option(None, "Small-data protocol: train on so many images of each class.")
     test_images: int | None = option(None, "Test on the first so many images (default: all).")
     data_seed: int = option(0, "Chooses the images held out and those of the small-data protocol.")
-    image_size: int | None = option(None, "Side of the square input in pixels (default: what the checkpoint says).")
+    image_size: list[int] | None = option(
+        None, "Input in pixels: the side of a square, or height and width (default: what the checkpoint says)."
+    )
     horizontal_flip: bool = option(True, "Augmentation: mirror half of the training images.")
     min_crop: float = option(0.6, "Augmentation: smallest part of the area that a random crop keeps; 1 crops nothing.")
     workers: int = option(0, "Processes that load images.")
@@ -77,8 +77,8 @@ class Options:
     weight_decay: float = option(0.01, "Weight decay of AdamW.")
     max_grad_norm: float | None = option(None, "Clip the norm of the gradient at this value (default: no clipping).")
     mixed_precision: Literal["no", "bf16", "fp16"] | None = option(None, "Default: what `accelerate launch` says.")
-    metric: str | None = option(None, "A metric of `evaluate`, by hub id or folder (default: accuracy, built in).")
-    metric_options: list[str] = option([], "Arguments of the metric, as in average=macro.")
+    metric: str | None = option(None, "A metric of `evaluate`, by hub id or folder (default: one that is built in).")
+    metric_options: list[str] = option([], "Arguments of the metric, as in average=macro; values are YAML.")
     report_to: str | None = option(None, "Tracker known to accelerate: tensorboard, wandb, trackio, all...")
     checkpoint_every: int | None = option(None, "Updates between checkpoints (default: none are written).")
     resume: bool = option(False, "Go on from the checkpoints in --output; ends exactly as an unbroken run does.")
@@ -110,20 +110,39 @@ def _as_flags(path: Path) -> list[str]:
     return flags
 
 
-def parse(description: str, arguments: list[str] | None = None) -> Options:
-    """Read the options: flags, over `--config`, over the embedded example where no model or data is named."""
+def as_size(sides: int | list[int] | tuple[int, ...] | None) -> tuple[int, int] | None:
+    """(height, width) of the side of a square or of two sides."""
+    if sides is None:
+        return None
+    height, *rest = [sides] if isinstance(sides, int) else sides
+    return height, rest[0] if rest else height
+
+
+def parse(kind: type[Options], defaults: Path, description: str, arguments: list[str] | None = None) -> Options:
+    """Read the options: flags, over `--config`, over the embedded example where no model or data is named.
+
+    Args:
+        kind: The task's dataclass of options.
+        defaults: YAML file of the embedded example.
+        description: Of the program.
+        arguments: Flags; None takes those of the command line.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = HfArgumentParser(Options, description=description)
+    parser = HfArgumentParser(kind, description=description)
 
     def read(flags: list[str]) -> Options:
-        return Options(**vars(parser.parse_args(flags)))
+        return kind(**vars(parser.parse_args(flags)))
 
     options = read(arguments)
     if options.config:
         arguments = [*_as_flags(Path(options.config)), *arguments]
         options = read(arguments)
     if options.embedded:
-        options = read([*_as_flags(DIGITS), *arguments])
+        options = read([*_as_flags(defaults), *arguments])
     elif not options.model or bool(options.dataset) == bool(options.train_files):
-        parser.error("give --model together with either --dataset or --train-files (or none of them for the digits)")
+        parser.error(
+            "give --model together with either --dataset or --train-files (or none of them for the embedded example)"
+        )
+    if options.image_size and len(options.image_size) > 2:
+        parser.error("--image_size takes one side or two, height and width")
     return options

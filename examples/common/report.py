@@ -1,4 +1,4 @@
-"""The report: one table, one plot, one JSON file."""
+"""The report: one table, one plot, one JSON file; for maps of classes a picture."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import json
 import platform
 import statistics
+import textwrap
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -14,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 import torch
 from matplotlib.axes import Axes
+from matplotlib.patches import Patch
+from PIL import Image
 
 from .measuring import Cost
 from .options import Options
@@ -163,3 +167,23 @@ def _plot_costs(axes: Axes, rows: list[Row], reference: Cost, colours: dict[str,
     axes.set_title("What a training step costs", loc="left", fontsize=11)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
+
+
+def show_maps(path: Path, rows: dict[str, list[Image.Image]], names: list[str]) -> None:
+    """A column of images under one another, and beside each its maps of classes, in one colour a class."""
+    count = len(next(iter(rows.values())))
+    ratio = max(image.height / image.width for image in next(iter(rows.values())))
+    size = (2.2 * len(rows), 2.2 * ratio * count + 0.7)
+    figure, axes = plt.subplots(count, len(rows), figsize=size, layout="constrained", squeeze=False)
+    colours = matplotlib.colormaps["tab20" if len(names) <= 20 else "gist_ncar"].resampled(len(names))
+    for column, (title, images) in enumerate(rows.items()):
+        axes[0, column].set_title(textwrap.fill(title, 22), fontsize=8)
+        for image, axis in zip(images, axes[:, column], strict=True):
+            kind = {"cmap": colours, "vmin": -0.5, "vmax": len(names) - 0.5, "interpolation": "nearest"}
+            axis.imshow(np.array(image), **({} if column == 0 else kind))
+            axis.set_axis_off()
+    if len(names) <= 20:
+        patches = [Patch(color=colours(index), label=name) for index, name in enumerate(names)]
+        figure.legend(handles=patches, loc="outside lower center", ncols=10, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)

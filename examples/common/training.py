@@ -18,7 +18,9 @@ from tqdm.auto import tqdm
 from transformers import get_scheduler
 
 from .metrics import load_metric, score
+from .models import train_mode
 from .options import Options
+from .task import Task
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,12 @@ class Progress:
 
 
 def train(
-    accelerator: Accelerator, model: nn.Module, loaders: tuple[DataLoader, DataLoader], run: Run, options: Options
+    accelerator: Accelerator,
+    task: Task,
+    model: nn.Module,
+    loaders: tuple[DataLoader, DataLoader],
+    run: Run,
+    options: Options,
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     """Train the model and test it after every epoch.
 
@@ -89,7 +96,7 @@ def train(
         bar.update(progress.epoch * length + progress.batch)
         while progress.epoch < run.epochs:
             images.epoch = progress.epoch
-            model.train()
+            train_mode(model)
             batches = accelerator.skip_first_batches(train_loader, progress.batch) if progress.batch else train_loader
             for batch in batches:
                 start = time.perf_counter()
@@ -103,7 +110,7 @@ def train(
                     log(accelerator, run, progress, {"loss": loss, "learning rate": scheduler.get_last_lr()[0]})
                     if options.checkpoint_every and progress.updates % options.checkpoint_every == 0:
                         save_checkpoint(accelerator, run.folder, progress)
-            progress.next_epoch(test(accelerator, model, test_loader, options))
+            progress.next_epoch(test(accelerator, task, model, test_loader, options))
             done = progress.history[-1]
             log(accelerator, run, progress, {f"epoch {name}": value for name, value in done.items()})
             bar.set_postfix(loss=f"{done['loss']:.3f}", test=f"{100 * done['score']:.1f} %")
@@ -114,14 +121,13 @@ def train(
 
 
 @torch.no_grad()
-def test(accelerator: Accelerator, model: nn.Module, loader: DataLoader, options: Options) -> float:
+def test(accelerator: Accelerator, task: Task, model: nn.Module, loader: DataLoader, options: Options) -> float:
     """The metric over the test images."""
-    metric = load_metric(options)
+    metric = load_metric(task.metric, options)
     model.eval()
     for batch in loader:
-        predictions = model(**batch).logits.argmax(-1)
-        predictions, references = accelerator.gather_for_metrics((predictions, batch["labels"]))
-        metric.add_batch(predictions=predictions, references=references)
+        labels = batch.pop("labels")
+        task.add_batch(metric, accelerator, model(**batch).logits, labels, options)
     return score(metric, options)
 
 

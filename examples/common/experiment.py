@@ -1,0 +1,219 @@
+"""An experiment: one model, one set of images, adapted by each method, tested, measured, saved and reloaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+import yaml
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import send_to_device, set_seed
+from torch import nn
+from torch.utils.data import DataLoader
+
+from .datasources import Source
+from .images import Images, Preprocessor, loader
+from .measuring import Cost, measure_costs
+from .methods import METHODS, Method, chosen_methods
+from .models import forward_arguments, head_modules
+from .options import Options, parse
+from .report import Row, plot, table, write_json
+from .task import Task
+from .training import Run, train
+
+
+@dataclass
+class Experiment:
+    """One model, one set of images, and all that is done with them."""
+
+    task: Task
+    options: Options
+    accelerator: Accelerator
+    source: Source
+
+    def __post_init__(self) -> None:
+        self.output = Path(self.options.output)
+        model = self.base(seed=0)
+        self.preprocessor = Preprocessor(self.options, model.config, self.task.whole_image)
+        self.extra = forward_arguments(model, self.preprocessor.size)
+        if self.preprocessor.notice:
+            self.accelerator.print(self.preprocessor.notice)
+        (height, width), heads = self.preprocessor.size, ", ".join(head_modules(model, self.options))
+        train_images, test_images, classes = len(self.source.train), len(self.source.test), len(self.source.names)
+        self.accelerator.print(
+            f"{self.options.model}: {model.num_parameters() / 1e6:.1f} M parameters, "
+            f"{height} x {width} pixels, head: {heads}.\n"
+            f"{train_images} training and {test_images} test images of {classes} classes."
+        )
+
+    def base(self, seed: int) -> transformers.PreTrainedModel:
+        return self.task.model(self.options.model, self.source.names, seed, self.options)
+
+    def loaders(self, seed: int) -> tuple[DataLoader, DataLoader]:
+        how = self.task, self.preprocessor, self.options
+        train_images = Images(self.source.train, *how, train=True, seed=seed)
+        test_images = Images(self.source.test, *how, train=False)
+        return loader(train_images, self.options, self.extra), loader(test_images, self.options, self.extra)
+
+    def folder(self, method: Method, seed: int) -> Path:
+        return self.output / method.folder / f"seed-{seed}"
+
+    def adapt(self, method: Method, seed: int) -> list[dict[str, float]]:
+        """Train one method with one seed, write its adapter and check that it reloads.
+
+        Returns:
+            Loss, score and seconds of every epoch; taken from the record if a resumed run had finished this part.
+        """
+        folder = self.folder(method, seed)
+        record = folder / "history.json"
+        if self.options.resume and record.exists():
+            return json.loads(record.read_text())
+        if self.accelerator.is_main_process and not self.options.resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+
+        model = method.adapt(self.base(seed), self.options)
+        loaders = self.loaders(seed)
+        label = method.label if len(self.options.seeds) == 1 else f"{method.label}, seed {seed}"
+        run = Run(label, folder, self.options.epochs, method.learning_rate)
+        model, history = train(self.accelerator, self.task, model, loaders, run, self.options)
+
+        if self.accelerator.is_main_process:
+            model.save_pretrained(folder / "adapter")
+            # Another seed gives another head: agreement then shows that the head, too, came with the adapter.
+            reloaded = method.reload(self.base(seed + 1), folder / "adapter")
+            batch = next(iter(loaders[1]))
+            labels = batch.pop("labels")
+            logits = self.check_same(model, reloaded, batch, label)
+            self.task.keep_examples(folder, logits, labels)
+            record.write_text(json.dumps(history))
+            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+        self.accelerator.wait_for_everyone()
+        return history
+
+    @torch.no_grad()
+    def check_same(
+        self, model: nn.Module, reloaded: nn.Module, batch: dict[str, torch.Tensor], label: str
+    ) -> torch.Tensor:
+        """The model's logits; stop the program if those of the reloaded one differ."""
+        batch = send_to_device(batch, self.accelerator.device)
+        first, second = (m.to(self.accelerator.device).eval()(**batch).logits for m in (model, reloaded))
+        if not torch.equal(first, second):
+            raise SystemExit(
+                f"{label}: the reloaded adapter predicts differently, by {(first - second).abs().max():.2e}"
+            )
+        return first
+
+    def costs(self, methods: list[Method]) -> tuple[Cost, list[Cost]]:
+        """What a step costs with full fine-tuning, and with each method."""
+        seed = self.options.seeds[0]
+        set_seed(seed)
+        batch = send_to_device(next(iter(self.loaders(seed)[0])), self.accelerator.device)
+        adapted = [method for method in methods if method.config]
+        builders = [
+            lambda method=method: method.adapt(self.base(seed), self.options)
+            for method in [METHODS["full"](self.options), *adapted]
+        ]
+        reference, *others = measure_costs(self.accelerator, builders, batch, self.options.timing_rounds)
+        found = dict(zip((method.folder for method in adapted), others, strict=True))
+        return reference, [found.get(method.folder, reference) for method in methods]
+
+
+def shrink(task: Task, source: Source, options: Options) -> Source:
+    """The small-data protocol: few training images, the first so many test images."""
+    train, test = task.few(source, options), source.test
+    if options.test_images:
+        test = test.select(range(min(options.test_images, len(test))))
+    return Source(train, test, source.names)
+
+
+def pretrain(task: Task, options: Options, accelerator: Accelerator) -> tuple[Options, Source]:
+    """Train the embedded example's small model; return it as the model to adapt, and the data to adapt it to."""
+    example = task.embedded()
+    untrained, trained = (Path(options.output) / name for name in ("untrained", "pretrained"))
+
+    def save(model: transformers.PreTrainedModel, folder: Path) -> None:
+        """Write the model without its head, and its image processor, as a checkpoint that others can start from."""
+        if accelerator.is_main_process:
+            model.base_model.save_pretrained(folder)
+            example.processor.save_pretrained(folder)
+        accelerator.wait_for_everyone()
+
+    # The image processor is written last: where it lies, the checkpoint is whole.
+    if not (options.resume and (trained / "preprocessor_config.json").exists()):
+        save(example.model(), untrained)
+        settings = dataclasses.replace(options, model=str(untrained), resume=False, checkpoint_every=None)
+        experiment = Experiment(task, settings, accelerator, example.known())
+        run = Run(example.label, untrained, example.epochs, example.learning_rate)
+        model, _ = train(accelerator, task, experiment.base(seed=0), experiment.loaders(seed=0), run, settings)
+        save(model, trained)
+    return dataclasses.replace(options, model=str(trained)), example.new()
+
+
+def prepare_output(options: Options, accelerator: Accelerator) -> None:
+    """Write the options to the output folder; a resumed run must have those of the run it goes on with."""
+    file = Path(options.output) / "options.yaml"
+    record = dataclasses.asdict(dataclasses.replace(options, config=None, resume=False))
+    if options.resume and file.exists():
+        before = yaml.safe_load(file.read_text())
+        if differing := [name for name in record if record[name] != before.get(name)]:
+            raise SystemExit(f"cannot resume {options.output}: it ran with another {', '.join(differing)}")
+    if accelerator.is_main_process:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(yaml.safe_dump(record, sort_keys=False))
+    accelerator.wait_for_everyone()
+
+
+def main(task: Task, description: str) -> None:
+    """Run an example program: read its options, adapt by every method, compare, report."""
+    start = time.perf_counter()
+    options = parse(task.options, task.defaults, description)
+    methods = chosen_methods(options)
+    accelerator = Accelerator(
+        mixed_precision=options.mixed_precision,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        log_with=options.report_to,
+        project_dir=options.output,
+        step_scheduler_with_optimizer=False,  # the training loop steps the schedule once an update
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+    # The progress bars and notices of loading would come once for every copy of the model.
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    prepare_output(options, accelerator)
+    accelerator.init_trackers("lbp-peft", {name: str(value) for name, value in dataclasses.asdict(options).items()})
+
+    if options.embedded:
+        options, source = pretrain(task, options, accelerator)
+    else:
+        with accelerator.main_process_first():
+            source = task.load(options)
+    experiment = Experiment(task, options, accelerator, shrink(task, source, options))
+    histories = [[experiment.adapt(method, seed) for seed in options.seeds] for method in methods]
+
+    if accelerator.is_main_process:
+        reference, costs = experiment.costs(methods)
+        rows = [
+            Row(method.label, options.seeds, history, cost)
+            for method, history, cost in zip(methods, histories, costs, strict=True)
+        ]
+        metric = Path(options.metric or task.metric_name).stem
+        report = table(rows, metric)
+        seconds = time.perf_counter() - start
+        output = experiment.output
+        (output / "table.txt").write_text(report + "\n")
+        write_json(output / "results.json", rows, options, {"metric": metric, "wall_seconds": seconds})
+        plot(output / "plot.png", rows, reference, metric)
+        folders = {method.label: experiment.folder(method, options.seeds[0]) for method in methods}
+        task.picture(output, experiment.source, folders, options)
+        print(f"\n{report}\n\nStep time: forward and backward, relative to full fine-tuning.")
+        print(
+            f"Adapters reloaded, predictions agree. Table, plot and results.json in {output}. {seconds:.0f} s in all."
+        )
+    accelerator.end_training()

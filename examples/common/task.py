@@ -1,0 +1,108 @@
+"""What a task has of its own: its labels, its models and its metric. All else in an experiment is the same for all."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import evaluate
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from transformers import PreTrainedModel
+from transformers.image_processing_base import ImageProcessingMixin
+
+from .datasources import Source
+from .models import load_model
+from .options import Options
+from .views import View
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """A task's embedded example: a small model learns some classes from scratch, and is to be adapted to others.
+
+    Args:
+        label: What the progress bar calls the pre-training.
+        model: Builds the small model, untrained.
+        processor: Its image processor.
+        known: The data it is trained on first.
+        new: What it is to be adapted to.
+        epochs: Of pre-training.
+        learning_rate: Of pre-training.
+    """
+
+    label: str
+    model: Callable[[], PreTrainedModel]
+    processor: ImageProcessingMixin
+    known: Callable[[], Source]
+    new: Callable[[], Source]
+    epochs: int
+    learning_rate: float
+
+
+class Task(ABC):
+    """A kind of labels for images.
+
+    Attributes:
+        options: The dataclass of the program's options.
+        defaults: YAML file of the options of the embedded example.
+        auto_model: The Auto class of transformers that loads its models.
+        metric: The metric that is built in.
+        metric_name: What the report calls it.
+        whole_image: Whether the model must see the whole of a test image, or may see the centre that the checkpoint's
+            image processor crops.
+    """
+
+    options: ClassVar[type[Options]]
+    defaults: ClassVar[Path]
+    auto_model: ClassVar[Any]
+    metric: ClassVar[type[evaluate.Metric]]
+    metric_name: ClassVar[str]
+    whole_image: ClassVar[bool] = False
+
+    @abstractmethod
+    def embedded(self) -> Embedded: ...
+
+    @abstractmethod
+    def load(self, options: Options) -> Source:
+        """The data that the options name."""
+
+    @abstractmethod
+    def few(self, source: Source, options: Options) -> Dataset:
+        """The training images that the small-data protocol keeps."""
+
+    @abstractmethod
+    def label(self, value: Any, view: View | None, size: tuple[int, int], options: Options) -> Any:
+        """The label of an example from what the dataset has.
+
+        Args:
+            value: Of the column `label`.
+            view: The part of the image that the model sees, None in testing.
+            size: (height, width) of that part.
+        """
+
+    @abstractmethod
+    def collate(self, labels: list[Any], train: bool) -> torch.Tensor | list[torch.Tensor]:
+        """The labels of a batch; in training they go to the model."""
+
+    @abstractmethod
+    def add_batch(
+        self, metric: evaluate.Metric, accelerator: Accelerator, logits: torch.Tensor, labels: Any, options: Options
+    ) -> None:
+        """Gather what the metric needs of a batch from all processes, and add it."""
+
+    @abstractmethod
+    def keep_examples(self, folder: Path, logits: torch.Tensor, labels: Any) -> None:
+        """Write to the folder what the model answers to the first test batch, if there is something to look at."""
+
+    @abstractmethod
+    def picture(self, output: Path, source: Source, folders: dict[str, Path], options: Options) -> None:
+        """Draw what [`keep_examples`] wrote into the output folder, from a folder for each method's label."""
+
+    def model(self, path: str, names: list[str], seed: int, options: Options) -> PreTrainedModel:
+        """The checkpoint with a head for these classes, new where it does not fit: the same head for equal seeds."""
+        return load_model(self.auto_model, path, names, seed)
