@@ -48,7 +48,7 @@ class GridFinder:
         self._merges_patches = False
         self._unrolled_by: tuple[tuple[int, int], ...] = ()
         self._queries: set[int] = set()
-        self._num_images = 0
+        self._num_images: set[int] = set()  # of the embeddings that ran; some run on crops or frames
         self._patch_size: tuple[int, int] | None = None
         self._learned_tokens = (0, 0)
         self.paddings = PaddingFinder()
@@ -106,15 +106,15 @@ class GridFinder:
         num_tokens = int(shape[1])
         if grid_size is not None:
             return self._given_layout(num_tokens, grid_size, num_prefix_tokens, num_suffix_tokens)
-        if self._num_images and shape[0] % self._num_images:
+        if self._num_images and all(shape[0] % n and n % shape[0] for n in self._num_images):
+            images = " or ".join(map(str, sorted(self._num_images)))
             raise LayoutError(
-                f"its input of shape {tuple(shape)} does not hold the tokens of {self._num_images} images one after "
-                "the other",
+                f"its input of shape {tuple(shape)} does not hold the tokens of {images} images one after the other",
                 "Leave it out with exclude_modules to silence this.",
             )
         layout = self._layout_to_rerun(num_tokens) if _in_backward() else self._seen.get(num_tokens)
         is_window = window is not None and num_tokens == window[0] * window[1] and not self._unrolled_by
-        if is_window and (layout is None or int(shape[0]) != self._num_images):  # folded into the batch
+        if is_window and (layout is None or shape[0] not in self._num_images):  # folded into the batch
             layout = TokenLayout(window or (0, 0))
         elif num_prefix_tokens is not None or num_suffix_tokens is not None:
             layout = self._with_outside(num_tokens, num_prefix_tokens, num_suffix_tokens)
@@ -175,13 +175,16 @@ class GridFinder:
 
     def _regrouped(self, shape: torch.Size) -> TokenLayout | None:
         """Every p-th patch along both sides, the p x p such groups of an image folded into the batch (MobileViT)."""
-        groups = int(shape[0]) // max(self._num_images, 1)
-        p = math.isqrt(groups)
-        if p < 2 or p * p != groups or groups * self._num_images != int(shape[0]):
-            return None
-        grids = {layout.grid for layout in self._seen.values()}
-        fitting = [(h // p, w // p) for h, w in grids if h % p == w % p == 0 and h * w == int(shape[1]) * groups]
-        return TokenLayout(fitting[0]) if len(fitting) == 1 else None
+        for num_images in self._num_images:
+            groups = int(shape[0]) // num_images
+            p = math.isqrt(groups)
+            if p < 2 or p * p != groups or groups * num_images != int(shape[0]):
+                continue
+            grids = {layout.grid for layout in self._seen.values()}
+            fitting = [(h // p, w // p) for h, w in grids if h % p == w % p == 0 and h * w == int(shape[1]) * groups]
+            if len(fitting) == 1:
+                return TokenLayout(fitting[0])
+        return None
 
     def _with_outside(self, num_tokens: int, before: int | None, after: int | None) -> TokenLayout | None:
         """The one grid of this forward pass that has so many tokens with those that were given."""
@@ -249,7 +252,8 @@ class GridFinder:
         if not _in_backward() and self._first_to_run in (None, embedding):  # the same one again: a new forward pass
             self._begin_pass()
             self._first_to_run = embedding
-            self._num_images = int(output.shape[0])
+            self._num_images.clear()
+        self._num_images.add(int(output.shape[0]))
         self._note((int(output.shape[-2]), int(output.shape[-1])), self._embeddings[embedding])
 
     def _note_image(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -258,7 +262,7 @@ class GridFinder:
         candidates = [kwargs.get("pixel_values"), *args]
         image = next((x for x in candidates if isinstance(x, Tensor) and x.dim() == 4), None)
         if image is not None:
-            self._num_images = int(image.shape[0])
+            self._num_images = {int(image.shape[0])}
             height, width = (int(side) // patch for side, patch in zip(image.shape[-2:], self._patch_size, strict=True))
             self._note((height, width), self._learned_tokens)
 

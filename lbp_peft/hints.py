@@ -20,6 +20,8 @@ _PUT_LAST = ("Llama4VisionModel",)
 _QUERIES = re.compile(r"quer(y|ies)")
 # Parts of a model whose tokens are not its patches, or that turn them into answers. Only their names tell.
 _AFTER_THE_ENCODER = re.compile(r"Decoder|Head$")
+# MobileViTV2 works on (N, C, pixels of a patch, patches).
+_UNFOLDING = ("MobileViTV2Transformer", "LinearTransformerBlock")
 _MAKES_GRIDS = (nn.Conv2d, nn.MaxPool2d, nn.AvgPool2d)
 
 
@@ -95,10 +97,18 @@ def window_size(windowed: nn.Module | None) -> tuple[int, int] | None:
     return pair(getattr(windowed, "window_size", None))
 
 
-def is_unfolded(model: nn.Module, name: str) -> bool:
-    """Whether a layer works on images unfolded to (N, C, pixels of a patch, patches), as MobileViTV2's do."""
-    unfolding = ("MobileViTV2Transformer", "LinearTransformerBlock")
-    return any(type(module).__name__ in unfolding for module in ancestors(model, name))
+def why_off_grid(model: nn.Module, name: str) -> str:
+    """Why the tokens of a layer are, or may be, no patches of a grid, whatever their number; "" if nothing says so."""
+    if kind := after_the_encoder(model, name):
+        return f"it is part of a {kind}, whose tokens may be others than patches"
+    if any(type(module).__name__ in _UNFOLDING for module in ancestors(model, name)):
+        return "its images are unfolded, so that neither axis of its tokens is height or width"
+    layer: Any = model.get_submodule(name)
+    features = {getattr(layer, side, None) for side in ("in_features", "out_features", "in_channels", "out_channels")}
+    heads = getattr(next(ancestors(model, name)), "num_heads", None)
+    if heads is not None and features - {None} == {heads}:
+        return "it mixes the heads of attention, so that both axes of its input are tokens"
+    return ""
 
 
 def is_of_text(model: nn.Module, name: str) -> bool:

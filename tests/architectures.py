@@ -277,7 +277,7 @@ ARCHITECTURES = [
     Architecture("siglip", "AutoModelForImageClassification", TWO_TOWERS, SQUARE, (64, 64)),
     Architecture("siglip2", "AutoModelForImageClassification", {
         "vision_config": {key: value for key, value in FLAT.items() if key != "image_size"} | {"num_patches": 64},
-        "text_config": TEXT}, SQUARE, (64, 64), lambda x: {
+        "text_config": TEXT}, {"": "no embedding says what grid its patches lie on"}, (64, 64), lambda x: {
             "pixel_values": x.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 4, 5, 1).reshape(2, 64, 192),
             "pixel_attention_mask": torch.ones(2, 64, dtype=torch.long),
             "spatial_shapes": torch.tensor([[8, 8], [8, 8]])}),
@@ -318,7 +318,7 @@ ARCHITECTURES = [
                  {r"layer\.0": (4, 6), r"layer\.1\.": (8, 12), "intermediate": (4, 6)}),
     Architecture("maskformer-swin", "AutoBackbone", SWIN, _swin((S4, S8))),
     Architecture("rf_detr_dinov2", "AutoBackbone", FLAT | {"num_windows": 2, "window_block_indexes": [0]},
-                 {"": (4, 4, 1), r"layer\.1\.attention": "a [CLS] token before each window"}, (64, 64)),
+                 {"": "a [CLS] token before each window"}, (64, 64)),
     Architecture("swin", "AutoModelForImageClassification", SWIN, _swin((S4, S8))),
     Architecture("swin", "AutoModelForMaskedImageModeling", SWIN, _swin(((16, 16), (8, 8))), (64, 64),
                  variant="masked"),
@@ -517,7 +517,7 @@ ARCHITECTURES = [
     Architecture("rf_detr", "AutoModelForObjectDetection", LW_DETR | {
         "backbone_config": FLAT | {"model_type": "rf_detr_dinov2", "num_windows": 2, "window_block_indexes": [0],
                                    "out_features": ["stage2"]}, "intermediate_size": 32}, {
-            r"encoder\.layer": (4, 4, 1), r"encoder\.layer\.1\.attention": "a [CLS] token before each window",
+            r"encoder\.layer": "a [CLS] token before each window",
             "enc_out_bbox_embed": (8, 8)} | DECODER | {r"cross_attn\.value_proj": (8, 8)}, (64, 64)),
     Architecture("rt_detr", "AutoModelForObjectDetection", RT_DETR_ON_RESNET, RT_DETR_GRIDS),
     Architecture("rt_detr_v2", "AutoModelForObjectDetection", RT_DETR_ON_RESNET, RT_DETR_GRIDS),

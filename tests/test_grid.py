@@ -331,9 +331,10 @@ def test_a_report_is_readable():
     assert "not called in training mode yet" in str(layout_report(model))
     model(images())
     header, first, second = str(layout_report(model)).splitlines()
-    assert header.split() == ["layer", "grid", "prefix", "tokens", "k", "for", "dW", "k", "for", "dx", "backward"]
+    columns = ["layer", "grid", "outside", "tokens", "k for dW", "k for dx", "dx in", "backward"]
+    assert header.split() == " ".join(columns).split()
     # Nothing before the first adapted layer is trained, so it needs no input gradient: 65 of 65 tokens.
-    assert first.split() == ["vit.layers.0.mlp.fc1", "8", "x", "8", "1", "65", "4", "65", "low-rank"]
-    assert second.split() == ["vit.layers.1.mlp.fc1", "8", "x", "8", "1", "65", "4", "7", "low-rank"]
+    assert first.split() == ["vit.layers.0.mlp.fc1", "8", "x", "8", "1", "65", "4", "65", "full", "low-rank"]
+    assert second.split() == ["vit.layers.1.mlp.fc1", "8", "x", "8", "1", "65", "4", "7", "full", "low-rank"]
     assert str(model.base_model.layout_report()) == str(layout_report(model))
     assert forward(model.eval(), images()).shape == (2, vit_config().num_labels)

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..encoder import encoder_linears, is_pointwise_conv, is_transposed_linear
 from ..grid import GridFinder
-from ..hints import after_the_encoder, is_of_text, is_unfolded, window_near
+from ..hints import is_of_text, why_off_grid, window_near
 from .checks import check_targets, is_adapted_linear
 from .config import LBPWHTConfig
 from .layer import BackwardRule, LBPWHTLayer
@@ -118,9 +118,8 @@ def look_around(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, LBPWHTLayer):
             module.windowed = (window_near(model, name),)
-            module.is_unfolded = is_unfolded(model, name)
             module.is_of_text = is_of_text(model, name)
-            module.after_the_encoder = after_the_encoder(model, name)
+            module.why_off_grid = why_off_grid(model, name)
 
 
 def grid_finder(model: nn.Module) -> GridFinder:

@@ -101,9 +101,8 @@ class LBPWHTLayer(BaseTunerLayer):
         self.layer_name = layer_name
         # In a tuple, since it is around this layer, not a part of it.
         self.windowed: tuple[nn.Module | None] = (None,)
-        self.is_unfolded = False
         self.is_of_text = False
-        self.after_the_encoder = ""
+        self.why_off_grid = ""
         self.exact_backward = False
         self.last_backward: BackwardPass | None = None
         self._disable_adapters = False
@@ -140,10 +139,6 @@ class LBPWHTLayer(BaseTunerLayer):
             return None
         if for_weight is None and for_input is None:
             return self._of_precision(x, base, BackwardPlan(precision=precision))
-        if self.is_unfolded and rule.grid_size is None:
-            why = "its images are unfolded, so that neither axis of its tokens is height or width"
-            self._fall_back(x, why, "Leave it out with exclude_modules to silence this.", cause="unfolded")
-            return None
         try:
             layout = self._layout(shape, rule)
             kept_for_weight, kept_for_input = num_kept(layout, for_weight), num_kept(layout, for_input)
@@ -182,11 +177,8 @@ class LBPWHTLayer(BaseTunerLayer):
     def _layout(self, shape: torch.Size, rule: BackwardRule) -> TokenLayout:
         if self.is_of_text and len(shape) == 3:
             return TokenLayout((1, int(shape[1])))
-        if self.after_the_encoder and rule.grid_size is None:
-            raise LayoutError(
-                f"it is part of a {self.after_the_encoder}, whose tokens may be others than patches",
-                "Set grid_size if they are patches.",
-            )
+        if self.why_off_grid and rule.grid_size is None:
+            raise LayoutError(self.why_off_grid, "Set grid_size if they are patches; exclude_modules silences this.")
         window = window_size(self.windowed[0])
         return self.finder.layout(shape, rule.grid_size, rule.num_prefix_tokens, rule.num_suffix_tokens, window)
 

@@ -1,0 +1,287 @@
+"""Input gradients whose product g W is rounded: the arithmetic, what is kept of W, and the layers that use it."""
+
+import copy
+import gc
+
+import numpy as np
+import pytest
+import torch
+from models import gradients, images, largest_difference, layers_of, tiny_vit
+from peft import LoraConfig, get_peft_model
+from test_other_linears import Mixer
+from test_pointwise import ConvMLP
+
+from lbp_peft import LBPWHTConfig, layout_report, precision
+from lbp_peft.cost import fastest_precision, low_rank_pays
+from lbp_peft.precision import FULL, Precision, Rounded, product, rescaled_product, rotated, rounded
+from lbp_peft.tuner import layer
+
+CPU = torch.device("cpu")
+
+
+def draw(*shape, seed=0, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def relative(found, expected):
+    return ((found.double() - expected).norm() / expected.norm()).item()
+
+
+def by_hand(g, weight):
+    """In integers, with numpy; g (M, K) and the weight (K, N) in float64."""
+
+    def integers(matrix, axis):
+        step = np.abs(matrix).max(axis, keepdims=True) / 127
+        return np.rint(matrix / step).astype(np.int64), step
+
+    (left, rows), (right, columns) = integers(g, 1), integers(weight, 0)
+    return (left @ right) * rows * columns
+
+
+@pytest.mark.parametrize("rows", [1, 40, 399, 401, 1000])
+def test_the_int8_product_is_that_of_integers(rows):
+    g, weight = draw(rows, 48), draw(48, 24, seed=1)
+    expected = torch.from_numpy(by_hand(g.double().numpy(), weight.double().numpy()))
+    found = product(g, weight, Precision("int8"))
+    # A value that lies on the border between two integers may be rounded to either.
+    assert relative(found, expected) < 1e-3
+    assert (found - expected).abs().max() < 0.05
+    assert relative(found, g.double() @ weight.double()) < 0.015
+    assert product(g.unflatten(0, (1, rows)), weight, Precision("int8")).shape == (1, rows, 24)
+
+
+@pytest.mark.parametrize("name, bound", [("bf16", 0.005), ("int8", 0.015)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rotation", [0, 16, 64])
+def test_products_keep_their_direction(name, bound, dtype, rotation):
+    g, weight = draw(2, 50, 96, dtype=dtype), draw(96, 32, seed=1, dtype=dtype)
+    found = product(g, weight, Precision(name, rotation))
+    assert found.dtype == dtype
+    assert relative(found, g.double() @ weight.double()) < bound
+
+
+def test_zeros_stay_zero():
+    g = draw(4, 16)
+    g[1] = 0
+    found = product(g, torch.zeros(16, 8), Precision("int8"))
+    assert torch.equal(found, torch.zeros(4, 8))
+    assert torch.equal(product(g, draw(16, 8), Precision("int8"))[1], torch.zeros(8))
+
+
+def test_a_rotation_cancels_and_spreads_outliers():
+    g, weight = draw(64, 128), draw(128, 32, seed=1)
+    turned = rotated(g, 64) @ rotated(weight.t(), 64).t()
+    torch.testing.assert_close(turned, g @ weight, rtol=1e-4, atol=1e-4)
+    g[:, 5] *= 300
+    weight[5] /= 300
+    expected = g.double() @ weight.double()
+    errors = [relative(product(g, weight, Precision("int8", rotation)), expected) for rotation in (0, 16, 128)]
+    assert errors[0] > 2 * errors[1] > 2 * errors[2]
+
+
+@pytest.mark.parametrize("features, block", [(96, 32), (100, 4), (7, 1), (256, 128)])
+def test_the_rotation_fits_the_outputs(features, block):
+    assert precision._fitting_block(128, features) == block
+    g, weight = draw(20, features), draw(features, 6, seed=1)
+    assert relative(product(g, weight, Precision("int8", 128)), g.double() @ weight.double()) < 0.03
+
+
+def test_fp8_needs_a_device_that_has_it():
+    with pytest.raises(ValueError, match='fp8.*compute capability 8.9.*"auto"'):
+        product(draw(4, 16), draw(16, 16), Precision("fp8"))
+    left, right = rounded(draw(32, 64), torch.float8_e4m3fn, 1), rounded(draw(64, 16, seed=1), torch.float8_e4m3fn, 0)
+    assert isinstance(left, Rounded) and left.values.dtype == torch.float8_e4m3fn
+    try:
+        found = rescaled_product(left, right)
+    except (RuntimeError, NotImplementedError) as error:
+        pytest.skip(f"no fp8 product on this CPU: {error}".splitlines()[0])
+    assert relative(found, draw(32, 64).double() @ draw(64, 16, seed=1).double()) < 0.05
+
+
+# What is kept of W
+
+
+@pytest.fixture
+def roundings(monkeypatch):
+    """Shapes of the weights that were rounded."""
+    seen, plain = [], precision._round_weight
+
+    def counting(weight, *how):
+        seen.append(tuple(weight.shape))
+        return plain(weight, *how)
+
+    monkeypatch.setattr(precision, "_round_weight", counting)
+    return seen
+
+
+def test_a_weight_is_rounded_again_only_when_it_has_changed(roundings):
+    g, weight = draw(10, 16), torch.nn.Parameter(draw(16, 8, seed=1))
+    with torch.no_grad():
+        first, again = (product(g, weight, Precision("int8"), weight) for _ in range(2))
+        assert torch.equal(first, again) and len(roundings) == 1
+        weight.mul_(2)
+        torch.testing.assert_close(product(g, weight, Precision("int8"), weight), 2 * first)
+        weight.data = -weight.data
+        torch.testing.assert_close(product(g, weight, Precision("int8"), weight), -2 * first)
+        assert len(roundings) == 3
+        product(g, weight, Precision("int8", 16), weight)
+        product(g, weight, Precision("bf16"), weight)
+        assert len(roundings) == 5
+
+
+def test_sharded_training_changes_weights_unnoticed_so_none_are_kept(roundings, monkeypatch):
+    monkeypatch.setattr(precision.dist, "is_initialized", lambda: True)
+    trained, frozen = (torch.nn.Parameter(draw(16, 8), requires_grad=train) for train in (True, False))
+    with torch.no_grad():
+        for weight in (trained, trained, frozen, frozen):
+            product(draw(10, 16), weight, Precision("int8"), weight)
+    assert len(roundings) == 3
+
+
+def test_copies_go_with_their_weight():
+    before = len(precision._copies)
+    weight = torch.nn.Parameter(draw(16, 8))
+    with torch.no_grad():
+        product(draw(10, 16), weight, Precision("int8"), weight)
+    assert len(precision._copies) == before + 1
+    del weight
+    gc.collect()
+    assert len(precision._copies) == before
+
+
+# In a model
+
+
+def adapted(base=tiny_vit, **settings):
+    return get_peft_model(base(), LBPWHTConfig(**({"r": 10} | settings))).train()
+
+
+def cosine(found, expected):
+    assert found.keys() == expected.keys()
+    dot = sum((found[n] * e).sum() for n, e in expected.items())
+    return (dot / sum(f.square().sum() for f in found.values()) ** 0.5
+            / sum(e.square().sum() for e in expected.values()) ** 0.5).item()  # fmt: skip
+
+
+BASES = {
+    "ViT": (tiny_vit, images()),
+    "convolutions": (ConvMLP, images(2, 32, 48)),
+    "Conv1D": (lambda: Mixer("Conv1D"), images(2, 32, 48)),
+    "Conv1d": (lambda: Mixer("Conv1d"), images(2, 32, 48)),
+}
+
+
+@pytest.mark.parametrize("name", ["int8", "bf16"])
+@pytest.mark.parametrize("rank", [None, 10])
+@pytest.mark.parametrize("kind", BASES)
+def test_gradients_are_near_those_of_full_precision(kind, rank, name):
+    base, x = BASES[kind]
+    torch.manual_seed(0)
+    exact = adapted(base, grad_input=rank or "full")
+    torch.manual_seed(0)
+    model = adapted(base, grad_input=name if rank is None else (rank, name))
+    expected, found = gradients(exact, x), gradients(model, x)
+    assert cosine(found, expected) > 0.999 and largest_difference(found, expected) > 1e-4
+    ran = [r for r in layout_report(model).layers.values() if not r.why_exact]
+    # No input gradient is needed where nothing before is trained.
+    assert {r.precision for r in ran[1:]} >= {name} and len(ran) >= 4
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["q_proj", "v_proj"]}, {"target_modules": "all-linear"}])
+def test_lora_and_frozen_layers_between(settings):
+    torch.manual_seed(0)
+    lora = get_peft_model(
+        tiny_vit(), LoraConfig(r=2, init_lora_weights=False, exclude_modules=["classifier"], **settings)
+    )
+    found = {}
+    for grad_input in ("full", "int8"):
+        config = LBPWHTConfig(r=64, grad_input=grad_input, train_base_weight=False)
+        model = get_peft_model(copy.deepcopy(lora), config).train()
+        found[grad_input] = gradients(model, images())
+    assert cosine(found["int8"], found["full"]) > 0.999
+    assert largest_difference(found["int8"], found["full"]) > 1e-4
+    assert all(r.precision == "int8" for name, r in layout_report(model).layers.items() if "layers.1" in name)
+
+
+def test_accumulated_gradients_round_a_weight_once_and_training_goes_on(roundings):
+    model = adapted(grad_input="int8")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    x, labels = images(8), torch.arange(8) % 5
+    losses = []
+    for step in range(1, 6):
+        for half in range(2):
+            loss = torch.nn.functional.cross_entropy(model(x[half::2]).logits, labels[half::2])
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        assert len(roundings) == step * (len(layers_of(model)) - 3)  # the first q, k and v need no input gradient
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_with_gradient_checkpointing(reentrant):
+    expected = gradients(adapted(grad_input="int8"), images())
+    model = adapted(grad_input="int8")
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    found = gradients(model, images())
+    # The first layers' input gradients are computed too, but nothing comes of them.
+    assert largest_difference(found, expected) < 1e-5
+
+
+def test_under_autocast():
+    model = adapted(grad_input="int8")
+    expected = gradients(model, images())
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(images()).logits
+    goal = torch.randn(loss.shape, generator=torch.Generator().manual_seed(9))
+    model.zero_grad()
+    (loss.float() - goal).square().sum().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert cosine(found, expected) > 0.98
+
+
+def test_under_torch_compile():
+    torch._dynamo.reset()
+    model = adapted(lambda: tiny_vit(num_hidden_layers=1), grad_input="int8")
+    expected = gradients(model, images())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    model.zero_grad()
+    logits = compiled(images()).logits
+    goal = torch.randn(logits.shape, generator=torch.Generator().manual_seed(9))
+    (logits - goal).square().sum().backward()
+    found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert cosine(found, expected) > 0.9999
+
+
+# auto
+
+
+def test_auto_asks_the_device_and_the_shape(monkeypatch):
+    monkeypatch.setattr("lbp_peft.cost._cpu_multiplies_int8", lambda: True)
+    assert fastest_precision(1576, 3072, 768, torch.float32, CPU) == "int8"
+    assert fastest_precision(1576, 64, 64, torch.float32, CPU) == "full"
+    assert fastest_precision(20, 3072, 768, torch.float32, CPU) == "full"
+    assert fastest_precision(1576, 3072, 768, torch.bfloat16, CPU) == "full"
+    monkeypatch.setattr("lbp_peft.cost._cpu_multiplies_int8", lambda: False)
+    assert fastest_precision(1576, 3072, 768, torch.float32, CPU) == "full"
+    assert low_rank_pays(197, 41, 768, 768) and not low_rank_pays(197, 41, 32, 128)
+    assert not low_rank_pays(197, 197, 768, 768) and not low_rank_pays(197, 41, 768, 768, on_images=True)
+
+
+def test_auto_in_a_model(monkeypatch):
+    """Narrow layers are exact; of the others the input gradient is as the device has it."""
+    wide = {"hidden_size": 64, "intermediate_size": 768, "num_hidden_layers": 1}
+    monkeypatch.setattr(layer, "low_rank_pays", lambda tokens, kept, out, into, on_images: out * into > 64 * 64)
+    monkeypatch.setattr(layer, "fastest_precision", lambda rows, out, into, *_: "int8" if out > into else "full")
+    model = adapted(lambda: tiny_vit(**wide), grad_input="auto")
+    gradients(model, images())
+    ran = {name.rsplit(".")[-1]: r for name, r in layout_report(model).layers.items()}
+    assert "narrow" in ran["o_proj"].why_exact and ran["fc1"].precision == "int8" and ran["fc2"].precision == "full"
+    assert ran["fc1"].kept_for_weight == ran["fc2"].kept_for_weight == 11
+    assert not ran["fc2"].why_exact
+
+
+def test_full_is_the_default_of_the_layers():
+    assert Precision("full") == FULL and LBPWHTConfig().input_precision() == FULL
