@@ -73,7 +73,7 @@ def low_rank_layer(
 
         with torch.no_grad(), _replaced(dropouts, drop):
             y = layer(x)
-    autocast = _autocast_now(x.device.type)
+    autocast = autocast_now(x.device.type)
     how = _How(layer, tuple(parameters), project_weight, project_input, dropouts, autocast, state, state())
     return _LowRankLayer.apply(how, y, x, *dropped, *parameters.values())
 
@@ -220,7 +220,7 @@ def _noted(z: Tensor, notes: list[Tensor]) -> Tensor:
     return z
 
 
-def _autocast_now(device_type: str) -> Callable[[], Any]:
+def autocast_now(device_type: str) -> Callable[[], Any]:
     """Makes the autocast context that is in force now: the backward pass runs outside it."""
     enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
     return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)

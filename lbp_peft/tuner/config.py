@@ -28,6 +28,9 @@ class LBPWHTConfig(PeftConfig):
             gradient does not. A pair, as in (10, "int8"): low-rank, and its product rounded.
         rotation: Before g and W are rounded to 8 bits, mix blocks of so many outputs by a Hadamard matrix, a power of
             two; 0: not. It spreads outliers and cancels in the product.
+        compress_activations: "int8": activation functions and norms between the adapted layers keep their inputs in 8
+            bits for the backward pass, and run again there. Less memory, a little more time, gradients off by the
+            rounding. None: they save what they always do.
         block_size: Order of the two-dimensional Walsh-Hadamard transform, a power of two.
         selection: Which bases (i, j) come first: "lp_l1" by i + j, "lp_linf" by max(i, j). Ties: see
             [`lbp_peft.walsh.basis_order`].
@@ -61,6 +64,9 @@ class LBPWHTConfig(PeftConfig):
         metadata={"help": '"full" (exact), "int8", "bf16", "fp8", "auto", the rank of a low-rank one, or both.'},
     )
     rotation: int = field(default=0, metadata={"help": "Outputs mixed by a Hadamard matrix before rounding; 0: none."})
+    compress_activations: str | None = field(
+        default=None, metadata={"help": '"int8": activation functions and norms keep their inputs in 8 bits.'}
+    )
     block_size: int = field(default=8, metadata={"help": "Order of the 2-D Walsh-Hadamard transform."})
     selection: str = field(default="lp_l1", metadata={"help": '"lp_l1" or "lp_linf".'})
     boundary: str = field(default="orthogonal", metadata={"help": '"orthogonal" or "reflect".'})
@@ -159,6 +165,8 @@ class LBPWHTConfig(PeftConfig):
         for pattern, rank in self.rank_pattern.items():
             self._check_rank(f"rank_pattern[{pattern!r}]", rank)
         self._check_grad_input()
+        if self.compress_activations not in (None, "int8"):
+            raise ValueError(f'compress_activations must be "int8" or None, got {self.compress_activations!r}.')
         if self.selection not in SELECTIONS:
             raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {self.selection!r}.")
         if self.boundary not in BOUNDARIES:

@@ -13,12 +13,13 @@ from ..encoder import encoder_linears, is_pointwise_conv, is_transposed_linear
 from ..grid import GridFinder
 from ..hints import is_of_text, why_off_grid, window_near
 from .checks import check_targets, is_adapted_linear
+from .compressed import compress_activations
 from .config import LBPWHTConfig
 from .layer import BackwardRule, LBPWHTLayer
 from .linear import LBPWHTLinear
 from .pointwise import LBPWHTPointwiseConv
 from .stack import has_other_adapters
-from .stacked import CHILD, LBPWHTStacked, leave, stand_inside
+from .stacked import CHILD, Inside, LBPWHTStacked, leave, stand_inside
 from .transposed import LBPWHTTransposedLinear
 
 
@@ -72,6 +73,7 @@ def create_and_replace(
         for_weight=config.weight_bases(config.rank_pattern.get(pattern, config.r)),
         for_input=config.input_bases(),
         precision=config.input_precision(),
+        compress=config.compress_activations == "int8",
         grid_size=config.grid_size,
         num_prefix_tokens=config.num_prefix_tokens,
         num_suffix_tokens=config.num_suffix_tokens,
@@ -82,7 +84,7 @@ def create_and_replace(
     elif isinstance(target, LBPWHTLinear):
         target.update_layer(adapter_name, rule, config.train_base_weight, config.inference_mode)
     elif isinstance(target, BaseTunerLayer) or _trained_by_others(target, tuner.model):
-        stand_inside(target, LBPWHTStacked(grid_finder(tuner.model), current_key, adapter_name, rule))
+        stand_inside(target, LBPWHTStacked(grid_finder(tuner.model), current_key, {adapter_name: rule}))
     else:
         finder = grid_finder(tuner.model)
         train, inference = config.train_base_weight, config.inference_mode
@@ -102,7 +104,7 @@ def leave_all(model: nn.Module) -> set[GridFinder]:
     """Go from inside all layers; the grid finders of all LBP-WHT layers, to be detached when these are gone too."""
     finders = {module.finder for module in model.modules() if isinstance(module, LBPWHTLayer)}
     for module in list(model.modules()):
-        if isinstance(getattr(module, CHILD, None), LBPWHTStacked):
+        if isinstance(getattr(module, CHILD, None), Inside):
             leave(module)
     return finders
 
@@ -113,7 +115,8 @@ def _trained_by_others(target: nn.Module, model: nn.Module) -> bool:
 
 
 def look_around(model: nn.Module) -> None:
-    """Have the layers of a model learn on what grids their tokens lie."""
+    """Have the layers of a model learn on what grids their tokens lie, and what is between them compress its inputs."""
+    compress_activations(model)
     grid_finder(model).watch(model)
     for name, module in model.named_modules():
         if isinstance(module, LBPWHTLayer):

@@ -28,12 +28,14 @@ class BackwardRule:
         for_weight: Bases of the weight gradient.
         for_input: Bases of the input gradient; None: exact.
         precision: Of the product in the input gradient.
+        compress: Whether activation functions and norms around the layer keep their inputs in 8 bits.
         grid_size, num_prefix_tokens, num_suffix_tokens: As given in the configuration.
     """
 
     for_weight: BasisSet
     for_input: BasisSet | None
     precision: Precision = FULL
+    compress: bool = False
     grid_size: tuple[int, int] | None = None
     num_prefix_tokens: int | None = None
     num_suffix_tokens: int | None = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from .compressed import LBPWHTCompressed
 from .layer import BackwardPass, LBPWHTLayer
 
 
@@ -56,7 +57,11 @@ def layout_report(model: nn.Module) -> LayoutReport:
         >>> print(layout_report(model))
     """
     return LayoutReport(
-        {module.layer_name: module.last_backward for module in model.modules() if isinstance(module, LBPWHTLayer)}
+        {
+            module.layer_name: module.last_backward
+            for module in model.modules()
+            if isinstance(module, LBPWHTLayer) and not isinstance(module, LBPWHTCompressed)
+        }
     )
 
 

@@ -19,8 +19,8 @@ from .layer import BackwardRule, LBPWHTLayer
 CHILD = "low_rank_backward"
 
 
-class LBPWHTStacked(nn.Module, LBPWHTLayer):
-    """Stands inside a layer, its host, and decides how the host goes backward.
+class Inside(nn.Module, LBPWHTLayer):
+    """Stands inside a module, its host, and decides how the host goes backward.
 
     The host stays where it is and keeps its name, its weights and its type, so whatever its own method does with it
     (saving, loading, merging, switching adapters) works as before. LBP-WHT has no weights here.
@@ -28,20 +28,20 @@ class LBPWHTStacked(nn.Module, LBPWHTLayer):
     Args:
         finder: Knows the patch grid; shared by all layers of the model.
         layer_name: Of the host in the model, for messages.
-        adapter_name, rule: The first adapter.
+        rules: By adapter name; the first adapter is active.
     """
 
     adapter_layer_names = ()
 
-    def __init__(self, finder: GridFinder, layer_name: str, adapter_name: str, rule: BackwardRule):
+    def __init__(self, finder: GridFinder, layer_name: str, rules: dict[str, BackwardRule]):
         super().__init__()
         LBPWHTLayer.__init__(self, finder, layer_name)
-        self._active_adapter = adapter_name
-        self.lbpwht_rule[adapter_name] = rule
-        self._on_images = False
+        self._active_adapter = next(iter(rules))
+        self.lbpwht_rule.update(rules)
 
-    def _shape_of_tokens(self, x: Tensor) -> torch.Size:
-        return x.movedim(1, -1).shape if self._on_images and x.dim() > 2 else x.shape
+    def run(self, host: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The host's forward pass."""
+        raise NotImplementedError
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing to merge."""
@@ -51,6 +51,17 @@ class LBPWHTStacked(nn.Module, LBPWHTLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Nothing to move."""
+
+
+class LBPWHTStacked(Inside):
+    """Stands inside a layer that another method adapts, see [`Inside`]."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._on_images = False
+
+    def _shape_of_tokens(self, x: Tensor) -> torch.Size:
+        return x.movedim(1, -1).shape if self._on_images and x.dim() > 2 else x.shape
 
     def run(self, host: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The host's forward pass."""
@@ -75,7 +86,7 @@ class LBPWHTStacked(nn.Module, LBPWHTLayer):
                 plan.padding,
                 plan.precision,
             )
-        layer = _ChannelsLast(_Plain(host), x.dim()) if self._on_images else _Plain(host)
+        layer = _ChannelsLast(Plain(host), x.dim()) if self._on_images else Plain(host)
         tokens = x.movedim(1, -1) if self._on_images else x
         state = functools.partial(_state, host)
         if torch.compiler.is_compiling() or not self._is_token_wise(layer, tokens, state()):
@@ -90,9 +101,9 @@ class LBPWHTStacked(nn.Module, LBPWHTLayer):
         return f"lbpwht.LBPWHTStacked({', '.join(self.lbpwht_rule)})"
 
 
-def stand_inside(host: Any, inside: LBPWHTStacked) -> None:
+def stand_inside(host: Any, inside: Inside) -> None:
     """Have a layer's forward pass run by what stands inside it."""
-    host.add_module(CHILD, inside)
+    host.add_module(CHILD, inside.train(host.training))
     plain_class: Any = type(host)
     host.__class__ = _hosting(plain_class)
     if "_old_forward" in vars(host):  # accelerate has put its own in front, and calls this
@@ -126,7 +137,7 @@ def _new_host(plain_class: Any) -> Any:
     return cls.__new__(cls)
 
 
-class _Plain(nn.Module):
+class Plain(nn.Module):
     """A host as its class made it."""
 
     def __init__(self, host: nn.Module):

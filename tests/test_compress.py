@@ -1,0 +1,202 @@
+"""Activation functions and norms that keep their inputs in 8 bits."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from models import forward, gradients, images, largest_difference, tiny_vit, train
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_precision import cosine
+from torch import nn
+from transformers.activations import ACT2FN
+
+from lbp_peft import LBPWHTConfig, exact_backward, layout_report
+from lbp_peft.compress import compressed_layer, restored, rounded_in_groups
+from lbp_peft.measure import saved_activations
+from lbp_peft.tuner.compressed import LBPWHTCompressed, is_compressible
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("channels, scales", [(128, 2), (192, 3), (48, 1), (65, 1)])
+def test_rounding_is_off_by_half_a_step_at_most(channels, scales):
+    x = draw(2, 5, channels)
+    x[0, 0] = 0
+    values, found = rounded_in_groups(x)
+    assert values.dtype == torch.int8 and values.shape == x.shape and found.shape == (2, 5, scales)
+    steps = found.repeat_interleave(channels // scales, -1)
+    assert ((restored(values, found, x.dtype) - x).abs() <= 0.501 * steps).all()
+    largest = x.unflatten(-1, (scales, -1)).abs().amax(-1)
+    torch.testing.assert_close(found, largest / 127, rtol=1e-6, atol=1e-30)
+
+
+def test_an_outlier_costs_only_its_group():
+    x = draw(1, 3, 256)
+    x[..., 7] = 1000
+    error = (restored(*rounded_in_groups(x), x.dtype) - x).abs()
+    assert error[..., :64].max() > 1 > 0.1 > error[..., 64:].max()
+
+
+LAYERS = {
+    "gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "silu": nn.SiLU(), "quick": ACT2FN["quick_gelu"],
+    "new": ACT2FN["gelu_new"], "norm": nn.LayerNorm(128), "rms": nn.RMSNorm(128),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_is_exact_forward_and_near_backward(name):
+    layer = copy.deepcopy(LAYERS[name])
+    assert is_compressible(layer)
+    x, goal = draw(2, 9, 128).requires_grad_(), draw(2, 9, 128, seed=1)
+    y = compressed_layer(layer, x)
+    assert torch.equal(y, layer(x))
+    wanted = [x, *layer.parameters()]
+    found = torch.autograd.grad(y, wanted, goal)
+    # The derivative at the rounded input is what is computed.
+    at = restored(*rounded_in_groups(x.detach()), x.dtype).requires_grad_()
+    expected = torch.autograd.grad(layer(at), [at, *layer.parameters()], goal)
+    assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+    exact = torch.autograd.grad(layer(x), wanted, goal)
+    for f, e in zip(found, exact, strict=True):
+        assert 1e-5 < (f - e).norm() / e.norm() < 0.02 or torch.equal(f, e)
+
+
+def test_second_derivatives_are_refused():
+    x = draw(2, 64).requires_grad_()
+    (first,) = torch.autograd.grad(compressed_layer(nn.GELU(), x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        first.sum().backward()
+
+
+def test_under_autocast():
+    norm, x = nn.LayerNorm(64), draw(2, 5, 64).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, expected = compressed_layer(norm, x), norm(x)
+    assert torch.equal(y, expected)
+    found, exact = (torch.autograd.grad(z, x, draw(2, 5, 64, seed=1).to(z.dtype))[0] for z in (y, expected))
+    assert (found - exact).norm() < 0.05 * exact.norm()
+
+
+# In a model
+
+
+def adapted(base=tiny_vit, **settings):
+    return get_peft_model(base(), LBPWHTConfig(**({"r": 10, "compress_activations": "int8"} | settings))).train()
+
+
+def compressed(model):
+    return [name for name, module in model.named_modules() if isinstance(module, LBPWHTCompressed)]
+
+
+def test_gradients_are_near_and_much_less_is_saved():
+    model, plain = adapted(), adapted(compress_activations=None)
+    assert len(compressed(model)) == 2 * 3 and not compressed(plain)  # two norms and an activation function a block
+    found, expected = gradients(model, images()), gradients(plain, images())
+    assert cosine(found, expected) > 0.999 and largest_difference(found, expected) > 1e-4
+    sizes = []
+    for each in (model, plain):
+        with saved_activations(each) as saved:
+            forward(each, images())
+        sizes.append(saved.bytes)
+    assert sizes[0] < 0.8 * sizes[1]
+    assert len(layout_report(model).layers) == len(layout_report(plain).layers)
+
+
+def test_only_blocks_with_adapted_layers():
+    model = adapted(target_modules=r".*layers\.1\.mlp\.fc1")
+    assert len(compressed(model)) == 3 and all("layers.1" in name for name in compressed(model))
+
+
+def test_forward_is_exact_and_so_are_other_modes():
+    model, plain = adapted(), adapted(compress_activations=None)
+    assert torch.equal(forward(model, images()), forward(plain, images()))
+    with exact_backward(model), exact_backward(plain):
+        assert largest_difference(gradients(model, images()), gradients(plain, images())) < 1e-6
+    model.eval(), plain.eval()
+    assert largest_difference(gradients(model, images()), gradients(plain, images())) < 1e-6
+    model.train().disable_adapter_layers()
+    x = images().requires_grad_()
+    with saved_activations(model) as saved:
+        forward(model, x)
+    model.enable_adapter_layers()
+    with saved_activations(model) as less:
+        forward(model, x)
+    assert less.bytes < saved.bytes
+
+
+def test_it_trains_and_its_checkpoint_loads(tmp_path):
+    model = adapted(modules_to_save=["classifier"], grad_input=10)
+    losses = train(model, images(), 5)
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny_vit(), tmp_path, is_trainable=True)
+    assert compressed(loaded) == compressed(model)
+    assert torch.equal(forward(loaded.eval(), images()), forward(model.eval(), images()))
+    base = model.merge_and_unload()
+    assert type(base.vit.layers[0].layernorm_before) is nn.LayerNorm and not compressed(base)
+    assert base.state_dict().keys() == tiny_vit().state_dict().keys()
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies_work_on_their_own(how):
+    model = adapted()
+    expected = gradients(model, images())
+    again = how(model)
+    del model
+    assert largest_difference(gradients(again, images()), expected) < 1e-6
+
+
+def test_with_lora_beneath():
+    lora = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    torch.manual_seed(0)
+    base = get_peft_model(tiny_vit(), lora)
+    found = {}
+    for compress in (None, "int8"):
+        config = LBPWHTConfig(r=64, train_base_weight=False, compress_activations=compress)
+        found[compress] = gradients(get_peft_model(copy.deepcopy(base), config).train(), images())
+    assert cosine(found["int8"], found[None]) > 0.999
+    assert largest_difference(found["int8"], found[None]) > 1e-5
+
+
+def test_the_adapter_that_asks_for_it_has_it():
+    model = adapted()
+    model.add_adapter("plain", LBPWHTConfig(r=10))
+    both = adapted(compress_activations=None)
+    both.add_adapter("plain", LBPWHTConfig(r=10))
+    sizes = {}
+    for name in ("default", "plain"):
+        for which, each in (("some", model), ("none", both)):
+            each.set_adapter(name)
+            with saved_activations(each) as saved:
+                forward(each, images())
+            sizes[name, which] = saved.bytes
+    assert sizes["plain", "some"] == sizes["plain", "none"] == sizes["default", "none"]
+    assert sizes["default", "some"] < sizes["default", "none"]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_with_gradient_checkpointing(reentrant):
+    expected = gradients(adapted(), images())
+    model = adapted()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    with saved_activations(model) as saved:
+        forward(model, images())
+    with saved_activations(plain := adapted()) as more:
+        forward(plain, images())
+    assert saved.bytes < more.bytes
+    found = gradients(model, images())
+    # With an input that needs a gradient the first norm keeps its own in 8 bits too, to which nothing is trained.
+    assert largest_difference(found, expected) < 1e-5
+
+
+def test_values_that_are_not_known_are_refused():
+    with pytest.raises(ValueError, match='compress_activations must be "int8" or None'):
+        LBPWHTConfig(compress_activations="int4")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert not is_compressible(nn.BatchNorm2d(4)) and not is_compressible(nn.ReLU(inplace=True))
