@@ -85,7 +85,8 @@ class _CompressedLayer(torch.autograd.Function):
         with torch.enable_grad(), how.autocast():
             x.requires_grad_(needs_x)
             leaves = [p.detach().requires_grad_(need) for p, need in zip(parameters, needed, strict=True)]
-            y = functional_call(how.layer, dict(zip(how.names, leaves, strict=True)), (x,))
+            seen = x.view_as(x)  # no leaf: those who watch modules, as FLOP counters do, cannot follow one in here
+            y = functional_call(how.layer, dict(zip(how.names, leaves, strict=True)), (seen,))
             wanted = [t for t in (x, *leaves) if t.requires_grad]
             found = iter(torch.autograd.grad(y, wanted, grads[0].to(y.dtype), allow_unused=True))
         gradients = [next(found) if t.requires_grad else None for t in (x, *leaves)]

@@ -142,10 +142,17 @@ class Projection:
         grid = grid.reshape(batch, height, width * channels)
         rows = _times(self.row_analysis, grid, self.row_blocks).reshape(-1, width, channels)
         both = _times(self.column_analysis, rows, self.column_blocks)
-        kept = both.reshape(batch, -1, channels).index_select(1, self.kept)
+        both = both.reshape(batch, -1, channels)
         if self.layout.num_outside == 0:
-            return kept
-        return torch.cat((tokens[:, :prefix], kept, tokens[:, prefix + height * width :]), dim=1)
+            return both.index_select(1, self.kept)
+        before, after = tokens[:, :prefix], tokens[:, prefix + height * width :]
+        if torch.compiler.is_compiling():  # it refuses to write into views, and saves the copy by itself
+            return torch.cat((before, both.index_select(1, self.kept), after), dim=1)
+        small = tokens.new_empty(batch, self.layout.num_outside + len(self.kept), channels)
+        small[:, :prefix] = before
+        torch.index_select(both, 1, self.kept, out=small[:, prefix : prefix + len(self.kept)])
+        small[:, prefix + len(self.kept) :] = after
+        return small
 
     def project_gradient(self, tokens: Tensor) -> Tensor:
         """[`project`], of the gradient of outputs.

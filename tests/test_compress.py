@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 
 from lbp_peft import LBPWHTConfig, exact_backward, layout_report
 from lbp_peft.compress import compressed_layer, restored, rounded_in_groups
-from lbp_peft.measure import saved_activations
+from lbp_peft.measure import multiply_adds, saved_activations
 from lbp_peft.tuner.compressed import LBPWHTCompressed, is_compressible
 
 
@@ -63,6 +63,14 @@ def test_a_layer_is_exact_forward_and_near_backward(name):
     exact = torch.autograd.grad(layer(x), wanted, goal)
     for f, e in zip(found, exact, strict=True):
         assert 1e-5 < (f - e).norm() / e.norm() < 0.02 or torch.equal(f, e)
+
+
+def test_the_backward_pass_can_be_counted():
+    model = adapted()
+    loss = forward(model, images()).sum()
+    with multiply_adds() as counted:
+        loss.backward()
+    assert counted.total > 0
 
 
 def test_second_derivatives_are_refused():

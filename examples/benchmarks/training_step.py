@@ -23,7 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.timing import interleaved, now, quartiles, ratios, rounds_within
+from common.timing import interleaved, now, quartiles, ratios, rounds_within, touch
 
 from benchmarks.environment import environment, in_words, write_record
 from benchmarks.methods import NotAvailable, adapted, default_methods, words
@@ -69,6 +69,7 @@ class Step:
 
     def timed(self) -> tuple[float, float]:
         """Seconds of forward and of backward."""
+        touch(self.model)
         start = now()
         loss = self.forward()
         middle = now()

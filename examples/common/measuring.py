@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from lbp_peft.measure import multiply_adds, saved_activations
 
 from .models import trainable_parameters
-from .timing import interleaved, now, ratios
+from .timing import interleaved, now, ratios, touch
 
 
 @dataclass
@@ -73,6 +73,7 @@ def _count(accelerator: Accelerator, model: nn.Module, batch: dict[str, Any]) ->
 
 
 def _time(accelerator: Accelerator, model: nn.Module, batch: dict[str, Any]) -> float:
+    touch(model)
     start = now()
     _forward(accelerator, model, batch).backward()
     seconds = now() - start

@@ -55,3 +55,11 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return low, middle, high
+
+
+@torch.no_grad()
+def touch(model: torch.nn.Module) -> None:
+    """Write to the trained weights, as an optimiser does between two steps: what was derived from them is outdated."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.mul_(1)
