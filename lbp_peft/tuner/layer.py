@@ -118,6 +118,7 @@ class LBPWHTLayer(BaseTunerLayer):
         if not self.training or self.exact_backward or not torch.is_grad_enabled():
             return None
         rules = {self.lbpwht_rule[name] for name in self.active_adapters if name in self.lbpwht_rule}
+        rules = {replace(rule, compress=False) for rule in rules}  # that is about others than this layer
         if len(rules) > 1:
             why = f"the active adapters {', '.join(self.active_adapters)} ask for different ranks or layouts"
             self._fall_back(x, why, "Give them equal settings, or activate one at a time.", cause="rules")
@@ -145,7 +146,7 @@ class LBPWHTLayer(BaseTunerLayer):
             layout = self._layout(shape, rule)
             kept_for_weight, kept_for_input = num_kept(layout, for_weight), num_kept(layout, for_input)
         except LayoutError as error:
-            self._fall_back(x, error.why, error.remedy, cause=error.remedy)
+            self._fall_back(x, error.why, error.remedy, cause=self.why_off_grid or error.remedy)
             return None
         if min(kept_for_weight, kept_for_input) == layout.num_tokens and precision == FULL:
             self._note(x, "it would keep as many rows as there are tokens", layout)
