@@ -46,7 +46,7 @@ FULL = Precision()
 
 
 _MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-_ROWS_AT_ONCE = 400
+_ROWS_AT_ONCE, _VALUES_AT_ONCE = 400, 2**18
 _TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
@@ -66,10 +66,25 @@ class Rounded:
 def rounded(matrix: Tensor, dtype: torch.dtype, dim: int) -> Rounded:
     """Round a matrix to 8 bits, with one scale for all values along `dim`; float32 scales."""
     largest = _largest(matrix, dim)
-    scaled = matrix * (_MAX[dtype] / largest)
-    if dtype == torch.int8:
-        scaled = scaled.round_()
-    return Rounded(scaled.to(dtype), largest / _MAX[dtype])
+    factors = _MAX[dtype] / largest
+    if matrix.device.type == "cpu" and dtype == torch.int8 and not torch.compiler.is_compiling():
+        values = torch.empty(matrix.shape, dtype=dtype)
+        _round_into(values, matrix, factors)
+    else:
+        scaled = matrix * factors
+        values = (scaled.round_() if dtype == torch.int8 else scaled).to(dtype)
+    return Rounded(values, largest / _MAX[dtype])
+
+
+def _round_into(values: Tensor, matrix: Tensor, factors: Tensor) -> None:
+    """int8 values of the matrix times its factors, by parts that stay in the cache from one step to the next."""
+    at_once = max(_VALUES_AT_ONCE // matrix.shape[1], 1)
+    scaled = torch.empty(at_once, matrix.shape[1], dtype=torch.float32)
+    for start in range(0, len(matrix), at_once):
+        part = slice(start, start + at_once)
+        found = scaled[: len(values[part])]
+        torch.mul(matrix[part], factors if len(factors) == 1 else factors[part], out=found)
+        values[part] = found.round_()
 
 
 def _largest(matrix: Tensor, dim: int) -> Tensor:
@@ -145,15 +160,13 @@ def _int8_product_by_parts(rows: Tensor, rotation: int, right: Rounded) -> Tenso
     (num_rows, inner), columns = rows.shape, right.values.shape[1]
     at_once = -(-num_rows // max(round(num_rows / _ROWS_AT_ONCE), 1))
     product = rows.new_empty(num_rows, columns, dtype=torch.float32)
-    scaled = rows.new_empty(at_once, inner, dtype=torch.float32)
     values = rows.new_empty(at_once, inner, dtype=torch.int8)
     sums = rows.new_empty(at_once, columns, dtype=torch.int32)
     for part, found in zip(rows.split(at_once), product.split(at_once), strict=True):
         part = rotated(part, rotation) if rotation > 1 else part
         n = len(part)
         largest = _largest(part, dim=1)
-        torch.mul(part, 127 / largest, out=scaled[:n])
-        values[:n] = scaled[:n].round_()
+        _round_into(values[:n], part, 127 / largest)
         torch._int_mm(values[:n], right.values, out=sums[:n])
         found.copy_(sums[:n]).mul_(largest / 127).mul_(right.scales)
     return product
