@@ -40,6 +40,10 @@ class Precision:
     name: str = "full"
     rotation: int = 0
 
+    def __post_init__(self) -> None:
+        if self.name == "full":
+            object.__setattr__(self, "rotation", 0)  # one way to say it, so that it equals FULL
+
 
 FULL = Precision()
 

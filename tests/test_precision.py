@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from models import gradients, images, largest_difference, layers_of, tiny_vit
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from test_other_linears import Mixer
 from test_pointwise import ConvMLP
 
@@ -285,6 +285,24 @@ def test_under_torch_compile():
     assert cosine(found, expected) > 0.9999
 
 
+def test_the_report_says_which_products_are_rounded():
+    """Of other methods' adapters none are: such a layer is run again as it is."""
+    beneath = LoHaConfig(r=2, target_modules=["fc1"], init_weights=False)
+    config = LBPWHTConfig(r=10, grad_input="int8", train_base_weight=False, stack_on=beneath)
+    model = get_peft_model(tiny_vit(), config).train()
+    gradients(model, images())
+    ran = {name: r for name, r in layout_report(model).layers.items() if "layers.1" in name}
+    assert {r.precision for name, r in ran.items() if "fc1" in name} == {"full"}
+    assert not any(r.why_exact for r in ran.values())
+    assert {r.precision for name, r in ran.items() if "fc1" not in name} == {"int8"}
+    with torch.no_grad():  # nothing is left to do
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+    model(images().requires_grad_()).logits.sum().backward()
+    ran = layout_report(model).layers["vit.layers.1.mlp.fc1"]
+    assert "can be rounded" in ran.why_exact and ran.precision == "full"
+
+
 # auto
 
 
@@ -314,4 +332,4 @@ def test_auto_in_a_model(monkeypatch):
 
 
 def test_full_is_the_default_of_the_layers():
-    assert Precision("full") == FULL and LBPWHTConfig().input_precision() == FULL
+    assert Precision("full", rotation=16) == FULL and LBPWHTConfig().input_precision() == FULL
