@@ -17,9 +17,8 @@ import functools
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .walsh import walsh_functions
@@ -40,6 +39,10 @@ class Precision:
 
     name: str = "full"
     rotation: int = 0
+
+    def __post_init__(self) -> None:
+        if self.name == "full":
+            object.__setattr__(self, "rotation", 0)  # one way to say it, so that it equals FULL
 
 
 FULL = Precision()
@@ -117,8 +120,8 @@ def product(grad: Tensor, weight: Tensor, precision: Precision, source: Tensor |
         grad: Shape (..., C_out).
         weight: Shape (C_out, C_in).
         precision: See [`Precision`].
-        source: The parameter that `weight` was cast from, or is. Its rounded copy is kept for as long as it stays the
-            same.
+        source: The parameter that `weight` was cast from, or is. On CPUs its copy in int8 is kept for as long as
+            it stays the same.
 
     Returns:
         Shape (..., C_in), of the dtype of `grad`.
@@ -190,19 +193,29 @@ def check_precision(precision: str, device: torch.device) -> None:
         )
 
 
-# Rounded copies of weights, with what tells whether the weight is still the same.
+# Rounded copies of weights, with how they were rounded and the fingerprint of what was.
 _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def _rounded_weight(weight: Tensor, name: str, rotation: int, source: Tensor | None) -> Rounded:
-    if source is None or torch.compiler.is_compiling() or not _can_be_kept(source):
+    # On other devices to wait for a fingerprint would take longer than to round again, and so it does for bf16.
+    cheap = weight.device.type != "cpu" or name == "bf16"
+    if cheap or not isinstance(source, nn.Parameter) or torch.compiler.is_compiling():
         return _round_weight(weight, name, rotation)
-    key = (name, rotation, weight.dtype, source._version, source.data_ptr())
-    kept, copy = _copies.get(source, (None, None))
-    if kept != key:
-        copy = _round_weight(weight, name, rotation)
-        _copies[source] = (key, copy)
-    return copy
+    key, fingerprint = (name, rotation, weight.dtype), _fingerprint(weight)
+    kept = _copies.get(source)
+    if kept is None or kept[0] != key or not torch.equal(kept[1], fingerprint):
+        kept = _copies[source] = (key, fingerprint, _round_weight(weight, name, rotation))
+    return kept[2]
+
+
+def _fingerprint(weight: Tensor) -> Tensor:
+    """Shape (C_in,); changes with the weight.
+
+    Version counter and address do not: PEFT merges adapters by `weight.data += ...`, and some optimisers and sharded
+    training write past the counter too.
+    """
+    return torch.mv(weight.float().t(), torch.linspace(-1, 1, len(weight), device=weight.device))
 
 
 def _round_weight(weight: Tensor, name: str, rotation: int) -> Rounded:
@@ -211,10 +224,3 @@ def _round_weight(weight: Tensor, name: str, rotation: int) -> Rounded:
     if rotation > 1:
         weight = rotated(weight.t(), rotation).t()
     return rounded(weight, _TYPES[name], dim=0)
-
-
-def _can_be_kept(source: Tensor) -> bool:
-    """Sharded training changes trained weights behind the back of their version counters."""
-    if not source.is_leaf:
-        return False
-    return not source.requires_grad or not (dist.is_available() and dist.is_initialized())

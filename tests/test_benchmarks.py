@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ from benchmarks.peak_memory import allocated
 from common.timing import interleaved, quartiles, ratios, rounds_within
 from models import tiny_vit
 from torch import nn
+
+from lbp_peft.measure import multiply_adds
 
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 CPU = torch.device("cpu")
@@ -230,5 +233,35 @@ def test_multiply_adds_of_efficientformer_by_hand():
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d, Attention)):
             module.register_forward_hook(count)
-    counted = backward_macs(model, torch.randn(2, 3, 224, 224))
-    assert 2 * counted == expected  # two forward passes were made: one counted here, one by PyTorch
+    assert backward_macs(model, torch.randn(2, 3, 224, 224), check=True) == expected
+
+
+@pytest.mark.parametrize("images_need_gradients", [False, True])
+def test_the_check_against_pytorchs_counter_covers_what_that_gets_wrong(images_need_gradients, monkeypatch):
+    from benchmarks import backward_cost
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.depthwise = nn.Conv2d(3, 8, 2, stride=2), nn.Conv2d(8, 8, 3, padding=1, groups=8)
+            self.linear = nn.Linear(8, 24)
+
+        def forward(self, x):
+            query, key, value = self.linear(self.depthwise(self.conv(x)).flatten(2).mT).chunk(3, dim=-1)
+            return nn.functional.scaled_dot_product_attention(query[:, None], key[:, None], value[:, None])
+
+    images = torch.randn(2, 3, 8, 8, requires_grad=images_need_gradients)
+    pixels = 2 * 16
+    convolutions = pixels * 8 * 12 * (1 + images_need_gradients) + 2 * pixels * 8 * 9
+    expected = convolutions + 2 * pixels * 8 * 24 + 5 * pixels * 16 * 8
+    assert backward_cost.backward_macs(Mixed(), images, check=True) == expected
+    with monkeypatch.context() as patch, pytest.raises(AssertionError):
+        patch.setattr(backward_cost, "multiply_adds", _half_of_it)
+        backward_cost.backward_macs(Mixed(), images, check=True)
+
+
+@contextmanager
+def _half_of_it():
+    with multiply_adds() as counted:
+        yield counted
+    counted.total //= 2

@@ -1,5 +1,6 @@
 """The configuration, the registry, and which layers are adapted."""
 
+import copy
 import json
 import os
 import subprocess
@@ -9,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from models import disturb, forward, gradients, images, layers_of, outputs, tiny_vit
-from peft import LoraConfig, PeftConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from lbp_peft import LBPWHTConfig, layout_report
+from lbp_peft.precision import FULL, Precision
 from lbp_peft.tuner.registration import check_peft_version, register
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,8 +31,9 @@ def adapted_names(model) -> set[str]:
 
 def test_settings_survive_json(tmp_path):
     config = LBPWHTConfig(
-        r=7, grad_input=5, block_size=4, selection="lp_linf", boundary="reflect", train_base_weight=False,
-        rank_pattern={"fc2": 3}, grid_size=[4, 6], num_prefix_tokens=2, target_modules=["fc1", "fc2"],
+        r=7, grad_input=5, block_size=4, selection="lp_linf", boundary="reflect", train_base_weight=False, rotation=32,
+        rank_pattern={"fc2": 3}, grid_size=[4, 6], num_prefix_tokens=2, num_suffix_tokens=3,
+        target_modules=["fc1", "fc2"],
         exclude_modules=["q_proj"], modules_to_save=["classifier"], layers_to_transform=[0], layers_pattern="layers",
     )  # fmt: skip
     assert config.grid_size == (4, 6) and config.target_modules == {"fc1", "fc2"}
@@ -42,6 +45,26 @@ def test_settings_survive_json(tmp_path):
     assert LBPWHTConfig.from_pretrained(tmp_path).to_dict() == loaded.to_dict()
     written = json.loads((tmp_path / "adapter_config.json").read_text())
     assert written["grid_size"] == [4, 6] and written["peft_type"] == "LBPWHT"
+
+
+@pytest.mark.parametrize("grad_input, written, rank, precision", [
+    ("full", "full", None, "full"),
+    ("auto", "auto", None, "auto"),
+    ("bf16", "bf16", None, "bf16"),
+    ("fp8", "fp8", None, "fp8"),
+    ("int8", "int8", None, "int8"),
+    (6, 6, 6, "full"),
+    ((6, "int8"), [6, "int8"], 6, "int8"),
+    ([6, "auto"], [6, "auto"], 6, "auto"),
+])  # fmt: skip
+def test_ways_to_the_input_gradient_survive_json(tmp_path, grad_input, written, rank, precision):
+    config = LBPWHTConfig(grad_input=grad_input, rotation=16)
+    config.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["grad_input"] == written
+    for one in (config, PeftConfig.from_pretrained(tmp_path)):
+        assert isinstance(one.grad_input, type(grad_input) if rank is None or isinstance(grad_input, int) else tuple)
+        assert (one.input_bases() and one.input_bases().r) == rank
+        assert one.input_precision() == (FULL if isinstance(grad_input, int) else Precision(precision, 16))
 
 
 def test_defaults_survive_json(tmp_path):
@@ -70,6 +93,19 @@ def test_defaults_survive_json(tmp_path):
     ({"grad_input": 65}, "grad_input"),
     ({"grad_input": False}, "grad_input"),
     ({"grad_input": None}, "grad_input"),
+    ({"grad_input": "int4"}, r"one of full, bf16, int8, fp8, auto, a rank \(an int\), or a pair.*got 'int4'"),
+    ({"grad_input": (10, "int4")}, r"or a pair of a rank and one of these, got \(10, 'int4'\)"),
+    ({"grad_input": (65, "int8")}, "the rank in grad_input must be an int from 1 to block_size.*got 65"),
+    ({"grad_input": ("int8", 10)}, "the rank in grad_input must be an int.*got 'int8'"),
+    ({"grad_input": (10,)}, r"grad_input must be one of.*got \(10,\)"),
+    ({"grad_input": (10, "int8", 3)}, r"grad_input must be one of.*got \(10, 'int8', 3\)"),
+    ({"grad_input": (10, 10)}, r"grad_input must be one of.*got \(10, 10\)"),
+    ({"grad_input": 10.0}, "grad_input must be one of.*got 10.0"),
+    ({"rotation": 24}, r"rotation must be a power of two \(16 to 128 are useful\), or 0, got 24"),
+    ({"rotation": -16}, "rotation"),
+    ({"rotation": True}, "rotation"),
+    ({"rotation": 16.0}, "rotation"),
+    ({"rotation": None}, "rotation"),
     ({"rank_pattern": {"fc1": 99}}, r"rank_pattern\['fc1'\].*got 99"),
     ({"grid_size": (8,)}, "grid_size must be two positive ints"),
     ({"grid_size": 8}, "grid_size"),
@@ -79,6 +115,8 @@ def test_defaults_survive_json(tmp_path):
     ({"num_prefix_tokens": -1}, "num_prefix_tokens must be an int of at least 0, got -1"),
     ({"num_prefix_tokens": True}, "num_prefix_tokens"),
     ({"num_prefix_tokens": 1.0}, "num_prefix_tokens"),
+    ({"num_suffix_tokens": -1}, "num_suffix_tokens must be an int of at least 0, got -1"),
+    ({"num_suffix_tokens": "2"}, "num_suffix_tokens"),
     ({"target_modules": ".*fc1", "layers_to_transform": [0]}, "layers_to_transform needs target_modules as a list"),
     ({"target_modules": ["fc1"], "layers_pattern": "layers"}, "give layers_to_transform too"),
 ])  # fmt: skip
@@ -188,6 +226,60 @@ def test_layers_of_other_types_are_refused_before_anything_is_changed(targets, n
     with pytest.raises((TypeError, ValueError), match=f"{name} is of type {kind}.*torch.nn.Linear"):
         get_peft_model(model, LBPWHTConfig(target_modules=targets))
     untouched(model, trainable)
+
+
+class Nested(nn.Module):
+    """As DPT's heads: one called as the other is, inside it."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Linear(3, 3)
+        self.head = nn.Module()
+        self.head.head, self.head.out, self.head.act = nn.Linear(3, 3), nn.Linear(3, 2), nn.ReLU()
+
+    def forward(self, x):
+        return self.head.out(self.head.act(self.head.head(self.body(x))))
+
+
+@pytest.mark.parametrize("names, remedy", [
+    (["head"], r"Name the parts of head instead: \['head.head', 'head.out'\]"),
+    (["ad"], r"Name the parts of head instead"),  # the ends of names, as PEFT has it
+    (["body", "head", "head.out"], r"Name the parts of head instead"),
+])  # fmt: skip
+@pytest.mark.parametrize("beneath", [False, True])
+def test_modules_to_save_inside_one_another_are_refused(names, remedy, beneath):
+    model = Nested()
+    settings = {"target_modules": ["body"], "modules_to_save": names}
+    if beneath:
+        settings = {"stack_on": LoraConfig(**settings), "train_base_weight": False}
+    with pytest.raises(ValueError, match=f"matches head and, inside it, head.head,.*{remedy}"):
+        get_peft_model(model, LBPWHTConfig(**settings))
+    untouched(model, {n for n, _ in model.named_parameters()})
+
+
+def test_modules_to_save_that_hold_one_another_by_two_names_are_refused():
+    model = Nested()
+    model.top = model.head
+    del model.head
+    config = LBPWHTConfig(target_modules=["body"], modules_to_save=["top", "out"])
+    with pytest.raises(ValueError, match="matches top and, inside it, top.out,.*Leave top.out out"):
+        get_peft_model(model, config)
+
+
+def test_the_parts_of_a_module_are_trained_and_saved(tmp_path):
+    """What the message above says to do."""
+    model, x = Nested(), torch.randn(4, 3)
+    base = copy.deepcopy(model)
+    saved = ["head.head", "head.out"]
+    model = get_peft_model(model, LBPWHTConfig(target_modules=["body"], modules_to_save=saved))
+    model(x).sum().backward()
+    trained = {n.removeprefix("base_model.model.") for n, p in model.named_parameters() if p.grad is not None}
+    assert {n for n in trained if "head" in n} == {
+        f"{name}.modules_to_save.default.{part}" for name in saved for part in ("weight", "bias")
+    }
+    disturb(model)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(base, tmp_path)(x), model(x))
 
 
 class Int8Linear(nn.Linear):

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import images, tiny_vit
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lbp_peft import LBPWHTConfig
 from lbp_peft.measure import multiply_adds, saved_activations
@@ -108,6 +110,51 @@ def test_an_adapted_layer_multiplies_in_the_small_space(input_rank):
     exact_input, low_rank_input = N * L * C_IN * C_OUT, N * 10 * C_IN * C_OUT + N * project * C_IN
     bias = 10 * C_OUT  # read off the projected gradient
     assert back.total == weight + bias + (exact_input if input_rank == "full" else low_rank_input)
+
+
+@pytest.mark.parametrize("grad_input, rows", [("int8", L), ((10, "int8"), 10), ("bf16", L)])
+def test_products_in_low_precision_count_like_any(grad_input, rows):
+    model, x = one_layer(r=10, grad_input=grad_input), tokens()
+    y = model(x)
+    with multiply_adds() as back:
+        y.backward(torch.randn_like(y))
+    project = (4 * 8 * 8) + (4 * 4 * 8)
+    of_weight = N * project * C_OUT + N * 10 * C_IN * C_OUT + 10 * C_OUT
+    lifting = N * project * C_IN if rows == 10 else 0
+    assert back.total == of_weight + N * rows * C_IN * C_OUT + lifting
+
+
+def test_branches_beside_the_weight_count_in_the_input_gradient_too():
+    settings = {"grad_input": 10, "train_base_weight": False}
+    lora = get_peft_model(OneLayer(), LoraConfig(r=3, target_modules=["lin"]))
+    config = LBPWHTConfig(r=10, target_modules=["lin"], grid_size=(8, 8), num_prefix_tokens=0, **settings)
+    model, x = get_peft_model(lora, config).train(), tokens()
+    y = model(x)
+    with multiply_adds() as back:
+        y.backward(torch.randn_like(y))
+    project = (4 * 8 * 8) + (4 * 4 * 8)
+    factors = N * 10 * 3 * (2 * C_IN + 2 * C_OUT)  # g B, and its product with x; x A, and its product with g
+    into_x = N * 10 * (C_IN * C_OUT + 3 * C_OUT + 3 * C_IN)  # g W, g B, and its product with A
+    assert back.total == N * project * (C_OUT + C_IN) + factors + into_x
+
+
+@pytest.mark.parametrize("shapes", [
+    ((N, 3, 10, 4), (N, 3, 10, 4), (N, 3, 10, 4)),
+    ((N, 3, 10, 4), (N, 3, 7, 4), (N, 3, 7, 4)),  # across two sequences
+])  # fmt: skip
+def test_fused_attention_counts(shapes):
+    query, key, value = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    product = N * 3 * 10 * shapes[1][2] * 4
+
+    def run(backend):
+        with sdpa_kernel(backend), multiply_adds() as there:
+            y = F.scaled_dot_product_attention(query, key, value)
+        with multiply_adds() as back:
+            y.sum().backward()
+        return there.total, back.total
+
+    assert run(SDPBackend.MATH) == (2 * product, 4 * product)
+    assert run(SDPBackend.FLASH_ATTENTION) == (2 * product, 5 * product)  # one product is computed again
 
 
 def test_a_low_rank_step_of_a_model_is_cheaper():

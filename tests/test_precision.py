@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 from models import gradients, images, largest_difference, layers_of, tiny_vit
-from peft import LoraConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from test_other_linears import Mixer
 from test_pointwise import ConvMLP
 
-from lbp_peft import LBPWHTConfig, layout_report, precision
+from lbp_peft import LBPWHTConfig, exact_backward, layout_report, precision
 from lbp_peft.cost import fastest_precision, low_rank_pays
 from lbp_peft.precision import FULL, Precision, Rounded, product, rescaled_product, rotated, rounded
 from lbp_peft.tuner import layer
@@ -129,13 +129,43 @@ def test_a_weight_is_rounded_again_only_when_it_has_changed(roundings):
         assert len(roundings) == 5
 
 
-def test_sharded_training_changes_weights_unnoticed_so_none_are_kept(roundings, monkeypatch):
-    monkeypatch.setattr(precision.dist, "is_initialized", lambda: True)
-    trained, frozen = (torch.nn.Parameter(draw(16, 8), requires_grad=train) for train in (True, False))
+@pytest.mark.parametrize("change", [
+    lambda data: data.add_(draw(16, 8, seed=2)),
+    lambda data: data.add_(1e-3 * torch.outer(draw(16, seed=2), draw(8, seed=3))),  # as LoRA is merged
+    lambda data: data.add_(draw(16, 8, seed=2) - draw(16, 8, seed=2).mean(0)),  # as before a norm or a softmax
+    lambda data: data.copy_(data.flip(0)),
+    lambda data: data.neg_(),
+])  # fmt: skip
+def test_a_change_past_the_version_counter_is_noticed(change):
+    """As PEFT's merging and some optimisers make."""
+    g, weight = draw(10, 16), torch.nn.Parameter(draw(16, 8, seed=1))
     with torch.no_grad():
-        for weight in (trained, trained, frozen, frozen):
-            product(draw(10, 16), weight, Precision("int8"), weight)
-    assert len(roundings) == 3
+        product(g, weight, Precision("int8"), weight)
+        version, address = weight._version, weight.data_ptr()
+        change(weight.data)
+        assert (weight._version, weight.data_ptr()) == (version, address)
+        expected = product(g, weight, Precision("int8"))
+        assert torch.equal(product(g, weight, Precision("int8"), weight), expected)
+
+
+def test_only_parameters_have_copies_kept(roundings):
+    cast = draw(16, 8)
+    with torch.no_grad():
+        for _ in range(2):
+            product(draw(10, 16), cast, Precision("int8"), cast)
+    assert len(roundings) == 2
+
+
+def test_what_is_merged_into_a_weight_enters_its_gradients():
+    """The weights beneath LoRA stay the same parameters, at the same place."""
+    settings = {"target_modules": ["q_proj", "fc1"], "lora_alpha": 64, "init_lora_weights": False}
+    config = LBPWHTConfig(r=64, grad_input="int8", train_base_weight=False, stack_on=LoraConfig(r=4, **settings))
+    first = get_peft_model(tiny_vit(), config).train()
+    gradients(first, images())  # copies are made
+    model = get_peft_model(first.merge_and_unload(), config).train()
+    found = gradients(model, images())
+    with exact_backward(model):
+        assert cosine(found, gradients(model, images())) > 0.999
 
 
 def test_copies_go_with_their_weight():
@@ -255,6 +285,24 @@ def test_under_torch_compile():
     assert cosine(found, expected) > 0.9999
 
 
+def test_the_report_says_which_products_are_rounded():
+    """Of other methods' adapters none are: such a layer is run again as it is."""
+    beneath = LoHaConfig(r=2, target_modules=["fc1"], init_weights=False)
+    config = LBPWHTConfig(r=10, grad_input="int8", train_base_weight=False, stack_on=beneath)
+    model = get_peft_model(tiny_vit(), config).train()
+    gradients(model, images())
+    ran = {name: r for name, r in layout_report(model).layers.items() if "layers.1" in name}
+    assert {r.precision for name, r in ran.items() if "fc1" in name} == {"full"}
+    assert not any(r.why_exact for r in ran.values())
+    assert {r.precision for name, r in ran.items() if "fc1" not in name} == {"int8"}
+    with torch.no_grad():  # nothing is left to do
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+    model(images().requires_grad_()).logits.sum().backward()
+    ran = layout_report(model).layers["vit.layers.1.mlp.fc1"]
+    assert "can be rounded" in ran.why_exact and ran.precision == "full"
+
+
 # auto
 
 
@@ -284,4 +332,4 @@ def test_auto_in_a_model(monkeypatch):
 
 
 def test_full_is_the_default_of_the_layers():
-    assert Precision("full") == FULL and LBPWHTConfig().input_precision() == FULL
+    assert Precision("full", rotation=16) == FULL and LBPWHTConfig().input_precision() == FULL

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -51,6 +52,36 @@ def check_targets(targets: list[tuple[str, nn.Module]], train_base_weight: bool,
                 f"Target module {name} is quantised ({type(base).__name__}), so its weight cannot be trained. Set "
                 "train_base_weight=False, or load the model without quantisation."
             )
+
+
+def check_modules_to_save(model: nn.Module, names: list[str] | None) -> None:
+    """Refuse names that match a module and another one inside it.
+
+    PEFT matches the ends of names. Of two such modules it would freeze the inner one in the copy that runs, train a
+    copy of it that never runs, and write a checkpoint that it cannot load again.
+
+    Raises:
+        ValueError: the message says what to name instead.
+    """
+    names = names or []
+    matched = [key for key, _ in model.named_modules(remove_duplicate=False) if key.endswith(tuple(names))]
+    for outer, inner in itertools.permutations(matched, 2):
+        if not inner.startswith(f"{outer}."):
+            continue
+        if any(outer.endswith(name) and inner.endswith(name) for name in names):
+            children = model.get_submodule(outer).named_children()
+            parts = [f"{outer}.{name}" for name, child in children if _has_state(child)]
+            remedy = f"Name the parts of {outer} instead: {parts}."
+        else:
+            remedy = f"Leave {inner} out: it is trained and saved with {outer}."
+        raise ValueError(
+            f"modules_to_save={names} matches {outer} and, inside it, {inner}, since PEFT compares the ends of names. "
+            f"{inner} would not be trained, and the checkpoint could not be loaded. {remedy}"
+        )
+
+
+def _has_state(module: nn.Module) -> bool:
+    return next(itertools.chain(module.parameters(), module.buffers()), None) is not None
 
 
 def _is_of_others(module: nn.Module) -> bool:

@@ -174,17 +174,18 @@ class LBPWHTConfig(PeftConfig):
 
     def _check_grad_input(self) -> None:
         value = self.grad_input
-        if isinstance(value, tuple) and len(value) == 2:
-            self._check_rank("the rank in grad_input", value[0])
-            value = value[1]
-        if isinstance(value, (str, tuple)):
-            if value not in (*PRECISIONS, AUTO):
+        if _is_int(value):
+            self._check_rank("grad_input", value)
+        else:
+            name = value
+            if isinstance(value, tuple) and len(value) == 2:
+                rank, name = value
+                self._check_rank("the rank in grad_input", rank)
+            if name not in (*PRECISIONS, AUTO):
                 raise ValueError(
                     f"grad_input must be one of {', '.join(PRECISIONS)}, {AUTO}, a rank (an int), or a pair of a rank "
-                    f"and one of these, got {self.grad_input!r}."
+                    f"and one of these, got {value!r}."
                 )
-        else:
-            self._check_rank("grad_input", value)
         if not _is_int(self.rotation) or (self.rotation and not is_power_of_two(self.rotation)):
             raise ValueError(f"rotation must be a power of two (16 to 128 are useful), or 0, got {self.rotation!r}.")
 

@@ -12,7 +12,7 @@ from torch import nn
 from ..encoder import encoder_linears, is_pointwise_conv, is_transposed_linear
 from ..grid import GridFinder
 from ..hints import is_of_text, why_off_grid, window_near
-from .checks import check_targets, is_adapted_linear
+from .checks import check_modules_to_save, check_targets, is_adapted_linear
 from .compressed import compress_activations
 from .config import LBPWHTConfig
 from .layer import BackwardRule, LBPWHTLayer
@@ -30,6 +30,7 @@ def prepare(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -> None:
         trained = [f".{name}" for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         left = [name for name in config.modules_to_save if not any(one.endswith(f".{name}") for one in trained)]
         config.modules_to_save = left or None
+    check_modules_to_save(model, config.modules_to_save)
     if config.target_modules is None:
         config.target_modules = _default_targets(tuner, config, model)
     _maybe_include_all_linear_layers(config, model)

@@ -177,6 +177,16 @@ class LBPWHTLayer(BaseTunerLayer):
         self._note(x, "", plan.layout, kept_for_weight, kept_for_input, plan.precision.name)
         return plan
 
+    def _of_full_precision(self, x: Tensor, plan: BackwardPlan | None) -> BackwardPlan | None:
+        """The plan for a layer whose product g W is not ours to round, since it is run again as it is."""
+        if plan is None or plan.precision.name == "full" or self.last_backward is None:
+            return plan
+        ran = self.last_backward = replace(self.last_backward, precision="full")
+        if min(ran.kept_for_weight, ran.kept_for_input) == ran.num_tokens:
+            self._note(x, "only products of plain linear layers and LoRA's can be rounded", plan.layout)
+            return None
+        return plan
+
     def _layout(self, shape: torch.Size, rule: BackwardRule) -> TokenLayout:
         if self.is_of_text and len(shape) == 3:
             return TokenLayout((1, int(shape[1])))

@@ -75,6 +75,7 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
         plan = None if rule is None else self._plan(x, base, weight.requires_grad, rule)
         if self._is_plain(base):
             return self._multiply(x, weight, bias) if plan is None else self._multiply_low_rank(x, weight, bias, plan)
+        plan = self._of_full_precision(x, plan)
         if plan is None or not self._is_token_wise(self.base_layer, x, None):
             return self.base_layer(x)
         return low_rank_layer(self.base_layer, x, plan.layout, plan.for_weight, plan.for_input, padding=plan.padding)

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import BaseTuner, set_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .checks import adapter_keys, check_state_dict
+from .checks import adapter_keys, check_modules_to_save, check_state_dict
 from .config import LBPWHTConfig
 from .inject import create_and_replace, leave_all, look_around, prepare
 from .layer import LBPWHTLayer
@@ -63,6 +63,8 @@ class LBPWHTModel(BaseTuner):
                 "it out; to put both on a plain model, use get_peft_model."
             )
         if config.stack_on:
+            for beneath in config.stack_on.values():
+                check_modules_to_save(model, getattr(beneath, "modules_to_save", None))
             self.stack = Stack.build(model, config.stack_on, config.stack_active or [], config.inference_mode)
         if self.stack is None:
             super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)

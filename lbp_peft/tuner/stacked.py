@@ -86,6 +86,9 @@ class LBPWHTStacked(Inside):
                 plan.padding,
                 plan.precision,
             )
+        plan = self._of_full_precision(x, plan)
+        if plan is None:
+            return plain(host, x)
         layer = _ChannelsLast(Plain(host), x.dim()) if self._on_images else Plain(host)
         tokens = x.movedim(1, -1) if self._on_images else x
         state = functools.partial(_state, host)
