@@ -20,14 +20,16 @@ from pathlib import Path
 import torch
 import transformers
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
+from common.checkpoints import remove_checkpoints, write_whole
 from common.datasources import Source, load_source, shrink
 from common.images import Images, Preprocessor, loader
 from common.measuring import Cost, measure_costs
 from common.methods import METHODS, Method, chosen_methods
 from common.models import base_model, forward_arguments, head_modules
 from common.options import Options, parse
+from common.processes import make_accelerator
 from common.report import Row, plot, table, write_json
 from common.training import Run, train
 from torch import nn
@@ -90,8 +92,8 @@ class Experiment:
             # Another seed gives another head: agreement then shows that the head, too, came with the adapter.
             reloaded = method.reload(self.base(seed + 1), folder / "adapter")
             self.check_same(model, reloaded, next(iter(loaders[1])), label)
-            record.write_text(json.dumps(history))
-            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+            write_whole(record, json.dumps(history))
+            remove_checkpoints(folder)
         self.accelerator.wait_for_everyone()
         return history
 
@@ -125,8 +127,7 @@ def pretrain_on_digits(options: Options, accelerator: Accelerator) -> tuple[Opti
     from common.digits import digits, save_backbone, tiny_vit
 
     untrained, trained = (Path(options.output) / name for name in ("untrained", "pretrained"))
-    # The image processor is written last: where it lies, the checkpoint is whole.
-    if not (options.resume and (trained / "preprocessor_config.json").exists()):
+    if not (options.resume and trained.exists()):
         if accelerator.is_main_process:
             save_backbone(tiny_vit(), untrained)
         accelerator.wait_for_everyone()
@@ -137,7 +138,9 @@ def pretrain_on_digits(options: Options, accelerator: Accelerator) -> tuple[Opti
         run = Run("pre-training on digits 0-4", untrained, epochs=4, learning_rate=1e-3)
         model, _ = train(accelerator, experiment.base(seed=0), experiment.loaders(seed=0), run, settings)
         if accelerator.is_main_process:
-            save_backbone(model, trained)
+            shutil.rmtree(trained, ignore_errors=True)
+            save_backbone(model, untrained)
+            untrained.rename(trained)  # so that it is there whole or not at all
         accelerator.wait_for_everyone()
     return dataclasses.replace(options, model=str(trained)), digits(range(5, 10))
 
@@ -152,7 +155,7 @@ def prepare_output(options: Options, accelerator: Accelerator) -> None:
             raise SystemExit(f"cannot resume {options.output}: it ran with another {', '.join(differing)}")
     if accelerator.is_main_process:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump(record, sort_keys=False))
+        write_whole(file, yaml.safe_dump(record, sort_keys=False))
     accelerator.wait_for_everyone()
 
 
@@ -160,14 +163,7 @@ def main() -> None:
     start = time.perf_counter()
     options = parse(__doc__)
     methods = chosen_methods(options)
-    accelerator = Accelerator(
-        mixed_precision=options.mixed_precision,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        log_with=options.report_to,
-        project_dir=options.output,
-        step_scheduler_with_optimizer=False,  # the training loop steps the schedule once an update
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
+    accelerator = make_accelerator(options)
     # The progress bars and notices of loading would come once for every copy of the model.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
