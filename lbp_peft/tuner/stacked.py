@@ -59,7 +59,7 @@ class LBPWHTStacked(nn.Module, LBPWHTLayer):
         if rule is None:
             return plain(host, x, *args, **kwargs)
         self._on_images = is_pointwise_conv(self._base_layer(host))
-        layout = self._low_rank_layout(x, any(p.requires_grad for p in host.parameters()), rule)
+        layout = self._low_rank_layout(x, _is_trained(host), rule)
         if layout is None:
             return plain(host, x)
         if not self._on_images and (branches := _branches(host, x)) is not None:
@@ -114,6 +114,14 @@ def _hosting(plain_class: Any) -> Any:
 def _new_host(plain_class: Any) -> Any:
     cls = _hosting(plain_class)
     return cls.__new__(cls)
+
+
+def _is_trained(host: nn.Module) -> bool:
+    """FSDP1 puts plain tensors in the place of parameters while a layer runs."""
+    in_their_place = [
+        value for module in host.modules() for value in vars(module).values() if isinstance(value, Tensor)
+    ]
+    return any(tensor.requires_grad for tensor in [*host.parameters(), *in_their_place])
 
 
 class _Plain(nn.Module):
