@@ -2,96 +2,21 @@
 
 import contextlib
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass, field
 
 import pytest
 import torch
 import torch.distributed
 from accelerate import Accelerator, DataLoaderConfiguration
-from models import CASES, NO_GRID, forward, images, largest_difference, layers_of, tiny_vit
-from peft import LoraConfig, get_peft_model
+from models import NO_GRID, images, largest_difference, layers_of
 from processes import on_processes
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
-from transformers import Dinov2Config, Dinov2ForImageClassification
+from trials import BATCH, PROCESSES, STEPS, Trial, case, dinov2, lbp_wht, sequences, stacked, train_alone, weights_of
 
-from lbp_peft import LBPWHTConfig, layout_report
+from lbp_peft import layout_report
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-
-PROCESSES, STEPS, BATCH = 2, 20, 2  # steps, and images per step of each process
-HEAD = {"modules_to_save": ["classifier"]}
-
-
-def lbp_wht(**settings):
-    return get_peft_model(tiny_vit(), LBPWHTConfig(**({"r": 3} | HEAD | settings)))
-
-
-def stacked(**settings):
-    lora = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"], **HEAD, **settings)
-    return lbp_wht(grad_input=6, train_base_weight=False, stack_on=lora)
-
-
-def case(name, **settings):
-    return next(case for case in CASES if case.name == name).adapted(modules_to_save=["head"], **settings)
-
-
-def dinov2():
-    """Its mask token takes part in no forward pass."""
-    torch.manual_seed(0)
-    config = Dinov2Config(image_size=32, patch_size=4, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-    return get_peft_model(Dinov2ForImageClassification(config), LBPWHTConfig(r=3, **HEAD))
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A model trained on batches that differ in every step and on every process.
-
-    Args:
-        name: Of the trial.
-        build: The adapted model.
-        inputs: From a seed to a batch of one process.
-        low_rank: How many layers are to go backward through a small space.
-        wrapping: Arguments of DistributedDataParallel.
-        adam: AdamW instead of SGD with momentum.
-        micro_batches: Per step, whose gradients are accumulated.
-        checkpointing: Run the blocks again in the backward pass.
-    """
-
-    name: str
-    build: Callable
-    inputs: Callable = functools.partial(images, BATCH)
-    low_rank: int = 12
-    wrapping: dict = field(default_factory=dict)
-    adam: bool = False
-    micro_batches: int = 1
-    checkpointing: bool = False
-
-    def model(self):
-        model = self.build().train()
-        if self.checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        return model
-
-    def optimizer(self, model):
-        weights = [p for p in model.parameters() if p.requires_grad]
-        if not self.adam:
-            return torch.optim.SGD(weights, lr=0.05, momentum=0.9)
-        # With the usual eps a gradient that is nothing but rounding (k_proj's bias) would take full steps.
-        return torch.optim.AdamW(weights, lr=1e-3, eps=1e-5)
-
-    def loss(self, model, step, micro_batch, rank):
-        seed = (step * self.micro_batches + micro_batch) * PROCESSES + rank
-        logits = forward(model, self.inputs(seed=seed))
-        goal = torch.randn(logits.shape, generator=torch.Generator().manual_seed(1000 + seed))
-        return (logits - goal).square().mean() / self.micro_batches
-
-
-def sequences(seed):
-    return torch.randn(BATCH, 9, 12, generator=torch.Generator().manual_seed(seed))
-
 
 TRIALS = [
     Trial("low-rank weight gradients", lbp_wht),
@@ -111,22 +36,6 @@ TRIALS = [
     # Not written out by hand: its layers are run again in the backward pass.
     Trial("checkpointing, on DoRA", functools.partial(stacked, use_dora=True), checkpointing=True),
 ]
-
-
-def weights_of(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-
-
-def train_alone(trial):
-    model = trial.model()
-    optimizer = trial.optimizer(model)
-    for step in range(STEPS):
-        for micro_batch in range(trial.micro_batches):
-            for rank in range(PROCESSES):
-                (trial.loss(model, step, micro_batch, rank) / PROCESSES).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return weights_of(model)
 
 
 def count_bytes(counted, bucket):
