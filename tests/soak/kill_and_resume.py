@@ -22,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -32,7 +33,8 @@ import image_classification  # noqa: E402
 from common.digits import digits, save_backbone, tiny_vit  # noqa: E402
 
 METHODS = ["lbp-wht:r=3", "lora+lbp-wht:r=3"]
-UPDATES_PER_KILL = 24  # more than a life takes on average, so that the run is not over before its time
+EVERY = 4  # updates between checkpoints
+UPDATES_PER_KILL = 24  # more than a life lasts, so that the run is not over before it was killed often enough
 
 
 def prepare(folder: Path) -> None:
@@ -51,8 +53,15 @@ def arguments(folder: Path, output: Path, updates: int, processes: int) -> list[
         "--model", str(folder / "model"), "--train_files", str(folder / "train.parquet"),
         "--test_files", str(folder / "test.parquet"), "--output", str(output), "--methods", *METHODS,
         "--epochs", str(math.ceil(updates / len(METHODS) / 12)), "--batch_size", str(batch),
-        "--checkpoint_every", "4", "--timing_rounds", "1", "--resume",
+        "--checkpoint_every", str(EVERY), "--timing_rounds", "1", "--resume",
     ]  # fmt: skip
+
+
+def in_a_process_of_its_own(function: Callable[..., None], *values: object) -> None:
+    """A process that has started threads is not to be forked any more."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=values)
+    process.start()
+    process.join()
 
 
 def start(flags: list[str], processes: int, log: Path) -> list[BaseProcess]:
@@ -82,19 +91,26 @@ def run_through(flags: list[str], processes: int, log: Path) -> None:
     wait(start(flags, processes, log), log)
 
 
-def run_and_kill(flags: list[str], processes: int, output: Path, chance: random.Random, log: Path) -> str | None:
-    """Start the run and kill it.
+def run_and_kill(
+    flags: list[str], processes: int, output: Path, chance: random.Random, log: Path, update: float
+) -> str | None:
+    """Start the run and kill it: on the way to its first checkpoint, while it writes one, or after that.
+
+    Args:
+        update: Seconds that one takes.
 
     Returns:
         When it was hit; None if it ended before.
     """
-    born, during_saving, delay = time.time(), chance.random() < 0.6, chance.uniform(0.5, 5)
+    born = time.time()
+    moment = chance.choices(["loading", "saving", "training"], [1, 3, 2])[0]
+    delay = {"loading": 1, "saving": 0.03, "training": EVERY * update}[moment] * chance.random()
     running = start(flags, processes, log)
     while all(process.is_alive() for process in running):
-        if is_saving(output, born) if during_saving else time.time() - born > delay:
+        if moment == "loading" or (is_saving(output, born) if moment == "saving" else has_saved(output, born)):
             break
         time.sleep(0.002)
-    time.sleep(chance.uniform(0, 0.03))
+    time.sleep(delay)
     if not all(process.is_alive() for process in running):
         wait(running, log)
         return None
@@ -116,6 +132,12 @@ def is_saving(output: Path, since: float) -> bool:
     for new in output.glob("*/*/checkpoint.new"):
         with contextlib.suppress(FileNotFoundError):  # it took its name just now
             return new.stat().st_mtime > since
+    return False
+
+
+def has_saved(output: Path, since: float) -> bool:
+    with contextlib.suppress(FileNotFoundError):  # an old one was removed just now
+        return any(path.stat().st_mtime > since for path in output.glob("*/*/checkpoint-*"))
     return False
 
 
@@ -146,17 +168,16 @@ def trial(folder: Path, kills: int, processes: int, seed: int) -> Counter[str]:
     Raises:
         SystemExit: the run failed, ended before it was killed so often, or ended with another result.
     """
-    # In a process of its own: one that has started threads is not to be forked.
-    preparing = multiprocessing.get_context("fork").Process(target=prepare, args=(folder,))
-    preparing.start()
-    preparing.join()
+    in_a_process_of_its_own(prepare, folder)
     whole, broken, log = folder / "whole", folder / "broken", folder / "log.txt"
     updates = UPDATES_PER_KILL * (kills + 1)
+    begun = time.monotonic()
     run_through(arguments(folder, whole, updates, processes), processes, log)
+    update = (time.monotonic() - begun) / updates
     chance, hits = random.Random(seed), Counter()
     flags = arguments(folder, broken, updates, processes)
     while hits.total() < kills:
-        hit = run_and_kill(flags, processes, broken, chance, log)
+        hit = run_and_kill(flags, processes, broken, chance, log, update)
         if hit is None:
             raise SystemExit(f"the run ended after {hits.total()} kills: give it more updates")
         hits[hit] += 1
