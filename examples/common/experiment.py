@@ -12,17 +12,19 @@ from pathlib import Path
 import torch
 import transformers
 import yaml
-from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
+from .checkpoints import remove_checkpoints, write_whole
 from .datasources import Source
 from .images import Images, Preprocessor, loader
 from .measuring import Cost, measure_costs
 from .methods import METHODS, Method, chosen_methods
 from .models import forward_arguments, head_modules
 from .options import Options, parse
+from .processes import make_accelerator
 from .report import Row, plot, table, write_json
 from .task import Task
 from .training import Run, train
@@ -92,8 +94,8 @@ class Experiment:
             labels = batch.pop("labels")
             logits = self.check_same(model, reloaded, batch, label)
             self.task.keep_examples(folder, logits, labels)
-            record.write_text(json.dumps(history))
-            shutil.rmtree(folder / "checkpoint", ignore_errors=True)
+            write_whole(record, json.dumps(history))
+            remove_checkpoints(folder)
         self.accelerator.wait_for_everyone()
         return history
 
@@ -145,14 +147,17 @@ def pretrain(task: Task, options: Options, accelerator: Accelerator) -> tuple[Op
             example.processor.save_pretrained(folder)
         accelerator.wait_for_everyone()
 
-    # The image processor is written last: where it lies, the checkpoint is whole.
-    if not (options.resume and (trained / "preprocessor_config.json").exists()):
+    if not (options.resume and trained.exists()):
         save(example.model(), untrained)
         settings = dataclasses.replace(options, model=str(untrained), resume=False, checkpoint_every=None)
         experiment = Experiment(task, settings, accelerator, example.known())
         run = Run(example.label, untrained, example.epochs, example.learning_rate)
         model, _ = train(accelerator, task, experiment.base(seed=0), experiment.loaders(seed=0), run, settings)
-        save(model, trained)
+        save(model, untrained)
+        if accelerator.is_main_process:
+            shutil.rmtree(trained, ignore_errors=True)
+            untrained.rename(trained)  # so that it is there whole or not at all
+        accelerator.wait_for_everyone()
     return dataclasses.replace(options, model=str(trained)), example.new()
 
 
@@ -166,7 +171,7 @@ def prepare_output(options: Options, accelerator: Accelerator) -> None:
             raise SystemExit(f"cannot resume {options.output}: it ran with another {', '.join(differing)}")
     if accelerator.is_main_process:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(yaml.safe_dump(record, sort_keys=False))
+        write_whole(file, yaml.safe_dump(record, sort_keys=False))
     accelerator.wait_for_everyone()
 
 
@@ -175,14 +180,7 @@ def main(task: Task, description: str) -> None:
     start = time.perf_counter()
     options = parse(task.options, task.defaults, description)
     methods = chosen_methods(options)
-    accelerator = Accelerator(
-        mixed_precision=options.mixed_precision,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
-        log_with=options.report_to,
-        project_dir=options.output,
-        step_scheduler_with_optimizer=False,  # the training loop steps the schedule once an update
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
-    )
+    accelerator = make_accelerator(options)
     # The progress bars and notices of loading would come once for every copy of the model.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,9 +15,11 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from .checkpoints import load_checkpoint, save_checkpoint
 from .metrics import load_metric, score
 from .models import train_mode
 from .options import Options
+from .processes import freeze_unused
 from .task import Task
 
 
@@ -71,6 +71,8 @@ def train(
         The trained model, free of accelerate's wrappers, and per epoch its loss, score and seconds of training.
     """
     images = loaders[0].dataset
+    if unused := freeze_unused(model, loaders[0].collate_fn([images[0]])):
+        accelerator.print(f"Not trained, since the loss does not depend on it: {', '.join(unused)}")
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=run.learning_rate, weight_decay=options.weight_decay)
     model, optimizer, train_loader, test_loader = accelerator.prepare(model, optimizer, *loaders)
@@ -90,7 +92,7 @@ def train(
             optimizer.zero_grad()
         return loss.item()
 
-    progress = load_checkpoint(accelerator, run.folder) if options.resume else Progress()
+    progress = Progress(**((load_checkpoint(accelerator, run.folder) if options.resume else None) or {}))
     length, quiet = len(train_loader), not accelerator.is_main_process
     with tqdm(total=run.epochs * length, desc=run.label, unit="step", disable=quiet) as bar:
         bar.update(progress.epoch * length + progress.batch)
@@ -109,7 +111,7 @@ def train(
                     progress.updates += 1
                     log(accelerator, run, progress, {"loss": loss, "learning rate": scheduler.get_last_lr()[0]})
                     if options.checkpoint_every and progress.updates % options.checkpoint_every == 0:
-                        save_checkpoint(accelerator, run.folder, progress)
+                        save_checkpoint(accelerator, run.folder, progress.updates, dataclasses.asdict(progress))
             progress.next_epoch(test(accelerator, task, model, test_loader, options))
             done = progress.history[-1]
             log(accelerator, run, progress, {f"epoch {name}": value for name, value in done.items()})
@@ -134,24 +136,3 @@ def test(accelerator: Accelerator, task: Task, model: nn.Module, loader: DataLoa
 def log(accelerator: Accelerator, run: Run, progress: Progress, values: dict[str, float]) -> None:
     """Send values to the trackers, if any, under the run's name."""
     accelerator.log({f"{run.label}/{name}": value for name, value in values.items()}, step=progress.updates)
-
-
-def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress) -> None:
-    """Write all that an exact resume needs; the last checkpoint stays until the new one is whole."""
-    new, last = folder / "checkpoint.new", folder / "checkpoint"
-    accelerator.save_state(new)
-    accelerator.wait_for_everyone()  # each process writes its own random state
-    if accelerator.is_main_process:
-        (new / "progress.json").write_text(json.dumps(dataclasses.asdict(progress)))
-        shutil.rmtree(last, ignore_errors=True)
-        new.rename(last)
-    accelerator.wait_for_everyone()
-
-
-def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
-    """Restore the last checkpoint into what the accelerator prepared; without one, start from the beginning."""
-    last = folder / "checkpoint"
-    if not last.exists():
-        return Progress()
-    accelerator.load_state(last)
-    return Progress(**json.loads((last / "progress.json").read_text()))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..encoder import is_supported
 from .layer import LBPWHTLayer
 from .linear import LBPWHTLinear
+from .wrappers import without_wrappers
 
 
 def check_targets(targets: list[tuple[str, nn.Module]], train_base_weight: bool, beside_others: bool) -> None:
@@ -101,7 +102,7 @@ def is_adapted_linear(module: nn.Module) -> bool:
 def adapter_keys(model: nn.Module, adapter_name: str) -> set[str]:
     """The names that the adapter's tensors have in the model's state dict."""
     return {
-        f"{name.removeprefix('_fsdp_wrapped_module.')}.{attribute}.{adapter_name}"
+        f"{without_wrappers(name)}.{attribute}.{adapter_name}"
         for name, module in model.named_modules()
         if isinstance(module, LBPWHTLinear)
         for attribute in LBPWHTLinear.adapter_layer_names

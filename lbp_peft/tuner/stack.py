@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, _set_adapter
 from torch import Tensor, nn
 
 from .layer import LBPWHTLayer
+from .wrappers import with_wrappers, without_wrappers
 
 KEYS = "stack_on."  # before the name of the adapter and its own key, in a checkpoint
 _PREFIX = "base_model.model."
@@ -123,17 +125,24 @@ class Stack:
         """
         found = {}
         for name in self.configs:
-            given = None
+            given = {}
             if name not in incomplete:
                 is_peft = isinstance(self.holder, PeftModel)
                 given = {k if is_peft else k.removeprefix(_PREFIX): t for k, t in of_whole_model.items()}
-                missing = self.holder.state_dict().keys() - given.keys()  # what a method shares beside the layers
-                given.update({k: t for k, t in self.holder.state_dict().items() if k in missing})
+            if self._names() - given.keys():  # what a method shares beside the layers
+                given = self.holder.state_dict() | given
+            given = with_wrappers(given, self.holder)
             tensors = get_peft_model_state_dict(self.holder, given, name, save_embedding_layers=False)
             for key, tensor in tensors.items():
+                key = without_wrappers(key)
                 if ".lbpwht_" not in key:
                     found[f"{KEYS}{name}.{_PREFIX if not key.startswith('base_model.') else ''}{key}"] = tensor
         return found
+
+    def _names(self) -> set[str]:
+        """Of all tensors. A state dict would tell as well, but FSDP gathers it from all processes."""
+        tensors = itertools.chain(self.holder.named_parameters(), self.holder.named_buffers())
+        return {without_wrappers(name) for name, _ in tensors}
 
     def without_shared(self, own: dict[str, Tensor], beneath: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         """Without the copies of modules_to_save that PEFT writes once more for an adapter of the same name."""

@@ -1,0 +1,209 @@
+"""Kill a training run at random moments, resume it each time, and compare what comes out with an unbroken run.
+
+    python tests/soak/kill_and_resume.py --kills 20
+
+runs examples/image_classification.py on two processes. SIGKILL comes at any time, or just when a checkpoint is being
+written; to all processes at once, or to one a moment before the other. The adapters and the record of losses and scores
+must equal those of the unbroken run to the last bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2] / folder) for folder in ("examples", ".")]
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+import image_classification  # noqa: E402
+from common.digits import digits, save_backbone, tiny_vit  # noqa: E402
+
+METHODS = ["lbp-wht:r=3", "lora+lbp-wht:r=3"]
+EVERY = 4  # updates between checkpoints
+UPDATES_PER_KILL = 24  # more than a life lasts, so that the run is not over before it was killed often enough
+
+
+def prepare(folder: Path) -> None:
+    """A model with dropout, so that random numbers matter, and few images."""
+    model = tiny_vit()
+    model.config.hidden_dropout_prob = 0.1
+    save_backbone(model, folder / "model")
+    source = digits(range(5, 10))
+    source.train.select(range(120)).to_parquet(folder / "train.parquet")
+    source.test.select(range(20)).to_parquet(folder / "test.parquet")
+
+
+def arguments(folder: Path, output: Path, updates: int, processes: int) -> list[str]:
+    batch = 10 // processes
+    return [
+        "--model", str(folder / "model"), "--train_files", str(folder / "train.parquet"),
+        "--test_files", str(folder / "test.parquet"), "--output", str(output), "--methods", *METHODS,
+        "--epochs", str(math.ceil(updates / len(METHODS) / 12)), "--batch_size", str(batch),
+        "--checkpoint_every", str(EVERY), "--timing_rounds", "1", "--resume",
+    ]  # fmt: skip
+
+
+def in_a_process_of_its_own(function: Callable[..., None], *values: object) -> None:
+    """A process that has started threads is not to be forked any more."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=values)
+    process.start()
+    process.join()
+
+
+def start(flags: list[str], processes: int, log: Path) -> list[BaseProcess]:
+    """Processes as torchrun starts them; forked, since to import all anew would take most of the time."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    started = [context.Process(target=_run, args=(flags, rank, processes, port, log)) for rank in range(processes)]
+    for process in started:
+        process.start()
+    return started
+
+
+def _run(flags: list[str], rank: int, processes: int, port: int, log: Path) -> None:
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes}
+    if processes > 1:
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} | {k: str(v) for k, v in ranks.items()}
+    with log.open("a") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+    sys.argv = ["image_classification.py", *flags]
+    image_classification.main()
+
+
+def run_through(flags: list[str], processes: int, log: Path) -> None:
+    wait(start(flags, processes, log), log)
+
+
+def run_and_kill(
+    flags: list[str], processes: int, output: Path, chance: random.Random, log: Path, update: float
+) -> str | None:
+    """Start the run and kill it: on the way to its first checkpoint, while it writes one, or after that.
+
+    Args:
+        update: Seconds that one takes.
+
+    Returns:
+        When it was hit; None if it ended before.
+    """
+    born = time.time()
+    moment = chance.choices(["loading", "saving", "training"], [1, 3, 2])[0]
+    delay = {"loading": 1, "saving": 0.03, "training": EVERY * update}[moment] * chance.random()
+    running = start(flags, processes, log)
+    while all(process.is_alive() for process in running):
+        if moment == "loading" or (is_saving(output, born) if moment == "saving" else has_saved(output, born)):
+            break
+        time.sleep(0.002)
+    time.sleep(delay)
+    if not all(process.is_alive() for process in running):
+        wait(running, log)
+        return None
+    victims = list(running)
+    chance.shuffle(victims)
+    together = chance.random() < 0.5
+    for victim in victims:
+        os.kill(victim.pid, signal.SIGKILL)
+        if not together:
+            time.sleep(chance.uniform(0, 0.3))
+    for process in running:
+        process.join()
+    when = "while a checkpoint was written" if is_saving(output, born) else "at another time"
+    return f"{when}, {'all at once' if together else 'one after the other'}"
+
+
+def is_saving(output: Path, since: float) -> bool:
+    """Whether a checkpoint was begun after this time and has not taken its name."""
+    for new in output.glob("*/*/checkpoint.new"):
+        with contextlib.suppress(FileNotFoundError):  # it took its name just now
+            return new.stat().st_mtime > since
+    return False
+
+
+def has_saved(output: Path, since: float) -> bool:
+    with contextlib.suppress(FileNotFoundError):  # an old one was removed just now
+        return any(path.stat().st_mtime > since for path in output.glob("*/*/checkpoint-*"))
+    return False
+
+
+def wait(running: list[BaseProcess], log: Path) -> None:
+    for process in running:
+        process.join()
+    if any(process.exitcode for process in running):
+        raise SystemExit(f"the run failed:\n{log.read_text()[-3000:]}")
+
+
+def results(output: Path) -> dict[str, object]:
+    """All that must not differ."""
+    found: dict[str, object] = {}
+    for file in sorted(output.rglob("adapter_model.safetensors")):
+        found[str(file.relative_to(output))] = file.read_bytes()
+    for file in sorted(output.rglob("history.json")):
+        epochs = json.loads(file.read_text())
+        found[str(file.relative_to(output))] = [(epoch["loss"], epoch["score"]) for epoch in epochs]
+    return found
+
+
+def trial(folder: Path, kills: int, processes: int, seed: int) -> Counter[str]:
+    """Kill a run so many times.
+
+    Returns:
+        When it was hit, and how often.
+
+    Raises:
+        SystemExit: the run failed, ended before it was killed so often, or ended with another result.
+    """
+    in_a_process_of_its_own(prepare, folder)
+    whole, broken, log = folder / "whole", folder / "broken", folder / "log.txt"
+    updates = UPDATES_PER_KILL * (kills + 1)
+    begun = time.monotonic()
+    run_through(arguments(folder, whole, updates, processes), processes, log)
+    update = (time.monotonic() - begun) / updates
+    chance, hits = random.Random(seed), Counter()
+    flags = arguments(folder, broken, updates, processes)
+    while hits.total() < kills:
+        hit = run_and_kill(flags, processes, broken, chance, log, update)
+        if hit is None:
+            raise SystemExit(f"the run ended after {hits.total()} kills: give it more updates")
+        hits[hit] += 1
+    run_through(flags, processes, log)
+    expected, found = results(whole), results(broken)
+    if len(expected) != 2 * len(METHODS):
+        raise SystemExit(f"the unbroken run left {sorted(expected)}")
+    if differing := [name for name in expected if found.get(name) != expected[name]]:
+        raise SystemExit(f"the resumed run ended differently: {', '.join(differing)}. See {folder}")
+    return hits
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0, help="chooses the moments, as far as clocks allow")
+    options = parser.parse_args()
+    start_time = time.monotonic()
+    folder = Path(tempfile.mkdtemp(prefix="kill-and-resume-"))
+    hits = trial(folder, options.kills, options.processes, options.seed)
+    for when, count in sorted(hits.items()):
+        print(f"{count:3} kills {when}")
+    print(f"{options.processes} processes, {hits.total()} kills: the adapters and records are the same bit for bit.")
+    print(f"{time.monotonic() - start_time:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

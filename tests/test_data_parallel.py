@@ -1,0 +1,221 @@
+"""Two processes train as one does on the same global batch (DistributedDataParallel)."""
+
+import contextlib
+import functools
+
+import pytest
+import torch
+import torch.distributed
+from accelerate import Accelerator, DataLoaderConfiguration
+from models import NO_GRID, images, largest_difference, layers_of
+from processes import on_processes
+from torch.distributed.algorithms.join import Join
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+from trials import BATCH, PROCESSES, STEPS, Trial, case, dinov2, lbp_wht, sequences, stacked, train_alone, weights_of
+
+from lbp_peft import layout_report
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+
+TRIALS = [
+    Trial("low-rank weight gradients", lbp_wht),
+    Trial("AdamW", lbp_wht, adam=True),
+    Trial("the paper's setting", functools.partial(lbp_wht, grad_input=3)),
+    Trial("on LoRA", stacked),
+    Trial("on LoRA, AdamW", stacked, adam=True),
+    Trial("one layer exact", functools.partial(lbp_wht, rank_pattern={"layers.0.mlp.fc1": 64}), low_rank=11),
+    Trial("no token axis", functools.partial(case, "mixer"), low_rank=2),
+    Trial("no grid", functools.partial(case, "attention"), sequences, low_rank=0),
+    Trial("a parameter that is never used", dinov2, low_rank=6),
+    Trial("static graph", lbp_wht, wrapping={"static_graph": True}),
+    Trial("static graph, on LoRA", stacked, wrapping={"static_graph": True}),
+    Trial("gradients as views of buckets", stacked, wrapping={"gradient_as_bucket_view": True}),
+    Trial("accumulation", lbp_wht, micro_batches=2),
+    Trial("checkpointing", lbp_wht, checkpointing=True),
+    # Not written out by hand: its layers are run again in the backward pass.
+    Trial("checkpointing, on DoRA", functools.partial(stacked, use_dora=True), checkpointing=True),
+]
+
+
+def count_bytes(counted, bucket):
+    """A communication hook: PyTorch's own sum, and what it sends."""
+    counted.append(bucket.buffer().nbytes)
+    work = torch.distributed.all_reduce(bucket.buffer().div_(PROCESSES), async_op=True)
+    return work.get_future().then(lambda done: done.value()[0])
+
+
+def train_together(trial):
+    model, rank, sent = trial.model(), torch.distributed.get_rank(), []
+    wrapped = DistributedDataParallel(model, **trial.wrapping)
+    wrapped.register_comm_hook(sent, count_bytes)
+    optimizer = trial.optimizer(model)
+    for step in range(STEPS):
+        for micro_batch in range(trial.micro_batches):
+            last = micro_batch == trial.micro_batches - 1
+            with contextlib.nullcontext() if last else wrapped.no_sync():
+                trial.loss(wrapped, step, micro_batch, rank).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    ran = layout_report(model).layers.values()
+    return {
+        "weights": weights_of(model),
+        "low rank": sum(not layer.why_exact for layer in ran),
+        "bytes": sum(sent),
+        "buffers": [name for name, _ in wrapped.named_buffers()],
+    }
+
+
+# Uneven numbers of batches
+
+
+UNEVEN = (7, 4)  # batches of each process
+
+
+def train_joined():
+    trial, rank = Trial("join", lbp_wht), torch.distributed.get_rank()
+    model = trial.model()
+    wrapped = DistributedDataParallel(model)
+    optimizer = trial.optimizer(model)
+    with Join([wrapped]):
+        for step in range(UNEVEN[rank]):
+            optimizer.zero_grad()
+            trial.loss(wrapped, step, 0, rank).backward()
+            optimizer.step()
+    return weights_of(model)
+
+
+def train_joined_alone():
+    trial = Trial("join", lbp_wht)
+    model = trial.model()
+    optimizer = trial.optimizer(model)
+    for step in range(max(UNEVEN)):
+        optimizer.zero_grad()
+        for rank in range(PROCESSES):
+            if step < UNEVEN[rank]:
+                (trial.loss(model, step, 0, rank) / PROCESSES).backward()
+        optimizer.step()
+    return weights_of(model)
+
+
+# accelerate
+
+
+class Numbered(torch.utils.data.Dataset):
+    def __len__(self):
+        return 10  # not a multiple of the global batch
+
+    def __getitem__(self, index):
+        return {"pixel_values": images(1, seed=index)[0], "labels": index % 5, "index": index}
+
+
+def train_with_accelerate(even_batches, accumulate=1):
+    """An epoch; what was seen, what was gathered of the evaluation, the weights."""
+    accelerator = Accelerator(
+        cpu=True,
+        gradient_accumulation_steps=accumulate,
+        dataloader_config=DataLoaderConfiguration(even_batches=even_batches),
+    )
+    model = lbp_wht().train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    wrapped, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(Numbered(), batch_size=BATCH))
+    seen = []
+    # accelerate's join_uneven_inputs does this on GPUs only.
+    with contextlib.nullcontext() if even_batches else Join([wrapped]):
+        for batch in loader:
+            seen.append(batch.pop("index").tolist())
+            with accelerator.accumulate(wrapped):
+                accelerator.backward(wrapped(**batch).loss)
+                optimizer.step()
+                optimizer.zero_grad()
+    gathered = []
+    for batch in accelerator.prepare(DataLoader(Numbered(), batch_size=BATCH)) if even_batches else []:
+        gathered += accelerator.gather_for_metrics(batch["index"]).tolist()
+    accelerator.free_memory()
+    return {
+        "processes": accelerator.num_processes,
+        "wrapped": type(wrapped).__name__,
+        "seen": seen,
+        "gathered": gathered,
+        "weights": weights_of(model),
+    }
+
+
+def follow(seen_by_rank, accumulate=1):
+    """One process on the batches that several saw."""
+    model = lbp_wht().train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    steps = max(len(seen) for seen in seen_by_rank)
+    for step in range(steps):
+        for seen in seen_by_rank:
+            if step < len(seen):
+                rows = [Numbered()[index] for index in seen[step]]
+                x = torch.stack([row["pixel_values"] for row in rows])
+                labels = torch.tensor([row["labels"] for row in rows])
+                (model(x, labels=labels).loss / PROCESSES / accumulate).backward()
+        if (step + 1) % accumulate == 0 or step == steps - 1:
+            optimizer.step()
+            optimizer.zero_grad()
+    return weights_of(model)
+
+
+def all_trials():
+    found = {trial.name: train_together(trial) for trial in TRIALS}
+    return found | {
+        "join": train_joined(),
+        "even": train_with_accelerate(True),
+        "uneven": train_with_accelerate(False),
+        "accumulate": train_with_accelerate(True, accumulate=2),
+    }
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    return on_processes(PROCESSES, all_trials, tmp_path_factory.mktemp("processes"))
+
+
+@pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.name)
+@pytest.mark.filterwarnings(NO_GRID)
+def test_two_processes_train_as_one(trial, together):
+    expected = train_alone(trial)
+    start = weights_of(trial.model())
+    assert largest_difference(start, expected) > 1e-2  # so that equality says something
+    for found in together:
+        assert largest_difference(found[trial.name]["weights"], expected) < 1e-5
+        assert found[trial.name]["low rank"] == trial.low_rank
+
+
+@pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.name)
+def test_the_gradients_of_trained_weights_are_all_that_is_sent(trial, together):
+    trained = sum(p.nbytes for p in weights_of(trial.model()).values())
+    for found in together:
+        assert found[trial.name]["bytes"] == STEPS * trained
+        assert not found[trial.name]["buffers"]  # which would be broadcast before every step
+
+
+def test_processes_with_fewer_batches_join(together):
+    expected = train_joined_alone()
+    for found in together:
+        assert largest_difference(found["join"], expected) < 1e-5
+
+
+@pytest.mark.parametrize("name, accumulate", [("even", 1), ("uneven", 1), ("accumulate", 2)])
+def test_accelerate(name, accumulate, together):
+    runs = [found[name] for found in together]
+    assert {run["processes"] for run in runs} == {PROCESSES}
+    assert {run["wrapped"] for run in runs} == {"DistributedDataParallel"}
+    seen = [run["seen"] for run in runs]
+    assert [len(batches) for batches in seen] == ([3, 2] if name == "uneven" else [3, 3])
+    expected = follow(seen, accumulate)
+    for run in runs:
+        assert largest_difference(run["weights"], expected) < 1e-5
+        if name != "uneven":
+            assert run["gathered"] == list(range(10))  # what was added to fill up is dropped again
+
+
+def test_low_rank_gradients_differ_from_exact_ones():
+    """The trials above would pass with any gradients that are averaged."""
+    exact = functools.partial(lbp_wht, r=64)
+    differences = largest_difference(train_alone(Trial("", lbp_wht)), train_alone(Trial("", exact)))
+    assert differences > 1e-3
+    assert len(layers_of(lbp_wht())) == 12

@@ -1,0 +1,255 @@
+"""Fully sharded training (FSDP2 and FSDP1): the same weights as on one process; checkpoints in full and in shards."""
+
+import functools
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed
+from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate.utils import DistributedType, load_fsdp_model, save_fsdp_model
+from models import images, largest_difference, outputs, same_state, tiny_vit
+from peft import PeftModel, get_peft_model_state_dict
+from processes import on_processes
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.checkpoint import load, save
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, ShardingStrategy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor
+from transformers.models.vit.modeling_vit import ViTLayer
+from trials import PROCESSES, Trial, lbp_wht, stacked, train_alone, weights_of
+
+from lbp_peft import layout_report
+
+pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+
+
+STEPS = 6
+
+
+def fsdp2(model, mesh=None, **settings):
+    mesh = {"mesh": init_device_mesh("cpu", mesh, mesh_dim_names=("replicas", "shards"))} if mesh else {}
+    for block in [module for module in model.modules() if isinstance(module, ViTLayer)]:
+        fully_shard(block, **mesh, **settings)
+    return fully_shard(model, **mesh, **settings)
+
+
+def fsdp1(model, **settings):
+    # Frozen and trained weights lie in one block, which takes use_orig_params.
+    policy = ModuleWrapPolicy({ViTLayer})
+    return FSDP1(model, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=True, **settings)
+
+
+@dataclass(frozen=True)
+class Sharded:
+    name: str
+    trial: Trial
+    wrap: Callable = fsdp2
+    checkpointing: bool = False
+    tolerance: float = 1e-5
+
+
+BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+LBP, PAPER, LORA = Trial("", lbp_wht), Trial("", functools.partial(lbp_wht, grad_input=3)), Trial("", stacked)
+DORA = Trial("", functools.partial(stacked, use_dora=True))
+RUNS = [
+    Sharded("FSDP2", LBP),
+    Sharded("FSDP2, the paper's setting", PAPER),
+    Sharded("FSDP2, on LoRA", LORA),
+    Sharded("FSDP2, AdamW", Trial("", lbp_wht, adam=True)),
+    Sharded("FSDP2, kept after the forward pass", LBP, functools.partial(fsdp2, reshard_after_forward=False)),
+    Sharded("FSDP2, offloaded", LORA, functools.partial(fsdp2, offload_policy=CPUOffloadPolicy(pin_memory=False))),
+    Sharded("FSDP2, replicated", LBP, functools.partial(fsdp2, mesh=(PROCESSES, 1))),
+    Sharded("FSDP2, checkpointing", LBP, checkpointing=True),
+    Sharded("FSDP2, checkpointing, on DoRA", DORA, checkpointing=True),
+    Sharded("FSDP2, bf16, on LoRA", LORA, functools.partial(fsdp2, mp_policy=BF16), tolerance=0.1),
+    Sharded("FSDP1", LBP, fsdp1),
+    Sharded("FSDP1, on LoRA", LORA, fsdp1),
+    Sharded("FSDP1, on LoRA, low-rank weight gradients only", Trial("", functools.partial(stacked, "full")), fsdp1),
+    Sharded(
+        "FSDP1, gradients in shards", LBP, functools.partial(fsdp1, sharding_strategy=ShardingStrategy.SHARD_GRAD_OP)
+    ),
+    Sharded("FSDP1, checkpointing", LORA, fsdp1, checkpointing=True),
+]
+
+
+def prepared(run):
+    model = run.wrap(run.trial.model())
+    if run.checkpointing:  # as accelerate does it
+        apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, ViTLayer))
+    return model
+
+
+def train(run, model, optimizer, first=0, last=STEPS):
+    for step in range(first, last):
+        run.trial.loss(model, step, 0, torch.distributed.get_rank()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def gathered(model):
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+
+
+def train_sharded(run):
+    model = prepared(run)
+    optimizer = run.trial.optimizer(model)
+    train(run, model, optimizer)
+    ran = layout_report(model).layers.values()
+    whole = gathered(model)
+    return {
+        "weights": whole,
+        "adapter": get_peft_model_state_dict(model, whole),
+        "low rank": sum(not layer.why_exact for layer in ran),
+        "sharded": sum(p.numel() for p in local_parameters(model)) < sum(t.numel() for t in whole.values()),
+    }
+
+
+def local_parameters(model):
+    return [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+
+
+# Checkpoints
+
+
+def resume_from_shards(run, folder):
+    """Train half, write shards, read them into a new model and optimizer, train the rest."""
+    model = prepared(run)
+    optimizer = run.trial.optimizer(model)
+    train(run, model, optimizer, 0, STEPS // 2)
+    weights, states = get_state_dict(model, optimizer)
+    save({"model": weights, "optimizer": states}, checkpoint_id=folder)
+
+    model = prepared(run)
+    optimizer = run.trial.optimizer(model)
+    weights, states = get_state_dict(model, optimizer)
+    load({"model": weights, "optimizer": states}, checkpoint_id=folder)
+    set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=states)
+    train(run, model, optimizer, STEPS // 2, STEPS)
+    return gathered(model)
+
+
+def accelerated(run, plugin):
+    """Accelerate drives FSDP on accelerators only; told that it does so, it runs the same code on the CPU."""
+    accelerator = Accelerator(cpu=True)
+    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
+    model = run.trial.model()
+    return accelerator, *accelerator.prepare(model, run.trial.optimizer(model))
+
+
+def with_accelerate(run, folder):
+    """Train half, save the state and the adapter alone; load the state into a new model and train the rest."""
+
+    def plugin():
+        return FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["ViTLayer"],
+            state_dict_type="SHARDED_STATE_DICT",
+            cpu_ram_efficient_loading=False,
+        )
+
+    accelerator, model, optimizer = accelerated(run, plugin())
+    train(run, model, optimizer, 0, STEPS // 2)
+    accelerator.save_state(folder / "state")
+    save_fsdp_model(accelerator.state.fsdp_plugin, accelerator, model, folder / "adapter shards", adapter_only=True)
+    whole = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(folder / "adapter", state_dict=whole)
+    half = gathered(model)
+
+    accelerator, model, optimizer = accelerated(run, plugin())
+    load_fsdp_model(accelerator.state.fsdp_plugin, accelerator, model, folder / "adapter shards", adapter_only=True)
+    from_adapter = gathered(model)
+    accelerator.load_state(folder / "state")
+    train(run, model, optimizer, STEPS // 2, STEPS)
+    found = {"processes": accelerator.num_processes, "half": half, "from adapter": from_adapter, "end": gathered(model)}
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+    return found
+
+
+def all_runs(folder):
+    warnings.simplefilter("ignore")
+    folder, found = Path(folder), {run.name: train_sharded(run) for run in RUNS}
+    for name in ("FSDP2", "FSDP2, on LoRA"):
+        run = next(run for run in RUNS if run.name == name)
+        found[f"{name}, resumed"] = resume_from_shards(run, folder / name)
+    for name in ("FSDP2", "FSDP2, on LoRA"):
+        run = next(run for run in RUNS if run.name == name)
+        found[f"{name}, accelerate"] = with_accelerate(run, folder / f"{name}, accelerate")
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def together(folder):
+    return on_processes(PROCESSES, functools.partial(all_runs, str(folder)), folder)
+
+
+@functools.cache
+def alone(trial):
+    return train_alone(trial, STEPS)
+
+
+def trained(found, run):
+    return {name: tensor for name, tensor in found.items() if name in alone(run.trial)}
+
+
+def run_named(name):
+    return next(run for run in RUNS if run.name == name)
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_sharded_processes_train_as_one(run, together):
+    expected = alone(run.trial)
+    assert largest_difference(weights_of(run.trial.model()), expected) > 1e-2  # so that equality says something
+    for found in together:
+        assert largest_difference(trained(found[run.name]["weights"], run), expected) < run.tolerance
+        assert found[run.name]["low rank"] == run.trial.low_rank
+        assert found[run.name]["sharded"] == (run.name != "FSDP2, replicated")
+
+
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
+def test_the_adapter_can_be_taken_out_of_a_sharded_model(run, together):
+    model = run.trial.model()
+    expected = get_peft_model_state_dict(model, model.state_dict() | together[0][run.name]["weights"])
+    assert same_state(together[0][run.name]["adapter"], expected)
+    assert len(expected) == len(get_peft_model_state_dict(run.trial.model()))
+
+
+@pytest.mark.parametrize("name", ["FSDP2", "FSDP2, on LoRA"])
+def test_training_goes_on_from_shards(name, together):
+    run = run_named(name)
+    for found in together:
+        assert largest_difference(trained(found[f"{name}, resumed"], run), alone(run.trial)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["FSDP2", "FSDP2, on LoRA"])
+def test_accelerate_saves_and_resumes_sharded_training(name, together, folder):
+    run = run_named(name)
+    for found in (each[f"{name}, accelerate"] for each in together):
+        assert found["processes"] == PROCESSES
+        assert largest_difference(trained(found["end"], run), alone(run.trial)) < 1e-5
+        assert same_state(found["from adapter"], found["half"])  # all else was never trained
+    # The adapter, saved by itself, is one as any other.
+    half = run.trial.model()
+    half.load_state_dict(together[0][f"{name}, accelerate"]["half"])
+    loaded = PeftModel.from_pretrained(tiny_vit(), folder / f"{name}, accelerate" / "adapter")
+    assert torch.equal(outputs(loaded, images()), outputs(half, images()))
+    assert not torch.equal(outputs(loaded, images()), outputs(tiny_vit(), images()))
