@@ -148,7 +148,8 @@ class Projection:
         before, after = tokens[:, :prefix], tokens[:, prefix + height * width :]
         if torch.compiler.is_compiling():  # it refuses to write into views, and saves the copy by itself
             return torch.cat((before, both.index_select(1, self.kept), after), dim=1)
-        small = tokens.new_empty(batch, self.layout.num_outside + len(self.kept), channels)
+        # Under autocast the products are narrower than the tokens.
+        small = both.new_empty(batch, self.layout.num_outside + len(self.kept), channels)
         small[:, :prefix] = before
         torch.index_select(both, 1, self.kept, out=small[:, prefix : prefix + len(self.kept)])
         small[:, prefix + len(self.kept) :] = after
