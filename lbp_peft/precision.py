@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from . import kernels
 from .walsh import walsh_functions
 
 PRECISIONS = ("full", "bf16", "int8", "fp8")
@@ -141,9 +142,14 @@ def product(grad: Tensor, weight: Tensor, precision: Precision, source: Tensor |
     elif rows.device.type == "cpu" and name == "int8" and not torch.compiler.is_compiling():
         found = _int8_product_by_parts(rows, rotation, right)
     else:
-        rows = rotated(rows, rotation) if rotation > 1 else rows
-        found = rescaled_product(rounded(rows, right.values.dtype, dim=1), right)
+        found = rescaled_product(_rounded_rows(rows, rotation, right.values.dtype), right)
     return found.to(grad.dtype).view(*grad.shape[:-1], -1)
+
+
+def _rounded_rows(rows: Tensor, rotation: int, dtype: torch.dtype) -> Rounded:
+    if kernels.IN_USE and kernels.serve_rows(rows, rotation):
+        return Rounded(*kernels.round_rows(rows, rotation, dtype))
+    return rounded(rotated(rows, rotation) if rotation > 1 else rows, dtype, dim=1)
 
 
 def rescaled_product(left: Rounded, right: Rounded) -> Tensor:

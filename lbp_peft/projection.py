@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import kernels
 from .bases import BasisSet, TokenLayout, bases_along, check_side, grid_bases, num_bases, unrolled_order
 
 
@@ -132,6 +133,8 @@ class Projection:
 
     def project(self, tokens: Tensor) -> Tensor:
         """(N, L, C) -> (N, k, C)."""
+        if kernels.IN_USE and kernels.serve_tokens(tokens, self.layout, self.bases, self.padding):
+            return kernels.project_tokens(tokens, self.layout, self.bases)
         (height, width), prefix = self.layout.grid, self.layout.num_prefix_tokens
         batch, _, channels = tokens.shape
         if self.padding is not None:
@@ -171,6 +174,8 @@ class Projection:
 
     def lift(self, coefficients: Tensor) -> Tensor:
         """(N, k, C) -> (N, L, C)."""
+        if kernels.IN_USE and kernels.serve_tokens(coefficients, self.layout, self.bases, self.padding):
+            return kernels.lift_coefficients(coefficients, self.layout, self.bases)
         (height, width), prefix = self.layout.grid, self.layout.num_prefix_tokens
         batch, _, channels = coefficients.shape
         num_rows = len(self.row_synthesis) * self.row_blocks

@@ -1,0 +1,80 @@
+"""Triton kernels for projecting, lifting and rounding, and which tensors they serve.
+
+Off unless the environment variable LBP_PEFT_KERNELS is "triton" when this package is imported: they were checked in
+Triton's interpreter and compiled for GPUs, but not yet run on one. What they do not serve takes plain PyTorch, which
+is also what they are checked against.
+
+Each is a custom operator with a fake implementation, so that torch.compile takes it for one node of the graph, and a
+formula for FLOP counters where it multiplies. The operators take a layout and bases as plain values and look up the
+tables that the kernels read by themselves: a compiled graph holds no tables.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from ..bases import BasisSet, TokenLayout
+
+VARIABLE = "LBP_PEFT_KERNELS"
+_asked_for = os.environ.get(VARIABLE, "")
+if _asked_for not in ("", "triton"):
+    raise ValueError(f'{VARIABLE} is {_asked_for!r}; it must be "triton" or unset.')
+IN_USE = _asked_for == "triton"
+
+# Triton decides at its own import whether it interprets kernels on the CPU or compiles them.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+if IN_USE:
+    try:
+        from . import lift, project, round  # noqa: F401  importing them registers the operators
+    except ModuleNotFoundError as error:
+        raise ImportError(f"{VARIABLE}=triton needs triton, which comes with PyTorch's builds for CUDA.") from error
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LARGEST_BLOCK = 8  # a program holds a block of tokens, 8 x 8 of them, in registers
+_ROTATIONS = (0, 1, 16, 32, 64, 128)
+_LARGEST_ROW = 8192  # a program holds a row
+
+
+def serve_tokens(tokens: Tensor, layout: TokenLayout, bases: BasisSet, padding: Tensor | None) -> bool:
+    """Whether there are kernels to project, or lift, (N, L or k, C)."""
+    return _served(tokens) and bases.block_size <= _LARGEST_BLOCK and padding is None and not layout.unrolled
+
+
+def serve_rows(rows: Tensor, rotation: int) -> bool:
+    """Whether there is a kernel to rotate and round (M, K)."""
+    return _served(rows) and rotation in _ROTATIONS and rows.shape[1] <= _LARGEST_ROW
+
+
+def _served(tensor: Tensor) -> bool:
+    return (
+        (tensor.is_cuda or INTERPRETED)
+        and tensor.dtype in _DTYPES
+        and tensor.is_contiguous()
+        and tensor.numel() > 0
+        and not (tensor.requires_grad and torch.is_grad_enabled())  # the operators have no backward pass of their own
+    )
+
+
+def project_tokens(tokens: Tensor, layout: TokenLayout, bases: BasisSet) -> Tensor:
+    """(N, L, C) -> (N, k, C), as [`lbp_peft.projection.Projection.project`]."""
+    return torch.ops.lbp_peft.project(tokens, *_plain(layout, bases))
+
+
+def lift_coefficients(coefficients: Tensor, layout: TokenLayout, bases: BasisSet) -> Tensor:
+    """(N, k, C) -> (N, L, C), as [`lbp_peft.projection.Projection.lift`]."""
+    return torch.ops.lbp_peft.lift(coefficients, *_plain(layout, bases))
+
+
+def round_rows(rows: Tensor, rotation: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(M, K) -> values (M, K) of 8 bits, scales (M, 1), as rounding after rotating in [`lbp_peft.precision`]."""
+    return torch.ops.lbp_peft.round_rows(rows, rotation, dtype)
+
+
+def _plain(layout: TokenLayout, bases: BasisSet) -> tuple:
+    """What [`lbp_peft.kernels.blocks.described`] reads."""
+    outside = layout.num_prefix_tokens, layout.num_suffix_tokens
+    return layout.grid, *outside, bases.r, bases.block_size, bases.selection, bases.boundary
