@@ -141,10 +141,8 @@ def pretrain(task: Task, options: Options, accelerator: Accelerator) -> tuple[Op
     untrained, trained = (Path(options.output) / name for name in ("untrained", "pretrained"))
 
     def save(model: transformers.PreTrainedModel, folder: Path) -> None:
-        """Write the model without its head, and its image processor, as a checkpoint that others can start from."""
         if accelerator.is_main_process:
-            model.base_model.save_pretrained(folder)
-            example.processor.save_pretrained(folder)
+            example.save(model, folder)
         accelerator.wait_for_everyone()
 
     if not (options.resume and trained.exists()):

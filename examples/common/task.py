@@ -43,6 +43,11 @@ class Embedded:
     epochs: int
     learning_rate: float
 
+    def save(self, model: PreTrainedModel, folder: Path) -> None:
+        """Write the model without its head, and its image processor, as a checkpoint that others can start from."""
+        model.base_model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
 
 class Task(ABC):
     """A kind of labels for images.

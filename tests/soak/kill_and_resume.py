@@ -29,8 +29,9 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parents[2] / folder) for folder in ("examples", ".")]
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
-import image_classification  # noqa: E402
-from common.digits import digits, save_backbone, tiny_vit  # noqa: E402
+from common.classification import Classification  # noqa: E402
+from common.digits import EMBEDDED, digits, tiny_vit  # noqa: E402
+from common.experiment import main as run_example  # noqa: E402
 
 METHODS = ["lbp-wht:r=3", "lora+lbp-wht:r=3"]
 EVERY = 4  # updates between checkpoints
@@ -41,7 +42,7 @@ def prepare(folder: Path) -> None:
     """A model with dropout, so that random numbers matter, and few images."""
     model = tiny_vit()
     model.config.hidden_dropout_prob = 0.1
-    save_backbone(model, folder / "model")
+    EMBEDDED.save(model, folder / "model")
     source = digits(range(5, 10))
     source.train.select(range(120)).to_parquet(folder / "train.parquet")
     source.test.select(range(20)).to_parquet(folder / "test.parquet")
@@ -84,7 +85,7 @@ def _run(flags: list[str], rank: int, processes: int, port: int, log: Path) -> N
         os.dup2(stream.fileno(), 1)
         os.dup2(stream.fileno(), 2)
     sys.argv = ["image_classification.py", *flags]
-    image_classification.main()
+    run_example(Classification(), "")
 
 
 def run_through(flags: list[str], processes: int, log: Path) -> None:

@@ -22,13 +22,13 @@ from kill_and_resume import in_a_process_of_its_own, start, wait
 
 # The imports above have set the paths for these.
 from common.checkpoints import checkpoints  # isort: skip
-from common.digits import digits, save_backbone, tiny_vit  # isort: skip
+from common.digits import EMBEDDED, digits, tiny_vit  # isort: skip
 
 EVERY, PER_PROCESS = 50, 2
 
 
 def prepare(folder: Path, processes: int) -> None:
-    save_backbone(tiny_vit(), folder / "model")
+    EMBEDDED.save(tiny_vit(), folder / "model")
     source = digits(range(5, 10))
     source.train.select(range(EVERY * PER_PROCESS * processes)).to_parquet(folder / "train.parquet")
     source.test.select(range(40)).to_parquet(folder / "test.parquet")
