@@ -48,7 +48,8 @@ class GridFinder:
         self._merges_patches = False
         self._unrolled_by: tuple[tuple[int, int], ...] = ()
         self._queries: set[int] = set()
-        self._num_images: set[int] = set()  # of the embeddings that ran; some run on crops or frames
+        # Of the embeddings that ran; some run on crops or frames. A list, since torch.compile may not know the numbers.
+        self._num_images: list[int] = []
         self._patch_size: tuple[int, int] | None = None
         self._learned_tokens = (0, 0)
         self.paddings = PaddingFinder()
@@ -253,7 +254,9 @@ class GridFinder:
             self._begin_pass()
             self._first_to_run = embedding
             self._num_images.clear()
-        self._num_images.add(int(output.shape[0]))
+        num_images = int(output.shape[0])
+        if num_images not in self._num_images:
+            self._num_images.append(num_images)
         self._note((int(output.shape[-2]), int(output.shape[-1])), self._embeddings[embedding])
 
     def _note_image(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -262,7 +265,7 @@ class GridFinder:
         candidates = [kwargs.get("pixel_values"), *args]
         image = next((x for x in candidates if isinstance(x, Tensor) and x.dim() == 4), None)
         if image is not None:
-            self._num_images = {int(image.shape[0])}
+            self._num_images = [int(image.shape[0])]
             height, width = (int(side) // patch for side, patch in zip(image.shape[-2:], self._patch_size, strict=True))
             self._note((height, width), self._learned_tokens)
 

@@ -246,7 +246,7 @@ def test_merging_without_weights_of_its_own_changes_nothing(case):
     assert same_state(state_of(merged), state_of(case.base())) and not hooks_of(merged)
 
 
-@pytest.mark.parametrize("saved", [["projection"], ["patch_embeddings"], ["embeddings", "classifier"]])
+@pytest.mark.parametrize("saved", [["projection"], ["patch_embeddings"], ["vit.embeddings", "classifier"]])
 @pytest.mark.parametrize("second", [False, True])
 def test_trained_modules_of_any_kind_are_merged_with_the_rest(saved, second):
     """They need not have a weight of their own; and their copies must not keep the hooks of the original."""

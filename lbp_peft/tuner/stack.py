@@ -141,7 +141,8 @@ class Stack:
 
     def _names(self) -> set[str]:
         """Of all tensors. A state dict would tell as well, but FSDP gathers it from all processes."""
-        tensors = itertools.chain(self.holder.named_parameters(), self.holder.named_buffers())
+        shared_too = {"remove_duplicate": False}
+        tensors = itertools.chain(self.holder.named_parameters(**shared_too), self.holder.named_buffers(**shared_too))
         return {without_wrappers(name) for name, _ in tensors}
 
     def without_shared(self, own: dict[str, Tensor], beneath: dict[str, Tensor], name: str) -> dict[str, Tensor]:
