@@ -76,7 +76,6 @@ RUNS = [
     Sharded("FSDP2, bf16, on LoRA", LORA, functools.partial(fsdp2, mp_policy=BF16), tolerance=0.1),
     Sharded("FSDP1", LBP, fsdp1),
     Sharded("FSDP1, on LoRA", LORA, fsdp1),
-    Sharded("FSDP1, on LoRA, low-rank weight gradients only", Trial("", functools.partial(stacked, "full")), fsdp1),
     Sharded(
         "FSDP1, gradients in shards", LBP, functools.partial(fsdp1, sharding_strategy=ShardingStrategy.SHARD_GRAD_OP)
     ),

@@ -17,8 +17,8 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 def lbp_wht(**settings):
-    dropout = {"hidden_dropout_prob": settings.pop("dropout", 0.1)}
-    return get_peft_model(tiny_vit(**dropout), LBPWHTConfig(**({"r": 3} | HEAD | settings)))
+    model = tiny_vit(hidden_dropout_prob=settings.pop("dropout", 0.1), num_hidden_layers=settings.pop("layers", 2))
+    return get_peft_model(model, LBPWHTConfig(**({"r": 3} | HEAD | settings)))
 
 
 def stacked(**settings):
@@ -101,12 +101,12 @@ def test_a_stopped_run_goes_on_to_the_same_bits(build, way, tmp_path):
 def test_the_trainer_compiles(build, tmp_path):
     torch._dynamo.reset()
     compiling = {"torch_compile": True, "torch_compile_backend": "aot_eager"}  # inductor takes a minute
-    plain, compiled = build(dropout=0.0), build(dropout=0.0)
-    trainer(plain, tmp_path / "plain", max_steps=3).train()
-    trainer(compiled, tmp_path / "compiled", max_steps=3, **compiling).train()
+    plain, compiled = (build(dropout=0.0, layers=1) for _ in range(2))
+    trainer(plain, tmp_path / "plain", max_steps=2).train()
+    trainer(compiled, tmp_path / "compiled", max_steps=2, **compiling).train()
     found, expected = ({n: p.detach() for n, p in m.named_parameters()} for m in (compiled, plain))
     assert largest_difference(found, expected) < 1e-3
-    saved = PeftModel.from_pretrained(tiny_vit(), tmp_path / "compiled" / "checkpoint-3")
+    saved = PeftModel.from_pretrained(tiny_vit(num_hidden_layers=1), tmp_path / "compiled" / "checkpoint-2")
     torch.testing.assert_close(forward(saved.eval(), images()), forward(compiled.eval(), images()))
 
 
@@ -124,26 +124,23 @@ class Counter:
         return graph.forward
 
 
-@pytest.mark.parametrize("marked, graphs", [(True, 1), (False, 2)])
 @BUILDS
-def test_batches_of_many_sizes_do_not_compile_anew(build, marked, graphs):
-    """Unless told, PyTorch learns from the second size that sizes vary."""
+def test_batches_of_many_sizes_are_compiled_once(build):
     torch._dynamo.reset()
     counter = Counter()
-    model = build(dropout=0.0, grad_input=3).train()
+    model = build(dropout=0.0, layers=1, grad_input=3).train()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
-    for batch in (2, 3, 4, 5, 7):
+    for batch in (2, 3, 5):
         x = images(batch)
         expected = gradients(model, x)
         model.zero_grad()
-        if marked:
-            torch._dynamo.mark_dynamic(x, 0)
+        torch._dynamo.mark_dynamic(x, 0)
         logits = forward(compiled, x)
         goal = torch.randn(logits.shape, generator=torch.Generator().manual_seed(9))
         (logits - goal).square().sum().backward()
         found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         assert largest_difference(found, expected) < 1e-4
-    assert counter.graphs == graphs
+    assert counter.graphs == 1
 
 
 # Mixed precision

@@ -19,9 +19,9 @@ def lbp_wht(**settings):
     return get_peft_model(tiny_vit(), LBPWHTConfig(**({"r": 3} | HEAD | settings)))
 
 
-def stacked(grad_input=6, **settings):
+def stacked(**settings):
     lora = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"], **HEAD, **settings)
-    return lbp_wht(grad_input=grad_input, train_base_weight=False, stack_on=lora)
+    return lbp_wht(grad_input=6, train_base_weight=False, stack_on=lora)
 
 
 def case(name, **settings):
