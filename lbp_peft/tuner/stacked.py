@@ -69,16 +69,10 @@ class LBPWHTStacked(Inside):
         rule = None if self.disable_adapters or args or kwargs else self._active_rule(x)
         if rule is None:
             return plain(host, x, *args, **kwargs)
-<<<<<<< ours
         base = self._base_layer(host)
         self._on_images = is_pointwise_conv(base)
-        plan = self._plan(x, base, _is_trained(host), rule)
+        plan = self._plan(x, base, any(p.requires_grad for p in host.parameters()), rule)
         if plan is None:
-=======
-        self._on_images = is_pointwise_conv(self._base_layer(host))
-        layout = self._low_rank_layout(x, any(p.requires_grad for p in host.parameters()), rule)
-        if layout is None:
->>>>>>> theirs
             return plain(host, x)
         if not self._on_images and (branches := _branches(host, x)) is not None:
             return low_rank_linear(
@@ -146,19 +140,7 @@ def _new_host(plain_class: Any) -> Any:
     return cls.__new__(cls)
 
 
-<<<<<<< ours
-def _is_trained(host: nn.Module) -> bool:
-    """FSDP1 puts plain tensors in the place of parameters while a layer runs."""
-    in_their_place = [
-        value for module in host.modules() for value in vars(module).values() if isinstance(value, Tensor)
-    ]
-    return any(tensor.requires_grad for tensor in [*host.parameters(), *in_their_place])
-
-
 class Plain(nn.Module):
-=======
-class _Plain(nn.Module):
->>>>>>> theirs
     """A host as its class made it."""
 
     def __init__(self, host: nn.Module):
