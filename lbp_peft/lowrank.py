@@ -78,7 +78,9 @@ class _How:
     for_input: Projection | None
     scalings: tuple[float, ...]
     precision: Precision = FULL
-    source: Callable[[], Tensor | None] = lambda: None  # the parameter that the weight was cast from
+    # The parameter that the weight, and the tensor that x was cast from.
+    source: Callable[[], Tensor | None] = lambda: None
+    source_of_x: Callable[[], Tensor | None] = lambda: None
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -103,7 +105,9 @@ class _LowRankLinear(torch.autograd.Function):
             saved += (down, up) if trained or needs_x or needed[0] else (None, None)
         ctx.owns_x = [own_x is not None for own_x, *_ in _grouped(branches, 4)]
         ctx.save_for_backward(
-            rows_to_keep(x, ctx.how.for_weight) if keeps_x else None, weight if needs_x else None, *saved
+            rows_to_keep(x, ctx.how.for_weight, ctx.how.source_of_x()) if keeps_x else None,
+            weight if needs_x else None,
+            *saved,
         )
 
     @staticmethod
@@ -190,18 +194,19 @@ class _LastProjected(threading.local):
 _last = _LastProjected()
 
 
-def rows_to_keep(x: Tensor, projection: Projection | None) -> Tensor:
-    """What is kept of x for the gradient of a weight."""
+def rows_to_keep(x: Tensor, projection: Projection | None, source: Tensor | None = None) -> Tensor:
+    """What is kept of x, cast from a source, for the gradient of a weight."""
     if projection is None:
         return as_tokens(x)
     if torch.compiler.is_compiling():  # the compiler finds the common expression by itself
         return projection.project(as_tokens(x))
-    key = (x._version, projection.layout, projection.bases, id(projection.padding))
-    if _last.x() is x and _last.key == key and (small := _last.small()) is not None:
+    source = x if source is None else source
+    key = (source._version, x.dtype, projection.layout, projection.bases, id(projection.padding))
+    if _last.x() is source and _last.key == key and (small := _last.small()) is not None:
         return small
     small = projection.project(as_tokens(x))
     # Weak references: neither tensor may live longer for our sake.
-    _last.x, _last.small, _last.key = weakref.ref(x), weakref.ref(small), key
+    _last.x, _last.small, _last.key = weakref.ref(source), weakref.ref(small), key
     return small
 
 
@@ -242,6 +247,7 @@ def low_rank_linear(
     Returns:
         Shape (N, ..., C_out).
     """
+    source = x
     tensors: list[Any] = [x, weight, bias]
     for branch in branches:
         tensors += (branch.x, branch.down, branch.up, branch.bias)
@@ -254,6 +260,10 @@ def low_rank_linear(
         projection(layout, for_input, dtype, x.device, padding),
         tuple(branch.scaling for branch in branches),
         precision,
-        (lambda: None) if precision == FULL or torch.compiler.is_compiling() else weakref.ref(weight),
+        *(
+            (lambda: None, lambda: None)
+            if torch.compiler.is_compiling()
+            else (weakref.ref(weight), weakref.ref(source))
+        ),
     )
     return _LowRankLinear.apply(how, *tensors)

@@ -177,6 +177,19 @@ def test_query_key_and_value_share_one_projection(monkeypatch):
     assert relative(gradients[1], 2 * gradients[0]) < 1e-14
 
 
+def test_under_autocast_too_they_share_one_projection(monkeypatch):
+    projected = []
+    project = Projection.project
+    monkeypatch.setattr(Projection, "project", lambda maps, t: projected.append(t) or project(maps, t))
+    x, weight, bias, _ = problem((8, 8), 1, torch.float32)
+    hidden = x * 1
+    with torch.autocast("cpu", torch.bfloat16):
+        ys = [low_rank_linear(hidden, weight, bias, TokenLayout((8, 8), 1), BasisSet(3)) for _ in "qkv"]
+    assert len(ys) == 3 and len(projected) == 1 and projected[0].dtype == torch.bfloat16
+    low_rank_linear(hidden, weight, bias, TokenLayout((8, 8), 1), BasisSet(3))
+    assert len(projected) == 2 and projected[1].dtype == torch.float32
+
+
 def test_second_derivative_is_refused_with_the_remedy():
     x, weight, bias, _ = problem((8, 8), 1)
     y = low_rank_linear(x, weight, bias, TokenLayout((8, 8), 1), BasisSet(3))

@@ -67,6 +67,7 @@ def lbp_wht_config(options: Options, **settings: Any) -> LBPWHTConfig:
     return LBPWHTConfig(
         r=options.r,
         grad_input=int(options.grad_input) if options.grad_input.isdigit() else options.grad_input,
+        compress_activations=options.compress_activations or None,
         block_size=options.block_size,
         selection=options.selection,
         boundary=options.boundary,

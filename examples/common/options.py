@@ -34,8 +34,11 @@ class Options:
     )
     r: int = option(10, "LBP-WHT: Walsh-Hadamard bases per block.")
     grad_input: str = option(
-        "full", "LBP-WHT: `full` for exact input gradients, or their rank. (lbp-wht-paper always takes r.)"
+        "full",
+        "LBP-WHT: `full` for exact input gradients, `int8`, `bf16` or `auto` for rounded ones, or their rank. "
+        "(lbp-wht-paper always takes r.)",
     )
+    compress_activations: str = option("", "LBP-WHT: `int8` has activation functions and norms keep less.")
     block_size: int = option(8, "LBP-WHT: order of the transform, in patches.")
     selection: str = option("lp_l1", "LBP-WHT: which bases are kept, lp_l1 or lp_linf.")
     boundary: str = option("orthogonal", "LBP-WHT: grids that are no multiple of the block, orthogonal or reflect.")
