@@ -71,7 +71,7 @@ class LBPWHTStacked(Inside):
             return plain(host, x, *args, **kwargs)
         base = self._base_layer(host)
         self._on_images = is_pointwise_conv(base)
-        plan = self._plan(x, base, any(p.requires_grad for p in host.parameters()), rule)
+        plan = self._plan(x, base, _is_trained(host), rule)
         if plan is None:
             return plain(host, x)
         if not self._on_images and (branches := _branches(host, x)) is not None:
@@ -138,6 +138,14 @@ def _hosting(plain_class: Any) -> Any:
 def _new_host(plain_class: Any) -> Any:
     cls = _hosting(plain_class)
     return cls.__new__(cls)
+
+
+def _is_trained(host: nn.Module) -> bool:
+    """FSDP1 puts plain tensors in the place of parameters while a layer runs."""
+    in_their_place = [
+        value for module in host.modules() for value in vars(module).values() if isinstance(value, Tensor)
+    ]
+    return any(tensor.requires_grad for tensor in [*host.parameters(), *in_their_place])
 
 
 class Plain(nn.Module):
