@@ -4,3 +4,5 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Tests run on all cores at once, so each process keeps to one; programs that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
