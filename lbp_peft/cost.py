@@ -49,6 +49,20 @@ def low_rank_pays(num_tokens: int, kept: int, out_features: int, in_features: in
     return saved > projecting * num_tokens * (out_features + in_features)
 
 
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether products are faster in bfloat16 than in float32 there: whether there are instructions for them."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and _cpu_multiplies_bf16()
+
+
+@functools.cache
+@torch.compiler.assume_constant_result  # torch.compile does not trace what is asked here
+def _cpu_multiplies_bf16() -> bool:
+    found = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
+    return any(supported is not None and bool(supported()) for supported in found)
+
+
 @functools.cache
 def _cpu_multiplies_int8() -> bool:
     """Whether the processor has instructions for it (VNNI); without them int8 is slower than float32."""

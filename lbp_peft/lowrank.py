@@ -2,7 +2,7 @@
 
 With P the projection of the L tokens onto k orthonormal rows and g = dLoss/dy, for y = x W^T + b:
 
-    saved        x^ = P x              (N, k, C_in), in place of x
+    saved        x^ = P x              (N, k, C_in), in place of x; in bfloat16 where g W is in low precision
     backward     g^ = P g              (N, k, C_out)
                  dW = sum_n g^_n^T x^_n
                  dx = P^T (g^ W)       or exactly g W
@@ -17,6 +17,7 @@ A low-rank update beside the weight (LoRA, arXiv 2106.09685), y += s (x A^T) B^T
 
 from __future__ import annotations
 
+import functools
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -25,10 +26,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .bases import BasisSet, TokenLayout
-from .precision import FULL, Precision, product
+from .precision import FULL, Precision, kept_dtype, outer, product
 from .projection import Projection, projection
 
 
@@ -77,6 +78,7 @@ class _How:
     for_weight: Projection | None
     for_input: Projection | None
     scalings: tuple[float, ...]
+    cast_weight: torch.dtype | None = None
     precision: Precision = FULL
     # The parameter that the weight, and the tensor that x was cast from.
     source: Callable[[], Tensor | None] = lambda: None
@@ -88,7 +90,7 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(how: _How, x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Tensor | None) -> Tensor:
-        y = F.linear(x, weight, bias)
+        y = F.linear(x, weight if how.cast_weight is None else weight.to(how.cast_weight), bias)
         for (own_x, down, up, shift), scaling in zip(_grouped(branches, 4), how.scalings, strict=True):
             y.add_(F.linear(F.linear(x if own_x is None else own_x, down), up, shift).mul_(scaling))
         return y
@@ -96,16 +98,18 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         ctx.how, x, weight, _, *branches = inputs
+        ctx.weight_dtype = weight.dtype
         _, needs_x, needs_weight, _, *needs = ctx.needs_input_grad
         keeps_x, saved = needs_weight, []
+        keep = functools.partial(rows_to_keep, projection=ctx.how.for_weight, precision=ctx.how.precision)
         for (own_x, down, up, _), needed in zip(_grouped(branches, 4), _grouped(needs, 4), strict=True):
             trained = needed[1] or needed[2]
             keeps_x = keeps_x or (trained and own_x is None)
-            saved.append(rows_to_keep(own_x, ctx.how.for_weight) if trained and own_x is not None else None)
+            saved.append(keep(own_x) if trained and own_x is not None else None)
             saved += (down, up) if trained or needs_x or needed[0] else (None, None)
         ctx.owns_x = [own_x is not None for own_x, *_ in _grouped(branches, 4)]
         ctx.save_for_backward(
-            rows_to_keep(x, ctx.how.for_weight, ctx.how.source_of_x()) if keeps_x else None,
+            keep(x, source=ctx.how.source_of_x()) if keeps_x else None,
             weight if needs_x else None,
             *saved,
         )
@@ -135,13 +139,15 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         small = for_weight.project_gradient(tokens) if for_weight else tokens
     if needs_bias or any(needed[3] for _, needed, *_ in branches):
         total = sum_of_tokens(tokens, small, for_weight)
-    gradients: list[Tensor | None] = [None, _outer(small, x) if needs_weight else None, total if needs_bias else None]
+    gradients: list[Tensor | None] = [None, None, total if needs_bias else None]
+    if needs_weight:
+        gradients[1] = outer(small, x).to(ctx.weight_dtype)
     for (own_x, down, up), needed, scaling, _ in branches:
         z = x if own_x is None else own_x
         gradients += (
             None,
-            _outer(small @ up, z) * scaling if needed[1] else None,
-            _outer(small, z @ down.t()) * scaling if needed[2] else None,
+            outer(small @ up, z) * scaling if needed[1] else None,
+            outer(small, z.to(down.dtype) @ down.t()) * scaling if needed[2] else None,
             total * scaling if needed[3] else None,
         )
     if not needs_x and not any(needed[0] for _, needed, *_ in branches):
@@ -163,11 +169,6 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
 
 def _grouped(items: Sequence, size: int) -> list[Sequence]:
     return [items[start : start + size] for start in range(0, len(items), size)]
-
-
-def _outer(grad: Tensor, x: Tensor) -> Tensor:
-    """(N, k, C_out), (N, k, C_in) -> (C_out, C_in): the gradient of a weight."""
-    return grad.flatten(0, 1).t() @ x.flatten(0, 1)
 
 
 def _in_full(grad_x: Tensor, for_input: Projection | None, like: Tensor) -> Tensor:
@@ -194,17 +195,20 @@ class _LastProjected(threading.local):
 _last = _LastProjected()
 
 
-def rows_to_keep(x: Tensor, projection: Projection | None, source: Tensor | None = None) -> Tensor:
+def rows_to_keep(
+    x: Tensor, projection: Projection | None, precision: Precision = FULL, source: Tensor | None = None
+) -> Tensor:
     """What is kept of x, cast from a source, for the gradient of a weight."""
     if projection is None:
         return as_tokens(x)
+    dtype = kept_dtype(x.dtype, precision)
     if torch.compiler.is_compiling():  # the compiler finds the common expression by itself
-        return projection.project(as_tokens(x))
+        return projection.project(as_tokens(x)).to(dtype)
     source = x if source is None else source
-    key = (source._version, x.dtype, projection.layout, projection.bases, id(projection.padding))
+    key = (source._version, x.dtype, dtype, projection.layout, projection.bases, id(projection.padding))
     if _last.x() is source and _last.key == key and (small := _last.small()) is not None:
         return small
-    small = projection.project(as_tokens(x))
+    small = projection.project(as_tokens(x)).to(dtype)
     # Weak references: neither tensor may live longer for our sake.
     _last.x, _last.small, _last.key = weakref.ref(source), weakref.ref(small), key
     return small
@@ -213,6 +217,23 @@ def rows_to_keep(x: Tensor, projection: Projection | None, source: Tensor | None
 def as_tokens(x: Tensor) -> Tensor:
     """(N, ..., C) -> (N, L, C)."""
     return x if x.dim() == 3 else x.flatten(1, -2)
+
+
+def cast_as_autocast_would(weight: Tensor, tensors: list[Any]) -> tuple[list[Any], torch.dtype | None]:
+    """The tensors, one of which is the weight, and what the weight has still to be cast to in each pass.
+
+    A parameter's copy would be kept from the forward pass to the backward pass, and is as large as many inputs.
+    """
+    device = weight.device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors, None
+    dtype = torch.get_autocast_dtype(device)
+    later = isinstance(weight, nn.Parameter) and weight.dtype not in (dtype, torch.float64)
+
+    def cast(t: Tensor | None) -> Tensor | None:
+        return t if t is None or t.dtype == torch.float64 or (later and t is weight) else t.to(dtype)
+
+    return [cast(t) for t in tensors], dtype if later else None
 
 
 def low_rank_linear(
@@ -239,7 +260,8 @@ def low_rank_linear(
         branches: Low-rank updates beside the weight, added in turn. The gradients of `down` and `up` come from the
             same projections.
         padding: Shape (N, L), True for tokens that are only padding: nothing of them enters the gradients of others.
-        precision: Of the product of gradient and weight in the input gradient.
+        precision: Of the product of gradient and weight in the input gradient; if it is low, the factors of the weight
+            gradient are in bfloat16.
 
     Under autocast, the tensors are cast as `F.linear` casts them. Double backward raises RuntimeError, and so does a
     loss that depends on padding.
@@ -251,14 +273,13 @@ def low_rank_linear(
     tensors: list[Any] = [x, weight, bias]
     for branch in branches:
         tensors += (branch.x, branch.down, branch.up, branch.bias)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    tensors, cast_weight = cast_as_autocast_would(weight, tensors)
     dtype = tensors[0].dtype
     how = _How(
         projection(layout, for_weight, dtype, x.device, padding),
         projection(layout, for_input, dtype, x.device, padding),
         tuple(branch.scaling for branch in branches),
+        cast_weight,
         precision,
         *(
             (lambda: None, lambda: None)

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bases import BasisSet, TokenLayout
-from .lowrank import once_differentiable
-from .precision import FULL, Precision, product
+from .lowrank import cast_as_autocast_would, once_differentiable
+from .precision import FULL, Precision, kept_dtype, outer, product
 from .projection import Projection, projection
 
 
@@ -40,7 +40,8 @@ def low_rank_pointwise_conv(
         for_input: Bases of the input gradient. None, or as many bases as pixels: exact.
         layout: Where the L tokens of (N, C_in, L) lie.
         padding: Shape (N, L), True for tokens that are only padding.
-        precision: Of the product of gradient and weight in the input gradient.
+        precision: Of the product of gradient and weight in the input gradient; if it is low, the factors of the weight
+            gradient are in bfloat16.
 
     Under autocast, the tensors are cast as the convolutions cast them. Double backward raises RuntimeError.
 
@@ -48,16 +49,12 @@ def low_rank_pointwise_conv(
         Shape (N, C_out, H, W) or (N, C_out, L).
     """
     source = (lambda: None) if precision == FULL or torch.compiler.is_compiling() else weakref.ref(weight)
-    tensors: list[Any] = [x, weight, bias]
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
-    x, weight, bias = tensors
+    (x, weight, bias), cast_weight = cast_as_autocast_would(weight, [x, weight, bias])
     if x.dim() == 4:
         layout = TokenLayout((x.shape[2], x.shape[3]))
     project_weight = projection(layout, for_weight, x.dtype, x.device, padding)
     project_input = projection(layout, for_input, x.dtype, x.device, padding)
-    return _LowRankPointwise.apply(x, weight, bias, _How(project_weight, project_input, precision, source))
+    return _LowRankPointwise.apply(x, weight, bias, _How(project_weight, project_input, cast_weight, precision, source))
 
 
 @dataclass(frozen=True)
@@ -66,6 +63,7 @@ class _How:
 
     for_weight: Projection | None
     for_input: Projection | None
+    cast_weight: torch.dtype | None
     precision: Precision
     source: Callable[[], Tensor | None]
 
@@ -73,12 +71,15 @@ class _How:
 class _LowRankPointwise(torch.autograd.Function):
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
-        return _convolution(x)(x, weight, bias)
+        return _convolution(x)(x, weight if how.cast_weight is None else weight.to(how.cast_weight), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         x, weight, _, ctx.how = inputs
+        ctx.weight_dtype = weight.dtype
         kept = _rows(x, ctx.how.for_weight) if ctx.needs_input_grad[1] else None
+        if kept is not None and ctx.how.for_weight is not None:
+            kept = kept.to(kept_dtype(kept.dtype, ctx.how.precision))
         ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None)
 
     @staticmethod
@@ -98,14 +99,14 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     small: Any = None
     if needs_weight:
         small = _rows(grad, for_weight, is_gradient=True)
-        grad_weight = (small.flatten(0, 1).t() @ kept.flatten(0, 1)).unflatten(1, (-1, *[1] * (grad.dim() - 2)))
+        grad_weight = outer(small, kept).unflatten(1, (-1, *[1] * (grad.dim() - 2))).to(ctx.weight_dtype)
     if needs_x:
         matrix = weight.flatten(1)
         if for_input is None and ctx.how.precision != FULL:
             rows = product(_rows(grad, None), matrix, ctx.how.precision, ctx.how.source())
             grad_x = rows.transpose(1, 2).unflatten(2, grad.shape[2:])
         elif for_input is None:
-            grad_x = _convolution(grad)(grad, weight.transpose(0, 1))
+            grad_x = _convolution(grad)(grad, weight.to(grad.dtype).transpose(0, 1))
         else:
             if small is None or for_weight is None or for_input.bases != for_weight.bases:
                 small = _rows(grad, for_input, is_gradient=True)

@@ -1,4 +1,4 @@
-"""The product g W of a gradient and a weight, in low precision.
+"""The products of a backward pass, in low precision.
 
 An exact input gradient dx = g W is the largest product of a step whose weight gradients are low-rank. Rounded to few
 bits it keeps its direction, as HLQ found (arXiv 2406.15102), and integer units multiply several times faster. For int8,
@@ -9,6 +9,8 @@ with one scale for each row of g and one for each column of W,
 
 An orthogonal matrix R between the two cancels, g W = (g R) (R^T W). A blockwise Hadamard matrix spreads what stands out
 in a row over its block, so that it takes less of the range from the others.
+
+Beside it, the small product of the weight gradient is of factors in bfloat16.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import kernels
+from .cost import multiplies_bf16
 from .walsh import walsh_functions
 
 PRECISIONS = ("full", "bf16", "int8", "fp8")
@@ -119,7 +122,7 @@ def product(grad: Tensor, weight: Tensor, precision: Precision, source: Tensor |
 
     Args:
         grad: Shape (..., C_out).
-        weight: Shape (C_out, C_in).
+        weight: Shape (C_out, C_in), of any floating dtype.
         precision: See [`Precision`].
         source: The parameter that `weight` was cast from, or is. On CPUs its copy in int8 is kept for as long as
             it stays the same.
@@ -132,7 +135,7 @@ def product(grad: Tensor, weight: Tensor, precision: Precision, source: Tensor |
     """
     name = precision.name
     if name == "full":
-        return grad @ weight
+        return grad @ weight.to(grad.dtype)
     check_precision(name, grad.device)
     rotation = _fitting_block(precision.rotation, weight.shape[0])
     right = _rounded_weight(weight, name, rotation, source)
@@ -144,6 +147,23 @@ def product(grad: Tensor, weight: Tensor, precision: Precision, source: Tensor |
     else:
         found = rescaled_product(_rounded_rows(rows, rotation, right.values.dtype), right)
     return found.to(grad.dtype).view(*grad.shape[:-1], -1)
+
+
+def kept_dtype(dtype: torch.dtype, precision: Precision) -> torch.dtype:
+    """What projected inputs of a dtype are kept in for the weight gradient."""
+    return torch.bfloat16 if precision.name != "full" and dtype == torch.float32 else dtype
+
+
+def outer(grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient of a weight, (N, k, C_out), (N, k, C_in) -> (C_out, C_in), of the dtype of `grad`.
+
+    x may have fewer bits. Then so has `grad` in the product, where that is faster.
+    """
+    left, right = grad.flatten(0, 1), x.flatten(0, 1)
+    if left.dtype != right.dtype:
+        dtype = right.dtype if multiplies_bf16(grad.device) else left.dtype
+        left, right = left.to(dtype), right.to(dtype)
+    return (left.t() @ right).to(grad.dtype)
 
 
 def _rounded_rows(rows: Tensor, rotation: int, dtype: torch.dtype) -> Rounded:
@@ -168,16 +188,24 @@ def _int8_product_by_parts(rows: Tensor, rotation: int, right: Rounded) -> Tenso
     assert right.scales is not None
     (num_rows, inner), columns = rows.shape, right.values.shape[1]
     at_once = -(-num_rows // max(round(num_rows / _ROWS_AT_ONCE), 1))
-    product = rows.new_empty(num_rows, columns, dtype=torch.float32)
+    product = rows.new_empty(num_rows, columns)
     values = rows.new_empty(at_once, inner, dtype=torch.int8)
     sums = rows.new_empty(at_once, columns, dtype=torch.int32)
+    # Of two dtypes at once all but copies are slow.
+    is_wide = rows.dtype == torch.float32
+    size = 0 if is_wide else at_once
+    wide_rows = rows.new_empty(size, inner, dtype=torch.float32)
+    wide_product = rows.new_empty(size, columns, dtype=torch.float32)
     for part, found in zip(rows.split(at_once), product.split(at_once), strict=True):
-        part = rotated(part, rotation) if rotation > 1 else part
         n = len(part)
-        largest = _largest(part, dim=1)
-        _round_into(values[:n], part, 127 / largest)
+        wide = part if is_wide else wide_rows[:n].copy_(part)
+        wide = rotated(wide, rotation) if rotation > 1 else wide
+        largest = _largest(wide, dim=1)
+        _round_into(values[:n], wide, 127 / largest)
         torch._int_mm(values[:n], right.values, out=sums[:n])
-        found.copy_(sums[:n]).mul_(largest / 127).mul_(right.scales)
+        scaled = (found if is_wide else wide_product[:n]).copy_(sums[:n]).mul_(largest / 127).mul_(right.scales)
+        if not is_wide:
+            found.copy_(scaled)
     return product
 
 

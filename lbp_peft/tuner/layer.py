@@ -49,7 +49,8 @@ class BackwardPlan:
         layout: Where the tokens lie; None where no bases are asked for.
         for_weight, for_input: Bases; None: exact, or not needed.
         padding: Shape (N, L), True where a token is only padding.
-        precision: Of the product in the input gradient.
+        precision: Of the product in the input gradient, and of what is kept for the weight gradient. The latter is why
+            a first layer, whose input gradient is not needed, has it too: checkpointing makes it need one.
     """
 
     layout: TokenLayout | None = None
@@ -151,7 +152,7 @@ class LBPWHTLayer(BaseTunerLayer):
         if min(kept_for_weight, kept_for_input) == layout.num_tokens and precision == FULL:
             self._note(x, "it would keep as many rows as there are tokens", layout)
             return None
-        plan = BackwardPlan(layout, for_weight, for_input, self._padding(x), precision)
+        plan = BackwardPlan(layout, for_weight, for_input, self._padding(x), rule.precision)
         return self._of_precision(x, base, plan, kept_for_weight, kept_for_input)
 
     def _of_precision(
