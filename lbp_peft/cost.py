@@ -11,10 +11,10 @@ import functools
 import torch
 
 # Rounding a matrix to int8 takes as long as this many multiply-adds in float32 for each of its elements, and so does
-# scaling the product.
-_ROUNDING = 160
+# scaling the product; in bfloat16, as many multiply-adds in bfloat16.
+_ROUNDING = {torch.float32: 160, torch.bfloat16: 200}
 # And projecting a tensor as long as this many for each of its elements; more on images, whose channels come first.
-_PROJECTING, _PROJECTING_IMAGES = 128, 400
+_PROJECTING, _PROJECTING_16_BITS, _PROJECTING_IMAGES = 128, 160, 400
 
 
 def fastest_precision(rows: int, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> str:
@@ -26,26 +26,32 @@ def fastest_precision(rows: int, out_features: int, in_features: int, dtype: tor
         dtype: Of g.
         device: It is asked for its instructions.
     """
-    if dtype != torch.float32:
-        return "full"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        return "bf16"
-    if device.type == "cpu" and _cpu_multiplies_int8():
-        pays = _ROUNDING * (1 / rows + 1 / out_features + 1 / in_features) < 1
+    if device.type == "cuda":
+        return "bf16" if dtype == torch.float32 and multiplies_bf16(device) else "full"
+    if device.type == "cpu" and dtype in _ROUNDING and _cpu_multiplies_int8():
+        pays = _ROUNDING[dtype] * (1 / rows + 1 / out_features + 1 / in_features) < 1
         return "int8" if pays else "full"
     return "full"
 
 
-def low_rank_pays(num_tokens: int, kept: int, out_features: int, in_features: int, on_images: bool = False) -> bool:
+def low_rank_pays(
+    num_tokens: int,
+    kept: int,
+    out_features: int,
+    in_features: int,
+    on_images: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> bool:
     """Whether the weight gradient of k rows instead of L makes up for projecting x and g, of C_in and C_out columns.
 
     Args:
         num_tokens: L.
         kept: k.
         on_images: Whether x is (N, C_in, H, W).
+        dtype: Of x and g.
     """
     saved = (num_tokens - kept) * out_features * in_features
-    projecting = _PROJECTING_IMAGES if on_images else _PROJECTING
+    projecting = _PROJECTING_IMAGES if on_images else _PROJECTING if dtype.itemsize >= 4 else _PROJECTING_16_BITS
     return saved > projecting * num_tokens * (out_features + in_features)
 
 
@@ -56,7 +62,6 @@ def multiplies_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and _cpu_multiplies_bf16()
 
 
-@functools.cache
 @torch.compiler.assume_constant_result  # torch.compile does not trace what is asked here
 def _cpu_multiplies_bf16() -> bool:
     found = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))

@@ -218,6 +218,28 @@ def test_autocast_casts_as_linear_does(dtype):
         assert relative(f, r) < 3 * relative(plain_f, plain_r)
 
 
+@pytest.mark.parametrize("for_weight", [None, BasisSet(3)])
+def test_autocast_keeps_no_copy_of_a_weight(for_weight):
+    """It would be as large as many inputs, and lasts no longer than the pass that needs it."""
+    x, _, bias, grad = problem((8, 8), 1, torch.float32, channels=(64, 32))
+    weight = torch.nn.Parameter(torch.randn(32, 64))
+    kept = []
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        y = low_rank_linear(x, weight, bias, TokenLayout((8, 8), 1), for_weight, BasisSet(3))
+        plain = F.linear(x, weight, bias)
+    assert next(t.data_ptr() for t in kept if t.shape == weight.shape) == weight.data_ptr()
+    found = torch.autograd.grad(y, weight, grad.to(torch.bfloat16))[0]
+    exact = torch.autograd.grad(plain, weight, grad.to(torch.bfloat16))[0]
+    assert found.dtype == torch.float32
+    if for_weight is None:
+        assert torch.equal(found, exact)
+
+
 def test_float64_is_left_alone_by_autocast():
     x, weight, bias, _ = problem((8, 8), 1)
     with torch.autocast("cpu", torch.bfloat16):

@@ -13,7 +13,7 @@ from test_pointwise import ConvMLP
 
 from lbp_peft import LBPWHTConfig, exact_backward, layout_report, precision
 from lbp_peft.cost import fastest_precision, low_rank_pays
-from lbp_peft.precision import FULL, Precision, Rounded, product, rescaled_product, rotated, rounded
+from lbp_peft.precision import FULL, Precision, Rounded, outer, product, rescaled_product, rotated, rounded
 from lbp_peft.tuner import layer
 
 CPU = torch.device("cpu")
@@ -303,6 +303,51 @@ def test_the_report_says_which_products_are_rounded():
     assert "can be rounded" in ran.why_exact and ran.precision == "full"
 
 
+# Weight gradients beside such a product
+
+
+def kept_tokens(model):
+    """dtypes of all that is kept of layers' inputs and has fewer rows than there are tokens."""
+    kept = []
+
+    def keep(tensor):
+        if tensor.dim() == 3 and tensor.shape[1] == 1 + 10:  # [CLS], and r in the one block
+            kept.append(tensor.dtype)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model(images())
+    return set(kept)
+
+
+@pytest.mark.parametrize(("settings", "dtype"), [("full", torch.float32), ("int8", torch.bfloat16)])
+def test_projected_inputs_are_kept_in_bfloat16_beside_a_product_in_low_precision(settings, dtype):
+    assert kept_tokens(adapted(grad_input=settings)) == {dtype}
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_weight_gradient_is_of_its_factors_in_bfloat16_whatever_multiplies_them(fast, monkeypatch):
+    monkeypatch.setattr("lbp_peft.precision.multiplies_bf16", lambda device: fast)
+    torch.manual_seed(0)
+    grad, x = torch.randn(2, 11, 24), torch.randn(2, 11, 16)
+    found = outer(grad, x.to(torch.bfloat16))
+    expected = torch.einsum("nko,nki->oi", grad.double(), x.double())
+    assert found.dtype == torch.float32
+    # Half a step of bfloat16, 2 ** -9, for each factor and for the result, the errors of the terms being random.
+    assert 0 < (found - expected).norm() / expected.norm() < 4e-3
+    assert torch.equal(outer(grad, x), grad.flatten(0, 1).t() @ x.flatten(0, 1))
+
+
+def test_with_checkpointing_the_first_layers_weight_gradients_are_the_same_too():
+    """Without it their input gradient is not needed, and so neither is a product in low precision."""
+    model = adapted(grad_input="int8")
+    without = gradients(model, images())
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.enable_input_require_grads()
+    found = gradients(model, images())
+    assert all(torch.equal(without[name], found[name]) for name in without if "layers.0.attention.q" in name)
+
+
 # auto
 
 
@@ -311,17 +356,20 @@ def test_auto_asks_the_device_and_the_shape(monkeypatch):
     assert fastest_precision(1576, 3072, 768, torch.float32, CPU) == "int8"
     assert fastest_precision(1576, 64, 64, torch.float32, CPU) == "full"
     assert fastest_precision(20, 3072, 768, torch.float32, CPU) == "full"
-    assert fastest_precision(1576, 3072, 768, torch.bfloat16, CPU) == "full"
+    assert fastest_precision(1576, 3072, 768, torch.bfloat16, CPU) == "int8"
+    assert fastest_precision(1576, 384, 384, torch.bfloat16, CPU) == "full"
+    assert fastest_precision(1576, 3072, 768, torch.float16, CPU) == "full"
     monkeypatch.setattr("lbp_peft.cost._cpu_multiplies_int8", lambda: False)
     assert fastest_precision(1576, 3072, 768, torch.float32, CPU) == "full"
     assert low_rank_pays(197, 41, 768, 768) and not low_rank_pays(197, 41, 32, 128)
+    assert low_rank_pays(197, 41, 384, 384) and not low_rank_pays(197, 41, 384, 384, dtype=torch.bfloat16)
     assert not low_rank_pays(197, 197, 768, 768) and not low_rank_pays(197, 41, 768, 768, on_images=True)
 
 
 def test_auto_in_a_model(monkeypatch):
     """Narrow layers are exact; of the others the input gradient is as the device has it."""
     wide = {"hidden_size": 64, "intermediate_size": 768, "num_hidden_layers": 1}
-    monkeypatch.setattr(layer, "low_rank_pays", lambda tokens, kept, out, into, on_images: out * into > 64 * 64)
+    monkeypatch.setattr(layer, "low_rank_pays", lambda tokens, kept, out, into, *_: out * into > 64 * 64)
     monkeypatch.setattr(layer, "fastest_precision", lambda rows, out, into, *_: "int8" if out > into else "full")
     model = adapted(lambda: tiny_vit(**wide), grad_input="auto")
     gradients(model, images())

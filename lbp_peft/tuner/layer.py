@@ -164,12 +164,12 @@ class LBPWHTLayer(BaseTunerLayer):
         kept_for_weight, kept_for_input = kept_for_weight or num_tokens, kept_for_input or num_tokens
         if plan.precision.name == AUTO:
             features = (base.weight.numel() // int(shape[-1]), int(shape[-1]))
-            on_images = x.dim() == 4 and shape != x.shape
-            if kept_for_weight < num_tokens and not low_rank_pays(num_tokens, kept_for_weight, *features, on_images):
-                self._note(x, "it is so narrow that exact backpropagation is faster", plan.layout)
-                return None
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+            given = (num_tokens, kept_for_weight, *features, x.dim() == 4 and shape != x.shape, dtype)
+            if kept_for_weight < num_tokens and not low_rank_pays(*given):
+                self._note(x, "it is so narrow that exact backpropagation is faster", plan.layout)
+                return None
             name = fastest_precision(shape[0] * kept_for_input, *features, dtype, x.device)
             plan = replace(plan, precision=replace(plan.precision, name=name))
         if min(kept_for_weight, kept_for_input) == num_tokens and plan.precision.name == "full":
