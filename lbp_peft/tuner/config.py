@@ -25,7 +25,8 @@ class LBPWHTConfig(PeftConfig):
             g W to that type. "auto": in the precision that is fastest for the device and the shape, or with the whole
             layer exact where that is faster; see docs/configuration.md. An int: low-rank, with a rank of its own; the
             paper's setting is `grad_input=r`. Its error compounds from the last layer to the first, that of the weight
-            gradient does not. A pair, as in (10, "int8"): low-rank, and its product rounded.
+            gradient does not. A pair, as in (10, "int8"): low-rank, and its product rounded. Beside a product in low
+            precision the two factors of the weight gradient are rounded to bfloat16.
         rotation: Before g and W are rounded to 8 bits, mix blocks of so many outputs by a Hadamard matrix, a power of
             two; 0: not. It spreads outliers and cancels in the product.
         compress_activations: "int8": activation functions and norms between the adapted layers keep their inputs in 8
