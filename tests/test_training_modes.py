@@ -229,6 +229,52 @@ def test_autocast(dtype):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("grad_input", ["full", 3, "int8"])
+@pytest.mark.parametrize(
+    "device",
+    ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))],
+)
+def test_float16_with_a_scaler(device, grad_input):
+    """Its gradients are as near to those in float32 as plain autocast's are, and a step is left out that overflows."""
+    x = images().to(device)
+    model = adapted(grad_input=grad_input).to(device)
+    expected = gradients(model, x)
+    with exact_backward(model):
+        exact = gradients(model, x)
+
+    def scaled(scale):
+        scaler = torch.amp.GradScaler(device, init_scale=scale)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.float16):
+            logits = forward(model, x).float()
+        goal = torch.randn(logits.shape, generator=torch.Generator().manual_seed(9)).to(device)
+        loss = (logits - goal).square().sum()  # as in `gradients`
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        scaler.step(optimizer)
+        scaler.update()
+        return found, scaler.get_scale()
+
+    def distance(found, goal):
+        missed = sum((found[n] - goal[n]).square().sum() for n in found)
+        return (missed / sum(goal[n].square().sum() for n in found)).sqrt().item()
+
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    found, scale = scaled(2.0**24)
+    assert scale < 2.0**24
+    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
+    with exact_backward(model):
+        plain, _ = scaled(2.0**8)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(before[name])
+    found, scale = scaled(2.0**8)
+    assert scale == 2.0**8
+    assert distance(found, expected) < 2 * distance(plain, exact) + (0.01 if grad_input == "int8" else 0)
+
+
 def test_functional_call_uses_the_weights_it_is_given():
     x = images()
     model, other = adapted(), adapted()

@@ -3,6 +3,7 @@
     full                                   all weights are trained
     lora-all:r=16                          LoRA on all linear layers of the encoder
     full+checkpointing                     activations are computed again in the backward pass
+    full+compile                           torch.compile
     lbp-wht:r=10,grad_input=int8           LBP-WHT; the settings are those of its configuration
     lora-all+lbp-wht:r=3,grad_input=3      LBP-WHT put on LoRA
 
@@ -123,6 +124,11 @@ def checkpointing(model: nn.Module, heads: list[str], settings: Settings) -> nn.
     raise NotAvailable("the model has no gradient checkpointing")
 
 
+def compiled(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
+    model.compile(**settings)
+    return model
+
+
 def lbp_wht(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
     stacked = isinstance(model, PeftModel)
     try:
@@ -187,4 +193,5 @@ WORDS: dict[str, Callable[[nn.Module, list[str], Settings], nn.Module]] = {
     "velora": velora,
     "lbp-wht": lbp_wht,
     "checkpointing": checkpointing,
+    "compile": compiled,
 }
