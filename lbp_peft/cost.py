@@ -55,6 +55,30 @@ def low_rank_pays(
     return saved > projecting * num_tokens * (out_features + in_features)
 
 
+def one_matrix_pays(kept: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether tokens are sooner projected by one matrix (k, L) than axis by axis.
+
+    Args:
+        kept: k, the multiply-adds for each value that is projected. Axis by axis these are few, and the time is that of
+            reading and writing the values several times.
+        dtype, device: Of the tokens.
+    """
+    if device.type == "cuda":
+        # By the ratio of arithmetic to bandwidth on the data sheets of A100 and H100; not measured.
+        return kept <= (40 if dtype.itemsize >= 4 else 160)
+    return kept <= (64 if dtype == torch.bfloat16 and multiplies_bf16(device) else 32)
+
+
+def attention_by_products_pays(keys: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether attention goes backward sooner by matrix products than fused.
+
+    Args:
+        keys: Of each query. With more of them, the matrices outgrow the cache.
+        dtype, device: Of query, key and value.
+    """
+    return device.type == "cpu" and dtype == torch.bfloat16 and keys <= 600 and multiplies_bf16(device)
+
+
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether products are faster in bfloat16 than in float32 there: whether there are instructions for them."""
     if device.type == "cuda":

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from . import kernels
 from .bases import BasisSet, TokenLayout, bases_along, check_side, grid_bases, num_bases, unrolled_order
+from .cost import one_matrix_pays
 
 
 def num_kept(layout: TokenLayout, bases: BasisSet | None) -> int:
@@ -71,12 +72,37 @@ def _order(layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor]:
     return _orders[key]
 
 
+_wholes: dict[tuple, Tensor] = {}
+
+
+def _whole_matrix(name: str, layout: TokenLayout, bases: BasisSet, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Shape (k, L): "analysis" or "synthesis" of all tokens, those outside the grid as they are."""
+    key = (name, layout, bases, dtype, device)
+    if not torch.compiler.is_compiling() and key in _wholes:
+        return _wholes[key]
+    # Rounded once, at the end. What is compiled makes it in each pass: to hold it, it would take a list of its values.
+    wide, where = (torch.float32, device) if torch.compiler.is_compiling() else (torch.float64, torch.device("cpu"))
+    with torch.inference_mode(False), torch.no_grad():
+        rows, columns = (_matrix(f"{axis}_{name}", layout.grid, bases, wide, where) for axis in ("row", "column"))
+        whole = torch.kron(rows, columns)[_matrix("kept", layout.grid, bases, torch.int64, where)]
+        if layout.unrolled:
+            whole = whole[:, _order(layout, where)[1]]
+        before, after = (
+            torch.eye(number, dtype=wide, device=where)
+            for number in (layout.num_prefix_tokens, layout.num_suffix_tokens)
+        )
+        whole = torch.block_diag(before, whole, after).to(device, dtype)
+    if type(whole) is Tensor and not torch.compiler.is_compiling():
+        _wholes[key] = whole
+    return whole
+
+
 class Projection:
     """The linear maps between L tokens and their k coefficients, for one layout, dtype and device.
 
     With boundary="orthogonal", `lift` is the transpose of `project` and `project(lift(z)) == z`. The two axes of the
     grid are transformed one after the other, so nothing larger than the input is ever made, and the first, larger step
-    is one matrix product over contiguous memory.
+    is one matrix product over contiguous memory. [`OneMatrix`] does the same at once.
 
     Args:
         layout: Where the L tokens lie.
@@ -96,25 +122,31 @@ class Projection:
     ):
         self.layout = layout
         self.bases = bases
+        self.dtype = dtype
+        self.device = device
         self.padding = padding
+        self._make_matrices()
+
+    def _make_matrices(self) -> None:
+        layout, bases = self.layout, self.bases
         block_size = bases_along(layout.grid, bases).block_size
         self.row_blocks, self.column_blocks = (_like_blocks(side, block_size, layout) for side in layout.grid)
 
         def matrix(name: str, blocks: int) -> Tensor:
-            whole = _matrix(name, layout.grid, bases, dtype, device)
+            whole = _matrix(name, layout.grid, bases, self.dtype, self.device)
             return whole[: len(whole) // blocks, : whole.shape[1] // blocks]
 
         self.row_analysis = matrix("row_analysis", self.row_blocks)
         self.row_synthesis = matrix("row_synthesis", self.row_blocks)
         self.column_analysis = matrix("column_analysis", self.column_blocks)
         self.column_synthesis = matrix("column_synthesis", self.column_blocks)
-        self.kept = _matrix("kept", layout.grid, bases, torch.int64, device)
+        self.kept = _matrix("kept", layout.grid, bases, torch.int64, self.device)
 
     def of_dtype(self, dtype: torch.dtype) -> Projection:
         """The same for tokens of another dtype."""
-        if self.row_analysis.dtype == dtype:
+        if self.dtype == dtype:
             return self
-        return Projection(self.layout, self.bases, dtype, self.row_analysis.device, self.padding)
+        return type(self)(self.layout, self.bases, dtype, self.device, self.padding)
 
     @property
     def keeps_sums(self) -> bool:
@@ -229,6 +261,38 @@ class Projection:
         return pixels.view(batch, channels, height, width)
 
 
+class OneMatrix(Projection):
+    """A [`Projection`] by one matrix (k, L): more multiply-adds than axis by axis, in a single pass over the tokens."""
+
+    def _make_matrices(self) -> None:
+        self.analysis, self.synthesis = (
+            _whole_matrix(name, self.layout, self.bases, self.dtype, self.device) for name in ("analysis", "synthesis")
+        )
+
+    def sum(self, coefficients: Tensor) -> Tensor:
+        return self.analysis.sum(dim=1) @ coefficients.sum(dim=0)
+
+    def project(self, tokens: Tensor) -> Tensor:
+        if self.padding is not None:
+            tokens = tokens.masked_fill(self.padding[:, :, None], 0)
+        return _times(self.analysis, tokens, 1)
+
+    def lift(self, coefficients: Tensor) -> Tensor:
+        tokens = _times(self.synthesis.t(), coefficients, 1)
+        return tokens if self.padding is None else tokens.masked_fill_(self.padding[:, :, None], 0)
+
+    def project_image(self, image: Tensor) -> Tensor:
+        if (
+            image.is_contiguous(memory_format=torch.channels_last) and image.shape[1] > 1
+        ):  # the tokens as they lie there
+            return self.project(image.permute(0, 2, 3, 1).flatten(1, 2))
+        return (image.flatten(2) @ self.analysis.t()).transpose(1, 2)
+
+    def lift_image(self, coefficients: Tensor) -> Tensor:
+        pixels = coefficients.transpose(1, 2) @ self.synthesis
+        return pixels.unflatten(2, self.layout.grid)
+
+
 def _like_blocks(side: int, block_size: int, layout: TokenLayout) -> int:
     """How many blocks of a side are transformed by one and the same matrix; 1: the side is transformed as a whole.
 
@@ -265,6 +329,8 @@ def projection(
         return None
     if layout is None:
         raise ValueError("To project tokens on bases, it has to be known where they lie: give a layout.")
-    if num_kept(layout, bases) == layout.num_tokens:
+    kept = num_kept(layout, bases)
+    if kept == layout.num_tokens:
         return None
-    return Projection(layout, bases, dtype, device, padding)
+    at_once = not kernels.IN_USE and one_matrix_pays(kept, dtype, device)
+    return (OneMatrix if at_once else Projection)(layout, bases, dtype, device, padding)

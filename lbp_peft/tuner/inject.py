@@ -12,6 +12,7 @@ from torch import nn
 from ..encoder import encoder_linears, is_pointwise_conv, is_transposed_linear
 from ..grid import GridFinder
 from ..hints import is_of_text, why_off_grid, window_near
+from .attending import attend_by_products
 from .checks import check_modules_to_save, check_targets, is_adapted_linear
 from .compressed import compress_activations
 from .config import LBPWHTConfig
@@ -116,7 +117,8 @@ def _trained_by_others(target: nn.Module, model: nn.Module) -> bool:
 
 
 def look_around(model: nn.Module) -> None:
-    """Have the layers of a model learn on what grids their tokens lie, and what is between them compress its inputs."""
+    """Have the layers of a model learn on what grids their tokens lie, and what is around them do its part."""
+    attend_by_products(model)
     compress_activations(model)
     grid_finder(model).watch(model)
     for name, module in model.named_modules():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .compressed import LBPWHTCompressed
+from .around import Around
 from .layer import BackwardPass, LBPWHTLayer
 
 
@@ -60,7 +60,7 @@ def layout_report(model: nn.Module) -> LayoutReport:
         {
             module.layer_name: module.last_backward
             for module in model.modules()
-            if isinstance(module, LBPWHTLayer) and not isinstance(module, LBPWHTCompressed)
+            if isinstance(module, LBPWHTLayer) and not isinstance(module, Around)
         }
     )
 

@@ -1,0 +1,126 @@
+"""Attention in bfloat16 on CPUs: the same forward pass, and a backward pass of matrix products.
+
+PyTorch's fused attention goes backward on CPUs more slowly in bfloat16 than in float32, for 65 tokens six times, which
+takes longer than all that low-rank layers leave of the backward pass. With P = softmax(s q k^T), y = P v, g = dLoss/dy:
+
+    dv = P^T g
+    dP = g v^T
+    dS = P * (dP - rowsum(y * g))
+    dq = s dS k,  dk = s dS^T q
+
+That is exact: only the order of rounding differs. P is computed again, in float32, and so is y: no more than q, k and
+v are kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from .cost import attention_by_products_pays
+from .lowrank import once_differentiable
+
+# Entries of the attention matrices that are worked on at once. Those of more would not stay in the cache.
+_ENTRIES_AT_ONCE = 2**19
+
+
+class AttentionByProducts(TorchFunctionMode):
+    """Within this context, `F.scaled_dot_product_attention` goes backward by [`attention`], whoever calls it."""
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if function is F.scaled_dot_product_attention:
+            return attention(*args, **kwargs or {})
+        return function(*args, **kwargs or {})
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """`F.scaled_dot_product_attention`, bit for bit, with another backward pass where that is faster.
+
+    Args:
+        query: Shape (N, heads, L, d).
+        key, value: Shapes (N, heads, S, d) and (N, heads, S, d_v).
+        attn_mask, dropout_p, is_causal, enable_gqa: With any of these set it *is* `F.scaled_dot_product_attention`, and
+            so it is for tensors that are not all bfloat16, on other devices than CPUs and for long sequences.
+        scale: s; None: d^-0.5.
+
+    Double backward raises RuntimeError.
+
+    Returns:
+        Shape (N, heads, L, d_v).
+    """
+    tensors = (query, key, value)
+    plain = attn_mask is None and not dropout_p and not is_causal and not enable_gqa
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if plain and wanted and _is_regular(*tensors) and attention_by_products_pays(key.shape[-2], key.dtype, key.device):
+        return _Attention.apply(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
+
+
+def _is_regular(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether nothing has to be broadcast or cast."""
+    return (
+        query.dim() == key.dim() == value.dim() == 4
+        and query.shape[:2] == key.shape[:2] == value.shape[:2]
+        and query.dtype == key.dtype == value.dtype
+    )
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        *tensors, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        second_order = torch.is_grad_enabled()
+        with torch.no_grad(), torch.autocast(grads[0].device.type, enabled=False):  # the logits have to be float32
+            gradients = _gradients(query, key, value, grads[0], ctx.scale)
+        return *(once_differentiable(gradients) if second_order else gradients), None
+
+
+def _gradients(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, scale: float) -> list[Tensor]:
+    """Those of query, key and value, a few heads at a time."""
+    queries, keys, values, grads = (t.flatten(0, 1).contiguous() for t in (query, key, value, grad))
+    of_queries, of_keys, of_values = (torch.empty_like(t) for t in (queries, keys, values))
+    heads, rows, columns = len(queries), queries.shape[1], keys.shape[1]
+    at_once = min(max(_ENTRIES_AT_ONCE // (rows * columns), 1), heads)
+    wide, weights = (queries.new_empty(at_once, rows, columns, dtype=torch.float32) for _ in range(2))
+    rounded, narrow = (queries.new_empty(at_once, rows, columns) for _ in range(2))
+    for start in range(0, heads, at_once):
+        part = slice(start, start + at_once)
+        q, k, v, g = queries[part], keys[part], values[part], grads[part]
+        logits, p, p_rounded, ds = wide[: len(q)], weights[: len(q)], rounded[: len(q)], narrow[: len(q)]
+        torch.bmm(q.float().mul_(scale), k.float().transpose(1, 2), out=logits)
+        torch.softmax(logits, dim=-1, out=p)
+        p_rounded.copy_(p)
+        torch.bmm(p_rounded.transpose(1, 2), g, out=of_values[part])
+        y = torch.bmm(p_rounded, v)
+        torch.bmm(g, v.transpose(1, 2), out=ds)
+        # In float32, since the difference may be far smaller than its terms; copied, since of two dtypes at once all
+        # but copies are slow.
+        ds.copy_(logits.copy_(ds).sub_((y.float() * g).sum(-1, keepdim=True)).mul_(p))
+        torch.bmm(ds, k, out=of_queries[part]).mul_(scale)
+        torch.bmm(ds.transpose(1, 2), q, out=of_keys[part]).mul_(scale)
+    found = zip((of_queries, of_keys, of_values), (query, key, value), strict=True)
+    return [gradient.view_as(like) for gradient, like in found]
