@@ -25,14 +25,21 @@ from .cost import attention_by_products_pays
 from .lowrank import once_differentiable
 
 # Entries of the attention matrices that are worked on at once. Those of more would not stay in the cache.
-_ENTRIES_AT_ONCE = 2**19
+_ENTRIES_AT_ONCE = 2**20
 
 
 class AttentionByProducts(TorchFunctionMode):
-    """Within this context, `F.scaled_dot_product_attention` goes backward by [`attention`], whoever calls it."""
+    """Within this context, `F.scaled_dot_product_attention` goes backward by [`attention`], whoever calls it.
+
+    Attributes:
+        was_called: Whether anybody has.
+    """
+
+    was_called = False
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is F.scaled_dot_product_attention:
+            self.was_called = True
             return attention(*args, **kwargs or {})
         return function(*args, **kwargs or {})
 

@@ -163,7 +163,10 @@ def outer(grad: Tensor, x: Tensor) -> Tensor:
     if left.dtype != right.dtype:
         dtype = right.dtype if multiplies_bf16(grad.device) else left.dtype
         left, right = left.to(dtype), right.to(dtype)
-    return (left.t() @ right).to(grad.dtype)
+    columns = left.t()
+    if columns.device.type == "cpu" and columns.dtype == torch.bfloat16 and len(columns) < right.shape[1]:
+        columns = columns.contiguous()  # the product itself takes longer to turn them
+    return (columns @ right).to(grad.dtype)
 
 
 def _rounded_rows(rows: Tensor, rotation: int, dtype: torch.dtype) -> Rounded:

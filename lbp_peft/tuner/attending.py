@@ -1,30 +1,44 @@
-"""Blocks whose attention goes backward by matrix products where these are faster."""
+"""Attention among the adapted layers that goes backward by matrix products where these are faster."""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..attention import AttentionByProducts
 from ..cost import multiplies_bf16
 from .around import Around, blocks_with_layers, stand_around
 from .layer import LBPWHTLayer
+from .stacked import CHILD, Inside, LBPWHTStacked
 
 
 class LBPWHTAttending(Around):
-    """Stands inside a block with adapted layers, its host, and has the attention in it go backward by products."""
+    """Stands inside a module that owns adapted layers, its host, and has the attention in it go backward by products.
+
+    Only the first forward pass tells whether there is any: an MLP owns layers too.
+    """
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self._has_attention = True
 
     def run(self, host: Any, *args: Any, **kwargs: Any) -> Any:
         """The host's forward pass."""
-        with AttentionByProducts() if self._is_active() and _may_pay(*args, *kwargs.values()) else nullcontext():
-            return type(host).plain_class.forward(host, *args, **kwargs)
+        plain = type(host).plain_class.forward
+        if not (self._has_attention and self._is_active() and _may_pay(*args, *kwargs.values())):
+            return plain(host, *args, **kwargs)
+        with AttentionByProducts() as mode:
+            result = plain(host, *args, **kwargs)
+        self._has_attention = mode.was_called
+        return result
 
 
 def _may_pay(*inputs: Any) -> bool:
-    """Whether a block of these inputs works in bfloat16 on a CPU that multiplies it: the only case that gains."""
+    """Whether a module of these inputs works in bfloat16 on a CPU that multiplies it: the only case that gains."""
     x = next((x for x in inputs if isinstance(x, Tensor)), None)
     if x is None or x.device.type != "cpu" or not multiplies_bf16(x.device):
         return False
@@ -33,8 +47,20 @@ def _may_pay(*inputs: Any) -> bool:
 
 
 def attend_by_products(model: nn.Module) -> None:
-    """Put one into every block with adapted layers."""
+    """Put one into every owner of adapted layers in a block."""
     for block, layers in blocks_with_layers(model):
-        if not isinstance(block, LBPWHTLayer) and all(block is not layer for layer in layers):
-            rules = {name: rule for layer in layers for name, rule in layer.lbpwht_rule.items()}
-            stand_around(block, LBPWHTAttending, layers, rules)
+        rules = {name: rule for layer in layers for name, rule in layer.lbpwht_rule.items()}
+        for owner in list(_owners(block)):
+            stand_around(owner, LBPWHTAttending, layers, rules)
+
+
+def _owners(block: nn.Module) -> Iterator[nn.Module]:
+    for module in block.modules():
+        called = not isinstance(module, (BaseTunerLayer, nn.ModuleList, nn.ModuleDict))
+        if called and any(_is_adapted(child) for child in module.children()):
+            yield module
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    own = isinstance(module, LBPWHTLayer) and not isinstance(module, Inside)
+    return own or isinstance(getattr(module, CHILD, None), LBPWHTStacked)
