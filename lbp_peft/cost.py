@@ -6,13 +6,11 @@ Nothing is timed while training: a run has to give the same bits when it is repe
 
 from __future__ import annotations
 
-import functools
-
 import torch
 
-# Rounding a matrix to int8 takes as long as this many multiply-adds in float32 for each of its elements, and so does
-# scaling the product; in bfloat16, as many multiply-adds in bfloat16.
-_ROUNDING = {torch.float32: 160, torch.bfloat16: 200}
+# What rounding the factors of a product and scaling it take, in multiply-adds of float32 for each of their elements.
+_CASTING_TO_BF16 = 40
+_ROUNDING_TO_INT8 = {torch.float32: 120, torch.bfloat16: 50}
 # And projecting a tensor as long as this many for each of its elements; more on images, whose channels come first.
 _PROJECTING, _PROJECTING_16_BITS, _PROJECTING_IMAGES = 128, 160, 400
 
@@ -28,10 +26,16 @@ def fastest_precision(rows: int, out_features: int, in_features: int, dtype: tor
     """
     if device.type == "cuda":
         return "bf16" if dtype == torch.float32 and multiplies_bf16(device) else "full"
-    if device.type == "cpu" and dtype in _ROUNDING and _cpu_multiplies_int8():
-        pays = _ROUNDING[dtype] * (1 / rows + 1 / out_features + 1 / in_features) < 1
-        return "int8" if pays else "full"
-    return "full"
+    if device.type != "cpu" or dtype not in _ROUNDING_TO_INT8:
+        return "full"
+    of_bf16, of_int8 = _cpu_rates()
+    edges = 1 / rows + 1 / out_features + 1 / in_features
+    # In multiply-adds of float32, for each that is to be done.
+    times = {"full": 1.0 if dtype == torch.float32 else 1 / of_bf16}
+    if dtype == torch.float32:
+        times["bf16"] = 1 / of_bf16 + _CASTING_TO_BF16 * edges
+    times["int8"] = 1 / of_int8 + _ROUNDING_TO_INT8[dtype] * edges
+    return min(times, key=lambda name: times[name])
 
 
 def low_rank_pays(
@@ -83,17 +87,18 @@ def multiplies_bf16(device: torch.device) -> bool:
     """Whether products are faster in bfloat16 than in float32 there: whether there are instructions for them."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and _cpu_multiplies_bf16()
+    return device.type == "cpu" and _cpu_rates()[0] > 1
 
 
 @torch.compiler.assume_constant_result  # torch.compile does not trace what is asked here
-def _cpu_multiplies_bf16() -> bool:
-    found = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(supported is not None and bool(supported()) for supported in found)
+def _cpu_rates() -> tuple[float, float]:
+    """How many times faster than in float32 the processor multiplies in bfloat16 and in int8, by its instructions."""
 
+    def has(name: str) -> bool:
+        supported = getattr(torch.cpu, f"_is_{name}_supported", None)
+        return supported is not None and bool(supported())
 
-@functools.cache
-def _cpu_multiplies_int8() -> bool:
-    """Whether the processor has instructions for it (VNNI); without them int8 is slower than float32."""
-    supported = getattr(torch.cpu, "_is_vnni_supported", None)
-    return supported is not None and bool(supported())
+    if has("amx_tile"):
+        return 6.5, 9.0
+    of_int8 = 4.0 if has("vnni") else 0.5
+    return (2.0 if has("avx512_bf16") else 0.5), of_int8
