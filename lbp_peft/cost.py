@@ -1,18 +1,22 @@
 """What is fastest for a layer, told from its shape and the instructions of the device.
 
-Nothing is timed while training: a run has to give the same bits when it is repeated. The constants were read off
-`examples/benchmarks/single_layers.py`, see docs/results.md.
+Nothing is timed while training: a run has to give the same bits when it is repeated. The constants of CPUs were read
+off `examples/benchmarks/single_layers.py` and `projections.py`, see docs/results.md; those of GPUs were worked out from
+the rates on data sheets and are not measured. Times are in multiply-adds of float32.
 """
 
 from __future__ import annotations
 
 import torch
 
-# What rounding the factors of a product and scaling it take, in multiply-adds of float32 for each of their elements.
+# Of the factors and the result of a product, what rounding takes for each element.
 _CASTING_TO_BF16 = 40
 _ROUNDING_TO_INT8 = {torch.float32: 120, torch.bfloat16: 50}
-# And projecting a tensor as long as this many for each of its elements; more on images, whose channels come first.
-_PROJECTING, _PROJECTING_16_BITS, _PROJECTING_IMAGES = 128, 160, 400
+# Of what is projected, likewise; of images more, since their channels come first.
+_PROJECTING = {torch.float32: 100, torch.bfloat16: 60}
+_PROJECTING_IMAGES = {torch.float32: 250, torch.bfloat16: 60}
+_PROJECTING_ON_GPU = {torch.float32: 60, torch.float16: 20, torch.bfloat16: 20}
+_GPU_RATE_IN_16_BITS = 15.0
 
 
 def fastest_precision(rows: int, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> str:
@@ -24,39 +28,55 @@ def fastest_precision(rows: int, out_features: int, in_features: int, dtype: tor
         dtype: Of g.
         device: It is asked for its instructions.
     """
-    if device.type == "cuda":
-        return "bf16" if dtype == torch.float32 and multiplies_bf16(device) else "full"
-    if device.type != "cpu" or dtype not in _ROUNDING_TO_INT8:
-        return "full"
-    of_bf16, of_int8 = _cpu_rates()
-    edges = 1 / rows + 1 / out_features + 1 / in_features
-    # In multiply-adds of float32, for each that is to be done.
-    times = {"full": 1.0 if dtype == torch.float32 else 1 / of_bf16}
-    if dtype == torch.float32:
-        times["bf16"] = 1 / of_bf16 + _CASTING_TO_BF16 * edges
-    times["int8"] = 1 / of_int8 + _ROUNDING_TO_INT8[dtype] * edges
+    times = _times_of_product(rows, out_features, in_features, dtype, device)
     return min(times, key=lambda name: times[name])
 
 
 def low_rank_pays(
+    num_images: int,
     num_tokens: int,
     kept: int,
     out_features: int,
     in_features: int,
+    dtype: torch.dtype,
+    device: torch.device,
     on_images: bool = False,
-    dtype: torch.dtype = torch.float32,
 ) -> bool:
-    """Whether the weight gradient of k rows instead of L makes up for projecting x and g, of C_in and C_out columns.
+    """Whether a backward pass with a low-rank weight gradient, and g W in the fastest precision, is sooner done.
 
     Args:
-        num_tokens: L.
-        kept: k.
-        on_images: Whether x is (N, C_in, H, W).
+        num_images: N.
+        num_tokens: L, of each image.
+        kept: k of them, for the weight gradient.
+        out_features, in_features: C_out and C_in.
         dtype: Of x and g.
+        device: Where they are.
+        on_images: Whether x is (N, C_in, H, W).
     """
-    saved = (num_tokens - kept) * out_features * in_features
-    projecting = _PROJECTING_IMAGES if on_images else _PROJECTING if dtype.itemsize >= 4 else _PROJECTING_16_BITS
-    return saved > projecting * num_tokens * (out_features + in_features)
+    times = _times_of_product(num_images * num_tokens, out_features, in_features, dtype, device)
+    saved = times["full"] * (1 - kept / num_tokens) + times["full"] - min(times.values())
+    projecting = _PROJECTING_ON_GPU if device.type == "cuda" else _PROJECTING_IMAGES if on_images else _PROJECTING
+    price = projecting.get(dtype, projecting[torch.float32])
+    return saved > price * (1 / out_features + 1 / in_features)
+
+
+def _times_of_product(
+    rows: int, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, float]:
+    """Of g W, for each of its multiply-adds, by precision."""
+    if device.type == "cuda":
+        if dtype == torch.float32 and multiplies_bf16(device):
+            return {"full": 1.0, "bf16": 1 / _GPU_RATE_IN_16_BITS}
+        return {"full": 1.0 if dtype.itemsize >= 4 else 1 / _GPU_RATE_IN_16_BITS}
+    if device.type != "cpu" or dtype not in _ROUNDING_TO_INT8:
+        return {"full": 1.0}
+    of_bf16, of_int8 = _cpu_rates()
+    edges = 1 / rows + 1 / out_features + 1 / in_features
+    times = {"full": 1.0 if dtype == torch.float32 else 1 / of_bf16}
+    if dtype == torch.float32:
+        times["bf16"] = 1 / of_bf16 + _CASTING_TO_BF16 * edges
+    times["int8"] = 1 / of_int8 + _ROUNDING_TO_INT8[dtype] * edges
+    return times
 
 
 def one_matrix_pays(kept: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -68,9 +88,8 @@ def one_matrix_pays(kept: int, dtype: torch.dtype, device: torch.device) -> bool
         dtype, device: Of the tokens.
     """
     if device.type == "cuda":
-        # By the ratio of arithmetic to bandwidth on the data sheets of A100 and H100; not measured.
         return kept <= (40 if dtype.itemsize >= 4 else 160)
-    return kept <= (64 if dtype == torch.bfloat16 and multiplies_bf16(device) else 32)
+    return kept <= (32 * _cpu_rates()[0] if dtype == torch.bfloat16 and multiplies_bf16(device) else 32)
 
 
 def attention_by_products_pays(keys: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -100,5 +119,4 @@ def _cpu_rates() -> tuple[float, float]:
 
     if has("amx_tile"):
         return 6.5, 9.0
-    of_int8 = 4.0 if has("vnni") else 0.5
-    return (2.0 if has("avx512_bf16") else 0.5), of_int8
+    return (2.0 if has("avx512_bf16") else 0.5), (4.0 if has("vnni") else 0.5)

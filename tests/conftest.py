@@ -6,3 +6,16 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests run on all cores at once, so each process keeps to one; programs that tests start inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def every_layer_pays(request, monkeypatch):
+    """The default, grad_input="auto", leaves narrow layers exact, and the layers of these tests are narrow.
+
+    Here all pay, with exact products, but for tests of that choice, marked `own_choice`.
+    """
+    if "own_choice" not in request.keywords:
+        monkeypatch.setattr("lbp_peft.tuner.layer.low_rank_pays", lambda *_: True)
+        monkeypatch.setattr("lbp_peft.tuner.layer.fastest_precision", lambda *_: "full")

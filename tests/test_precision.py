@@ -12,11 +12,7 @@ from test_other_linears import Mixer
 from test_pointwise import ConvMLP
 
 from lbp_peft import LBPWHTConfig, exact_backward, layout_report, precision
-from lbp_peft.cost import fastest_precision, low_rank_pays
 from lbp_peft.precision import FULL, Precision, Rounded, outer, product, rescaled_product, rotated, rounded
-from lbp_peft.tuner import layer
-
-CPU = torch.device("cpu")
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
@@ -348,36 +344,5 @@ def test_with_checkpointing_the_first_layers_weight_gradients_are_the_same_too()
     assert all(torch.equal(without[name], found[name]) for name in without if "layers.0.attention.q" in name)
 
 
-# auto
-
-
-def test_auto_asks_the_device_and_the_shape(monkeypatch):
-    monkeypatch.setattr("lbp_peft.cost._cpu_multiplies_int8", lambda: True)
-    assert fastest_precision(1576, 3072, 768, torch.float32, CPU) == "int8"
-    assert fastest_precision(1576, 64, 64, torch.float32, CPU) == "full"
-    assert fastest_precision(20, 3072, 768, torch.float32, CPU) == "full"
-    assert fastest_precision(1576, 3072, 768, torch.bfloat16, CPU) == "int8"
-    assert fastest_precision(1576, 384, 384, torch.bfloat16, CPU) == "full"
-    assert fastest_precision(1576, 3072, 768, torch.float16, CPU) == "full"
-    monkeypatch.setattr("lbp_peft.cost._cpu_multiplies_int8", lambda: False)
-    assert fastest_precision(1576, 3072, 768, torch.float32, CPU) == "full"
-    assert low_rank_pays(197, 41, 768, 768) and not low_rank_pays(197, 41, 32, 128)
-    assert low_rank_pays(197, 41, 384, 384) and not low_rank_pays(197, 41, 384, 384, dtype=torch.bfloat16)
-    assert not low_rank_pays(197, 197, 768, 768) and not low_rank_pays(197, 41, 768, 768, on_images=True)
-
-
-def test_auto_in_a_model(monkeypatch):
-    """Narrow layers are exact; of the others the input gradient is as the device has it."""
-    wide = {"hidden_size": 64, "intermediate_size": 768, "num_hidden_layers": 1}
-    monkeypatch.setattr(layer, "low_rank_pays", lambda tokens, kept, out, into, *_: out * into > 64 * 64)
-    monkeypatch.setattr(layer, "fastest_precision", lambda rows, out, into, *_: "int8" if out > into else "full")
-    model = adapted(lambda: tiny_vit(**wide), grad_input="auto")
-    gradients(model, images())
-    ran = {name.rsplit(".")[-1]: r for name, r in layout_report(model).layers.items()}
-    assert "narrow" in ran["o_proj"].why_exact and ran["fc1"].precision == "int8" and ran["fc2"].precision == "full"
-    assert ran["fc1"].kept_for_weight == ran["fc2"].kept_for_weight == 11
-    assert not ran["fc2"].why_exact
-
-
-def test_full_is_the_default_of_the_layers():
-    assert Precision("full", rotation=16) == FULL and LBPWHTConfig().input_precision() == FULL
+def test_there_is_one_way_to_say_that_nothing_is_rounded():
+    assert Precision("full", rotation=16) == FULL == LBPWHTConfig(grad_input="full", rotation=16).input_precision()

@@ -16,7 +16,7 @@ HEAD = {"modules_to_save": ["classifier"]}
 
 
 def lbp_wht(**settings):
-    return get_peft_model(tiny_vit(), LBPWHTConfig(**({"r": 3} | HEAD | settings)))
+    return get_peft_model(tiny_vit(), LBPWHTConfig(**({"r": 3, "grad_input": "full"} | HEAD | settings)))
 
 
 def stacked(**settings):
@@ -32,7 +32,7 @@ def dinov2():
     """Its mask token takes part in no forward pass."""
     torch.manual_seed(0)
     config = Dinov2Config(image_size=32, patch_size=4, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-    return get_peft_model(Dinov2ForImageClassification(config), LBPWHTConfig(r=3, **HEAD))
+    return get_peft_model(Dinov2ForImageClassification(config), LBPWHTConfig(r=3, grad_input="full", **HEAD))
 
 
 @dataclass(frozen=True, eq=False)

@@ -76,7 +76,7 @@ def lbp_wht_config(options: Options, **settings: Any) -> LBPWHTConfig:
 
 
 def lbp_wht_label(options: Options) -> str:
-    return f"LBP-WHT r={options.r}" + ("" if options.grad_input == "full" else f", grad_input={options.grad_input}")
+    return f"LBP-WHT r={options.r}" + ("" if options.grad_input == "auto" else f", grad_input={options.grad_input}")
 
 
 def lora(options: Options) -> Method:

@@ -34,9 +34,9 @@ class Options:
     )
     r: int = option(10, "LBP-WHT: Walsh-Hadamard bases per block.")
     grad_input: str = option(
-        "full",
-        "LBP-WHT: `full` for exact input gradients, `int8`, `bf16` or `auto` for rounded ones, or their rank. "
-        "(lbp-wht-paper always takes r.)",
+        "auto",
+        "LBP-WHT: `full` for exact input gradients, `int8` or `bf16` for rounded ones, `auto` for the fastest of these, "
+        "or their rank. (lbp-wht-paper always takes r.)",
     )
     compress_activations: str = option("", "LBP-WHT: `int8` has activation functions and norms keep less.")
     block_size: int = option(8, "LBP-WHT: order of the transform, in patches.")

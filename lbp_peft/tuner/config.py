@@ -21,12 +21,13 @@ class LBPWHTConfig(PeftConfig):
         r: Walsh bases kept in each block of `block_size` x `block_size` patches for the weight gradient, 1 to
             block_size**2. It need not be triangular or square. 1, 3, 6, 10, 15, 21, 28, 36 are the paper's LP_L1-1 to
             LP_L1-8.
-        grad_input: The input gradient. "full": exact. "int8", "bf16", "fp8": exact up to the rounding of its product
-            g W to that type. "auto": in the precision that is fastest for the device and the shape, or with the whole
-            layer exact where that is faster; see docs/configuration.md. An int: low-rank, with a rank of its own; the
-            paper's setting is `grad_input=r`. Its error compounds from the last layer to the first, that of the weight
-            gradient does not. A pair, as in (10, "int8"): low-rank, and its product rounded. Beside a product in low
-            precision the two factors of the weight gradient are rounded to bfloat16.
+        grad_input: The input gradient. "auto": exact, or exact up to the rounding of its product g W to few bits,
+            whichever is faster for the device and the shape; a layer so narrow that exact backpropagation is faster
+            altogether is left to it, with one warning. See docs/configuration.md. "full": exact. "int8", "bf16",
+            "fp8": exact up to the rounding to that type. An int: low-rank, with a rank of its own; the paper's setting
+            is `grad_input=r`. Its error compounds from the last layer to the first, that of the weight gradient does
+            not. A pair, as in (10, "int8"): low-rank, and its product rounded. Beside a product in low precision the
+            two factors of the weight gradient are rounded to bfloat16.
         rotation: Before g and W are rounded to 8 bits, mix blocks of so many outputs by a Hadamard matrix, a power of
             two; 0: not. It spreads outliers and cancels in the product.
         compress_activations: "int8": activation functions and norms between the adapted layers keep their inputs in 8
@@ -61,8 +62,8 @@ class LBPWHTConfig(PeftConfig):
 
     r: int = field(default=10, metadata={"help": "Walsh bases kept per block for the weight gradient."})
     grad_input: str | int | tuple[int, str] = field(
-        default="full",
-        metadata={"help": '"full" (exact), "int8", "bf16", "fp8", "auto", the rank of a low-rank one, or both.'},
+        default=AUTO,
+        metadata={"help": '"auto", "full" (exact), "int8", "bf16", "fp8", the rank of a low-rank one, or both.'},
     )
     rotation: int = field(default=0, metadata={"help": "Outputs mixed by a Hadamard matrix before rounding; 0: none."})
     compress_activations: str | None = field(

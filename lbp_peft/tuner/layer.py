@@ -149,7 +149,7 @@ class LBPWHTLayer(BaseTunerLayer):
         except LayoutError as error:
             self._fall_back(x, error.why, error.remedy, cause=self.why_off_grid or error.remedy)
             return None
-        if min(kept_for_weight, kept_for_input) == layout.num_tokens and precision == FULL:
+        if min(kept_for_weight, kept_for_input) == layout.num_tokens and precision.name in ("full", AUTO):
             self._note(x, "it would keep as many rows as there are tokens", layout)
             return None
         plan = BackwardPlan(layout, for_weight, for_input, self._padding(x), rule.precision)
@@ -166,9 +166,10 @@ class LBPWHTLayer(BaseTunerLayer):
             features = (base.weight.numel() // int(shape[-1]), int(shape[-1]))
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-            given = (num_tokens, kept_for_weight, *features, x.dim() == 4 and shape != x.shape, dtype)
-            if kept_for_weight < num_tokens and not low_rank_pays(*given):
-                self._note(x, "it is so narrow that exact backpropagation is faster", plan.layout)
+            on_images = x.dim() == 4 and shape != x.shape
+            given = (int(shape[0]), num_tokens, kept_for_weight, *features, dtype, x.device, on_images)
+            if kept_for_weight < num_tokens and self._trains_whole_weight(base) and not low_rank_pays(*given):
+                self._leave_exact(x, plan.layout)
                 return None
             name = fastest_precision(shape[0] * kept_for_input, *features, dtype, x.device)
             plan = replace(plan, precision=replace(plan.precision, name=name))
@@ -177,6 +178,19 @@ class LBPWHTLayer(BaseTunerLayer):
             return None
         self._note(x, "", plan.layout, kept_for_weight, kept_for_input, plan.precision.name)
         return plan
+
+    def _trains_whole_weight(self, base: Any) -> bool:
+        """Whether the layer, if anything of it is trained, trains a matrix of its size."""
+        return True
+
+    def _leave_exact(self, x: Tensor, layout: TokenLayout | None) -> None:
+        why = "exact backpropagation is faster for so narrow a layer"
+        self._note(x, why, layout)
+        self.finder.warn_once(
+            why,
+            f'{self.layer_name} uses exact backpropagation, as do any layers like it: {why}, so grad_input="auto" '
+            'chose it. To save memory there all the same, set grad_input="full" (or "bf16", "int8").',
+        )
 
     def _of_full_precision(self, x: Tensor, plan: BackwardPlan | None) -> BackwardPlan | None:
         """The plan for a layer whose product g W is not ours to round, since it is run again as it is."""

@@ -97,6 +97,10 @@ class LBPWHTStacked(Inside):
         y = low_rank_layer(layer, tokens, plan.layout, plan.for_weight, plan.for_input, state, plan.padding)
         return y.movedim(-1, 1) if self._on_images else y
 
+    def _trains_whole_weight(self, base: Any) -> bool:
+        # Factors are cheap either way: what low-rank gradients save of these is the memory of x.
+        return bool(base.weight.requires_grad)
+
     def _base_layer(self, host: Any) -> Any:
         return host.get_base_layer() if isinstance(host, BaseTunerLayer) else host
 

@@ -1,0 +1,203 @@
+"""What grad_input="auto", the default, chooses, and how tokens are projected."""
+
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from models import gradients, images, tiny_vit
+from peft import LoraConfig, get_peft_model
+
+from lbp_peft import LBPWHTConfig, cost, layout_report
+from lbp_peft.bases import BasisSet, TokenLayout
+from lbp_peft.cost import attention_by_products_pays, fastest_precision, low_rank_pays, one_matrix_pays
+from lbp_peft.projection import OneMatrix, Projection, projection
+from lbp_peft.tuner import layer
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+AMX, AVX512_BF16, VNNI, NONE = (6.5, 9.0), (2.0, 4.0), (0.5, 4.0), (0.5, 0.5)
+FLOAT, BF16 = torch.float32, torch.bfloat16
+
+
+@pytest.fixture
+def processor(monkeypatch):
+    """Sets what the processor's instructions allow."""
+    return lambda rates: monkeypatch.setattr(cost, "_cpu_rates", lambda: rates)
+
+
+@pytest.mark.parametrize(
+    ("rates", "shape", "dtype", "expected"),
+    [
+        (AMX, (1576, 3072, 768), FLOAT, "bf16"),
+        (AMX, (1576, 3072, 768), BF16, "full"),
+        (AMX, (1576, 64, 64), FLOAT, "full"),
+        (AVX512_BF16, (1576, 3072, 768), FLOAT, "int8"),
+        (AVX512_BF16, (1576, 384, 384), FLOAT, "bf16"),
+        (AVX512_BF16, (1576, 3072, 768), BF16, "int8"),
+        (AVX512_BF16, (1576, 384, 384), BF16, "full"),
+        (VNNI, (1576, 384, 384), FLOAT, "int8"),
+        (VNNI, (20, 3072, 768), FLOAT, "full"),
+        (NONE, (1576, 3072, 768), FLOAT, "full"),
+        (NONE, (1576, 3072, 768), BF16, "full"),
+        (AMX, (1576, 3072, 768), torch.float16, "full"),
+        (AMX, (1576, 3072, 768), torch.float64, "full"),
+    ],
+)
+def test_the_precision_follows_instructions_and_shape(processor, rates, shape, dtype, expected):
+    processor(rates)
+    assert fastest_precision(*shape, dtype, CPU) == expected
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "full")])
+def test_on_gpus_the_precision_follows_the_capability(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert fastest_precision(1576, 768, 768, FLOAT, GPU) == expected
+    assert fastest_precision(1576, 768, 768, BF16, GPU) == "full"
+    assert low_rank_pays(64, 197, 41, 4096, 1024, BF16, GPU) and not low_rank_pays(64, 197, 41, 192, 192, BF16, GPU)
+
+
+@pytest.mark.parametrize(
+    ("rates", "features", "dtype", "pays"),
+    [
+        (AMX, (384, 384), FLOAT, True),
+        (AMX, (64, 256), FLOAT, False),
+        (AMX, (768, 768), BF16, False),
+        (AMX, (3072, 768), BF16, True),
+        (AVX512_BF16, (384, 384), BF16, True),
+        (NONE, (384, 384), FLOAT, True),
+        (NONE, (128, 128), FLOAT, False),
+    ],
+)
+def test_narrow_layers_do_not_pay(processor, rates, features, dtype, pays):
+    processor(rates)
+    assert low_rank_pays(8, 197, 41, *features, dtype, CPU) is pays
+
+
+def test_on_images_layers_have_to_be_wider(processor):
+    processor(NONE)
+    assert low_rank_pays(8, 196, 40, 448, 448, FLOAT, CPU)
+    assert not low_rank_pays(8, 196, 40, 448, 448, FLOAT, CPU, on_images=True)
+
+
+def test_the_processor_is_asked_for_its_instructions(monkeypatch):
+    def having(*names):
+        for name in ("amx_tile", "avx512_bf16", "vnni"):
+            monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda found=name in names: found, raising=False)
+        return cost._cpu_rates()
+
+    assert having("amx_tile", "avx512_bf16", "vnni") == AMX
+    assert having("avx512_bf16", "vnni") == AVX512_BF16
+    assert having("vnni") == VNNI and having() == NONE
+    for name in ("amx_tile", "avx512_bf16", "vnni"):  # an older PyTorch
+        monkeypatch.delattr(torch.cpu, f"_is_{name}_supported")
+    assert cost._cpu_rates() == NONE
+
+
+def test_what_the_processor_says_of_itself_is_what_is_found():
+    cpuinfo = Path("/proc/cpuinfo")
+    if not (cpuinfo.exists() and "avx2" in cpuinfo.read_text()):
+        pytest.skip("no x86 processor that tells its instructions")
+    flags = cpuinfo.read_text()
+    of_bf16, of_int8 = cost._cpu_rates()
+    assert (of_bf16 > 1) == ("avx512_bf16" in flags or "amx_tile" in flags)
+    assert (of_int8 > 1) == ("avx512_vnni" in flags or "amx_tile" in flags)
+
+
+# In a model
+
+
+WIDE = {"hidden_size": 64, "intermediate_size": 768, "num_hidden_layers": 1}
+
+
+def adapted(**settings):
+    return get_peft_model(tiny_vit(**WIDE), LBPWHTConfig(**({"modules_to_save": ["classifier"]} | settings)))
+
+
+@pytest.mark.own_choice
+def test_auto_is_the_default_and_leaves_narrow_layers_exact_with_one_warning(monkeypatch):
+    def pays(images, tokens, kept, out_features, in_features, *_):
+        return out_features * in_features > 64 * 64
+
+    monkeypatch.setattr(layer, "low_rank_pays", pays)
+    monkeypatch.setattr(layer, "fastest_precision", lambda rows, out, into, *_: "int8" if out > into else "full")
+    model = adapted()
+    with pytest.warns(UserWarning, match=r'q_proj uses exact backpropagation.*narrow.*grad_input="full"') as caught:
+        gradients(model, images())
+        gradients(model, images())
+    assert len(caught) == 1
+    ran = {name.rsplit(".")[-1]: r for name, r in layout_report(model).layers.items()}
+    assert "narrow" in ran["o_proj"].why_exact and ran["fc1"].precision == "int8" and ran["fc2"].precision == "full"
+    assert ran["fc1"].kept_for_weight == ran["fc2"].kept_for_weight == 11
+    assert not ran["fc2"].why_exact
+
+
+@pytest.mark.own_choice
+def test_only_auto_leaves_layers_exact(monkeypatch):
+    monkeypatch.setattr(layer, "low_rank_pays", lambda *_: False)
+    model = adapted(grad_input="full")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        gradients(model, images())
+    assert not layout_report(model).exact
+
+
+@pytest.mark.own_choice
+def test_where_only_factors_are_trained_auto_saves_their_memory(monkeypatch):
+    monkeypatch.setattr(layer, "low_rank_pays", lambda *_: False)
+    lora = LoraConfig(r=4, target_modules=["q_proj", "fc1"])
+    model = adapted(train_base_weight=False, stack_on=lora, target_modules=["q_proj", "fc1"])
+    gradients(model, images())
+    assert {ran.kept_for_weight for ran in layout_report(model).layers.values()} == {11}
+
+
+@pytest.mark.own_choice
+def test_at_full_rank_auto_is_exact(monkeypatch):
+    monkeypatch.setattr(layer, "low_rank_pays", lambda *_: True)
+    monkeypatch.setattr(layer, "fastest_precision", lambda *_: "int8")
+    model = adapted(r=64)
+    gradients(model, images())
+    assert all("as many rows" in why for why in layout_report(model).exact.values())
+    assert len(layout_report(model).exact) == 6
+
+
+def test_auto_compiles_without_a_break():
+    """In a process of its own, in which nothing is patched."""
+    program = """
+import torch
+from lbp_peft.cost import attention_by_products_pays, fastest_precision, low_rank_pays, one_matrix_pays
+def chosen(x):
+    shape = (8, 197, 41, 768, 768, x.dtype, x.device)
+    choices = (fastest_precision(1576, 768, 768, x.dtype, x.device), low_rank_pays(*shape),
+               one_matrix_pays(41, x.dtype, x.device), attention_by_products_pays(197, x.dtype, x.device))
+    return x + 1, choices
+for dtype in (torch.float32, torch.bfloat16):
+    x = torch.zeros(3, dtype=dtype)
+    assert torch.compile(chosen, fullgraph=True, backend="eager")(x)[1] == chosen(x)[1]
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+# Projections and attention
+
+
+@pytest.mark.parametrize(("rates", "dtype", "most"), [(AMX, BF16, 208), (AVX512_BF16, BF16, 64), (NONE, BF16, 32),
+                                                      (AMX, FLOAT, 32)])  # fmt: skip
+def test_one_matrix_serves_few_coefficients(processor, rates, dtype, most):
+    processor(rates)
+    assert one_matrix_pays(most, dtype, CPU) and not one_matrix_pays(most + 1, dtype, CPU)
+
+
+def test_the_cheaper_projection_is_taken():
+    few, many = (projection(TokenLayout((16, 16)), BasisSet(r), FLOAT, CPU) for r in (3, 15))
+    assert type(few) is OneMatrix and type(many) is Projection
+
+
+def test_attention_by_products_is_for_short_sequences_in_bfloat16(processor):
+    processor(AVX512_BF16)
+    assert attention_by_products_pays(197, BF16, CPU)
+    assert not attention_by_products_pays(197, FLOAT, CPU) and not attention_by_products_pays(2000, BF16, CPU)
+    assert not attention_by_products_pays(197, BF16, GPU)
+    processor(VNNI)
+    assert not attention_by_products_pays(197, BF16, CPU)
