@@ -20,7 +20,7 @@ def environment() -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "processor": _processor(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "instructions": _instructions(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         # Of one minute: well above zero at the start, it says that the machine was not quiet.
@@ -49,6 +49,13 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def _instructions() -> str:
+    """PyTorch's level, and those for products of few bits."""
+    names = ("vnni", "avx512_bf16", "amx_tile")
+    found = [name for name in names if getattr(torch.cpu, f"_is_{name}_supported", lambda: False)()]
+    return " + ".join([torch.backends.cpu.get_cpu_capability(), *found])
 
 
 def _processor() -> str:

@@ -3,7 +3,8 @@
     python examples/benchmarks/gradient_fidelity.py --model dinov2-small-saliency --train-files cifar100/train.parquet
 
 For each setting: the cosine over the gradients of all adapted weights together, and those of the first, the middle and
-the last block alone, the least of its layers. Settings are those of `LBPWHTConfig`, as in `r=10,grad_input=int8`.
+the last block alone, the least of its layers. Settings are those of `LBPWHTConfig`, as in `r=10,grad_input=int8`; what
+examples/benchmarks/methods.py does to a model may follow, as in `compress_activations=int8+norms-only`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from common.experiment import Experiment
 from common.models import head_modules
 
 from benchmarks.environment import environment, in_words, write_record
+from benchmarks.methods import WORDS
 from benchmarks.tables import aligned
 from lbp_peft import LBPWHTConfig, LBPWHTLinear, exact_backward
 
@@ -34,7 +36,7 @@ SETTINGS = [
     for r in (3, 10, 21)
     for grad_input, more in (
         (r, ""), ("full", ""), ("bf16", ""), ("int8", ""), ("int8", ",rotation=16"), ("auto", ""),
-        ("int8", ",compress_activations=int8"),
+        *(("full", f",compress_activations=int8{only}") for only in ("", "+norms-only", "+functions-only")),
     )
 ]  # fmt: skip
 
@@ -85,9 +87,12 @@ def main(arguments: list[str] | None = None) -> None:
     batch = next(iter(experiment.loaders(seed=0)[0]))
     rows = []
     for text in tqdm(given.settings, leave=False):
-        settings = {key: yaml.safe_load(value) for key, value in (pair.split("=") for pair in text.split(","))}
+        pairs, *more = text.split("+")
+        settings = {key: yaml.safe_load(value) for key, value in (pair.split("=") for pair in pairs.split(","))}
         base = experiment.base(seed=0)
         model = get_peft_model(base, LBPWHTConfig(modules_to_save=head_modules(base, options), **settings)).train()
+        for word in more:
+            model = WORDS[word](model, [], {})
         found = gradients(model, batch)
         with exact_backward(model):
             exact = gradients(model, batch)

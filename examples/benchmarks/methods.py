@@ -6,6 +6,7 @@
     full+compile                           torch.compile
     lbp-wht:r=10,grad_input=int8           LBP-WHT; the settings are those of its configuration
     lora-all+lbp-wht:r=3,grad_input=3      LBP-WHT put on LoRA
+    lbp-wht:compress_activations=int8+norms-only    of what is compressed, only the inputs of norms
 
 To add a word, write a function from model, names of the head's modules and settings to the model, and name it in
 `WORDS`.
@@ -26,6 +27,8 @@ from transformers import PreTrainedModel
 
 from lbp_peft import LBPWHTConfig
 from lbp_peft.encoder import encoder_linears
+from lbp_peft.tuner.compressed import LBPWHTCompressed, is_norm
+from lbp_peft.tuner.stacked import CHILD, leave
 
 # Those that this version of LBP-WHT does not know are left out, see `default_methods`.
 DEFAULT_METHODS = (
@@ -129,6 +132,23 @@ def compiled(model: nn.Module, heads: list[str], settings: Settings) -> nn.Modul
     return model
 
 
+def norms_only(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
+    """Compressed activations, of norms alone: what they cost, apart from what those of activation functions do."""
+    return _uncompressed(model, lambda host: not is_norm(host))
+
+
+def functions_only(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
+    """The reverse of [`norms_only`]."""
+    return _uncompressed(model, is_norm)
+
+
+def _uncompressed(model: nn.Module, condition: Callable[[nn.Module], bool]) -> nn.Module:
+    hosts = [m for m in model.modules() if isinstance(getattr(m, CHILD, None), LBPWHTCompressed) and condition(m)]
+    for host in hosts:
+        leave(host)
+    return model
+
+
 def lbp_wht(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
     stacked = isinstance(model, PeftModel)
     try:
@@ -192,6 +212,8 @@ WORDS: dict[str, Callable[[nn.Module, list[str], Settings], nn.Module]] = {
     "lora-fa": lora_fa,
     "velora": velora,
     "lbp-wht": lbp_wht,
+    "norms-only": norms_only,
+    "functions-only": functions_only,
     "checkpointing": checkpointing,
     "compile": compiled,
 }

@@ -35,8 +35,8 @@ class Options:
     r: int = option(10, "LBP-WHT: Walsh-Hadamard bases per block.")
     grad_input: str = option(
         "auto",
-        "LBP-WHT: `full` for exact input gradients, `int8` or `bf16` for rounded ones, `auto` for the fastest of these, "
-        "or their rank. (lbp-wht-paper always takes r.)",
+        "LBP-WHT: `full` for exact input gradients, `int8` or `bf16` for rounded ones, `auto` for the fastest, or "
+        "their rank. (lbp-wht-paper always takes r.)",
     )
     compress_activations: str = option("", "LBP-WHT: `int8` has activation functions and norms keep less.")
     block_size: int = option(8, "LBP-WHT: order of the transform, in patches.")

@@ -53,5 +53,9 @@ def is_compressible(module: nn.Module) -> bool:
     """Whether a module is an activation function of its input alone, or a norm over the channels of each token."""
     if getattr(module, "inplace", False):
         return False
-    is_norm = isinstance(module, nn.LayerNorm) or type(module).__name__.endswith(("RMSNorm", "LayerNorm"))
-    return is_norm or isinstance(module, _ACTIVATIONS)
+    return is_norm(module) or isinstance(module, _ACTIVATIONS)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a norm over the channels of each token."""
+    return isinstance(module, nn.LayerNorm) or type(module).__name__.endswith(("RMSNorm", "LayerNorm"))

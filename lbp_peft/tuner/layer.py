@@ -119,7 +119,8 @@ class LBPWHTLayer(BaseTunerLayer):
         if not self.training or self.exact_backward or not torch.is_grad_enabled():
             return None
         rules = {self.lbpwht_rule[name] for name in self.active_adapters if name in self.lbpwht_rule}
-        rules = {replace(rule, compress=False) for rule in rules}  # that is about others than this layer
+        if len(rules) > 1:
+            rules = {replace(rule, compress=False) for rule in rules}  # that is about others than this layer
         if len(rules) > 1:
             why = f"the active adapters {', '.join(self.active_adapters)} ask for different ranks or layouts"
             self._fall_back(x, why, "Give them equal settings, or activate one at a time.", cause="rules")
