@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import methods, single_layers, training_step
+from benchmarks import methods, projections, single_layers, training_step
 from benchmarks.floors import Rates, Work, measure_rates
 from benchmarks.methods import NotAvailable, adapted, default_methods, words
 from benchmarks.models import MODELS, Model
@@ -19,7 +19,10 @@ from common.timing import interleaved, quartiles, ratios, rounds_within
 from models import tiny_vit
 from torch import nn
 
+from lbp_peft.bases import TokenLayout
 from lbp_peft.measure import multiply_adds
+from lbp_peft.tuner.compressed import LBPWHTCompressed
+from lbp_peft.tuner.stacked import CHILD
 
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 CPU = torch.device("cpu")
@@ -265,3 +268,26 @@ def _half_of_it():
     with multiply_adds() as counted:
         yield counted
     counted.total //= 2
+
+
+@pytest.mark.parametrize(("word", "number"), [("norms-only", 2 * 2), ("functions-only", 2)])
+def test_one_kind_of_compressed_activations_alone(word, number):
+    model = adapted(tiny_vit(), f"lbp-wht:r=3,compress_activations=int8+{word}", ["classifier"])
+    hosts = [module for module in model.modules() if isinstance(getattr(module, CHILD, None), LBPWHTCompressed)]
+    assert len(hosts) == number
+    assert all(isinstance(host, torch.nn.LayerNorm) == (word == "norms-only") for host in hosts)
+
+
+def test_projections(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(projections, "LAYOUTS", [TokenLayout((8, 8), 1)])
+    monkeypatch.setattr(projections, "CHANNELS", (16,))
+    output = tmp_path / "projections.json"
+    projections.main(
+        ["--batch-size", "2", "--r", "3", "21", "--rounds", "2", "--device", "cpu", "--output", str(output)]
+    )
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["dtype"], row["r"], row["k"]) for row in rows] == [
+        ("float32", 3, 4), ("float32", 21, 22), ("bf16", 3, 4), ("bf16", 21, 22),
+    ]  # fmt: skip
+    assert all(row["project_ratio"][0] > 0 and row["chosen"] == "one matrix" for row in rows)
+    assert "one matrix ms" in capsys.readouterr().out

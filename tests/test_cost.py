@@ -179,6 +179,22 @@ for dtype in (torch.float32, torch.bfloat16):
     subprocess.run([sys.executable, "-c", program], check=True)
 
 
+@pytest.mark.own_choice
+@pytest.mark.parametrize("width", [64, 512])
+def test_batches_of_many_sizes_need_one_graph(width):
+    graphs = []
+    torch._dynamo.reset()
+    shape = {"hidden_size": width, "intermediate_size": width, "num_hidden_layers": 1}
+    model = get_peft_model(tiny_vit(**shape), LBPWHTConfig(modules_to_save=["classifier"])).train()
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)
+    for batch in (2, 3, 5):
+        x = images(batch)
+        gradients(model, x)  # by now it knows its grid
+        torch._dynamo.mark_dynamic(x, 0)
+        compiled(pixel_values=x).logits.sum().backward()
+    assert len(graphs) == 1
+
+
 # Projections and attention
 
 

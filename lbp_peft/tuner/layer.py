@@ -19,6 +19,8 @@ from ..precision import AUTO, FULL, Precision
 from ..projection import num_kept
 from ..tokenwise import why_not_token_wise
 
+_USUAL_BATCH = 8
+
 
 @dataclass(frozen=True)
 class BackwardRule:
@@ -168,11 +170,13 @@ class LBPWHTLayer(BaseTunerLayer):
             device = x.device.type
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
             on_images = x.dim() == 4 and shape != x.shape
-            given = (int(shape[0]), num_tokens, kept_for_weight, *features, dtype, x.device, on_images)
+            # What is compiled shall serve batches of all sizes.
+            num_images = _USUAL_BATCH if torch.compiler.is_compiling() else int(shape[0])
+            given = (num_images, num_tokens, kept_for_weight, *features, dtype, x.device, on_images)
             if kept_for_weight < num_tokens and self._trains_whole_weight(base) and not low_rank_pays(*given):
                 self._leave_exact(x, plan.layout)
                 return None
-            name = fastest_precision(shape[0] * kept_for_input, *features, dtype, x.device)
+            name = fastest_precision(num_images * kept_for_input, *features, dtype, x.device)
             plan = replace(plan, precision=replace(plan.precision, name=name))
         if min(kept_for_weight, kept_for_input) == num_tokens and plan.precision.name == "full":
             self._note(x, "nothing is faster than exact backpropagation here", plan.layout)
