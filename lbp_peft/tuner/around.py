@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -12,34 +12,47 @@ from .stacked import CHILD, Inside, stand_inside
 
 
 class Around(Inside):
-    """Stands inside a module that is no adapted layer, while the adapters that want it are active."""
+    """Stands inside a module that is no adapted layer, while adapters that want it are active in its block.
+
+    It is no adapter: PEFT neither lists nor switches it. It asks the adapted layers.
+
+    Args:
+        layers: Those of the block.
+    """
+
+    def __init__(self, layers: Sequence[LBPWHTLayer]):
+        super().__init__()
+        # In a tuple, since they are around this module, not parts of it.
+        self.layers = tuple(layers)
 
     def _is_active(self) -> bool:
         if torch.compiler.is_compiling():  # it decides itself what to save, and what to multiply how
             return False
-        wanted = not self.disable_adapters and any(name in self.lbpwht_rule for name in self.active_adapters)
-        return wanted and self.training and not self.exact_backward and torch.is_grad_enabled()
+        rules = (rule for layer in self.layers for rule in layer.rules_in_effect())
+        return self.training and torch.is_grad_enabled() and any(self.is_wanted(rule) for rule in rules)
+
+    @staticmethod
+    def is_wanted(rule: BackwardRule) -> bool:
+        """Whether an adapter with this rule asks for it."""
+        return True
 
     def __repr__(self) -> str:
-        return f"lbpwht.{type(self).__name__}({', '.join(self.lbpwht_rule)})"
+        return f"lbpwht.{type(self).__name__}()"
 
 
-def stand_around(
-    host: nn.Module, kind: type[Around], layers: list[LBPWHTLayer], rules: dict[str, BackwardRule]
-) -> None:
-    """Put one of a kind inside a module of the block that the layers are in, or tell the one there of these rules."""
-    if not hasattr(host, CHILD):
-        stand_inside(host, kind(layers[0].finder, "", rules))
-    inside: Around = getattr(host, CHILD)
-    inside.lbpwht_rule.update(rules)
-    inside._active_adapter, inside._disable_adapters = layers[0]._active_adapter, layers[0].disable_adapters
+def stand_around(host: nn.Module, kind: type[Around], layers: Sequence[LBPWHTLayer]) -> None:
+    """Put one of a kind inside a module of the block that the layers are in, or tell the one there of these layers."""
+    if hasattr(host, CHILD):
+        getattr(host, CHILD).layers = tuple(layers)
+    else:
+        stand_inside(host, kind(layers))
 
 
 def blocks_with_layers(model: nn.Module) -> Iterator[tuple[nn.Module, list[LBPWHTLayer]]]:
     """The outermost members of lists of blocks that hold adapted layers, and these layers."""
     blocks: dict[str, list[LBPWHTLayer]] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, LBPWHTLayer) or isinstance(module, Around):
+        if not isinstance(module, LBPWHTLayer):
             continue
         parts = name.split(".")
         for length in range(1, len(parts)):

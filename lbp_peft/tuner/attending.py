@@ -49,9 +49,8 @@ def _may_pay(*inputs: Any) -> bool:
 def attend_by_products(model: nn.Module) -> None:
     """Put one into every owner of adapted layers in a block."""
     for block, layers in blocks_with_layers(model):
-        rules = {name: rule for layer in layers for name, rule in layer.lbpwht_rule.items()}
         for owner in list(_owners(block)):
-            stand_around(owner, LBPWHTAttending, layers, rules)
+            stand_around(owner, LBPWHTAttending, layers)
 
 
 def _owners(block: nn.Module) -> Iterator[nn.Module]:

@@ -114,12 +114,17 @@ class LBPWHTLayer(BaseTunerLayer):
 
     # How to go backward
 
+    def rules_in_effect(self) -> list[BackwardRule]:
+        """Those of the active adapters; none where the backward pass is to be exact whatever they say."""
+        if self.disable_adapters or self.merged or self.exact_backward:
+            return []
+        return [self.lbpwht_rule[name] for name in self.active_adapters if name in self.lbpwht_rule]
+
     def _active_rule(self, x: Tensor) -> BackwardRule | None:
         """The rule of the coming backward pass; None where there is none to come, or it is to be exact."""
-        if not self.training or self.exact_backward or not torch.is_grad_enabled():
+        if not self.training or not torch.is_grad_enabled():
             return None
-        rules = {self.lbpwht_rule[name] for name in self.active_adapters if name in self.lbpwht_rule}
-        rules = {replace(rule, compress=False) for rule in rules}  # that is about others than this layer
+        rules = {replace(rule, compress=False) for rule in self.rules_in_effect()}  # that is about others
         if len(rules) > 1:
             why = f"the active adapters {', '.join(self.active_adapters)} ask for different ranks or layouts"
             self._fall_back(x, why, "Give them equal settings, or activate one at a time.", cause="rules")
