@@ -34,6 +34,7 @@ def tokens(image):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("ranks", [(3, 3), (10, None), (10, 3), (3, 21), (None, 6), (64, 64)])
 @pytest.mark.parametrize("grid", [(8, 8), (16, 16), (14, 14), (7, 7), (4, 12), (5, 21), (24, 40)])
+@pytest.mark.usefixtures("way")
 def test_gradients_are_the_references(grid, ranks, memory_format):
     x, weight, bias, grad = problem(grid)
     inner = x.contiguous(memory_format=memory_format)
