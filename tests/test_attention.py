@@ -6,9 +6,10 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from models import forward, gradients, images, largest_difference, tiny_vit
+from models import forward, gradients, images, largest_difference, standing_around, tiny_vit
 from peft import LoraConfig, get_peft_model
 from test_precision import cosine
+from torch import nn
 
 from lbp_peft import LBPWHTConfig, attention, cost, exact_backward
 from lbp_peft.tuner import attending
@@ -195,7 +196,7 @@ def in_bf16(model):
 
 
 def those_inside(model):
-    return {name: m for name, m in model.named_modules() if isinstance(m, LBPWHTAttending)}
+    return standing_around(model, LBPWHTAttending)
 
 
 def test_the_blocks_of_an_adapted_model_use_it(used, monkeypatch):
@@ -215,16 +216,38 @@ def test_after_one_pass_only_attention_is_watched():
     model = adapted()
     assert len(those_inside(model)) == 4 and all(inside._has_attention for inside in those_inside(model).values())
     in_bf16(model)
-    assert {name.split(".")[-2] for name, inside in those_inside(model).items() if inside._has_attention} == {
-        "attention"
-    }
-    assert {name.split(".")[-2] for name, inside in those_inside(model).items() if not inside._has_attention} == {"mlp"}
+    found = {name.rpartition(".")[2]: inside._has_attention for name, inside in those_inside(model).items()}
+    assert found == {"attention": True, "mlp": False}
 
 
 def test_only_blocks_with_adapted_layers(used):
     model = adapted(target_modules=r".*layers\.1\.attention\.q_proj", modules_to_save=["layernorm_before"])
     in_bf16(model)
     assert len(used) == 1 and all("layers.1" in name for name in those_inside(model))
+
+
+class InTurn(nn.Module):
+    """As nn.Sequential, without being one."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        for index, layer in enumerate(layers):
+            self.add_module(str(index), layer)
+
+    def forward(self, x):
+        for layer in self.children():
+            x = layer(x)
+        return x
+
+
+def test_a_host_that_calls_all_its_children_finds_only_its_own():
+    def build():
+        return nn.ModuleDict({"blocks": nn.ModuleList([InTurn(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 12))])})
+
+    model = adapted(build, grid_size=(8, 8), num_prefix_tokens=0)
+    (block,) = model.base_model.model["blocks"]
+    assert len(those_inside(model)) == 1
+    block(draw(2, 64, 12, dtype=torch.float32)).sum().backward()
 
 
 def test_other_modes_are_left_to_pytorch(used):
@@ -277,8 +300,7 @@ def test_copies_work_on_their_own(how, used):
     model = adapted()
     expected = in_bf16(model)
     again = how(model)
-    own = set(again.modules())
-    assert all(layer in own for inside in those_inside(again).values() for layer in inside.layers)
+    assert {inside.block for inside in those_inside(again).values()} == set(again.base_model.model.vit.layers)
     model.base_model.disable_adapter_layers()
     used.clear()
     assert largest_difference(in_bf16(again), expected) == 0

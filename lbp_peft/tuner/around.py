@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,38 +16,39 @@ from .stacked import CHILD, Inside, stand_inside
 class Around(Inside):
     """Stands inside a module that is no adapted layer, while adapters that want it are active in its block.
 
-    It is no adapter: PEFT neither lists nor switches it. It asks the adapted layers.
+    It is neither a module, since its host may call all of its children in turn, nor an adapter: PEFT does not list or
+    switch it. It asks the adapted layers.
 
     Args:
-        layers: Those of the block.
+        block: Holds the host and the layers.
     """
 
-    def __init__(self, layers: Sequence[LBPWHTLayer]):
-        super().__init__()
-        # In a tuple, since they are around this module, not parts of it.
-        self.layers = tuple(layers)
+    def __init__(self, block: nn.Module):
+        self.block = block
 
-    def _is_active(self) -> bool:
+    def _is_active(self, host: nn.Module) -> bool:
         if torch.compiler.is_compiling():  # it decides itself what to save, and what to multiply how
             return False
-        rules = (rule for layer in self.layers for rule in layer.rules_in_effect())
-        return self.training and torch.is_grad_enabled() and any(self.is_wanted(rule) for rule in rules)
+        layers = (module for module in self.block.modules() if isinstance(module, LBPWHTLayer))
+        rules = (rule for layer in layers for rule in layer.rules_in_effect())
+        return host.training and torch.is_grad_enabled() and any(self.is_wanted(rule) for rule in rules)
 
     @staticmethod
     def is_wanted(rule: BackwardRule) -> bool:
         """Whether an adapter with this rule asks for it."""
         return True
 
-    def __repr__(self) -> str:
-        return f"lbpwht.{type(self).__name__}()"
+    def __deepcopy__(self, memo: dict[int, Any]) -> Around:
+        """A copy of the host alone, which PEFT makes of modules_to_save, stays in the block."""
+        again = memo[id(self)] = copy.copy(self)
+        again.block = memo.get(id(self.block), self.block)
+        return again
 
 
-def stand_around(host: nn.Module, kind: type[Around], layers: Sequence[LBPWHTLayer]) -> None:
-    """Put one of a kind inside a module of the block that the layers are in, or tell the one there of these layers."""
-    if hasattr(host, CHILD):
-        getattr(host, CHILD).layers = tuple(layers)
-    else:
-        stand_inside(host, kind(layers))
+def stand_around(host: nn.Module, kind: type[Around], block: nn.Module) -> None:
+    """Put one of a kind inside a module of a block, if there is none yet."""
+    if not hasattr(host, CHILD):
+        stand_inside(host, kind(block))
 
 
 def blocks_with_layers(model: nn.Module) -> Iterator[tuple[nn.Module, list[LBPWHTLayer]]]:

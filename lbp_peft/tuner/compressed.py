@@ -25,7 +25,7 @@ class LBPWHTCompressed(Around):
 
     def run(self, host: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The host's forward pass."""
-        if args or kwargs or not (x.requires_grad and self._is_active()):
+        if args or kwargs or not (x.requires_grad and self._is_active(host)):
             return type(host).plain_class.forward(host, x, *args, **kwargs)
         return compressed_layer(Plain(host), x)
 
@@ -39,7 +39,7 @@ def compress_activations(model: nn.Module) -> None:
     for block, layers in blocks_with_layers(model):
         if any(LBPWHTCompressed.is_wanted(rule) for layer in layers for rule in layer.lbpwht_rule.values()):
             for host in _outermost(block, is_compressible):
-                stand_around(host, LBPWHTCompressed, layers)
+                stand_around(host, LBPWHTCompressed, block)
 
 
 def _outermost(module: nn.Module, condition: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:

@@ -86,7 +86,8 @@ def create_and_replace(
     elif isinstance(target, LBPWHTLinear):
         target.update_layer(adapter_name, rule, config.train_base_weight, config.inference_mode)
     elif isinstance(target, BaseTunerLayer) or _trained_by_others(target, tuner.model):
-        stand_inside(target, LBPWHTStacked(grid_finder(tuner.model), current_key, {adapter_name: rule}))
+        inside = LBPWHTStacked(grid_finder(tuner.model), current_key, {adapter_name: rule})
+        stand_inside(target, inside.train(target.training))
     else:
         finder = grid_finder(tuner.model)
         train, inference = config.train_base_weight, config.inference_mode

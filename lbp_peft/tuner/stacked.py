@@ -19,7 +19,7 @@ from .layer import BackwardRule, LBPWHTLayer
 CHILD = "low_rank_backward"
 
 
-class Inside(nn.Module):
+class Inside:
     """Stands inside a module, its host, and decides how the host goes backward.
 
     The host stays where it is and keeps its name, its weights and its type, so whatever its own method does with it
@@ -31,7 +31,7 @@ class Inside(nn.Module):
         raise NotImplementedError
 
 
-class LBPWHTStacked(Inside, LBPWHTLayer):
+class LBPWHTStacked(nn.Module, Inside, LBPWHTLayer):
     """Stands inside a layer that another method adapts, see [`Inside`].
 
     Args:
@@ -104,7 +104,7 @@ class LBPWHTStacked(Inside, LBPWHTLayer):
 
 def stand_inside(host: Any, inside: Inside) -> None:
     """Have a layer's forward pass run by what stands inside it."""
-    host.add_module(CHILD, inside.train(host.training))
+    setattr(host, CHILD, inside)
     plain_class: Any = type(host)
     host.__class__ = _hosting(plain_class)
     if "_old_forward" in vars(host):  # accelerate has put its own in front, and calls this
