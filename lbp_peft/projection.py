@@ -197,9 +197,9 @@ class Projection:
         if self.layout.unrolled:
             grid = grid.index_select(1, _order(self.layout, tokens.device)[0])
         grid = grid.reshape(batch, height, width * channels)
-        rows = _times(self.row_analysis, grid, self.row_blocks).reshape(-1, width, channels)
-        both = _times(self.column_analysis, rows, self.column_blocks)
-        both = both.reshape(batch, -1, channels)
+        rows = _times(self.row_analysis, grid, self.row_blocks)
+        both = _times(self.column_analysis, rows.reshape(-1, width, channels), self.column_blocks)
+        both = both.reshape(batch, rows.shape[1] * both.shape[1], channels)
         if self.layout.num_outside == 0:
             return both.index_select(1, self.kept)
         before, after = tokens[:, :prefix], tokens[:, prefix + height * width :]
@@ -239,7 +239,7 @@ class Projection:
         rows = _times(self.column_synthesis.t(), both.reshape(-1, num_columns, channels), self.column_blocks)
         rows = rows.reshape(batch, num_rows, width * channels)
         if self.row_blocks > 1 or self.layout.unrolled:
-            grid = _times(self.row_synthesis.t(), rows, self.row_blocks).view(batch, -1, channels)
+            grid = _times(self.row_synthesis.t(), rows, self.row_blocks).view(batch, height * width, channels)
             if self.layout.unrolled:
                 grid = grid.index_select(1, _order(self.layout, grid.device)[1])
             tokens = self._with_outside(coefficients, grid)
@@ -267,8 +267,8 @@ class Projection:
         columns = image.reshape(-1, width // self.column_blocks) @ self.column_analysis.t()
         # The rows of each channel as a whole: block by block these products would be too small to pay.
         rows = torch.block_diag(*[self.row_analysis] * self.row_blocks)
-        both = _times(rows, columns.view(batch * channels, height, -1), 1)
-        return both.view(batch, channels, -1).index_select(2, self.kept).transpose(1, 2)
+        both = _times(rows, columns.view(batch * channels, height, columns.shape[1] * self.column_blocks), 1)
+        return both.view(batch, channels, both.shape[1] * both.shape[2]).index_select(2, self.kept).transpose(1, 2)
 
     def lift_image(self, coefficients: Tensor) -> Tensor:
         """(N, k, C) -> (N, C, H, W), for a layout without prefix tokens."""
@@ -327,7 +327,7 @@ def _times(matrix: Tensor, x: Tensor, blocks: int) -> Tensor:
     """(n, L / blocks), (M, L, C) -> (M, blocks n, C): the matrix times every block of x along its second axis."""
     outer, length, channels = x.shape
     x = x.reshape(outer * blocks, length // blocks, channels)
-    return torch.bmm(matrix.expand(len(x), -1, -1), x).view(outer, -1, channels)
+    return torch.bmm(matrix.expand(len(x), -1, -1), x).view(outer, len(matrix) * blocks, channels)
 
 
 def _bmm_into(target: Tensor, a: Tensor, b: Tensor) -> None:

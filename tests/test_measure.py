@@ -119,6 +119,38 @@ def test_an_adapted_layer_multiplies_in_the_small_space(input_rank, project):
     assert back.total == weight + bias + (exact_input if input_rank == "full" else low_rank_input)
 
 
+WAYS_TO_GO_ON = ["full", 10, "int8", (10, "int8"), "bf16"]
+
+
+@pytest.mark.parametrize("grad_input", WAYS_TO_GO_ON)
+def test_a_first_layer_does_nothing_for_an_input_gradient(grad_input, project):
+    """Neither g W nor lifting: with those of the weight and the bias all products are accounted for."""
+    y = one_layer(r=10, grad_input=grad_input)(tokens().detach())
+    with multiply_adds() as back:
+        y.backward(torch.randn_like(y))
+    assert back.total == N * project * C_OUT + N * 10 * C_IN * C_OUT + 10 * C_OUT
+
+
+@pytest.mark.parametrize("grad_input", WAYS_TO_GO_ON)
+def test_nor_does_a_first_pointwise_convolution(grad_input, project):
+    base = nn.ModuleDict({"lin": nn.Conv2d(C_IN, C_OUT, 1)})
+    layer = get_peft_model(base, LBPWHTConfig(r=10, grad_input=grad_input, target_modules=["lin"])).train()
+    y = layer.base_model.model["lin"](torch.randn(N, C_IN, 8, 8))
+    with multiply_adds() as back:
+        y.backward(torch.randn_like(y))
+    assert back.total == N * project * C_OUT + N * 10 * C_IN * C_OUT
+
+
+@pytest.mark.parametrize("grad_input", WAYS_TO_GO_ON)
+def test_nor_does_lora_on_a_first_layer(grad_input, project):
+    lora = LoraConfig(r=3, target_modules=["lin"])
+    y = one_layer(r=10, grad_input=grad_input, train_base_weight=False, stack_on=lora)(tokens().detach())
+    with multiply_adds() as back:
+        y.backward(torch.randn_like(y))
+    factors = N * 10 * 3 * (2 * C_IN + 2 * C_OUT)  # g B, and its product with x; x A, and its product with g
+    assert back.total == N * project * C_OUT + factors
+
+
 @pytest.mark.parametrize("grad_input, rows", [("int8", L), ((10, "int8"), 10), ("bf16", L)])
 def test_products_in_low_precision_count_like_any(grad_input, rows, project):
     model, x = one_layer(r=10, grad_input=grad_input), tokens()

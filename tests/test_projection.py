@@ -92,6 +92,18 @@ def test_both_ways_agree_beside_padding():
         at_once.project_gradient(tokens)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS, ids=name)
+def test_an_empty_batch_has_no_coefficients(layout, way):
+    maps = way(layout, BASES[0], torch.float32, CPU)
+    small = maps.project(torch.zeros(0, layout.num_tokens, 5))
+    assert small.shape == (0, num_kept(layout, BASES[0]), 5)
+    assert maps.lift(small).shape == (0, layout.num_tokens, 5)
+    assert torch.equal(maps.sum(small), torch.zeros(5))
+    if not (layout.num_outside or layout.unrolled):
+        assert maps.project_image(torch.zeros(0, 5, *layout.grid)).shape == small.shape
+        assert maps.lift_image(small).shape == (0, 5, *layout.grid)
+
+
 @pytest.mark.parametrize("layout", [TokenLayout((14, 14), 1, 2), LAYOUTS[4]], ids=name)
 def test_one_matrix_in_a_compiled_graph(layout, monkeypatch):
     monkeypatch.setattr("lbp_peft.projection.one_matrix_pays", lambda *_: True)
