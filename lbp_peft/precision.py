@@ -113,8 +113,18 @@ def _fitting_block(rotation: int, features: int) -> int:
     return rotation
 
 
-@functools.cache
 def _hadamard(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return _kept_hadamard(block, dtype, device)
+    matrix = torch.ones(1, 1, dtype=dtype, device=device)  # the same once more, since NumPy's steps are not traced
+    while len(matrix) < block:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    sign_changes = (matrix[:, 1:] != matrix[:, :-1]).sum(1)
+    return matrix[sign_changes.argsort()] * block**-0.5
+
+
+@functools.cache
+def _kept_hadamard(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(walsh_functions(block)).to(device, dtype) * block**-0.5
 
 

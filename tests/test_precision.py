@@ -86,6 +86,13 @@ def test_a_rotation_cancels_and_spreads_outliers():
     assert errors[0] > 2 * errors[1] > 2 * errors[2]
 
 
+@pytest.mark.parametrize("block", [2, 16, 128])
+def test_the_rotation_is_the_same_where_it_is_compiled(block, monkeypatch):
+    expected = precision._hadamard(block, torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(precision._hadamard(block, torch.float32, torch.device("cpu")), expected)
+
+
 @pytest.mark.parametrize("features, block", [(96, 32), (100, 4), (7, 1), (256, 128)])
 def test_the_rotation_fits_the_outputs(features, block):
     assert precision._fitting_block(128, features) == block
