@@ -135,8 +135,8 @@ def product(grad: Tensor, weight: Tensor, precision: Precision, source: Tensor |
         grad: Shape (..., C_out).
         weight: Shape (C_out, C_in), of any floating dtype.
         precision: See [`Precision`].
-        source: The parameter that `weight` was cast from, or is. On CPUs its copy in int8 is kept for as long as
-            it stays the same.
+        source: The parameter that `weight` is, or is a cast or a transpose of. On CPUs its copy in int8 is kept for
+            as long as it stays the same.
 
     Returns:
         Shape (..., C_in), of the dtype of `grad`.
@@ -269,7 +269,7 @@ def _rounded_weight(weight: Tensor, name: str, rotation: int, source: Tensor | N
     cheap = weight.device.type != "cpu" or name == "bf16"
     if cheap or not isinstance(source, nn.Parameter) or torch.compiler.is_compiling():
         return _round_weight(weight, name, rotation)
-    key, fingerprint = (name, rotation, weight.dtype), _fingerprint(weight)
+    key, fingerprint = (name, rotation, weight.dtype, weight.shape, weight.stride()), _fingerprint(weight)
     kept = _copies.get(source)
     if kept is None or kept[0] != key or not torch.equal(kept[1], fingerprint):
         kept = _copies[source] = (key, fingerprint, _round_weight(weight, name, rotation))

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from lbp_peft import BasisSet, TokenLayout, low_rank_linear
+from lbp_peft.precision import Precision
 
 GRIDS = [(8, 8), (16, 16), (14, 14), (7, 7), (4, 12), (24, 32)]
 PREFIXES = [0, 1, 2, 5]
@@ -96,6 +97,17 @@ def test_channels_last_input_is_a_grid():
     assert y.shape == (2, 7, 12, 4)
     found = torch.autograd.grad(y, (x, weight, bias), grad.unflatten(1, grid))
     assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["full", "int8", "bf16"])
+@pytest.mark.parametrize("for_input", [None, BasisSet(3)])
+@pytest.mark.usefixtures("way")
+def test_an_empty_batch_has_gradients_of_zero(for_input, precision):
+    x, weight, bias, _ = problem((8, 8), 1, torch.float32)
+    x = x.detach()[:0].requires_grad_()
+    y = low_rank_linear(x, weight, bias, TokenLayout((8, 8), 1), BasisSet(3), for_input, precision=Precision(precision))
+    found = torch.autograd.grad(y.sum(), (x, weight, bias))
+    assert found[0].shape == x.shape and not any(g.count_nonzero() for g in found)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced"])

@@ -310,6 +310,22 @@ def test_accumulated_gradients_round_a_weight_once_and_training_goes_on(rounding
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.parametrize("base, x, exact", [
+    (lambda: Mixer("Conv1D"), images(2, 32, 48), 1),  # its weight is the transpose of a parameter
+    (lambda: Mixer("Conv1d"), images(2, 32, 48), 1),
+    (lambda: tiny_vit().to(torch.bfloat16), images().to(torch.bfloat16), 3),  # its weights are casts of float32 ones
+])  # fmt: skip
+def test_weights_that_are_no_parameters_are_rounded_once_a_step_too(base, x, exact, roundings):
+    torch.manual_seed(0)
+    model = adapted(base, grad_input="int8")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for step in range(1, 4):
+        for _ in range(2):
+            gradients(model, x)
+        optimizer.step()
+        assert len(roundings) == step * (len(layers_of(model)) - exact)
+
+
 def test_a_frozen_weight_is_rounded_once(roundings):
     lora = LoraConfig(r=2, target_modules=["q_proj", "fc2"], init_lora_weights=False)
     model = adapted(grad_input="int8", train_base_weight=False, stack_on=lora)
