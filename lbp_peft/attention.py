@@ -8,8 +8,8 @@ takes longer than all that low-rank layers leave of the backward pass. With P = 
     dS = P * (dP - rowsum(y * g))
     dq = s dS k,  dk = s dS^T q
 
-That is exact: only the order of rounding differs. P is computed again, in float32, and so is y: no more than q, k and
-v are kept.
+That is exact: only the order of rounding differs. P and y are computed again: no more than q, k and v are kept. In dS
+the mean of v over the keys cancels. It is taken off before, so that what cancels is not what is left of rounding it.
 """
 
 from __future__ import annotations
@@ -110,13 +110,14 @@ def _gradients(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, scale: f
     """Those of query, key and value, a few heads at a time."""
     queries, keys, values, grads = (t.flatten(0, 1).contiguous() for t in (query, key, value, grad))
     of_queries, of_keys, of_values = (torch.empty_like(t) for t in (queries, keys, values))
+    centred = (values.float() - values.mean(1, keepdim=True, dtype=torch.float32)).to(values.dtype)
     heads, rows, columns = len(queries), queries.shape[1], keys.shape[1]
     at_once = min(max(_ENTRIES_AT_ONCE // (rows * columns), 1), heads)
     wide, weights = (queries.new_empty(at_once, rows, columns, dtype=torch.float32) for _ in range(2))
     rounded, narrow = (queries.new_empty(at_once, rows, columns) for _ in range(2))
     for start in range(0, heads, at_once):
         part = slice(start, start + at_once)
-        q, k, v, g = queries[part], keys[part], values[part], grads[part]
+        q, k, v, g = queries[part], keys[part], centred[part], grads[part]
         logits, p, p_rounded, ds = wide[: len(q)], weights[: len(q)], rounded[: len(q)], narrow[: len(q)]
         torch.bmm(q.float().mul_(scale), k.float().transpose(1, 2), out=logits)
         torch.softmax(logits, dim=-1, out=p)

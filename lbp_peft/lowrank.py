@@ -174,7 +174,7 @@ def _grouped(items: Sequence, size: int) -> list[Sequence]:
 def _in_full(grad_x: Tensor, for_input: Projection | None, like: Tensor) -> Tensor:
     """The gradient of an input, lifted if it is in the small space, in the shape of the output's."""
     tokens = for_input.lift(grad_x) if for_input else grad_x
-    return tokens.reshape(*like.shape[:-1], -1)
+    return tokens.reshape(*like.shape[:-1], tokens.shape[-1])
 
 
 def sum_of_tokens(tokens: Tensor, small: Tensor | None, projection: Projection | None) -> Tensor:
@@ -246,6 +246,7 @@ def low_rank_linear(
     branches: Sequence[Branch] = (),
     padding: Tensor | None = None,
     precision: Precision = FULL,
+    parameter: Tensor | None = None,
 ) -> Tensor:
     """`F.linear`, bit for bit, whose backward pass goes through a small space.
 
@@ -262,6 +263,8 @@ def low_rank_linear(
         padding: Shape (N, L), True for tokens that are only padding: nothing of them enters the gradients of others.
         precision: Of the product of gradient and weight in the input gradient; if it is low, the factors of the weight
             gradient are in bfloat16.
+        parameter: The one that `weight` is a transpose or a cast of, where it is none itself. A copy of it in few bits
+            is kept for as long as it stays the same.
 
     Under autocast, the tensors are cast as `F.linear` casts them. Double backward raises RuntimeError, and so does a
     loss that depends on padding.
@@ -284,7 +287,7 @@ def low_rank_linear(
         *(
             (lambda: None, lambda: None)
             if torch.compiler.is_compiling()
-            else (weakref.ref(weight), weakref.ref(source))
+            else (weakref.ref(weight if parameter is None else parameter), weakref.ref(source))
         ),
     )
     return _LowRankLinear.apply(how, *tensors)

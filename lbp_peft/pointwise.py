@@ -29,6 +29,7 @@ def low_rank_pointwise_conv(
     layout: TokenLayout | None = None,
     padding: Tensor | None = None,
     precision: Precision = FULL,
+    parameter: Tensor | None = None,
 ) -> Tensor:
     """`F.conv2d` or `F.conv1d` with kernel 1 and stride 1, bit for bit, whose backward pass goes through a small space.
 
@@ -42,13 +43,15 @@ def low_rank_pointwise_conv(
         padding: Shape (N, L), True for tokens that are only padding.
         precision: Of the product of gradient and weight in the input gradient; if it is low, the factors of the weight
             gradient are in bfloat16.
+        parameter: The one that `weight` is a cast of, where it is none itself.
 
     Under autocast, the tensors are cast as the convolutions cast them. Double backward raises RuntimeError.
 
     Returns:
         Shape (N, C_out, H, W) or (N, C_out, L).
     """
-    source = (lambda: None) if precision == FULL or torch.compiler.is_compiling() else weakref.ref(weight)
+    no_source = precision == FULL or torch.compiler.is_compiling()
+    source = (lambda: None) if no_source else weakref.ref(weight if parameter is None else parameter)
     (x, weight, bias), cast_weight = cast_as_autocast_would(weight, [x, weight, bias])
     if x.dim() == 4:
         layout = TokenLayout((x.shape[2], x.shape[3]))

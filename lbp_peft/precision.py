@@ -16,6 +16,7 @@ Beside it, the small product of the weight gradient is of factors in bfloat16.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -112,8 +113,18 @@ def _fitting_block(rotation: int, features: int) -> int:
     return rotation
 
 
-@functools.cache
 def _hadamard(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return _kept_hadamard(block, dtype, device)
+    matrix = torch.ones(1, 1, dtype=dtype, device=device)  # the same once more, since NumPy's steps are not traced
+    while len(matrix) < block:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    sign_changes = (matrix[:, 1:] != matrix[:, :-1]).sum(1)
+    return matrix[sign_changes.argsort()] * block**-0.5
+
+
+@functools.cache
+def _kept_hadamard(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(walsh_functions(block)).to(device, dtype) * block**-0.5
 
 
@@ -124,8 +135,8 @@ def product(grad: Tensor, weight: Tensor, precision: Precision, source: Tensor |
         grad: Shape (..., C_out).
         weight: Shape (C_out, C_in), of any floating dtype.
         precision: See [`Precision`].
-        source: The parameter that `weight` was cast from, or is. On CPUs its copy in int8 is kept for as long as
-            it stays the same.
+        source: The parameter that `weight` is, or is a cast or a transpose of. On CPUs its copy in int8 is kept for
+            as long as it stays the same.
 
     Returns:
         Shape (..., C_in), of the dtype of `grad`.
@@ -146,7 +157,7 @@ def product(grad: Tensor, weight: Tensor, precision: Precision, source: Tensor |
         found = _int8_product_by_parts(rows, rotation, right)
     else:
         found = rescaled_product(_rounded_rows(rows, rotation, right.values.dtype), right)
-    return found.to(grad.dtype).view(*grad.shape[:-1], -1)
+    return found.to(grad.dtype).view(*grad.shape[:-1], weight.shape[1])
 
 
 def kept_dtype(dtype: torch.dtype, precision: Precision) -> torch.dtype:
@@ -179,11 +190,24 @@ def rescaled_product(left: Rounded, right: Rounded) -> Tensor:
     """(M, K), (K, N) -> (M, N), of values of 8 bits; float32, or bfloat16 for fp8."""
     assert left.scales is not None and right.scales is not None
     if left.values.dtype != torch.int8:
-        columns = right.values.t().contiguous().t()  # the way the product wants them
-        return torch._scaled_mm(
-            left.values, columns, scale_a=left.scales, scale_b=right.scales, out_dtype=torch.bfloat16
-        )
+        return _fp8_product(left.values, right.values, left.scales, right.scales)
     return torch.mul(_int_product(left.values, right.values), left.scales).mul_(right.scales)
+
+
+def _fp8_product(left: Tensor, right: Tensor, of_rows: Tensor, of_columns: Tensor) -> Tensor:
+    """Of multiples of 16 only, the right factor column by column."""
+    (rows, inner), columns = left.shape, right.shape[1]
+    if rows == 0:
+        return of_rows.new_empty(0, columns, dtype=torch.bfloat16)
+
+    def padded(values: Tensor, pads: tuple[int, ...]) -> Tensor:
+        return F.pad(values.view(torch.int8), pads).view(values.dtype)  # all bits zero are zero in either type
+
+    left = padded(left, (0, -inner % 16))
+    right = padded(right.t().contiguous(), (0, -inner % 16, 0, -columns % 16)).t()
+    of_columns = F.pad(of_columns, (0, -columns % 16))
+    found = torch._scaled_mm(left, right, scale_a=of_rows, scale_b=of_columns, out_dtype=torch.bfloat16)
+    return found[:, :columns]
 
 
 def _int8_product_by_parts(rows: Tensor, rotation: int, right: Rounded) -> Tensor:
@@ -234,12 +258,18 @@ def check_precision(precision: str, device: torch.device) -> None:
 _copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
+def forget(parameters: Iterable[Tensor]) -> None:
+    """Free the copies that are kept of these, if any."""
+    for parameter in parameters:
+        _copies.pop(parameter, None)
+
+
 def _rounded_weight(weight: Tensor, name: str, rotation: int, source: Tensor | None) -> Rounded:
     # On other devices to wait for a fingerprint would take longer than to round again, and so it does for bf16.
     cheap = weight.device.type != "cpu" or name == "bf16"
     if cheap or not isinstance(source, nn.Parameter) or torch.compiler.is_compiling():
         return _round_weight(weight, name, rotation)
-    key, fingerprint = (name, rotation, weight.dtype), _fingerprint(weight)
+    key, fingerprint = (name, rotation, weight.dtype, weight.shape, weight.stride()), _fingerprint(weight)
     kept = _copies.get(source)
     if kept is None or kept[0] != key or not torch.equal(kept[1], fingerprint):
         kept = _copies[source] = (key, fingerprint, _round_weight(weight, name, rotation))
@@ -252,7 +282,13 @@ def _fingerprint(weight: Tensor) -> Tensor:
     Version counter and address do not: PEFT merges adapters by `weight.data += ...`, and some optimisers and sharded
     training write past the counter too.
     """
-    return torch.mv(weight.float().t(), torch.linspace(-1, 1, len(weight), device=weight.device))
+    return torch.mv(weight.float().t(), _weights_of_rows(len(weight)))
+
+
+@functools.cache
+def _weights_of_rows(rows: int) -> Tensor:
+    """Random numbers from 1 to 2: none leaves a row out, and no pattern among rows cancels."""
+    return 1 + torch.rand(rows, generator=torch.Generator().manual_seed(0))
 
 
 def _round_weight(weight: Tensor, name: str, rotation: int) -> Rounded:

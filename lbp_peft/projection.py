@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,13 +29,20 @@ def num_kept(layout: TokenLayout, bases: BasisSet | None) -> int:
     return min(layout.num_outside + on_grid, layout.num_tokens)
 
 
-# torch.compile does not trace how bases come about: it takes the results of these two as constants. They deal in plain
-# values for its sake.
+# torch.compile does not trace how bases come about: it takes the results of these three as constants. They deal in
+# plain values for its sake.
 
 
 @torch.compiler.assume_constant_result
 def _num_bases(height: int, width: int, r: int, block_size: int, selection: str, boundary: str) -> int:
     return num_bases((height, width), BasisSet(r, block_size, selection, boundary))
+
+
+@torch.compiler.assume_constant_result
+def _functions_outnumber_tokens(height: int, width: int, *plain: Any) -> bool:
+    """Along either axis. Only functions on a padded grid, which those of boundary="reflect" are, can do so."""
+    found = grid_bases((height, width), BasisSet(*plain))
+    return len(found.row_analysis) > height or len(found.column_analysis) > width
 
 
 @torch.compiler.assume_constant_result
@@ -77,32 +87,44 @@ _wholes: dict[tuple, Tensor] = {}
 
 def _whole_matrix(name: str, layout: TokenLayout, bases: BasisSet, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Shape (k, L): "analysis" or "synthesis" of all tokens, those outside the grid as they are."""
+    if torch.compiler.is_compiling():  # made in each pass: to hold it, the graph would take a list of its values
+        return _whole_matrix_compiled(name, layout, bases, device).to(dtype)
     key = (name, layout, bases, dtype, device)
-    if not torch.compiler.is_compiling() and key in _wholes:
-        return _wholes[key]
-    # Rounded once, at the end. What is compiled makes it in each pass: to hold it, it would take a list of its values.
-    wide, where = (torch.float32, device) if torch.compiler.is_compiling() else (torch.float64, torch.device("cpu"))
-    with torch.inference_mode(False), torch.no_grad():
-        rows, columns = (_matrix(f"{axis}_{name}", layout.grid, bases, wide, where) for axis in ("row", "column"))
-        whole = torch.kron(rows, columns)[_matrix("kept", layout.grid, bases, torch.int64, where)]
+    if key not in _wholes:
+        on_grid = getattr(grid_bases(layout.grid, bases), f"dense_{name}")()
         if layout.unrolled:
-            whole = whole[:, _order(layout, where)[1]]
-        before, after = (
-            torch.eye(number, dtype=wide, device=where)
-            for number in (layout.num_prefix_tokens, layout.num_suffix_tokens)
-        )
-        whole = torch.block_diag(before, whole, after).to(device, dtype)
-    if type(whole) is Tensor and not torch.compiler.is_compiling():
-        _wholes[key] = whole
-    return whole
+            on_grid = on_grid[:, unrolled_order(layout)]
+        prefix, suffix = layout.num_prefix_tokens, layout.num_suffix_tokens
+        whole = np.zeros((layout.num_outside + len(on_grid), layout.num_tokens))
+        whole[:prefix, :prefix] = np.eye(prefix)
+        whole[prefix : len(whole) - suffix, prefix : layout.num_tokens - suffix] = on_grid
+        whole[len(whole) - suffix :, layout.num_tokens - suffix :] = np.eye(suffix)
+        with torch.inference_mode(False), torch.no_grad():
+            matrix = torch.from_numpy(whole).to(device, dtype)
+        if type(matrix) is not Tensor:
+            return matrix
+        _wholes[key] = matrix
+    return _wholes[key]
+
+
+def _whole_matrix_compiled(name: str, layout: TokenLayout, bases: BasisSet, device: torch.device) -> Tensor:
+    def part(which: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        return _matrix(which, layout.grid, bases, dtype, device)
+
+    on_grid = torch.kron(part(f"row_{name}"), part(f"column_{name}"))[part("kept", torch.int64)]
+    if layout.unrolled:
+        on_grid = on_grid[:, _order(layout, device)[1]]
+    before, after = (torch.eye(n, device=device) for n in (layout.num_prefix_tokens, layout.num_suffix_tokens))
+    return torch.block_diag(before, on_grid, after)
 
 
 class Projection:
     """The linear maps between L tokens and their k coefficients, for one layout, dtype and device.
 
     With boundary="orthogonal", `lift` is the transpose of `project` and `project(lift(z)) == z`. The two axes of the
-    grid are transformed one after the other, so nothing larger than the input is ever made, and the first, larger step
-    is one matrix product over contiguous memory. [`OneMatrix`] does the same at once.
+    grid are transformed one after the other, and the first, larger step is one matrix product over contiguous memory.
+    Nothing larger than the tokens is ever made, bar where there are more functions along an axis than tokens: see
+    [`projection`]. [`OneMatrix`] does the same at once.
 
     Args:
         layout: Where the L tokens lie.
@@ -175,9 +197,9 @@ class Projection:
         if self.layout.unrolled:
             grid = grid.index_select(1, _order(self.layout, tokens.device)[0])
         grid = grid.reshape(batch, height, width * channels)
-        rows = _times(self.row_analysis, grid, self.row_blocks).reshape(-1, width, channels)
-        both = _times(self.column_analysis, rows, self.column_blocks)
-        both = both.reshape(batch, -1, channels)
+        rows = _times(self.row_analysis, grid, self.row_blocks)
+        both = _times(self.column_analysis, rows.reshape(-1, width, channels), self.column_blocks)
+        both = both.reshape(batch, rows.shape[1] * both.shape[1], channels)
         if self.layout.num_outside == 0:
             return both.index_select(1, self.kept)
         before, after = tokens[:, :prefix], tokens[:, prefix + height * width :]
@@ -217,7 +239,7 @@ class Projection:
         rows = _times(self.column_synthesis.t(), both.reshape(-1, num_columns, channels), self.column_blocks)
         rows = rows.reshape(batch, num_rows, width * channels)
         if self.row_blocks > 1 or self.layout.unrolled:
-            grid = _times(self.row_synthesis.t(), rows, self.row_blocks).view(batch, -1, channels)
+            grid = _times(self.row_synthesis.t(), rows, self.row_blocks).view(batch, height * width, channels)
             if self.layout.unrolled:
                 grid = grid.index_select(1, _order(self.layout, grid.device)[1])
             tokens = self._with_outside(coefficients, grid)
@@ -245,8 +267,8 @@ class Projection:
         columns = image.reshape(-1, width // self.column_blocks) @ self.column_analysis.t()
         # The rows of each channel as a whole: block by block these products would be too small to pay.
         rows = torch.block_diag(*[self.row_analysis] * self.row_blocks)
-        both = _times(rows, columns.view(batch * channels, height, -1), 1)
-        return both.view(batch, channels, -1).index_select(2, self.kept).transpose(1, 2)
+        both = _times(rows, columns.view(batch * channels, height, columns.shape[1] * self.column_blocks), 1)
+        return both.view(batch, channels, both.shape[1] * both.shape[2]).index_select(2, self.kept).transpose(1, 2)
 
     def lift_image(self, coefficients: Tensor) -> Tensor:
         """(N, k, C) -> (N, C, H, W), for a layout without prefix tokens."""
@@ -282,10 +304,8 @@ class OneMatrix(Projection):
         return tokens if self.padding is None else tokens.masked_fill_(self.padding[:, :, None], 0)
 
     def project_image(self, image: Tensor) -> Tensor:
-        if (
-            image.is_contiguous(memory_format=torch.channels_last) and image.shape[1] > 1
-        ):  # the tokens as they lie there
-            return self.project(image.permute(0, 2, 3, 1).flatten(1, 2))
+        if image.is_contiguous(memory_format=torch.channels_last) and image.shape[1] > 1:
+            return self.project(image.permute(0, 2, 3, 1).flatten(1, 2))  # the tokens as they lie there
         return (image.flatten(2) @ self.analysis.t()).transpose(1, 2)
 
     def lift_image(self, coefficients: Tensor) -> Tensor:
@@ -307,7 +327,7 @@ def _times(matrix: Tensor, x: Tensor, blocks: int) -> Tensor:
     """(n, L / blocks), (M, L, C) -> (M, blocks n, C): the matrix times every block of x along its second axis."""
     outer, length, channels = x.shape
     x = x.reshape(outer * blocks, length // blocks, channels)
-    return torch.bmm(matrix.expand(len(x), -1, -1), x).view(outer, -1, channels)
+    return torch.bmm(matrix.expand(len(x), -1, -1), x).view(outer, len(matrix) * blocks, channels)
 
 
 def _bmm_into(target: Tensor, a: Tensor, b: Tensor) -> None:
@@ -324,7 +344,10 @@ def projection(
     device: torch.device,
     padding: Tensor | None = None,
 ) -> Projection | None:
-    """The [`Projection`] of a layout; None where it would be the identity."""
+    """The [`Projection`] of a layout, the way that is fastest and makes nothing larger than the tokens.
+
+    None where it would be the identity.
+    """
     if bases is None:
         return None
     if layout is None:
@@ -332,5 +355,8 @@ def projection(
     kept = num_kept(layout, bases)
     if kept == layout.num_tokens:
         return None
-    at_once = not kernels.IN_USE and one_matrix_pays(kept, dtype, device)
+    by_axis_is_larger = _functions_outnumber_tokens(
+        *layout.grid, bases.r, bases.block_size, bases.selection, bases.boundary
+    )
+    at_once = not kernels.IN_USE and (by_axis_is_larger or one_matrix_pays(kept, dtype, device))
     return (OneMatrix if at_once else Projection)(layout, bases, dtype, device, padding)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from lbp_peft import LBPWHTConfig, LBPWHTLayer
+from lbp_peft.tuner.stacked import CHILD
 
 torch.set_num_threads(1)  # models this small only lose by more, and bits must not depend on the machine
 
@@ -218,6 +220,12 @@ def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) ->
 
 def layers_of(model: nn.Module) -> dict[str, LBPWHTLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LBPWHTLayer)}
+
+
+def standing_around(model: nn.Module, kind: type) -> dict[str, Any]:
+    """What stands inside modules that are no adapted layers, by the name of its host."""
+    inside = {name: getattr(module, CHILD, None) for name, module in model.named_modules()}
+    return {name: one for name, one in inside.items() if isinstance(one, kind)}
 
 
 def state_of(model: nn.Module) -> dict[str, Tensor]:

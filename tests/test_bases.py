@@ -7,7 +7,7 @@ import torch
 
 from lbp_peft import BasisSet, LayoutError, TokenLayout
 from lbp_peft.bases import axis_blocks, grid_bases, num_bases
-from lbp_peft.projection import num_kept, projection
+from lbp_peft.projection import OneMatrix, Projection, num_kept, projection
 from lbp_peft.walsh import basis_order, walsh_functions
 
 GRIDS = [(8, 8), (16, 16), (14, 14), (7, 7), (4, 12), (9, 17), (3, 5), (2, 2), (1, 24), (6, 10)]
@@ -94,6 +94,7 @@ def test_reflection_needs_enough_patches_to_reflect():
 
 @pytest.mark.parametrize("prefix", [0, 1, 5])
 @pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.usefixtures("way")
 def test_projection_and_lift_are_the_dense_matrices(grid, prefix):
     layout, bases = TokenLayout(grid, prefix), BasisSet(3)
     tokens = torch.randn(2, layout.num_tokens, 5, dtype=torch.float64)
@@ -110,20 +111,22 @@ def test_projection_and_lift_are_the_dense_matrices(grid, prefix):
     torch.testing.assert_close(maps.project(maps.lift(small)), small, rtol=0, atol=1e-12)
 
 
-def test_bases_are_built_once_per_layout_dtype_and_device():
+@pytest.mark.parametrize("name", ["row_analysis", "analysis"])
+def test_bases_are_built_once_per_layout_dtype_and_device(name):
     def matrix(r=3, dtype=torch.float32):
-        return projection(TokenLayout((8, 8), 1), BasisSet(r), dtype, torch.device("cpu")).row_analysis
+        way = OneMatrix if name == "analysis" else Projection
+        return getattr(way(TokenLayout((8, 8), 1), BasisSet(r), dtype, torch.device("cpu")), name)
 
     assert matrix().data_ptr() == matrix().data_ptr()
     assert matrix(dtype=torch.float64).data_ptr() != matrix().data_ptr()
     assert matrix(r=6).data_ptr() != matrix().data_ptr()
 
 
-def test_projections_made_under_fake_tensors_do_not_outlive_them():
+def test_projections_made_under_fake_tensors_do_not_outlive_them(way):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     layout = TokenLayout((8, 24), 3)
     with FakeTensorMode():
         projection(layout, BasisSet(5), torch.float32, torch.device("cpu"))
     real = projection(layout, BasisSet(5), torch.float32, torch.device("cpu"))
-    assert type(real.kept) is torch.Tensor
+    assert type(real.analysis if way is OneMatrix else real.kept) is torch.Tensor

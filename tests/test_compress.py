@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from models import forward, gradients, images, largest_difference, tiny_vit, train
+from models import forward, gradients, images, largest_difference, standing_around, tiny_vit, train
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_precision import cosine
 from torch import nn
@@ -97,7 +97,7 @@ def adapted(base=tiny_vit, **settings):
 
 
 def compressed(model):
-    return [name for name, module in model.named_modules() if isinstance(module, LBPWHTCompressed)]
+    return list(standing_around(model, LBPWHTCompressed))
 
 
 def test_gradients_are_near_and_much_less_is_saved():
@@ -156,6 +156,18 @@ def test_copies_work_on_their_own(how):
     again = how(model)
     del model
     assert largest_difference(gradients(again, images()), expected) < 1e-6
+
+
+def test_a_copy_that_is_trained_beside_the_adapter_belongs_to_the_same_block():
+    """PEFT copies modules_to_save for each adapter, host and all that stands inside."""
+    settings = {"modules_to_save": ["layernorm_before"]}
+    model = adapted(**settings)
+    model.add_adapter("other", LBPWHTConfig(r=10, compress_activations="int8", **settings))
+    model.set_adapter("other")
+    blocks = set(model.base_model.model.vit.layers)
+    inside = standing_around(model, LBPWHTCompressed)
+    assert any("modules_to_save.other" in name for name in inside)
+    assert {one.block for one in inside.values()} == blocks
 
 
 def test_with_lora_beneath():

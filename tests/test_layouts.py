@@ -8,7 +8,8 @@ from test_lowrank import problem, relative
 
 from lbp_peft import BasisSet, TokenLayout, low_rank_linear
 from lbp_peft.bases import unrolled_order
-from lbp_peft.projection import Projection
+
+pytestmark = pytest.mark.usefixtures("way")
 
 RANKS = [(3, 3), (10, None), (10, 3)]
 
@@ -119,12 +120,12 @@ def test_a_loss_that_depends_on_padding_is_refused():
     [TokenLayout((8, 8), 1, 4), TokenLayout((8, 16), unrolled=((2, 2), (2, 2))), TokenLayout((1, 77))],
     ids=["after", "unrolled", "sequence"],
 )
-def test_projecting_what_was_lifted_changes_nothing_and_all_bases_keep_everything(layout):
+def test_projecting_what_was_lifted_changes_nothing_and_all_bases_keep_everything(layout, way):
     generator = torch.Generator().manual_seed(0)
-    some = Projection(layout, BasisSet(5), torch.float64, torch.device("cpu"))
+    some = way(layout, BasisSet(5), torch.float64, torch.device("cpu"))
     k = some.project(torch.zeros(1, layout.num_tokens, 1, dtype=torch.float64)).shape[1]
     z = torch.randn(2, k, 3, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(some.project(some.lift(z)), z, rtol=0, atol=1e-12)
-    all_bases = Projection(layout, BasisSet(64), torch.float64, torch.device("cpu"))
+    all_bases = way(layout, BasisSet(64), torch.float64, torch.device("cpu"))
     x = torch.randn(2, layout.num_tokens, 3, generator=generator, dtype=torch.float64)
     torch.testing.assert_close(all_bases.lift(all_bases.project(x)), x, rtol=0, atol=1e-12)

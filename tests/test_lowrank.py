@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from lbp_peft import BasisSet, TokenLayout, low_rank_linear
-from lbp_peft.projection import Projection
+from lbp_peft.precision import Precision
 
 GRIDS = [(8, 8), (16, 16), (14, 14), (7, 7), (4, 12), (24, 32)]
 PREFIXES = [0, 1, 2, 5]
@@ -38,6 +38,7 @@ def relative(found, expected):
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("boundary", ["orthogonal", "reflect"])
+@pytest.mark.usefixtures("way")
 def test_gradients_are_the_references(boundary, grid, prefix, ranks):
     if boundary == "reflect" and min(grid) < 5 and -min(grid) % 8 // 2 >= min(grid):
         pytest.skip("the grid is too short to be reflected")
@@ -59,6 +60,7 @@ def test_gradients_are_the_references(boundary, grid, prefix, ranks):
 
 @pytest.mark.parametrize("selection", ["lp_l1", "lp_linf"])
 @pytest.mark.parametrize("block_size", [4, 8, 16])
+@pytest.mark.usefixtures("way")
 def test_other_blocks_and_selections(selection, block_size):
     grid, prefix = (14, 10), 1
     x, weight, bias, grad = problem(grid, prefix)
@@ -73,12 +75,12 @@ def test_other_blocks_and_selections(selection, block_size):
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("grid", [*GRIDS, (9, 17), (5, 3), (6, 10)])
-def test_full_rank_is_exact_backpropagation(grid, prefix):
+def test_full_rank_is_exact_backpropagation(grid, prefix, way):
     """Through the projections themselves, not through the shortcut that skips them at full rank."""
     from lbp_peft.lowrank import _How, _LowRankLinear
 
     x, weight, bias, grad = problem(grid, prefix)
-    full = Projection(TokenLayout(grid, prefix), BasisSet(64), torch.float64, x.device)
+    full = way(TokenLayout(grid, prefix), BasisSet(64), torch.float64, x.device)
     found = torch.autograd.grad(_LowRankLinear.apply(_How(full, full, ()), x, weight, bias), (x, weight, bias), grad)
     exact = torch.autograd.grad(F.linear(x, weight, bias), (x, weight, bias), grad)
     assert max(relative(f, e) for f, e in zip(found, exact, strict=True)) < 1e-12
@@ -95,6 +97,17 @@ def test_channels_last_input_is_a_grid():
     assert y.shape == (2, 7, 12, 4)
     found = torch.autograd.grad(y, (x, weight, bias), grad.unflatten(1, grid))
     assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["full", "int8", "bf16"])
+@pytest.mark.parametrize("for_input", [None, BasisSet(3)])
+@pytest.mark.usefixtures("way")
+def test_an_empty_batch_has_gradients_of_zero(for_input, precision):
+    x, weight, bias, _ = problem((8, 8), 1, torch.float32)
+    x = x.detach()[:0].requires_grad_()
+    y = low_rank_linear(x, weight, bias, TokenLayout((8, 8), 1), BasisSet(3), for_input, precision=Precision(precision))
+    found = torch.autograd.grad(y.sum(), (x, weight, bias))
+    assert found[0].shape == x.shape and not any(g.count_nonzero() for g in found)
 
 
 @pytest.mark.parametrize("layout", ["transposed", "expanded", "sliced"])
@@ -152,11 +165,16 @@ def test_nothing_is_done_for_gradients_that_are_not_needed():
     assert relative(found, expected) < 1e-12
 
 
-def test_query_key_and_value_share_one_projection(monkeypatch):
+@pytest.fixture
+def projected(way, monkeypatch):
+    """What is projected, in turn."""
+    seen, project = [], way.project
+    monkeypatch.setattr(way, "project", lambda maps, t: seen.append(t) or project(maps, t))
+    return seen
+
+
+def test_query_key_and_value_share_one_projection(projected):
     """They receive the same tensor. Another tensor, other bases, or the same tensor changed in place, do not count."""
-    projected = []
-    project = Projection.project
-    monkeypatch.setattr(Projection, "project", lambda maps, t: projected.append(t) or project(maps, t))
     x, weight, bias, grad = problem((8, 8), 1)
     layout, hidden = TokenLayout((8, 8), 1), x * 1
     ys, shapes = saved_by(lambda: [low_rank_linear(hidden, weight, bias, layout, BasisSet(3)) for _ in "qkv"])
@@ -177,10 +195,7 @@ def test_query_key_and_value_share_one_projection(monkeypatch):
     assert relative(gradients[1], 2 * gradients[0]) < 1e-14
 
 
-def test_under_autocast_too_they_share_one_projection(monkeypatch):
-    projected = []
-    project = Projection.project
-    monkeypatch.setattr(Projection, "project", lambda maps, t: projected.append(t) or project(maps, t))
+def test_under_autocast_too_they_share_one_projection(projected):
     x, weight, bias, _ = problem((8, 8), 1, torch.float32)
     hidden = x * 1
     with torch.autocast("cpu", torch.bfloat16):

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lbp_peft import LBPWHTConfig
 from lbp_peft.measure import multiply_adds, saved_activations
+from lbp_peft.projection import OneMatrix
 
 N, L, C_IN, C_OUT = 2, 64, 12, 20
 
@@ -96,11 +97,17 @@ def test_a_convolution_multiplies_by_its_groups(groups, transposed):
     assert of_weight.total == 2 * once  # forward, and one gradient
 
 
+@pytest.fixture
+def project(way):
+    """What it takes to project a channel of 8 x 8 tokens on 10 bases, or to lift it."""
+    if way is OneMatrix:
+        return 10 * L
+    return (4 * 8 * 8) + (4 * 4 * 8)  # along the rows of the grid, then along its columns, on 4 functions each
+
+
 @pytest.mark.parametrize("input_rank", ["full", 10])
-def test_an_adapted_layer_multiplies_in_the_small_space(input_rank):
-    """8 x 8 patches are one block; its first 10 bases use 4 functions along each axis."""
+def test_an_adapted_layer_multiplies_in_the_small_space(input_rank, project):
     model, x = one_layer(r=10, grad_input=input_rank), tokens()
-    project = (4 * 8 * 8) + (4 * 4 * 8)  # per channel: along the rows of the grid, then along its columns
     with multiply_adds() as there:
         y = model(x)
     assert there.total == N * L * C_IN * C_OUT + N * project * C_IN
@@ -112,19 +119,50 @@ def test_an_adapted_layer_multiplies_in_the_small_space(input_rank):
     assert back.total == weight + bias + (exact_input if input_rank == "full" else low_rank_input)
 
 
+WAYS_TO_GO_ON = ["full", 10, "int8", (10, "int8"), "bf16"]
+
+
+@pytest.mark.parametrize("grad_input", WAYS_TO_GO_ON)
+def test_a_first_layer_does_nothing_for_an_input_gradient(grad_input, project):
+    """Neither g W nor lifting: with those of the weight and the bias all products are accounted for."""
+    y = one_layer(r=10, grad_input=grad_input)(tokens().detach())
+    with multiply_adds() as back:
+        y.backward(torch.randn_like(y))
+    assert back.total == N * project * C_OUT + N * 10 * C_IN * C_OUT + 10 * C_OUT
+
+
+@pytest.mark.parametrize("grad_input", WAYS_TO_GO_ON)
+def test_nor_does_a_first_pointwise_convolution(grad_input, project):
+    base = nn.ModuleDict({"lin": nn.Conv2d(C_IN, C_OUT, 1)})
+    layer = get_peft_model(base, LBPWHTConfig(r=10, grad_input=grad_input, target_modules=["lin"])).train()
+    y = layer.base_model.model["lin"](torch.randn(N, C_IN, 8, 8))
+    with multiply_adds() as back:
+        y.backward(torch.randn_like(y))
+    assert back.total == N * project * C_OUT + N * 10 * C_IN * C_OUT
+
+
+@pytest.mark.parametrize("grad_input", WAYS_TO_GO_ON)
+def test_nor_does_lora_on_a_first_layer(grad_input, project):
+    lora = LoraConfig(r=3, target_modules=["lin"])
+    y = one_layer(r=10, grad_input=grad_input, train_base_weight=False, stack_on=lora)(tokens().detach())
+    with multiply_adds() as back:
+        y.backward(torch.randn_like(y))
+    factors = N * 10 * 3 * (2 * C_IN + 2 * C_OUT)  # g B, and its product with x; x A, and its product with g
+    assert back.total == N * project * C_OUT + factors
+
+
 @pytest.mark.parametrize("grad_input, rows", [("int8", L), ((10, "int8"), 10), ("bf16", L)])
-def test_products_in_low_precision_count_like_any(grad_input, rows):
+def test_products_in_low_precision_count_like_any(grad_input, rows, project):
     model, x = one_layer(r=10, grad_input=grad_input), tokens()
     y = model(x)
     with multiply_adds() as back:
         y.backward(torch.randn_like(y))
-    project = (4 * 8 * 8) + (4 * 4 * 8)
     of_weight = N * project * C_OUT + N * 10 * C_IN * C_OUT + 10 * C_OUT
     lifting = N * project * C_IN if rows == 10 else 0
     assert back.total == of_weight + N * rows * C_IN * C_OUT + lifting
 
 
-def test_branches_beside_the_weight_count_in_the_input_gradient_too():
+def test_branches_beside_the_weight_count_in_the_input_gradient_too(project):
     settings = {"grad_input": 10, "train_base_weight": False}
     lora = get_peft_model(OneLayer(), LoraConfig(r=3, target_modules=["lin"]))
     config = LBPWHTConfig(r=10, target_modules=["lin"], grid_size=(8, 8), num_prefix_tokens=0, **settings)
@@ -132,7 +170,6 @@ def test_branches_beside_the_weight_count_in_the_input_gradient_too():
     y = model(x)
     with multiply_adds() as back:
         y.backward(torch.randn_like(y))
-    project = (4 * 8 * 8) + (4 * 4 * 8)
     factors = N * 10 * 3 * (2 * C_IN + 2 * C_OUT)  # g B, and its product with x; x A, and its product with g
     into_x = N * 10 * (C_IN * C_OUT + 3 * C_OUT + 3 * C_IN)  # g W, g B, and its product with A
     assert back.total == N * project * (C_OUT + C_IN) + factors + into_x

@@ -283,10 +283,12 @@ def test_activating_an_unknown_adapter_is_an_error():
         VIT.adapted().set_adapter("nope")
 
 
+@pytest.mark.parametrize("compress", [None, "int8"])  # which stands inside modules that are not adapted
 @pytest.mark.parametrize("train_base_weight", [True, False])
-def test_status_is_reported(train_base_weight):
-    model = VIT.adapted(train_base_weight=train_base_weight)
-    model.add_adapter("second", VIT.config(train_base_weight=train_base_weight))
+def test_status_is_reported(train_base_weight, compress):
+    settings = {"train_base_weight": train_base_weight, "compress_activations": compress}
+    model = VIT.adapted(**settings)
+    model.add_adapter("second", VIT.config(**settings))
     status = model.get_model_status()
     assert status.peft_types["default"] == "LBPWHT" and status.adapter_model_type == "LBPWHTModel"
     assert status.num_adapter_layers == 12 and status.enabled is True

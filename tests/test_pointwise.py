@@ -12,6 +12,7 @@ from torch import nn
 
 from lbp_peft import BasisSet, LBPWHTConfig, layout_report
 from lbp_peft.pointwise import low_rank_pointwise_conv
+from lbp_peft.precision import Precision
 from lbp_peft.tuner.pointwise import LBPWHTPointwiseConv
 
 
@@ -34,6 +35,7 @@ def tokens(image):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("ranks", [(3, 3), (10, None), (10, 3), (3, 21), (None, 6), (64, 64)])
 @pytest.mark.parametrize("grid", [(8, 8), (16, 16), (14, 14), (7, 7), (4, 12), (5, 21), (24, 40)])
+@pytest.mark.usefixtures("way")
 def test_gradients_are_the_references(grid, ranks, memory_format):
     x, weight, bias, grad = problem(grid)
     inner = x.contiguous(memory_format=memory_format)
@@ -60,6 +62,16 @@ def test_under_autocast_and_in_second_order():
     (first,) = torch.autograd.grad(y, weight, grad, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("precision", ["full", "int8"])
+@pytest.mark.parametrize("ranks", [(3, None), (3, 3)])
+def test_an_empty_batch_has_gradients_of_zero(ranks, precision):
+    x, weight, bias, _ = problem((8, 8), torch.float32)
+    x = x.detach()[:0].requires_grad_()
+    y = low_rank_pointwise_conv(x, weight, bias, *map(bases, ranks), precision=Precision(precision))
+    found = torch.autograd.grad(y.sum(), (x, weight, bias))
+    assert found[0].shape == x.shape and not any(g.count_nonzero() for g in found)
 
 
 class ConvMLP(nn.Module):

@@ -56,6 +56,13 @@ def test_products_keep_their_direction(name, bound, dtype, rotation):
     assert relative(found, g.double() @ weight.double()) < bound
 
 
+@pytest.mark.parametrize("name", ["full", "bf16", "int8"])
+@pytest.mark.parametrize("rotation", [0, 16])
+def test_a_product_of_no_rows(name, rotation):
+    found = product(draw(0, 5, 32), draw(32, 8), Precision(name, rotation))
+    assert found.shape == (0, 5, 8) and found.dtype == torch.float32
+
+
 def test_zeros_stay_zero():
     g = draw(4, 16)
     g[1] = 0
@@ -75,6 +82,13 @@ def test_a_rotation_cancels_and_spreads_outliers():
     assert errors[0] > 2 * errors[1] > 2 * errors[2]
 
 
+@pytest.mark.parametrize("block", [2, 16, 128])
+def test_the_rotation_is_the_same_where_it_is_compiled(block, monkeypatch):
+    expected = precision._hadamard(block, torch.float32, torch.device("cpu"))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(precision._hadamard(block, torch.float32, torch.device("cpu")), expected)
+
+
 @pytest.mark.parametrize("features, block", [(96, 32), (100, 4), (7, 1), (256, 128)])
 def test_the_rotation_fits_the_outputs(features, block):
     assert precision._fitting_block(128, features) == block
@@ -85,13 +99,27 @@ def test_the_rotation_fits_the_outputs(features, block):
 def test_fp8_needs_a_device_that_has_it():
     with pytest.raises(ValueError, match='fp8.*compute capability 8.9.*"auto"'):
         product(draw(4, 16), draw(16, 16), Precision("fp8"))
-    left, right = rounded(draw(32, 64), torch.float8_e4m3fn, 1), rounded(draw(64, 16, seed=1), torch.float8_e4m3fn, 0)
+
+
+@pytest.mark.parametrize("rows, inner, columns", [(32, 64, 16), (5, 40, 24), (33, 7, 50), (1, 16, 1)])
+def test_fp8_products_of_any_size(rows, inner, columns, monkeypatch):
+    """GPUs take multiples of 16, and the right factor column by column."""
+    plain = torch._scaled_mm
+
+    def checked(a, b, **settings):
+        assert not any(side % 16 for side in (a.shape[1], *b.shape)) and b.stride(0) == 1
+        return plain(a, b, **settings)
+
+    monkeypatch.setattr(torch, "_scaled_mm", checked)
+    g, weight = draw(rows, inner), draw(inner, columns, seed=1)
+    left, right = rounded(g, torch.float8_e4m3fn, 1), rounded(weight, torch.float8_e4m3fn, 0)
     assert isinstance(left, Rounded) and left.values.dtype == torch.float8_e4m3fn
     try:
         found = rescaled_product(left, right)
     except (RuntimeError, NotImplementedError) as error:
         pytest.skip(f"no fp8 product on this CPU: {error}".splitlines()[0])
-    assert relative(found, draw(32, 64).double() @ draw(64, 16, seed=1).double()) < 0.05
+    assert found.shape == (rows, columns)
+    assert relative(found, g.double() @ weight.double()) < 0.05
 
 
 # What is kept of W
@@ -123,6 +151,27 @@ def test_a_weight_is_rounded_again_only_when_it_has_changed(roundings):
         product(g, weight, Precision("int8", 16), weight)
         product(g, weight, Precision("bf16"), weight)
         assert len(roundings) == 5
+
+
+@pytest.mark.parametrize("features", [1, 2, 3, 15, 16, 17])
+def test_a_change_of_any_row_is_noticed(features):
+    g, data = draw(10, features), draw(features, 8, seed=1)
+    weight = torch.nn.Parameter(data)
+    with torch.no_grad():
+        for row in range(features):
+            before = product(g, weight, Precision("int8"), weight)
+            weight.data[row] *= -1
+            assert not torch.equal(product(g, weight, Precision("int8"), weight), before), row
+
+
+@pytest.mark.parametrize("pattern", [[1, -1], [1, -2, 1], [1, -3, 3, -1], [1, -1, -1, 1], 16 * [1], 8 * [1, -1]])
+def test_rows_that_change_against_one_another_are_noticed(pattern):
+    weight, change = torch.nn.Parameter(draw(16, 8, seed=1)), torch.tensor(pattern, dtype=torch.float32)
+    before = precision._fingerprint(weight.detach())
+    for start in range(16 - len(pattern) + 1):
+        changed = weight.detach().clone()
+        changed[start : start + len(pattern)] += change[:, None]
+        assert ((precision._fingerprint(changed) - before).abs() > 1e-3).all()
 
 
 @pytest.mark.parametrize("change", [
@@ -165,6 +214,7 @@ def test_what_is_merged_into_a_weight_enters_its_gradients():
 
 
 def test_copies_go_with_their_weight():
+    gc.collect()
     before = len(precision._copies)
     weight = torch.nn.Parameter(draw(16, 8))
     with torch.no_grad():
@@ -173,6 +223,17 @@ def test_copies_go_with_their_weight():
     del weight
     gc.collect()
     assert len(precision._copies) == before
+
+
+def test_copies_go_when_the_adapter_goes():
+    """The weights beneath LoRA outlive it."""
+    gc.collect()
+    before = len(precision._copies)
+    model = adapted(grad_input="int8", train_base_weight=False, stack_on=LoraConfig(r=2, target_modules=["q_proj"]))
+    gradients(model, images())
+    assert len(precision._copies) > before
+    base = model.unload()
+    assert len(precision._copies) == before and base is not None
 
 
 # In a model
@@ -243,6 +304,32 @@ def test_accumulated_gradients_round_a_weight_once_and_training_goes_on(rounding
         losses.append(loss.item())
         assert len(roundings) == step * (len(layers_of(model)) - 3)  # the first q, k and v need no input gradient
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("base, x, exact", [
+    (lambda: Mixer("Conv1D"), images(2, 32, 48), 1),  # its weight is the transpose of a parameter
+    (lambda: Mixer("Conv1d"), images(2, 32, 48), 1),
+    (lambda: tiny_vit().to(torch.bfloat16), images().to(torch.bfloat16), 3),  # its weights are casts of float32 ones
+])  # fmt: skip
+def test_weights_that_are_no_parameters_are_rounded_once_a_step_too(base, x, exact, roundings):
+    torch.manual_seed(0)
+    model = adapted(base, grad_input="int8")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for step in range(1, 4):
+        for _ in range(2):
+            gradients(model, x)
+        optimizer.step()
+        assert len(roundings) == step * (len(layers_of(model)) - exact)
+
+
+def test_a_frozen_weight_is_rounded_once(roundings):
+    lora = LoraConfig(r=2, target_modules=["q_proj", "fc2"], init_lora_weights=False)
+    model = adapted(grad_input="int8", train_base_weight=False, stack_on=lora)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(3):
+        gradients(model, images())
+        optimizer.step()
+    assert len(roundings) == len(layers_of(model)) - 3  # the first q, k and v need no input gradient
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,34 +14,48 @@ from .stacked import CHILD, Inside, stand_inside
 
 
 class Around(Inside):
-    """Stands inside a module that is no adapted layer, while the adapters that want it are active."""
+    """Stands inside a module that is no adapted layer, while adapters that want it are active in its block.
 
-    def _is_active(self) -> bool:
+    It is neither a module, since its host may call all of its children in turn, nor an adapter: PEFT does not list or
+    switch it. It asks the adapted layers.
+
+    Args:
+        block: Holds the host and the layers.
+    """
+
+    def __init__(self, block: nn.Module):
+        self.block = block
+
+    def _is_active(self, host: nn.Module) -> bool:
         if torch.compiler.is_compiling():  # it decides itself what to save, and what to multiply how
             return False
-        wanted = not self.disable_adapters and any(name in self.lbpwht_rule for name in self.active_adapters)
-        return wanted and self.training and not self.exact_backward and torch.is_grad_enabled()
+        layers = (module for module in self.block.modules() if isinstance(module, LBPWHTLayer))
+        rules = (rule for layer in layers for rule in layer.rules_in_effect())
+        return host.training and torch.is_grad_enabled() and any(self.is_wanted(rule) for rule in rules)
 
-    def __repr__(self) -> str:
-        return f"lbpwht.{type(self).__name__}({', '.join(self.lbpwht_rule)})"
+    @staticmethod
+    def is_wanted(rule: BackwardRule) -> bool:
+        """Whether an adapter with this rule asks for it."""
+        return True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Around:
+        """A copy of the host alone, which PEFT makes of modules_to_save, stays in the block."""
+        again = memo[id(self)] = copy.copy(self)
+        again.block = memo.get(id(self.block), self.block)
+        return again
 
 
-def stand_around(
-    host: nn.Module, kind: type[Around], layers: list[LBPWHTLayer], rules: dict[str, BackwardRule]
-) -> None:
-    """Put one of a kind inside a module of the block that the layers are in, or tell the one there of these rules."""
+def stand_around(host: nn.Module, kind: type[Around], block: nn.Module) -> None:
+    """Put one of a kind inside a module of a block, if there is none yet."""
     if not hasattr(host, CHILD):
-        stand_inside(host, kind(layers[0].finder, "", rules))
-    inside: Around = getattr(host, CHILD)
-    inside.lbpwht_rule.update(rules)
-    inside._active_adapter, inside._disable_adapters = layers[0]._active_adapter, layers[0].disable_adapters
+        stand_inside(host, kind(block))
 
 
 def blocks_with_layers(model: nn.Module) -> Iterator[tuple[nn.Module, list[LBPWHTLayer]]]:
     """The outermost members of lists of blocks that hold adapted layers, and these layers."""
     blocks: dict[str, list[LBPWHTLayer]] = {}
     for name, module in model.named_modules():
-        if not isinstance(module, LBPWHTLayer) or isinstance(module, Around):
+        if not isinstance(module, LBPWHTLayer):
             continue
         parts = name.split(".")
         for length in range(1, len(parts)):

@@ -22,14 +22,12 @@ class LBPWHTAttending(Around):
     Only the first forward pass tells whether there is any: an MLP owns layers too.
     """
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        self._has_attention = True
+    _has_attention = True
 
     def run(self, host: Any, *args: Any, **kwargs: Any) -> Any:
         """The host's forward pass."""
         plain = type(host).plain_class.forward
-        if not (self._has_attention and self._is_active() and _may_pay(*args, *kwargs.values())):
+        if not (self._is_active(host) and self._has_attention and _may_pay(*args, *kwargs.values())):
             return plain(host, *args, **kwargs)
         with AttentionByProducts() as mode:
             result = plain(host, *args, **kwargs)
@@ -48,16 +46,15 @@ def _may_pay(*inputs: Any) -> bool:
 
 def attend_by_products(model: nn.Module) -> None:
     """Put one into every owner of adapted layers in a block."""
-    for block, layers in blocks_with_layers(model):
-        rules = {name: rule for layer in layers for name, rule in layer.lbpwht_rule.items()}
+    for block, _ in blocks_with_layers(model):
         for owner in list(_owners(block)):
-            stand_around(owner, LBPWHTAttending, layers, rules)
+            stand_around(owner, LBPWHTAttending, block)
 
 
 def _owners(block: nn.Module) -> Iterator[nn.Module]:
     for module in block.modules():
-        called = not isinstance(module, (BaseTunerLayer, nn.ModuleList, nn.ModuleDict))
-        if called and any(_is_adapted(child) for child in module.children()):
+        only_contains = isinstance(module, (BaseTunerLayer, nn.ModuleList, nn.ModuleDict, nn.Sequential))
+        if not only_contains and any(_is_adapted(child) for child in module.children()):
             yield module
 
 

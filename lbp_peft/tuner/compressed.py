@@ -10,6 +10,7 @@ from transformers.activations import ACT2CLS
 
 from ..compress import compressed_layer
 from .around import Around, blocks_with_layers, stand_around
+from .layer import BackwardRule
 from .stacked import Plain
 
 _ACTIVATIONS = (
@@ -20,24 +21,25 @@ _ACTIVATIONS = (
 
 
 class LBPWHTCompressed(Around):
-    """Stands inside an activation function or a norm, its host, and has it keep its input in 8 bits.
-
-    Its rules are those of the adapters that ask for it.
-    """
+    """Stands inside an activation function or a norm, its host, and has it keep its input in 8 bits."""
 
     def run(self, host: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The host's forward pass."""
-        if args or kwargs or not (x.requires_grad and self._is_active()):
+        if args or kwargs or not (x.requires_grad and self._is_active(host)):
             return type(host).plain_class.forward(host, x, *args, **kwargs)
         return compressed_layer(Plain(host), x)
+
+    @staticmethod
+    def is_wanted(rule: BackwardRule) -> bool:
+        return rule.compress
 
 
 def compress_activations(model: nn.Module) -> None:
     """Put one into every activation function and norm in blocks with adapted layers, for adapters that ask for it."""
     for block, layers in blocks_with_layers(model):
-        rules = {name: rule for layer in layers for name, rule in layer.lbpwht_rule.items() if rule.compress}
-        for host in _outermost(block, is_compressible) if rules else []:
-            stand_around(host, LBPWHTCompressed, layers, rules)
+        if any(LBPWHTCompressed.is_wanted(rule) for layer in layers for rule in layer.lbpwht_rule.values()):
+            for host in _outermost(block, is_compressible):
+                stand_around(host, LBPWHTCompressed, block)
 
 
 def _outermost(module: nn.Module, condition: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:

@@ -12,6 +12,7 @@ from torch import nn
 from ..encoder import encoder_linears, is_pointwise_conv, is_transposed_linear
 from ..grid import GridFinder
 from ..hints import is_of_text, why_off_grid, window_near
+from ..precision import forget
 from .attending import attend_by_products
 from .checks import check_modules_to_save, check_targets, is_adapted_linear
 from .compressed import compress_activations
@@ -86,7 +87,8 @@ def create_and_replace(
     elif isinstance(target, LBPWHTLinear):
         target.update_layer(adapter_name, rule, config.train_base_weight, config.inference_mode)
     elif isinstance(target, BaseTunerLayer) or _trained_by_others(target, tuner.model):
-        stand_inside(target, LBPWHTStacked(grid_finder(tuner.model), current_key, {adapter_name: rule}))
+        inside = LBPWHTStacked(grid_finder(tuner.model), current_key, {adapter_name: rule})
+        stand_inside(target, inside.train(target.training))
     else:
         finder = grid_finder(tuner.model)
         train, inference = config.train_base_weight, config.inference_mode
@@ -103,11 +105,15 @@ def _layer_class(target: nn.Module) -> type[LBPWHTLinear]:
 
 
 def leave_all(model: nn.Module) -> set[GridFinder]:
-    """Go from inside all layers; the grid finders of all LBP-WHT layers, to be detached when these are gone too."""
+    """Go from inside all layers; the grid finders of all LBP-WHT layers, to be detached when these are gone too.
+
+    What the layers kept beside the model's own weights goes as well.
+    """
     finders = {module.finder for module in model.modules() if isinstance(module, LBPWHTLayer)}
     for module in list(model.modules()):
         if isinstance(getattr(module, CHILD, None), Inside):
             leave(module)
+    forget(model.parameters())
     return finders
 
 

@@ -116,11 +116,17 @@ class LBPWHTLayer(BaseTunerLayer):
 
     # How to go backward
 
+    def rules_in_effect(self) -> list[BackwardRule]:
+        """Those of the active adapters; none where the backward pass is to be exact whatever they say."""
+        if self.disable_adapters or self.merged or self.exact_backward:
+            return []
+        return [self.lbpwht_rule[name] for name in self.active_adapters if name in self.lbpwht_rule]
+
     def _active_rule(self, x: Tensor) -> BackwardRule | None:
         """The rule of the coming backward pass; None where there is none to come, or it is to be exact."""
-        if not self.training or self.exact_backward or not torch.is_grad_enabled():
+        if not self.training or not torch.is_grad_enabled():
             return None
-        rules = {self.lbpwht_rule[name] for name in self.active_adapters if name in self.lbpwht_rule}
+        rules = set(self.rules_in_effect())
         if len(rules) > 1:
             rules = {replace(rule, compress=False) for rule in rules}  # that is about others than this layer
         if len(rules) > 1:

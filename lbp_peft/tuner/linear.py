@@ -99,6 +99,7 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
             plan.for_input,
             padding=plan.padding,
             precision=plan.precision,
+            parameter=self._parameter_of_weight(),
         )
 
     def __repr__(self) -> str:
@@ -127,6 +128,13 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
         if self.disable_adapters or self.merged:
             return []
         return [name for name in self.active_adapters if name in self.lbpwht_weight]
+
+    def _parameter_of_weight(self) -> Tensor | None:
+        """The one that the weight is, or is a cast of; None where it is the sum of several."""
+        names = self.weights_in_effect()
+        if len(names) > 1:
+            return None
+        return self.lbpwht_weight[names[0]] if names else self._base_parameters()[0]
 
     def _adapted_parameters(self) -> tuple[Tensor, Tensor | None]:
         if self.disable_adapters:

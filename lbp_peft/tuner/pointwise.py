@@ -38,5 +38,13 @@ class LBPWHTPointwiseConv(LBPWHTLinear):
 
     def _multiply_low_rank(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: BackwardPlan) -> Tensor:
         return low_rank_pointwise_conv(
-            x, weight, bias, plan.for_weight, plan.for_input, plan.layout, plan.padding, plan.precision
+            x,
+            weight,
+            bias,
+            plan.for_weight,
+            plan.for_input,
+            plan.layout,
+            plan.padding,
+            plan.precision,
+            self._parameter_of_weight(),
         )

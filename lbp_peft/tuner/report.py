@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from .around import Around
 from .layer import BackwardPass, LBPWHTLayer
 
 
@@ -57,11 +56,7 @@ def layout_report(model: nn.Module) -> LayoutReport:
         >>> print(layout_report(model))
     """
     return LayoutReport(
-        {
-            module.layer_name: module.last_backward
-            for module in model.modules()
-            if isinstance(module, LBPWHTLayer) and not isinstance(module, Around)
-        }
+        {module.layer_name: module.last_backward for module in model.modules() if isinstance(module, LBPWHTLayer)}
     )
 
 

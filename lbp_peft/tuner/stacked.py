@@ -19,11 +19,20 @@ from .layer import BackwardRule, LBPWHTLayer
 CHILD = "low_rank_backward"
 
 
-class Inside(nn.Module, LBPWHTLayer):
+class Inside:
     """Stands inside a module, its host, and decides how the host goes backward.
 
     The host stays where it is and keeps its name, its weights and its type, so whatever its own method does with it
     (saving, loading, merging, switching adapters) works as before. LBP-WHT has no weights here.
+    """
+
+    def run(self, host: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The host's forward pass."""
+        raise NotImplementedError
+
+
+class LBPWHTStacked(nn.Module, Inside, LBPWHTLayer):
+    """Stands inside a layer that another method adapts, see [`Inside`].
 
     Args:
         finder: Knows the patch grid; shared by all layers of the model.
@@ -38,10 +47,7 @@ class Inside(nn.Module, LBPWHTLayer):
         LBPWHTLayer.__init__(self, finder, layer_name)
         self._active_adapter = next(iter(rules))
         self.lbpwht_rule.update(rules)
-
-    def run(self, host: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The host's forward pass."""
-        raise NotImplementedError
+        self._on_images = False
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Nothing to merge."""
@@ -51,14 +57,6 @@ class Inside(nn.Module, LBPWHTLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Nothing to move."""
-
-
-class LBPWHTStacked(Inside):
-    """Stands inside a layer that another method adapts, see [`Inside`]."""
-
-    def __init__(self, *args: Any):
-        super().__init__(*args)
-        self._on_images = False
 
     def _shape_of_tokens(self, x: Tensor) -> torch.Size:
         return x.movedim(1, -1).shape if self._on_images and x.dim() > 2 else x.shape
@@ -110,7 +108,7 @@ class LBPWHTStacked(Inside):
 
 def stand_inside(host: Any, inside: Inside) -> None:
     """Have a layer's forward pass run by what stands inside it."""
-    host.add_module(CHILD, inside.train(host.training))
+    setattr(host, CHILD, inside)
     plain_class: Any = type(host)
     host.__class__ = _hosting(plain_class)
     if "_old_forward" in vars(host):  # accelerate has put its own in front, and calls this
