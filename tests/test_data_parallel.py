@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed
 from accelerate import Accelerator, DataLoaderConfiguration
-from models import NO_GRID, images, largest_difference, layers_of
-from processes import on_processes
+from models import NO_GRID, images, largest_difference
+from processes import on_processes_once, shared_folder
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -171,7 +171,7 @@ def all_trials():
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    return on_processes(PROCESSES, all_trials, tmp_path_factory.mktemp("processes"))
+    return on_processes_once(PROCESSES, all_trials, shared_folder(tmp_path_factory, "data parallel"))
 
 
 @pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.name)
@@ -218,4 +218,4 @@ def test_low_rank_gradients_differ_from_exact_ones():
     exact = functools.partial(lbp_wht, r=64)
     differences = largest_difference(train_alone(Trial("", lbp_wht)), train_alone(Trial("", exact)))
     assert differences > 1e-3
-    assert len(layers_of(lbp_wht())) == 12
+    assert len(layout_report(lbp_wht()).layers) == 12

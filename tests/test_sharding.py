@@ -1,6 +1,11 @@
 """Fully sharded training (FSDP2 and FSDP1): the same weights as on one process; checkpoints in full and in shards."""
 
+import contextlib
+import dataclasses
 import functools
+import importlib.util
+import json
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,10 +15,11 @@ import pytest
 import torch
 import torch.distributed
 from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, load_fsdp_model, save_fsdp_model
 from models import images, largest_difference, outputs, same_state, tiny_vit
 from peft import PeftModel, get_peft_model_state_dict
-from processes import on_processes
+from processes import on_processes_once, shared_folder
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.checkpoint import load, save
 from torch.distributed.checkpoint.state_dict import (
@@ -27,6 +33,8 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Shard
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
+from transformers import ViTForImageClassification
 from transformers.models.vit.modeling_vit import ViTLayer
 from trials import PROCESSES, Trial, lbp_wht, stacked, train_alone, weights_of
 
@@ -38,11 +46,12 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="ne
 STEPS = 6
 
 
-def fsdp2(model, mesh=None, **settings):
-    mesh = {"mesh": init_device_mesh("cpu", mesh, mesh_dim_names=("replicas", "shards"))} if mesh else {}
+def fsdp2(model, mesh=(PROCESSES,), **settings):
+    # Named, since where there is a GPU the default mesh is one of GPUs.
+    mesh = init_device_mesh("cpu", mesh, mesh_dim_names=("replicas", "shards")[-len(mesh) :])
     for block in [module for module in model.modules() if isinstance(module, ViTLayer)]:
-        fully_shard(block, **mesh, **settings)
-    return fully_shard(model, **mesh, **settings)
+        fully_shard(block, mesh=mesh, **settings)
+    return fully_shard(model, mesh=mesh, **settings)
 
 
 def fsdp1(model, **settings):
@@ -139,44 +148,132 @@ def resume_from_shards(run, folder):
     return gathered(model)
 
 
-def accelerated(run, plugin):
+def driving(accelerator, version=2):
     """Accelerate drives FSDP on accelerators only; told that it does so, it runs the same code on the CPU."""
-    accelerator = Accelerator(cpu=True)
-    PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-    accelerator.state.distributed_type, accelerator.state.fsdp_plugin = DistributedType.FSDP, plugin
-    model = run.trial.model()
-    return accelerator, *accelerator.prepare(model, run.trial.optimizer(model))
+    for state in (PartialState, AcceleratorState):
+        state._shared_state |= {"distributed_type": DistributedType.FSDP, "device": torch.device("cpu")}
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=version,
+        auto_wrap_policy="transformer_based_wrap",
+        transformer_cls_names_to_wrap=["ViTLayer"],
+        state_dict_type="SHARDED_STATE_DICT",
+        use_orig_params=True if version == 1 else None,
+        cpu_ram_efficient_loading=False,
+    )
+    return accelerator
 
 
+@contextlib.contextmanager
+def afterwards_as_before():
+    """Outside, accelerate does not take itself for one that drives FSDP."""
+    yield
+    for state in (PartialState, AcceleratorState):
+        state._shared_state["distributed_type"] = DistributedType.MULTI_CPU
+
+
+@afterwards_as_before()
 def with_accelerate(run, folder):
     """Train half, save the state and the adapter alone; load the state into a new model and train the rest."""
+    accelerator = driving(Accelerator(cpu=True))
+    plugin = accelerator.state.fsdp_plugin
 
-    def plugin():
-        return FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=["ViTLayer"],
-            state_dict_type="SHARDED_STATE_DICT",
-            cpu_ram_efficient_loading=False,
-        )
+    def accelerated():
+        model = run.trial.model()
+        return accelerator.prepare(model, run.trial.optimizer(model))
 
-    accelerator, model, optimizer = accelerated(run, plugin())
+    model, optimizer = accelerated()
     train(run, model, optimizer, 0, STEPS // 2)
     accelerator.save_state(folder / "state")
-    save_fsdp_model(accelerator.state.fsdp_plugin, accelerator, model, folder / "adapter shards", adapter_only=True)
+    save_fsdp_model(plugin, accelerator, model, folder / "adapter shards", adapter_only=True)
     whole = accelerator.get_state_dict(model)
     if accelerator.is_main_process:
         accelerator.unwrap_model(model).save_pretrained(folder / "adapter", state_dict=whole)
     half = gathered(model)
 
-    accelerator, model, optimizer = accelerated(run, plugin())
-    load_fsdp_model(accelerator.state.fsdp_plugin, accelerator, model, folder / "adapter shards", adapter_only=True)
+    accelerator.free_memory()
+    model, optimizer = accelerated()
+    load_fsdp_model(plugin, accelerator, model, folder / "adapter shards", adapter_only=True)
     from_adapter = gathered(model)
     accelerator.load_state(folder / "state")
     train(run, model, optimizer, STEPS // 2, STEPS)
-    found = {"processes": accelerator.num_processes, "half": half, "from adapter": from_adapter, "end": gathered(model)}
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_CPU
-    return found
+    return {
+        "processes": accelerator.num_processes,
+        "half": half,
+        "from adapter": from_adapter,
+        "end": gathered(model),
+    }
+
+
+# The example program and its training loop
+
+
+EXAMPLE = [
+    "--methods", "lbp-wht:r=3", "lora+lbp-wht:r=3", "--epochs", "1", "--train_images_per_class", "4",
+    "--batch_size", "10", "--test_images", "20", "--timing_rounds", "1", "--checkpoint_every", "1",
+]  # fmt: skip
+CLIPPED = 0.1  # the norm at which gradients are clipped
+
+
+def on_few_digits():
+    """The embedded example, which learns its digits from few images."""
+    from common import digits
+    from common.classification import Classification
+
+    class Few(Classification):
+        def embedded(self):
+            known = digits.digits(range(5))
+            known.train, known.test = (part.select(range(40)) for part in (known.train, known.test))
+            return dataclasses.replace(digits.EMBEDDED, known=lambda: known, epochs=1)
+
+    return Few()
+
+
+@afterwards_as_before()
+def run_example(folder):
+    """As `accelerate launch` runs it with fsdp2.yaml; how many processes and pieces it found."""
+    from common import experiment
+
+    seen = []
+
+    def make_accelerator(options, make=experiment.make_accelerator):
+        accelerator = driving(make(options))
+        seen.append((accelerator.num_processes, str(accelerator.distributed_type)))
+        return accelerator
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(experiment, "make_accelerator", make_accelerator)
+        patch.setattr(sys, "argv", ["image_classification.py", *EXAMPLE, "--output", str(folder)])
+        experiment.main(on_few_digits(), "")
+    return seen
+
+
+class Numbered(torch.utils.data.Dataset):
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return {"pixel_values": images(1, seed=index)[0], "labels": index % 5}
+
+
+def train_clipped(build, folder, version=None):
+    """The examples' training loop with gradients clipped, on all processes, sharded or not."""
+    from common import training
+    from common.classification import Classification, ClassificationOptions
+    from common.processes import make_accelerator
+
+    options = ClassificationOptions(output=str(folder), max_grad_norm=CLIPPED, scheduler="constant", warmup_steps=0)
+    accelerator = make_accelerator(options)
+    if version:
+        driving(accelerator, version)
+    loaders = [DataLoader(Numbered(), batch_size=4 // accelerator.num_processes) for _ in range(2)]
+    with pytest.MonkeyPatch.context() as patch, afterwards_as_before() if version else contextlib.nullcontext():
+        # AdamW would take steps of the same length, clipped or not.
+        patch.setattr(torch.optim, "AdamW", lambda weights, lr, weight_decay: torch.optim.SGD(weights, lr))
+        run = training.Run("", folder, 2, 0.5)
+        if version == 1:  # accelerate's own has FSDP1 offload to the CPU, which crashes where all is on the CPU already
+            patch.setattr(accelerator, "get_state_dict", gathered)
+        model, history = training.train(accelerator, Classification(), build(), loaders, run, options)
+    return model.state_dict() if accelerator.is_main_process else {}, [epoch["loss"] for epoch in history]
 
 
 def all_runs(folder):
@@ -188,17 +285,21 @@ def all_runs(folder):
     for name in ("FSDP2", "FSDP2, on LoRA"):
         run = next(run for run in RUNS if run.name == name)
         found[f"{name}, accelerate"] = with_accelerate(run, folder / f"{name}, accelerate")
+    for version in (1, 2):
+        found[f"FSDP{version}, clipped"] = train_clipped(lbp_wht, folder, version)
+    if importlib.util.find_spec("sklearn"):  # last, since it leaves the group at its end
+        found["example"] = run_example(folder / "example")
     return found
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("sharded")
+    return shared_folder(tmp_path_factory, "sharded")
 
 
 @pytest.fixture(scope="module")
 def together(folder):
-    return on_processes(PROCESSES, functools.partial(all_runs, str(folder)), folder)
+    return on_processes_once(PROCESSES, functools.partial(all_runs, str(folder)), folder)
 
 
 @functools.cache
@@ -252,3 +353,31 @@ def test_accelerate_saves_and_resumes_sharded_training(name, together, folder):
     loaded = PeftModel.from_pretrained(tiny_vit(), folder / f"{name}, accelerate" / "adapter")
     assert torch.equal(outputs(loaded, images()), outputs(half, images()))
     assert not torch.equal(outputs(loaded, images()), outputs(tiny_vit(), images()))
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("sklearn"), reason="the example's digits need scikit-learn")
+def test_the_example_program_runs_sharded(together, folder):
+    """It ends, so every adapter reloaded into a plain model and predicted the same."""
+    assert all(found["example"] == [(PROCESSES, "DistributedType.FSDP")] for found in together)
+    output = folder / "example"
+    results = json.loads((output / "results.json").read_text())["results"]
+    assert len(results) == 2 and (output / "table.txt").exists()
+    base = ViTForImageClassification.from_pretrained(output / "pretrained", num_labels=5)
+    # What was trained is not what training started from.
+    untrained = functools.partial(ViTForImageClassification.from_pretrained, output / "pretrained", num_labels=5)
+    for method in ("lbp-wht-r-3", "lora-lbp-wht-r-3"):
+        adapted = PeftModel.from_pretrained(untrained(), output / method / "seed-0" / "adapter")
+        assert not torch.equal(outputs(adapted, images()), outputs(base, images()))
+        assert not list(output.glob("*/seed-0/checkpoint*"))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_gradients_are_clipped_by_the_norm_over_all_shards(version, together, tmp_path):
+    expected, losses = train_clipped(lbp_wht, tmp_path)
+    found, found_losses = together[0][f"FSDP{version}, clipped"]
+    assert largest_difference(found, expected) < 1e-5
+    # On record is the loss of all processes' images, on each of them.
+    assert found_losses == pytest.approx(losses, rel=1e-5) == together[1][f"FSDP{version}, clipped"][1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("test_sharding.CLIPPED", None)
+        assert largest_difference(train_clipped(lbp_wht, tmp_path)[0], expected) > 1e-2
