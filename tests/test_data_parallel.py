@@ -32,6 +32,8 @@ TRIALS = [
     Trial("static graph, on LoRA", stacked, wrapping={"static_graph": True}),
     Trial("gradients as views of buckets", stacked, wrapping={"gradient_as_bucket_view": True}),
     Trial("accumulation", lbp_wht, micro_batches=2),
+    Trial("accumulation, the paper's setting", functools.partial(lbp_wht, grad_input=3), micro_batches=2),
+    Trial("accumulation, on LoRA", stacked, micro_batches=2),
     Trial("checkpointing", lbp_wht, checkpointing=True),
     # Not written out by hand: its layers are run again in the backward pass.
     Trial("checkpointing, on DoRA", functools.partial(stacked, use_dora=True), checkpointing=True),
@@ -102,14 +104,17 @@ def train_joined_alone():
 
 
 class Numbered(torch.utils.data.Dataset):
+    def __init__(self, size=10):  # not a multiple of the global batch
+        self.size = size
+
     def __len__(self):
-        return 10  # not a multiple of the global batch
+        return self.size
 
     def __getitem__(self, index):
         return {"pixel_values": images(1, seed=index)[0], "labels": index % 5, "index": index}
 
 
-def train_with_accelerate(even_batches, accumulate=1):
+def train_with_accelerate(even_batches, accumulate=1, size=10):
     """An epoch; what was seen, what was gathered of the evaluation, the weights."""
     accelerator = Accelerator(
         cpu=True,
@@ -118,7 +123,7 @@ def train_with_accelerate(even_batches, accumulate=1):
     )
     model = lbp_wht().train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    wrapped, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(Numbered(), batch_size=BATCH))
+    wrapped, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(Numbered(size), batch_size=BATCH))
     seen = []
     # accelerate's join_uneven_inputs does this on GPUs only.
     with contextlib.nullcontext() if even_batches else Join([wrapped]):
@@ -129,7 +134,7 @@ def train_with_accelerate(even_batches, accumulate=1):
                 optimizer.step()
                 optimizer.zero_grad()
     gathered = []
-    for batch in accelerator.prepare(DataLoader(Numbered(), batch_size=BATCH)) if even_batches else []:
+    for batch in accelerator.prepare(DataLoader(Numbered(size), batch_size=BATCH)) if even_batches else []:
         gathered += accelerator.gather_for_metrics(batch["index"]).tolist()
     accelerator.free_memory()
     return {
@@ -165,6 +170,8 @@ def all_trials():
         "join": train_joined(),
         "even": train_with_accelerate(True),
         "uneven": train_with_accelerate(False),
+        "partial": train_with_accelerate(True, size=11),
+        "partial and uneven": train_with_accelerate(False, size=11),
         "accumulate": train_with_accelerate(True, accumulate=2),
     }
 
@@ -199,18 +206,25 @@ def test_processes_with_fewer_batches_join(together):
         assert largest_difference(found["join"], expected) < 1e-5
 
 
-@pytest.mark.parametrize("name, accumulate", [("even", 1), ("uneven", 1), ("accumulate", 2)])
-def test_accelerate(name, accumulate, together):
+# Batches of each process, and images in the last of them.
+SEEN = {"even": ([3, 3], [2, 2]), "uneven": ([3, 2], [2, 2]), "accumulate": ([3, 3], [2, 2])}
+SEEN |= {"partial": ([3, 3], [2, 2]), "partial and uneven": ([3, 3], [2, 1])}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_accelerate(name, together):
     runs = [found[name] for found in together]
     assert {run["processes"] for run in runs} == {PROCESSES}
     assert {run["wrapped"] for run in runs} == {"DistributedDataParallel"}
     seen = [run["seen"] for run in runs]
-    assert [len(batches) for batches in seen] == ([3, 2] if name == "uneven" else [3, 3])
-    expected = follow(seen, accumulate)
+    assert ([len(batches) for batches in seen], [len(batches[-1]) for batches in seen]) == SEEN[name]
+    expected = follow(seen, accumulate=2 if name == "accumulate" else 1)
     for run in runs:
         assert largest_difference(run["weights"], expected) < 1e-5
-        if name != "uneven":
-            assert run["gathered"] == list(range(10))  # what was added to fill up is dropped again
+        if "uneven" not in name:
+            assert run["gathered"] == list(
+                range(11 if name == "partial" else 10)
+            )  # what was added to fill up is dropped again
 
 
 def test_low_rank_gradients_differ_from_exact_ones():

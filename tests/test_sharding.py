@@ -18,7 +18,8 @@ from accelerate import Accelerator, FullyShardedDataParallelPlugin, PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, load_fsdp_model, save_fsdp_model
 from models import images, largest_difference, outputs, same_state, tiny_vit
-from peft import PeftModel, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils.other import fsdp_auto_wrap_policy
 from processes import on_processes_once, shared_folder
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.checkpoint import load, save
@@ -26,17 +27,25 @@ from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
     get_state_dict,
+    set_model_state_dict,
     set_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, ShardingStrategy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecision,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    StateDictType,
+    fully_shard,
+)
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import ViTForImageClassification
 from transformers.models.vit.modeling_vit import ViTLayer
-from trials import PROCESSES, Trial, lbp_wht, stacked, train_alone, weights_of
+from trials import HEAD, PROCESSES, Trial, lbp_wht, stacked, train_alone, weights_of
 
 from lbp_peft import layout_report
 
@@ -54,10 +63,15 @@ def fsdp2(model, mesh=(PROCESSES,), **settings):
     return fully_shard(model, mesh=mesh, **settings)
 
 
-def fsdp1(model, **settings):
+BLOCKS = ModuleWrapPolicy({ViTLayer})
+
+
+def fsdp1(model, mesh=None, policy=BLOCKS, **settings):
     # Frozen and trained weights lie in one block, which takes use_orig_params.
-    policy = ModuleWrapPolicy({ViTLayer})
-    return FSDP1(model, auto_wrap_policy=policy, device_id=torch.device("cpu"), use_orig_params=True, **settings)
+    settings = {"use_orig_params": True, "device_id": torch.device("cpu")} | settings
+    if mesh:
+        settings["device_mesh"] = init_device_mesh("cpu", mesh, mesh_dim_names=("replicas", "shards"))
+    return FSDP1(model, auto_wrap_policy=policy, **settings)
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,12 @@ class Sharded:
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 LBP, PAPER, LORA = Trial("", lbp_wht), Trial("", functools.partial(lbp_wht, grad_input=3)), Trial("", stacked)
 DORA = Trial("", functools.partial(stacked, use_dora=True))
+EXACT = Trial("", functools.partial(lbp_wht, r=64), low_rank=0)  # as many bases as there are patches
+BF16_2 = functools.partial(fsdp2, mp_policy=BF16)
+BF16_1 = functools.partial(
+    fsdp1, mixed_precision=MixedPrecision(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+)
+HYBRID_1 = functools.partial(fsdp1, sharding_strategy=ShardingStrategy.HYBRID_SHARD)
 RUNS = [
     Sharded("FSDP2", LBP),
     Sharded("FSDP2, the paper's setting", PAPER),
@@ -82,13 +102,19 @@ RUNS = [
     Sharded("FSDP2, replicated", LBP, functools.partial(fsdp2, mesh=(PROCESSES, 1))),
     Sharded("FSDP2, checkpointing", LBP, checkpointing=True),
     Sharded("FSDP2, checkpointing, on DoRA", DORA, checkpointing=True),
-    Sharded("FSDP2, bf16, on LoRA", LORA, functools.partial(fsdp2, mp_policy=BF16), tolerance=0.1),
+    Sharded("FSDP2, bf16", LBP, BF16_2, tolerance=0.1),
+    Sharded("FSDP2, bf16, the paper's setting", PAPER, BF16_2, tolerance=0.1),
+    Sharded("FSDP2, bf16, exact", EXACT, BF16_2, tolerance=0.1),
+    Sharded("FSDP2, bf16, on LoRA", LORA, BF16_2, tolerance=0.1),
     Sharded("FSDP1", LBP, fsdp1),
     Sharded("FSDP1, on LoRA", LORA, fsdp1),
     Sharded(
         "FSDP1, gradients in shards", LBP, functools.partial(fsdp1, sharding_strategy=ShardingStrategy.SHARD_GRAD_OP)
     ),
     Sharded("FSDP1, checkpointing", LORA, fsdp1, checkpointing=True),
+    # FSDP1 offloads from accelerators only: on the CPU its CPUOffload stops with an error.
+    Sharded("FSDP1, bf16", LBP, BF16_1, tolerance=0.1),
+    Sharded("FSDP1, bf16, exact", EXACT, BF16_1, tolerance=0.1),
 ]
 
 
@@ -204,6 +230,48 @@ def with_accelerate(run, folder):
     }
 
 
+def resume_fsdp1(run, kind):
+    """The same by FSDP1's own means: `get_state_dict` does not have the same keys for a new optimizer as for an old."""
+    model = prepared(run)
+    optimizer = run.trial.optimizer(model)
+    train(run, model, optimizer, 0, STEPS // 2)
+    with FSDP1.state_dict_type(model, kind):
+        weights, states = model.state_dict(), FSDP1.optim_state_dict(model, optimizer)
+
+    model = prepared(run)
+    optimizer = run.trial.optimizer(model)
+    with FSDP1.state_dict_type(model, kind):
+        model.load_state_dict(weights)
+        optimizer.load_state_dict(FSDP1.optim_state_dict_to_load(model, optimizer, states))
+    train(run, model, optimizer, STEPS // 2, STEPS)
+    return gathered(model)
+
+
+def from_a_whole(run):
+    """A state dict of one process, loaded into a sharded model; whether it is what comes out again."""
+    weights = {name: torch.randn_like(tensor) for name, tensor in run.trial.model().state_dict().items()}
+    torch.distributed.broadcast_object_list(shared := [weights])  # random ones differ from process to process
+    model = prepared(run)
+    set_model_state_dict(model, dict(shared[0]), options=StateDictOptions(full_state_dict=True))
+    return same_state(gathered(model), shared[0])
+
+
+def without_original_parameters():
+    """FSDP1 with use_orig_params=False: blocks as they are, and a unit for each trained module, as PEFT proposes."""
+    with pytest.raises(ValueError) as refused:
+        fsdp1(LBP.model(), use_orig_params=False)
+    model = LORA.model()
+    model = fsdp1(model, policy=fsdp_auto_wrap_policy(model), use_orig_params=False)
+    optimizer = LORA.optimizer(model)
+    train(Sharded("", LORA), model, optimizer)
+    ran = layout_report(model).layers.values()
+    return {
+        "refused": str(refused.value),
+        "weights": gathered(model),
+        "why exact": {layer.why_exact for layer in ran},
+    }
+
+
 # The example program and its training loop
 
 
@@ -285,6 +353,11 @@ def all_runs(folder):
     for name in ("FSDP2", "FSDP2, on LoRA"):
         run = next(run for run in RUNS if run.name == name)
         found[f"{name}, accelerate"] = with_accelerate(run, folder / f"{name}, accelerate")
+    for kind in (StateDictType.FULL_STATE_DICT, StateDictType.SHARDED_STATE_DICT):
+        found[f"FSDP1, {kind.name}"] = resume_fsdp1(run_named("FSDP1"), kind)
+    for name in ("FSDP1", "FSDP2", "FSDP2, on LoRA"):
+        found[f"{name}, from a whole"] = from_a_whole(run_named(name))
+    found["use_orig_params=False"] = without_original_parameters()
     for version in (1, 2):
         found[f"FSDP{version}, clipped"] = train_clipped(lbp_wht, folder, version)
     if importlib.util.find_spec("sklearn"):  # last, since it leaves the group at its end
@@ -322,7 +395,7 @@ def test_sharded_processes_train_as_one(run, together):
     for found in together:
         assert largest_difference(trained(found[run.name]["weights"], run), expected) < run.tolerance
         assert found[run.name]["low rank"] == run.trial.low_rank
-        assert found[run.name]["sharded"] == (run.name != "FSDP2, replicated")
+        assert found[run.name]["sharded"] == ("replicated" not in run.name)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
@@ -338,6 +411,78 @@ def test_training_goes_on_from_shards(name, together):
     run = run_named(name)
     for found in together:
         assert largest_difference(trained(found[f"{name}, resumed"], run), alone(run.trial)) < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_training_goes_on_from_state_dicts_of_fsdp1(kind, together):
+    for found in together:
+        weights = trained(found[f"FSDP1, {kind}"], run_named("FSDP1"))
+        assert largest_difference(weights, alone(LBP)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["FSDP1", "FSDP2", "FSDP2, on LoRA"])
+def test_a_whole_state_dict_goes_into_a_sharded_model(name, together):
+    assert all(found[f"{name}, from a whole"] for found in together)
+
+
+def rounding(found, run):
+    """How far training went astray, in parts of its way."""
+    expected, start = alone(run.trial), weights_of(run.trial.model())
+    found = trained(found[run.name]["weights"], run)
+    return sum((found[n] - e).norm() for n, e in expected.items()) / sum(
+        (start[n] - e).norm() for n, e in expected.items()
+    )
+
+
+@pytest.mark.parametrize("name", ["FSDP2, bf16", "FSDP2, bf16, the paper's setting", "FSDP1, bf16"])
+def test_bf16_rounds_no_more_than_exact_backpropagation_does(name, together):
+    exact = rounding(together[0], run_named(f"{name.split(',')[0]}, bf16, exact"))
+    assert 0 < rounding(together[0], run_named(name)) < 1.5 * exact
+    assert exact < 0.1
+
+
+def test_fsdp1_without_original_parameters(together):
+    """It takes no block of frozen and trained weights; where each trained module is by itself, layers are exact."""
+    lora = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"], **HEAD)
+    expected = train_alone(Trial("", lambda: get_peft_model(tiny_vit(), lora)), STEPS)
+    found = together[0]["use_orig_params=False"]
+    assert largest_difference({n: found["weights"][n] for n in expected}, expected) < 1e-5
+    assert "use_orig_params=False" in found["refused"] and "requires_grad" in found["refused"]
+    assert all(found["why exact"])
+
+
+# Copies of the model on two pairs of processes. (Of copies on one process each, FSDP1 sums no gradients.)
+
+
+HYBRID = {"FSDP2": functools.partial(fsdp2, mesh=(2, 2)), "FSDP1": functools.partial(HYBRID_1, mesh=(2, 2))}
+HYBRID_STEPS = 3
+
+
+def hybrid():
+    found = {}
+    for name, wrap in HYBRID.items():
+        model = wrap(LBP.model())
+        optimizer = LBP.optimizer(model)
+        train(Sharded(name, LBP, wrap), model, optimizer, last=HYBRID_STEPS)
+        local = sum(parameter.numel() for parameter in local_parameters(model))
+        found[name] = {"weights": gathered(model), "local": local}
+    return found
+
+
+@pytest.fixture(scope="module")
+def four(tmp_path_factory):
+    return on_processes_once(4, hybrid, shared_folder(tmp_path_factory, "hybrid"))
+
+
+@pytest.mark.parametrize("name", HYBRID)
+def test_two_copies_on_two_processes_each_train_as_one(name, four):
+    expected = train_alone(LBP, HYBRID_STEPS, processes=4)
+    size = sum(parameter.numel() for parameter in LBP.model().parameters())
+    for found in four:
+        weights = found[name]["weights"]
+        assert largest_difference({n: weights[n] for n in expected}, expected) < 1e-5
+    # Each copy is whole on two processes, up to what is filled up to make shards equal.
+    assert sum(found[name]["local"] for found in four) == pytest.approx(2 * size, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ["FSDP2", "FSDP2, on LoRA"])
