@@ -12,6 +12,7 @@ from processes import on_processes_once, shared_folder
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
 from trials import BATCH, PROCESSES, STEPS, Trial, case, dinov2, lbp_wht, sequences, stacked, train_alone, weights_of
 
 from lbp_peft import layout_report
@@ -164,7 +165,27 @@ def follow(seen_by_rank, accumulate=1):
     return weights_of(model)
 
 
-def all_trials():
+# transformers' Trainer
+
+
+TRAINED = {"LBP-WHT": lbp_wht, "on LoRA": stacked}
+
+
+def train_with_trainer(build, folder):
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    settings = {"optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "save_strategy": "no"}
+    arguments = TrainingArguments(
+        str(folder), per_device_train_batch_size=4 // processes, max_steps=6, logging_steps=1, seed=0, report_to=[],
+        use_cpu=True, disable_tqdm=True, label_names=["labels"], **settings,
+    )  # fmt: skip
+    model = build()
+    trainer = Trainer(model, arguments, train_dataset=Numbered(12))
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    return {"processes": trainer.accelerator.num_processes, "weights": weights_of(model), "losses": losses}
+
+
+def all_trials(folder):
     found = {trial.name: train_together(trial) for trial in TRIALS}
     return found | {
         "join": train_joined(),
@@ -173,12 +194,14 @@ def all_trials():
         "partial": train_with_accelerate(True, size=11),
         "partial and uneven": train_with_accelerate(False, size=11),
         "accumulate": train_with_accelerate(True, accumulate=2),
+        **{f"Trainer, {name}": train_with_trainer(build, folder) for name, build in TRAINED.items()},
     }
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    return on_processes_once(PROCESSES, all_trials, shared_folder(tmp_path_factory, "data parallel"))
+    folder = shared_folder(tmp_path_factory, "data parallel")
+    return on_processes_once(PROCESSES, functools.partial(all_trials, folder), folder)
 
 
 @pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.name)
@@ -225,6 +248,18 @@ def test_accelerate(name, together):
             assert run["gathered"] == list(
                 range(11 if name == "partial" else 10)
             )  # what was added to fill up is dropped again
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="alone, the Trainer would take the device")
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_trainer(name, together, tmp_path):
+    alone = train_with_trainer(TRAINED[name], tmp_path)
+    assert alone["processes"] == 1
+    assert largest_difference(weights_of(TRAINED[name]()), alone["weights"]) > 1e-2
+    for found in (each[f"Trainer, {name}"] for each in together):
+        assert found["processes"] == PROCESSES
+        assert largest_difference(found["weights"], alone["weights"]) < 1e-5
+        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4) and len(found["losses"]) == 6
 
 
 def test_low_rank_gradients_differ_from_exact_ones():
