@@ -129,7 +129,8 @@ def test_torchrun_starts_one_group(tmp_path):
         f"import sys; sys.path.insert(0, {str(CONFIGS.parent)!r})\n"
         "from common.options import Options\n"
         "from common.processes import make_accelerator\n"
-        f"print(f'of {{make_accelerator(Options(output={str(tmp_path)!r})).num_processes}}\\n', end='')\n"
+        f"count = make_accelerator(Options(output={str(tmp_path)!r})).num_processes\n"
+        "print(f'of {count}\\n', end='')\n"  # in one piece, since both write to one stream
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
