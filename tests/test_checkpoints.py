@@ -295,6 +295,25 @@ def test_pre_training_that_was_killed_goes_on(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "killed") == ["pretrained"]
 
 
+def test_of_an_earlier_run_nothing_is_left_to_resume_from(tmp_path):
+    from common.experiment import prepare_output
+
+    def prepare(**changes):
+        _, options = options_for(tmp_path, **changes)
+        prepare_output(options, [SimpleNamespace(folder=name) for name in ("lora", "lbp-wht")])
+
+    folders = [tmp_path / name for name in ("lora/seed-0", "lbp-wht/seed-0", "pretrained", "untrained")]
+    others = tmp_path / "full" / "seed-0"  # of a method that is not asked for now
+    for folder in [*folders, others]:
+        folder.mkdir(parents=True)
+    prepare(resume=True)
+    assert all(folder.exists() for folder in folders)
+    with pytest.raises(SystemExit, match="it ran with another epochs"):
+        prepare(resume=True, epochs=3)
+    prepare(epochs=3)
+    assert not any(folder.exists() for folder in folders) and others.exists()
+
+
 @pytest.mark.parametrize("content", ["", "[1]", '[{"loss": 1}]', "null"])
 def test_a_damaged_record_is_trained_again(content, tmp_path, capsys):
     from common.experiment import RECORD, Experiment
