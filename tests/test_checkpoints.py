@@ -295,6 +295,30 @@ def test_pre_training_that_was_killed_goes_on(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "killed") == ["pretrained"]
 
 
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return {"pixel_values": images(1, seed=index)[0], "labels": index % 5}
+
+
+@pytest.mark.parametrize("scale", [1.0, float("inf")])
+def test_steps_that_overflow_do_not_count_for_the_schedule(scale, tmp_path, monkeypatch):
+    from common import training
+
+    rates = []
+    monkeypatch.setattr(training, "log", lambda *of: rates.append(of[3]["learning rate"]) if "loss" in of[3] else None)
+    task, options = options_for(tmp_path, scheduler="linear", warmup_steps=0, checkpoint_every=None)
+    accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    loaders = [torch.utils.data.DataLoader(Rows(), batch_size=2) for _ in range(2)]
+    model, before = tiny_vit(), state_of(tiny_vit())
+    training.train(accelerator, task, model, loaders, training.Run("", tmp_path, 1, 1e-3), options)
+    assert rates == pytest.approx([1e-3] * 4 if scale > 1 else [7.5e-4, 5e-4, 2.5e-4, 0])
+    assert same_state(state_of(model), before) == (scale > 1)
+
+
 def test_of_an_earlier_run_nothing_is_left_to_resume_from(tmp_path):
     from common.experiment import prepare_output
 
