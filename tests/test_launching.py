@@ -51,10 +51,11 @@ def test_every_configuration_is_there():
 def environment(name):
     """What `accelerate launch` tells the processes that it starts."""
     arguments = ["--config_file", str(CONFIGS / f"{name}.yaml"), "program.py"]
-    arguments, *_ = launch._validate_launch_command(launch.launch_command_parser().parse_args(arguments))
-    prepare = prepare_deepspeed_cmd_env if name.startswith("zero") else prepare_multi_gpu_env
-    found = prepare(arguments)
-    return found[1] if isinstance(found, tuple) else found
+    arguments, config, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(arguments))
+    if not name.startswith("zero"):
+        return prepare_multi_gpu_env(arguments)
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(config.deepspeed_config)  # as its launch_command does
+    return prepare_deepspeed_cmd_env(arguments)[1]
 
 
 @pytest.mark.parametrize("name", ["fsdp2", "fsdp2_nodes"])
