@@ -323,6 +323,11 @@ class Numbered(torch.utils.data.Dataset):
         return {"pixel_values": images(1, seed=index)[0], "labels": index % 5}
 
 
+class Plain(torch.optim.SGD):
+    def __init__(self, weights, lr, weight_decay):
+        super().__init__(weights, lr)
+
+
 def train_clipped(build, folder, version=None):
     """The examples' training loop with gradients clipped, on all processes, sharded or not."""
     from common import training
@@ -335,8 +340,7 @@ def train_clipped(build, folder, version=None):
         driving(accelerator, version)
     loaders = [DataLoader(Numbered(), batch_size=4 // accelerator.num_processes) for _ in range(2)]
     with pytest.MonkeyPatch.context() as patch, afterwards_as_before() if version else contextlib.nullcontext():
-        # AdamW would take steps of the same length, clipped or not.
-        patch.setattr(torch.optim, "AdamW", lambda weights, lr, weight_decay: torch.optim.SGD(weights, lr))
+        patch.setattr(torch.optim, "AdamW", Plain)  # AdamW would take steps of the same length, clipped or not
         run = training.Run("", folder, 2, 0.5)
         if version == 1:  # accelerate's own has FSDP1 offload to the CPU, which crashes where all is on the CPU already
             patch.setattr(accelerator, "get_state_dict", gathered)
