@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.multiprocessing
+from filelock import FileLock
 
 
 def on_processes(count: int, function: Callable[[], Any], folder: Path) -> list[Any]:
@@ -26,12 +27,33 @@ def on_processes(count: int, function: Callable[[], Any], folder: Path) -> list[
         port = free.getsockname()[1]
     # Threads of two processes on one core would wait for each other.
     before = dict(os.environ)
-    os.environ |= {"OMP_NUM_THREADS": "1"}
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # what takes a GPU unasked takes none
     try:
         torch.multiprocessing.spawn(_process, (count, port, function, str(folder)), nprocs=count)
     finally:
         os.environ.clear()
         os.environ.update(before)
+    return _results(count, folder)
+
+
+def shared_folder(tmp_path_factory: Any, name: str) -> Path:
+    """A temporary folder that all workers of pytest-xdist have in common."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def on_processes_once(count: int, function: Callable[[], Any], folder: Path) -> list[Any]:
+    """As [`on_processes`], where several workers ask for the same: one runs it, the others read what it left."""
+    with FileLock(folder / "lock"):
+        if not (folder / "done").exists():
+            on_processes(count, function, folder)
+            (folder / "done").touch()
+    return _results(count, folder)
+
+
+def _results(count: int, folder: Path) -> list[Any]:
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
 
 
@@ -42,4 +64,5 @@ def _process(rank: int, count: int, port: int, function: Callable[[], Any], fold
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
     torch.save(function(), Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():  # an example program leaves the group at its end
+        torch.distributed.destroy_process_group()

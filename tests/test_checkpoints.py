@@ -1,5 +1,7 @@
 """Checkpoints of the examples: whole or not there, checked before use, and exact to resume from."""
 
+import dataclasses
+import functools
 import json
 import os
 import random
@@ -7,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,30 +18,37 @@ from accelerate import Accelerator
 from common.checkpoints import KEPT, checkpoints, load_checkpoint, remove_checkpoints, save_checkpoint, write_whole
 from models import images, same_state, state_of, tiny_vit
 from peft import LoraConfig, get_peft_model
+from processes import on_processes
+from safetensors.torch import load_file
 
 from lbp_peft import LBPWHTConfig
 
 TRIAL = Path(__file__).parent / "soak" / "kill_and_resume.py"
 
 
-class Training:
-    """A stack with dropout, AdamW and a schedule, prepared by accelerate."""
+LORA = LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "fc1"], modules_to_save=["classifier"])
+STACK = {"train_base_weight": False, "stack_on": LORA}
 
-    def __init__(self, seed=0):
+
+class Training:
+    """A stack, or what the settings say, with dropout, AdamW and a schedule, prepared by accelerate."""
+
+    def __init__(self, seed=0, settings=STACK, scaler=None):
         torch.manual_seed(seed)
-        lora = LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "fc1"], modules_to_save=["classifier"])
-        config = LBPWHTConfig(r=3, train_base_weight=False, stack_on=lora)
+        config = LBPWHTConfig(r=3, **settings)
         model = get_peft_model(tiny_vit(hidden_dropout_prob=0.1), config).train()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 3, 0.5)
         self.accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
+        self.accelerator.scaler = scaler
         self.model, self.optimizer, self.scheduler = self.accelerator.prepare(model, optimizer, scheduler)
 
     def steps(self, first, last):
         for step in range(first, last):
             self.accelerator.backward(self.model(images(seed=step)).logits.square().mean())
             self.optimizer.step()
-            self.scheduler.step()
+            if not self.accelerator.optimizer_step_was_skipped:
+                self.scheduler.step()
             self.optimizer.zero_grad()
 
     def save(self, folder, number):
@@ -49,9 +59,9 @@ def names(folder):
     return [path.name for path in checkpoints(folder)]
 
 
-def saved(folder, *numbers):
+def saved(folder, *numbers, settings=STACK):
     """Checkpoints of a training run, and how it stood at each of them."""
-    training, states = Training(), {}
+    training, states = Training(settings=settings), {}
     done = 0
     for number in numbers:
         training.steps(done, number)
@@ -60,12 +70,15 @@ def saved(folder, *numbers):
     return training, states
 
 
-def test_resuming_is_exact(tmp_path):
-    training, _ = saved(tmp_path, 4)
+@pytest.mark.parametrize("settings", [STACK, {"grad_input": "full"}, {"grad_input": 3}, {"grad_input": "int8"}])
+def test_resuming_is_exact(settings, tmp_path):
+    training, _ = saved(tmp_path, 4, settings=settings)
     drawn = random.random(), np.random.rand()
     training.steps(4, 8)
 
-    resumed = Training(seed=3)  # other weights and another random state, until the checkpoint is loaded
+    resumed = Training(
+        seed=3, settings=settings
+    )  # other weights and another random state, until the checkpoint is loaded
     assert load_checkpoint(resumed.accelerator, tmp_path) == {"updates": 4}
     assert (random.random(), np.random.rand()) == drawn
     resumed.steps(4, 8)
@@ -74,6 +87,36 @@ def test_resuming_is_exact(tmp_path):
     before = state_of(resumed.model)
     resumed.steps(8, 9)
     assert not same_state(state_of(resumed.model), before)
+
+
+def test_a_scaler_goes_on_where_it_stood(tmp_path):
+    """Also after a step that overflowed, which the schedule does not count."""
+
+    def scaled(seed=0):
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
+        return Training(seed, scaler=scaler), scaler
+
+    training, scaler = scaled()
+    training.steps(0, 2)
+    before = state_of(training.model)
+    scaler.update(float("inf"))
+    training.steps(2, 3)
+    assert training.optimizer.step_was_skipped and same_state(state_of(training.model), before)
+    assert training.scheduler.scheduler.last_epoch == 2
+    scaler.update(2.0**10)
+    training.steps(3, 5)
+    state = scaler.state_dict()
+    assert state["scale"] == 2.0**10 and state["_growth_tracker"] == 2
+    training.save(tmp_path, 5)
+    training.steps(5, 8)
+    assert scaler.get_scale() == 2.0**11
+
+    resumed, other = scaled(seed=3)
+    load_checkpoint(resumed.accelerator, tmp_path)
+    assert other.state_dict() == state
+    resumed.steps(5, 8)
+    assert same_state(state_of(resumed.model), state_of(training.model))
+    assert other.state_dict() == scaler.state_dict()
 
 
 def test_without_a_checkpoint_training_starts_from_the_beginning(tmp_path):
@@ -121,6 +164,39 @@ def test_without_its_manifest_a_checkpoint_is_refused(damage, tmp_path, capsys):
     damage(tmp_path / "checkpoint-00000004" / "manifest.json")
     assert load_checkpoint(training.accelerator, tmp_path) == {"updates": 2}
     assert "manifest.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "null", '{"files": []}', '{"files": {"a": 1}, "processes": 1}', '{"files": {}}']
+)
+def test_a_manifest_of_another_kind_is_refused(content, tmp_path, capsys):
+    training, _ = saved(tmp_path, 2, 4)
+    (tmp_path / "checkpoint-00000004" / "manifest.json").write_text(content)
+    assert load_checkpoint(training.accelerator, tmp_path) == {"updates": 2}
+    assert "checkpoint-00000004/manifest.json cannot be read" in capsys.readouterr().out
+
+
+def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
+    for name in ("checkpoint-1000", "checkpoint-00000200", "checkpoint-50", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+    assert names(tmp_path) == ["checkpoint-50", "checkpoint-00000200", "checkpoint-1000"]
+
+
+def fail_on_main(folder):
+    """What a process sees when the main one cannot write."""
+    accelerator = Accelerator(cpu=True)
+    (folder / "checkpoint-00000002").write_text("in the way")  # of the folder
+    with pytest.raises((OSError, SystemExit)) as stopped:
+        save_checkpoint(accelerator, folder, 2, {})
+    return accelerator.num_processes, str(stopped.value)
+
+
+def test_no_process_waits_for_a_main_one_that_failed(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    main, other = on_processes(2, functools.partial(fail_on_main, folder), tmp_path)
+    assert main[0] == other[0] == 2
+    assert "Not a directory" in main[1] and main[1] in other[1] and "The main process failed" in other[1]
 
 
 def test_if_none_is_sound_nothing_starts_over_silently(tmp_path):
@@ -174,3 +250,106 @@ def test_a_killed_run_ends_as_an_unbroken_one(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     assert "2 processes, 2 kills: the adapters and records are the same" in done.stdout
+    assert "lives went on from a checkpoint of another; none was refused" in done.stdout
+
+
+# The example program's own
+
+
+def options_for(folder, **changes):
+    from common.classification import Classification, ClassificationOptions
+
+    small = {"batch_size": 10, "test_images": 20, "train_images_per_class": 4, "checkpoint_every": 2, "min_crop": 0.8}
+    return Classification(), ClassificationOptions(output=str(folder), **(small | changes))
+
+
+def test_pre_training_that_was_killed_goes_on(tmp_path, monkeypatch):
+    pytest.importorskip("sklearn", reason="the example's digits need scikit-learn")
+    from common import digits, experiment, training
+
+    known = digits.digits(range(5))
+    known.train, known.test = known.train.select(range(40)), known.test.select(range(10))
+    example = dataclasses.replace(digits.EMBEDDED, known=lambda: known, epochs=2)
+    monkeypatch.setattr("common.classification.Classification.embedded", lambda self: example)
+    updates = []
+    monkeypatch.setattr(training, "log", lambda accelerator, run, progress, values: updates.append(progress.updates))
+
+    def pretrained(folder, **changes):
+        task, options = options_for(folder, **changes)
+        options, _ = experiment.pretrain(task, options, Accelerator(cpu=True, step_scheduler_with_optimizer=False))
+        return load_file(Path(options.model) / "model.safetensors")
+
+    whole = pretrained(tmp_path / "whole")
+
+    def die(*_):
+        save_checkpoint(*_)
+        if updates[-1] == 4:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(training, "save_checkpoint", die)
+        pretrained(tmp_path / "killed")
+    updates.clear()
+    assert same_state(pretrained(tmp_path / "killed", resume=True), whole)
+    assert updates[0] in (4, 5)  # the end of an epoch is logged under the update before
+    assert os.listdir(tmp_path / "killed") == ["pretrained"]
+
+
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return {"pixel_values": images(1, seed=index)[0], "labels": index % 5}
+
+
+@pytest.mark.parametrize("scale", [1.0, float("inf")])
+def test_steps_that_overflow_do_not_count_for_the_schedule(scale, tmp_path, monkeypatch):
+    from common import training
+
+    rates = []
+    monkeypatch.setattr(training, "log", lambda *of: rates.append(of[3]["learning rate"]) if "loss" in of[3] else None)
+    task, options = options_for(tmp_path, scheduler="linear", warmup_steps=0, checkpoint_every=None)
+    accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    loaders = [torch.utils.data.DataLoader(Rows(), batch_size=2) for _ in range(2)]
+    model, before = tiny_vit(), state_of(tiny_vit())
+    training.train(accelerator, task, model, loaders, training.Run("", tmp_path, 1, 1e-3), options)
+    assert rates == pytest.approx([1e-3] * 4 if scale > 1 else [7.5e-4, 5e-4, 2.5e-4, 0])
+    assert same_state(state_of(model), before) == (scale > 1)
+
+
+def test_of_an_earlier_run_nothing_is_left_to_resume_from(tmp_path):
+    from common.experiment import prepare_output
+
+    def prepare(**changes):
+        _, options = options_for(tmp_path, **changes)
+        prepare_output(options, [SimpleNamespace(folder=name) for name in ("lora", "lbp-wht")])
+
+    folders = [tmp_path / name for name in ("lora/seed-0", "lbp-wht/seed-0", "pretrained", "untrained")]
+    others = tmp_path / "full" / "seed-0"  # of a method that is not asked for now
+    for folder in [*folders, others]:
+        folder.mkdir(parents=True)
+    prepare(resume=True)
+    assert all(folder.exists() for folder in folders)
+    with pytest.raises(SystemExit, match="it ran with another epochs"):
+        prepare(resume=True, epochs=3)
+    prepare(epochs=3)
+    assert not any(folder.exists() for folder in folders) and others.exists()
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '[{"loss": 1}]', "null"])
+def test_a_damaged_record_is_trained_again(content, tmp_path, capsys):
+    from common.experiment import RECORD, Experiment
+
+    for left in ("checkpoint-00000002", "checkpoint.new"):
+        (tmp_path / left).mkdir()
+    experiment = SimpleNamespace(options=options_for(tmp_path, resume=True)[1])
+    (tmp_path / RECORD).write_text(content)
+    assert Experiment.finished(experiment, tmp_path) is None
+    assert f"{RECORD} cannot be read" in capsys.readouterr().out
+    assert names(tmp_path)
+    # A sound one is used; what the run did not come to remove is.
+    (tmp_path / RECORD).write_text('[{"loss": 1.5, "score": 0.5, "seconds": 3}]')
+    assert Experiment.finished(experiment, tmp_path) == [{"loss": 1.5, "score": 0.5, "seconds": 3.0}]
+    assert os.listdir(tmp_path) == [RECORD]

@@ -7,11 +7,12 @@ import pytest
 import torch
 import torch.distributed
 from accelerate import Accelerator, DataLoaderConfiguration
-from models import NO_GRID, images, largest_difference, layers_of
-from processes import on_processes
+from models import NO_GRID, images, largest_difference
+from processes import on_processes_once, shared_folder
 from torch.distributed.algorithms.join import Join
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments
 from trials import BATCH, PROCESSES, STEPS, Trial, case, dinov2, lbp_wht, sequences, stacked, train_alone, weights_of
 
 from lbp_peft import layout_report
@@ -32,6 +33,8 @@ TRIALS = [
     Trial("static graph, on LoRA", stacked, wrapping={"static_graph": True}),
     Trial("gradients as views of buckets", stacked, wrapping={"gradient_as_bucket_view": True}),
     Trial("accumulation", lbp_wht, micro_batches=2),
+    Trial("accumulation, the paper's setting", functools.partial(lbp_wht, grad_input=3), micro_batches=2),
+    Trial("accumulation, on LoRA", stacked, micro_batches=2),
     Trial("checkpointing", lbp_wht, checkpointing=True),
     # Not written out by hand: its layers are run again in the backward pass.
     Trial("checkpointing, on DoRA", functools.partial(stacked, use_dora=True), checkpointing=True),
@@ -102,14 +105,17 @@ def train_joined_alone():
 
 
 class Numbered(torch.utils.data.Dataset):
+    def __init__(self, size=10):  # not a multiple of the global batch
+        self.size = size
+
     def __len__(self):
-        return 10  # not a multiple of the global batch
+        return self.size
 
     def __getitem__(self, index):
         return {"pixel_values": images(1, seed=index)[0], "labels": index % 5, "index": index}
 
 
-def train_with_accelerate(even_batches, accumulate=1):
+def train_with_accelerate(even_batches, accumulate=1, size=10):
     """An epoch; what was seen, what was gathered of the evaluation, the weights."""
     accelerator = Accelerator(
         cpu=True,
@@ -118,7 +124,7 @@ def train_with_accelerate(even_batches, accumulate=1):
     )
     model = lbp_wht().train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
-    wrapped, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(Numbered(), batch_size=BATCH))
+    wrapped, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(Numbered(size), batch_size=BATCH))
     seen = []
     # accelerate's join_uneven_inputs does this on GPUs only.
     with contextlib.nullcontext() if even_batches else Join([wrapped]):
@@ -129,7 +135,7 @@ def train_with_accelerate(even_batches, accumulate=1):
                 optimizer.step()
                 optimizer.zero_grad()
     gathered = []
-    for batch in accelerator.prepare(DataLoader(Numbered(), batch_size=BATCH)) if even_batches else []:
+    for batch in accelerator.prepare(DataLoader(Numbered(size), batch_size=BATCH)) if even_batches else []:
         gathered += accelerator.gather_for_metrics(batch["index"]).tolist()
     accelerator.free_memory()
     return {
@@ -159,19 +165,43 @@ def follow(seen_by_rank, accumulate=1):
     return weights_of(model)
 
 
-def all_trials():
+# transformers' Trainer
+
+
+TRAINED = {"LBP-WHT": lbp_wht, "on LoRA": stacked}
+
+
+def train_with_trainer(build, folder):
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    settings = {"optim": "sgd", "learning_rate": 0.5, "lr_scheduler_type": "constant", "save_strategy": "no"}
+    arguments = TrainingArguments(
+        str(folder), per_device_train_batch_size=4 // processes, max_steps=6, logging_steps=1, seed=0, report_to=[],
+        use_cpu=True, disable_tqdm=True, label_names=["labels"], **settings,
+    )  # fmt: skip
+    model = build()
+    trainer = Trainer(model, arguments, train_dataset=Numbered(12))
+    trainer.train()
+    losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    return {"processes": trainer.accelerator.num_processes, "weights": weights_of(model), "losses": losses}
+
+
+def all_trials(folder):
     found = {trial.name: train_together(trial) for trial in TRIALS}
     return found | {
         "join": train_joined(),
         "even": train_with_accelerate(True),
         "uneven": train_with_accelerate(False),
+        "partial": train_with_accelerate(True, size=11),
+        "partial and uneven": train_with_accelerate(False, size=11),
         "accumulate": train_with_accelerate(True, accumulate=2),
+        **{f"Trainer, {name}": train_with_trainer(build, folder) for name, build in TRAINED.items()},
     }
 
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory):
-    return on_processes(PROCESSES, all_trials, tmp_path_factory.mktemp("processes"))
+    folder = shared_folder(tmp_path_factory, "data parallel")
+    return on_processes_once(PROCESSES, functools.partial(all_trials, folder), folder)
 
 
 @pytest.mark.parametrize("trial", TRIALS, ids=lambda trial: trial.name)
@@ -199,18 +229,37 @@ def test_processes_with_fewer_batches_join(together):
         assert largest_difference(found["join"], expected) < 1e-5
 
 
-@pytest.mark.parametrize("name, accumulate", [("even", 1), ("uneven", 1), ("accumulate", 2)])
-def test_accelerate(name, accumulate, together):
+# Batches of each process, and images in the last of them.
+SEEN = {"even": ([3, 3], [2, 2]), "uneven": ([3, 2], [2, 2]), "accumulate": ([3, 3], [2, 2])}
+SEEN |= {"partial": ([3, 3], [2, 2]), "partial and uneven": ([3, 3], [2, 1])}
+
+
+@pytest.mark.parametrize("name", SEEN)
+def test_accelerate(name, together):
     runs = [found[name] for found in together]
     assert {run["processes"] for run in runs} == {PROCESSES}
     assert {run["wrapped"] for run in runs} == {"DistributedDataParallel"}
     seen = [run["seen"] for run in runs]
-    assert [len(batches) for batches in seen] == ([3, 2] if name == "uneven" else [3, 3])
-    expected = follow(seen, accumulate)
+    assert ([len(batches) for batches in seen], [len(batches[-1]) for batches in seen]) == SEEN[name]
+    expected = follow(seen, accumulate=2 if name == "accumulate" else 1)
     for run in runs:
         assert largest_difference(run["weights"], expected) < 1e-5
-        if name != "uneven":
-            assert run["gathered"] == list(range(10))  # what was added to fill up is dropped again
+        if "uneven" not in name:
+            assert run["gathered"] == list(
+                range(11 if name == "partial" else 10)
+            )  # what was added to fill up is dropped again
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="alone, the Trainer would take the device")
+@pytest.mark.parametrize("name", TRAINED)
+def test_the_trainer(name, together, tmp_path):
+    alone = train_with_trainer(TRAINED[name], tmp_path)
+    assert alone["processes"] == 1
+    assert largest_difference(weights_of(TRAINED[name]()), alone["weights"]) > 1e-2
+    for found in (each[f"Trainer, {name}"] for each in together):
+        assert found["processes"] == PROCESSES
+        assert largest_difference(found["weights"], alone["weights"]) < 1e-5
+        assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4) and len(found["losses"]) == 6
 
 
 def test_low_rank_gradients_differ_from_exact_ones():
@@ -218,4 +267,4 @@ def test_low_rank_gradients_differ_from_exact_ones():
     exact = functools.partial(lbp_wht, r=64)
     differences = largest_difference(train_alone(Trial("", lbp_wht)), train_alone(Trial("", exact)))
     assert differences > 1e-3
-    assert len(layers_of(lbp_wht())) == 12
+    assert len(layout_report(lbp_wht()).layers) == 12

@@ -1,6 +1,7 @@
 """The configurations to launch with, and that all processes that are started form one group."""
 
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from accelerate.commands import launch
 from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from common import processes
 from common.options import Options
 from models import images, tiny_vit
@@ -45,17 +48,72 @@ def test_every_configuration_is_there():
     assert all(yaml.safe_load(file.read_text())["main_training_function"] == "main" for file in CONFIGS.glob("*.yaml"))
 
 
+def environment(name):
+    """What `accelerate launch` tells the processes that it starts."""
+    arguments = ["--config_file", str(CONFIGS / f"{name}.yaml"), "program.py"]
+    arguments, config, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(arguments))
+    if not name.startswith("zero"):
+        return prepare_multi_gpu_env(arguments)
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(config.deepspeed_config)  # as its launch_command does
+    return prepare_deepspeed_cmd_env(arguments)[1]
+
+
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2_nodes"])
+def test_fsdp_shards_models_that_all_processes_have(name):
+    found = environment(name)
+    assert found["ACCELERATE_USE_FSDP"] == "true" and found["FSDP_VERSION"] == "2"
+    assert found["FSDP_CPU_RAM_EFFICIENT_LOADING"] == "false"
+    assert found["FSDP_TRANSFORMER_CLS_TO_WRAP"] == "ViTLayer" and found["FSDP_STATE_DICT_TYPE"] == "SHARDED_STATE_DICT"
+
+
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed")
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_deepspeed_takes_the_configuration(stage):
+def test_deepspeed_takes_the_configuration(stage, monkeypatch):
     from accelerate import DeepSpeedPlugin
 
-    config = load_config_from_file(str(CONFIGS / f"zero{stage}.yaml")).deepspeed_config
-    assert DeepSpeedPlugin(zero_stage=config["zero_stage"]).zero_stage == stage
+    for name, value in environment(f"zero{stage}").items():
+        monkeypatch.setenv(name, value)
+    plugin = DeepSpeedPlugin()
+    zero = plugin.deepspeed_config["zero_optimization"]
+    assert zero["stage"] == stage and zero["stage3_gather_16bit_weights_on_model_save"] == (stage == 3)
+    assert zero["offload_param"]["device"] == zero["offload_optimizer"]["device"] == "none"
+    assert plugin.deepspeed_config["gradient_accumulation_steps"] == 1
+    assert plugin.gradient_clipping == 0.0
 
 
-def test_the_slurm_script_parses():
-    subprocess.run(["bash", "-n", str(CONFIGS / "slurm.sh")], check=True)
+@pytest.mark.parametrize("norm, expected", [(None, 0.0), (0.5, 0.5)])
+def test_deepspeed_clips_as_the_options_say(norm, expected, monkeypatch, tmp_path):
+    plugin = SimpleNamespace(deepspeed_config={"gradient_clipping": "auto"})
+    accelerator = SimpleNamespace(
+        num_processes=1, state=SimpleNamespace(deepspeed_plugin=plugin), device=torch.device("cpu"), print=print
+    )
+    monkeypatch.setattr(processes, "Accelerator", lambda **_: accelerator)
+    processes.make_accelerator(Options(output=str(tmp_path), max_grad_norm=norm))
+    assert plugin.deepspeed_config["gradient_clipping"] == expected
+
+
+STUBS = {
+    "scontrol": '[ "$*" = "show hostnames node[7-8]" ] && printf "node7\\nnode8\\n"',
+    "srun": 'shift; for node in 0 1; do SLURM_NODEID=$node "$@"; done',
+    "accelerate": 'for argument in "$@"; do echo "$argument"; done >> "$CALLS"; echo >> "$CALLS"',
+}
+
+
+@pytest.mark.parametrize("config", [None, "examples/configs/fsdp2_nodes.yaml"])
+def test_the_slurm_script_starts_a_launcher_on_each_machine(config, tmp_path, monkeypatch):
+    for name, body in STUBS.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "40123", "SLURM_NNODES": "2"}
+    here = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")} | job
+    here |= {"CONFIG": config} if config else {}
+    arguments = ["examples/image_classification.py", "--output", "a folder", "--resume"]
+    subprocess.run(["bash", str(CONFIGS / "slurm.sh"), *arguments], check=True, env=here)
+    calls = [call.splitlines() for call in (tmp_path / "calls").read_text().split("\n\n") if call]
+    expected = ["launch", "--config_file", config or "examples/configs/ddp_nodes.yaml", "--num_machines", "2"]
+    expected += ["--num_processes", "16", "--machine_rank", "?", "--main_process_ip", "node7"]
+    expected += ["--main_process_port", "20123", *arguments]
+    assert calls == [[str(rank) if each == "?" else each for each in expected] for rank in range(2)]
 
 
 def test_processes_that_would_each_run_alone_are_stopped(monkeypatch, tmp_path):
@@ -72,7 +130,8 @@ def test_torchrun_starts_one_group(tmp_path):
         f"import sys; sys.path.insert(0, {str(CONFIGS.parent)!r})\n"
         "from common.options import Options\n"
         "from common.processes import make_accelerator\n"
-        f"print('of', make_accelerator(Options(output={str(tmp_path)!r})).num_processes)\n"
+        f"count = make_accelerator(Options(output={str(tmp_path)!r})).num_processes\n"
+        "print(f'of {count}\\n', end='')\n"  # in one piece, since both write to one stream
     )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(program)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)

@@ -1,11 +1,17 @@
 """transformers' Trainer to the last bit, with LBP-WHT and on top of LoRA; mixed precision; compiled training."""
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
+from accelerate import PartialState
+from common.checkpoints import MANIFEST, Manifests, checkpoints, last_sound, what_is_wrong
 from models import forward, gradients, images, largest_difference, same_state, state_of, tiny_vit
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch._dynamo.utils import counters
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from lbp_peft import LBPWHTConfig, exact_backward, layout_report
@@ -97,13 +103,92 @@ def test_a_stopped_run_goes_on_to_the_same_bits(build, way, tmp_path):
     assert same_state(get_peft_model_state_dict(loaded), get_peft_model_state_dict(resumed))
 
 
+def by_hand(model, smoothing):
+    """The mean loss of all images, smoothed and not."""
+    rows = [Images()[index] for index in range(len(Images()))]
+    logits = forward(model, torch.stack([row["pixel_values"] for row in rows])).detach()
+    labels = torch.tensor([row["labels"] for row in rows])
+    return [F.cross_entropy(logits, labels, label_smoothing=value).item() for value in (smoothing, 0)]
+
+
+@BUILDS
+def test_losses_are_those_of_smoothed_labels(build, tmp_path):
+    model = build(dropout=0.0)
+    smoothed, plain = by_hand(model, 0.3)
+    assert smoothed != pytest.approx(plain, rel=1e-3)
+    settings = {"label_smoothing_factor": 0.3, "per_device_train_batch_size": 11, "per_device_eval_batch_size": 4}
+    run = trainer(model, tmp_path, max_steps=1, learning_rate=0.1, warmup_steps=0, **settings)
+    run.train()
+    assert next(log["loss"] for log in run.state.log_history if "loss" in log) == pytest.approx(smoothed, rel=1e-5)
+    trained, _ = by_hand(model.eval(), 0.3)
+    assert trained != pytest.approx(smoothed, rel=1e-3)
+    assert run.evaluate()["eval_loss"] == pytest.approx(trained, rel=1e-5)
+
+
+@BUILDS
+def test_the_best_model_is_loaded_where_it_is_not_the_last(build, tmp_path):
+    scores = iter([0.1, 0.9, 0.5])
+    best = {"eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True, "metric_for_best_model": "score"}
+    model = build()
+    run = trainer(model, tmp_path, greater_is_better=True, **best)
+    run.compute_metrics = lambda _: {"score": next(scores)}
+    run.train()
+    assert Path(run.state.best_model_checkpoint).name == "checkpoint-4"
+    found = get_peft_model_state_dict(model)
+    saved = [load_file(tmp_path / f"checkpoint-{step}" / "adapter_model.safetensors") for step in (4, STEPS)]
+    assert same_state(found, saved[0]) and not same_state(found, saved[1])
+
+
+def shorten(checkpoint):
+    file = checkpoint / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def unfinished(checkpoint):
+    """As a run leaves it that is killed while it saves."""
+    shorten(checkpoint)
+    (checkpoint / MANIFEST).unlink()
+
+
+@pytest.mark.parametrize(
+    "damage, why", [(shorten, "adapter_model.safetensors has"), (unfinished, "manifest.json cannot")]
+)
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(damage, why, tmp_path, capsys):
+    straight, resumed = stacked(), stacked()
+    trainer(straight, tmp_path / "straight").train()
+    folder = tmp_path / "resumed"
+
+    def start(model):
+        run = trainer(model, folder)
+        run.add_callback(Manifests())
+        return run
+
+    run = start(stacked())
+    assert last_sound(PartialState(), folder) is None
+    run.add_callback(Stop(4))
+    run.train()
+    assert last_sound(PartialState(), folder) == folder / "checkpoint-4"
+    damage(folder / "checkpoint-4")
+    run = start(resumed)
+    sound = last_sound(PartialState(), folder)
+    assert sound == folder / "checkpoint-2"
+    assert f"checkpoint-4/{why}" in capsys.readouterr().out
+    run.train(resume_from_checkpoint=sound)
+    assert run.state.global_step == STEPS
+    assert same_state(state_of(resumed), state_of(straight))
+    assert not any(what_is_wrong(path) for path in checkpoints(folder)) and len(checkpoints(folder)) == 3
+
+
 @BUILDS
 def test_the_trainer_compiles(build, tmp_path):
     torch._dynamo.reset()
+    counters.clear()
     compiling = {"torch_compile": True, "torch_compile_backend": "aot_eager"}  # inductor takes a minute
     plain, compiled = (build(dropout=0.0, layers=1) for _ in range(2))
     trainer(plain, tmp_path / "plain", max_steps=2).train()
+    assert not counters["stats"]["unique_graphs"]
     trainer(compiled, tmp_path / "compiled", max_steps=2, **compiling).train()
+    assert counters["stats"]["unique_graphs"] > 0
     found, expected = ({n: p.detach() for n, p in m.named_parameters()} for m in (compiled, plain))
     assert largest_difference(found, expected) < 1e-3
     saved = PeftModel.from_pretrained(tiny_vit(num_hidden_layers=1), tmp_path / "compiled" / "checkpoint-2")

@@ -87,13 +87,13 @@ def weights_of(model):
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def train_alone(trial, steps=STEPS):
+def train_alone(trial, steps=STEPS, processes=PROCESSES):
     model = trial.model()
     optimizer = trial.optimizer(model)
     for step in range(steps):
         for micro_batch in range(trial.micro_batches):
-            for rank in range(PROCESSES):
-                (trial.loss(model, step, micro_batch, rank) / PROCESSES).backward()
+            for rank in range(processes):
+                (trial.loss(model, step, micro_batch, rank) / processes).backward()
         optimizer.step()
         optimizer.zero_grad()
     return weights_of(model)

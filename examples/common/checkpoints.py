@@ -3,6 +3,12 @@
 A checkpoint is written under another name, a manifest of its files' sizes and checksums last, and then takes its own
 name in one step. So a run that is killed at any moment keeps the last whole one. A checkpoint that does not agree with
 its manifest, as after a power cut or on a full disk, is refused, and the one before it is used.
+
+transformers' Trainer writes its checkpoints under their own names from the start. With [`Manifests`] and [`last_sound`]
+those that were not finished or are damaged are refused, too:
+
+    trainer = Trainer(model, arguments, ..., callbacks=[Manifests()])
+    trainer.train(resume_from_checkpoint=last_sound(PartialState(), Path(arguments.output_dir)))
 """
 
 from __future__ import annotations
@@ -14,8 +20,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate import Accelerator, PartialState
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .processes import on_main
 
 KEPT = 2  # the last, and the one to fall back on
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
@@ -27,23 +35,27 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, number: int, progres
     All processes take part; they share the folder.
     """
     new, old, name = folder / "checkpoint.new", folder / "checkpoint.old", folder / f"checkpoint-{number:08d}"
-    if accelerator.is_main_process:
+
+    def clear() -> None:
         for left_behind in (new, old):
-            shutil.rmtree(left_behind, ignore_errors=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(new)
-    accelerator.wait_for_everyone()  # each process writes its own random state
-    if accelerator.is_main_process:
+            if left_behind.exists():
+                shutil.rmtree(left_behind)
+
+    def finish() -> None:
         (new / PROGRESS).write_text(json.dumps(progress))
-        files = {str(file.relative_to(new)): _fingerprint(file) for file in sorted(new.rglob("*")) if file.is_file()}
-        (new / MANIFEST).write_text(json.dumps({"processes": accelerator.num_processes, "files": files}, indent=1))
+        write_manifest(new, accelerator.num_processes)
         others = [path for path in checkpoints(folder) if path != name]
         refused = [name] if name.exists() else []  # or training would not have come here again
         for outdated in [*refused, *others[: 1 - KEPT]]:
             outdated.rename(old)  # half removed, it would look like a broken one
             shutil.rmtree(old)
         new.rename(name)
-    accelerator.wait_for_everyone()
+        _to_disk(folder)
+
+    on_main(accelerator, clear)
+    accelerator.save_state(new)
+    accelerator.wait_for_everyone()  # each process writes its own random state
+    on_main(accelerator, finish)
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict[str, Any] | None:
@@ -55,28 +67,56 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict[str, Any] | 
     Raises:
         SystemExit: there are checkpoints, but none is sound; or the sound one is of another number of processes.
     """
-    choice: list[Any] = [None]
-    if accelerator.is_main_process:
-        choice = [_choose(folder)]
-    path, refused = broadcast_object_list(choice)[0]
+    path = last_sound(accelerator, folder)
+    if path is None:
+        return None
+    accelerator.load_state(path)
+    return json.loads((path / PROGRESS).read_text())
+
+
+class Manifests(TrainerCallback):
+    """Writes a manifest into each checkpoint of transformers' Trainer, once it is whole.
+
+    The Trainer removes old checkpoints before that, so with `save_total_limit` give it 2 or more.
+    """
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        processes = PartialState()
+        processes.wait_for_everyone()  # each process writes its own random state
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        on_main(processes, write_manifest, folder, processes.num_processes)
+
+
+def last_sound(processes: Accelerator | PartialState, folder: Path) -> Path | None:
+    """The last checkpoint in the folder that agrees with its manifest, the same on all processes.
+
+    Those after it are refused by name.
+
+    Returns:
+        None where there is no checkpoint yet.
+
+    Raises:
+        SystemExit: there are checkpoints, but none is sound; or the sound one is of another number of processes.
+    """
+    path, refused = on_main(processes, _choose, folder)
     for why in refused:
-        accelerator.print(f"Refused: {why}")
+        processes.print(f"Refused: {why}")
     if path is None and refused:
         raise SystemExit(f"No checkpoint in {folder} is sound. Remove them to start from the beginning.")
     if path is None:
         return None
     written_by = json.loads((path / MANIFEST).read_text())["processes"]
-    if written_by != accelerator.num_processes:
+    if written_by != processes.num_processes:
         raise SystemExit(
-            f"{path} was written by {written_by} processes and cannot go on exactly with {accelerator.num_processes}."
+            f"{path} was written by {written_by} processes and cannot go on exactly with {processes.num_processes}."
         )
-    accelerator.load_state(path)
-    return json.loads((path / PROGRESS).read_text())
+    return path
 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Those of a run, oldest first."""
-    return sorted(folder.glob("checkpoint-*"))
+    found = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
+    return sorted((path for path, number in found.items() if number.isdigit()), key=lambda path: int(found[path]))
 
 
 def remove_checkpoints(folder: Path) -> None:
@@ -84,19 +124,30 @@ def remove_checkpoints(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def write_manifest(path: Path, processes: int) -> None:
+    """Describe all files of a checkpoint; they and the manifest are on the disk when this returns."""
+    for each in path.rglob("*"):
+        _to_disk(each)
+    files = [file for file in sorted(path.rglob("*")) if file.is_file() and file != path / MANIFEST]
+    fingerprints = {str(file.relative_to(path)): _fingerprint(file) for file in files}
+    write_whole(path / MANIFEST, json.dumps({"processes": processes, "files": fingerprints}, indent=1))
+
+
 def what_is_wrong(path: Path) -> str:
     """Why a checkpoint is not to be used, "" if it is sound."""
     try:
-        expected = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError) as error:
-        return f"{path / MANIFEST} cannot be read ({error})"
-    for name, fingerprint in expected.items():
+        manifest = json.loads((path / MANIFEST).read_text())
+        expected = {name: (value["bytes"], value["sha256"]) for name, value in manifest["files"].items()}
+        int(manifest["processes"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{path / MANIFEST} cannot be read ({error!r})"
+    for name, (size, checksum) in expected.items():
         file = path / name
         if not file.is_file():
             return f"{file} is missing"
-        if file.stat().st_size != fingerprint["bytes"]:
-            return f"{file} has {file.stat().st_size} bytes instead of {fingerprint['bytes']}"
-        if _fingerprint(file) != fingerprint:
+        if file.stat().st_size != size:
+            return f"{file} has {file.stat().st_size} bytes instead of {size}"
+        if _fingerprint(file)["sha256"] != checksum:
             return f"{file} is not what was written: its checksum differs"
     return ""
 
@@ -105,7 +156,9 @@ def write_whole(file: Path, text: str) -> None:
     """Write a text file so that it is there with all of the text, or as it was before."""
     new = file.with_name(f"{file.name}.new")
     new.write_text(text)
+    _to_disk(new)
     os.replace(new, file)
+    _to_disk(file.parent)
 
 
 def _choose(folder: Path) -> tuple[Path | None, list[str]]:
@@ -116,6 +169,17 @@ def _choose(folder: Path) -> tuple[Path | None, list[str]]:
             return path, refused
         refused.append(wrong)
     return None, refused
+
+
+def _to_disk(path: Path) -> None:
+    """Have a file, or a folder's list of names, on the disk: a power cut could keep a rename and lose the content."""
+    if path.is_dir() and os.name != "posix":
+        return  # elsewhere folders cannot be opened
+    opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:

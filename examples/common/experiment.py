@@ -17,17 +17,19 @@ from accelerate.utils import send_to_device, set_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .checkpoints import remove_checkpoints, write_whole
+from .checkpoints import checkpoints, remove_checkpoints, write_whole
 from .datasources import Source
 from .images import Images, Preprocessor, loader
 from .measuring import Cost, measure_costs
 from .methods import METHODS, Method, chosen_methods
 from .models import forward_arguments, head_modules
 from .options import Options, parse
-from .processes import make_accelerator
+from .processes import make_accelerator, on_main
 from .report import Row, plot, table, write_json
 from .task import Task
 from .training import Run, train
+
+RECORD = "history.json"  # of a part that is finished
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Experiment:
         return loader(train_images, self.options, self.extra), loader(test_images, self.options, self.extra)
 
     def folder(self, method: Method, seed: int) -> Path:
-        return self.output / method.folder / f"seed-{seed}"
+        return part(self.output, method, seed)
 
     def adapt(self, method: Method, seed: int) -> list[dict[str, float]]:
         """Train one method with one seed, write its adapter and check that it reloads.
@@ -73,12 +75,8 @@ class Experiment:
             Loss, score and seconds of every epoch; taken from the record if a resumed run had finished this part.
         """
         folder = self.folder(method, seed)
-        record = folder / "history.json"
-        if self.options.resume and record.exists():
-            return json.loads(record.read_text())
-        if self.accelerator.is_main_process and not self.options.resume:
-            shutil.rmtree(folder, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
+        if history := on_main(self.accelerator, self.finished, folder):
+            return history
 
         model = method.adapt(self.base(seed), self.options)
         loaders = self.loaders(seed)
@@ -86,7 +84,7 @@ class Experiment:
         run = Run(label, folder, self.options.epochs, method.learning_rate)
         model, history = train(self.accelerator, self.task, model, loaders, run, self.options)
 
-        if self.accelerator.is_main_process:
+        def save() -> None:
             model.save_pretrained(folder / "adapter")
             # Another seed gives another head: agreement then shows that the head, too, came with the adapter.
             reloaded = method.reload(self.base(seed + 1), folder / "adapter")
@@ -94,9 +92,24 @@ class Experiment:
             labels = batch.pop("labels")
             logits = self.check_same(model, reloaded, batch, label)
             self.task.keep_examples(folder, logits, labels)
-            write_whole(record, json.dumps(history))
+            write_whole(folder / RECORD, json.dumps(history))
             remove_checkpoints(folder)
-        self.accelerator.wait_for_everyone()
+
+        on_main(self.accelerator, save)
+        return history
+
+    def finished(self, folder: Path) -> list[dict[str, float]] | None:
+        """The record of a part that the run to be resumed had finished; None where there is something to train."""
+        file = folder / RECORD
+        if not (self.options.resume and file.exists()):
+            return None
+        try:
+            epochs = json.loads(file.read_text())
+            history = [{name: float(epoch[name]) for name in ("loss", "score", "seconds")} for epoch in epochs]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            print(f"Refused: {file} cannot be read ({error}). This part is trained again.")
+            return None
+        remove_checkpoints(folder)  # the run may have been killed before it did so
         return history
 
     @torch.no_grad()
@@ -135,42 +148,62 @@ def shrink(task: Task, source: Source, options: Options) -> Source:
     return Source(train, test, source.names)
 
 
+def pretraining(output: Path) -> tuple[Path, Path, Path]:
+    """Folders of the embedded example's model: while it is trained, as it is written, and whole."""
+    return output / "untrained", output / "pretrained.new", output / "pretrained"
+
+
 def pretrain(task: Task, options: Options, accelerator: Accelerator) -> tuple[Options, Source]:
     """Train the embedded example's small model; return it as the model to adapt, and the data to adapt it to."""
     example = task.embedded()
-    untrained, trained = (Path(options.output) / name for name in ("untrained", "pretrained"))
+    untrained, new, trained = pretraining(Path(options.output))
 
-    def save(model: transformers.PreTrainedModel, folder: Path) -> None:
-        if accelerator.is_main_process:
-            example.save(model, folder)
-        accelerator.wait_for_everyone()
+    def begin() -> bool:
+        """Whether there is something to train."""
+        shutil.rmtree(new, ignore_errors=True)
+        if trained.exists() or not checkpoints(untrained):
+            shutil.rmtree(untrained, ignore_errors=True)
+        if not trained.exists() and not untrained.exists():
+            example.save(example.model(), untrained)
+        return not trained.exists()
 
-    if not (options.resume and trained.exists()):
-        save(example.model(), untrained)
-        settings = dataclasses.replace(options, model=str(untrained), resume=False, checkpoint_every=None)
+    def end(model: transformers.PreTrainedModel) -> None:
+        example.save(model, new)
+        new.rename(trained)  # so that it is there whole or not at all
+        shutil.rmtree(untrained)
+
+    if on_main(accelerator, begin):
+        settings = dataclasses.replace(options, model=str(untrained))
         experiment = Experiment(task, settings, accelerator, example.known())
         run = Run(example.label, untrained, example.epochs, example.learning_rate)
         model, _ = train(accelerator, task, experiment.base(seed=0), experiment.loaders(seed=0), run, settings)
-        save(model, untrained)
-        if accelerator.is_main_process:
-            shutil.rmtree(trained, ignore_errors=True)
-            untrained.rename(trained)  # so that it is there whole or not at all
-        accelerator.wait_for_everyone()
+        on_main(accelerator, end, model)
     return dataclasses.replace(options, model=str(trained)), example.new()
 
 
-def prepare_output(options: Options, accelerator: Accelerator) -> None:
-    """Write the options to the output folder; a resumed run must have those of the run it goes on with."""
-    file = Path(options.output) / "options.yaml"
+def part(output: Path, method: Method, seed: int) -> Path:
+    """The folder of one method and seed."""
+    return output / method.folder / f"seed-{seed}"
+
+
+def prepare_output(options: Options, methods: list[Method]) -> None:
+    """Write the options to the output folder; a resumed run must have those of the run it goes on with.
+
+    Of a run that starts anew the folder keeps nothing that a later `--resume` could take for its own.
+    """
+    output = Path(options.output)
+    file = output / "options.yaml"
     record = dataclasses.asdict(dataclasses.replace(options, config=None, resume=False))
     if options.resume and file.exists():
         before = yaml.safe_load(file.read_text())
         if differing := [name for name in record if record[name] != before.get(name)]:
             raise SystemExit(f"cannot resume {options.output}: it ran with another {', '.join(differing)}")
-    if accelerator.is_main_process:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(file, yaml.safe_dump(record, sort_keys=False))
-    accelerator.wait_for_everyone()
+    if not options.resume:
+        parts = [part(output, method, seed) for method in methods for seed in options.seeds]
+        for old in [*parts, *pretraining(output)]:
+            shutil.rmtree(old, ignore_errors=True)
+    output.mkdir(parents=True, exist_ok=True)
+    write_whole(file, yaml.safe_dump(record, sort_keys=False))
 
 
 def main(task: Task, description: str) -> None:
@@ -182,7 +215,7 @@ def main(task: Task, description: str) -> None:
     # The progress bars and notices of loading would come once for every copy of the model.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    prepare_output(options, accelerator)
+    on_main(accelerator, prepare_output, options, methods)
     accelerator.init_trackers("lbp-peft", {name: str(value) for name, value in dataclasses.asdict(options).items()})
 
     if options.embedded:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, broadcast_object_list
 from torch import nn
 
 from .options import Options
+
+# Under these the prepared model is in pieces or in another dtype: only all processes together can save it or run it.
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def make_accelerator(options: Options) -> Accelerator:
@@ -29,9 +36,56 @@ def make_accelerator(options: Options) -> Accelerator:
     started = int(os.environ.get("WORLD_SIZE", 1))
     if accelerator.num_processes != started:
         raise SystemExit(f"{started} processes were started, but they form groups of {accelerator.num_processes}.")
+    if plugin := accelerator.state.deepspeed_plugin:
+        # DeepSpeed clips by itself, and at 1 where accelerate is not told otherwise.
+        plugin.deepspeed_config["gradient_clipping"] = options.max_grad_norm or 0.0
     count = accelerator.num_processes
     accelerator.print(f"{count} process{'es' if count > 1 else ''}, {accelerator.device.type}.")
     return accelerator
+
+
+def on_main(processes: Accelerator | PartialState, function: Callable[..., Any], *values: Any) -> Any:
+    """Call a function on the main process only. If it fails there, all stop: none waits for what does not come.
+
+    Returns:
+        What it returned, on every process.
+    """
+    outcome, failure = [None, ""], None
+    if processes.is_main_process:
+        try:
+            outcome[0] = function(*values)
+        except (Exception, SystemExit) as error:
+            outcome[1], failure = f"{type(error).__name__}: {error}", error
+    result, why = broadcast_object_list(outcome)
+    if failure is not None:
+        raise failure
+    if why:
+        raise SystemExit(f"The main process failed. {why}")
+    return result
+
+
+def plain_copy(accelerator: Accelerator, model: nn.Module) -> nn.Module | None:
+    """On the main process of sharded training, a copy of the model for the trained weights to be put into."""
+    if accelerator.distributed_type in SHARDED and accelerator.is_main_process:
+        return copy.deepcopy(model)
+    return None
+
+
+def whole_model(accelerator: Accelerator, model: nn.Module, plain: nn.Module | None) -> nn.Module:
+    """The model without accelerate's wrappers. All processes take part.
+
+    Args:
+        model: As accelerate prepared it.
+        plain: Its [`plain_copy`]. It takes the weights of a sharded model, and can then be saved and run by the main
+            process alone.
+    """
+    if accelerator.distributed_type not in SHARDED:
+        return accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    weights = accelerator.get_state_dict(model)
+    if plain is None:
+        return accelerator.unwrap_model(model)
+    plain.load_state_dict(weights)
+    return plain
 
 
 def freeze_unused(model: nn.Module, batch: dict[str, torch.Tensor]) -> list[str]:

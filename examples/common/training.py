@@ -19,7 +19,7 @@ from .checkpoints import load_checkpoint, save_checkpoint
 from .metrics import load_metric, score
 from .models import train_mode
 from .options import Options
-from .processes import freeze_unused
+from .processes import freeze_unused, plain_copy, whole_model
 from .task import Task
 
 
@@ -68,13 +68,15 @@ def train(
     """Train the model and test it after every epoch.
 
     Returns:
-        The trained model, free of accelerate's wrappers, and per epoch its loss, score and seconds of training.
+        The trained model, free of accelerate's wrappers and, on the main process, whole; and per epoch its loss, score
+        and seconds of training.
     """
     images = loaders[0].dataset
     if unused := freeze_unused(model, loaders[0].collate_fn([images[0]])):
         accelerator.print(f"Not trained, since the loss does not depend on it: {', '.join(unused)}")
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=run.learning_rate, weight_decay=options.weight_decay)
+    plain = plain_copy(accelerator, model)
     model, optimizer, train_loader, test_loader = accelerator.prepare(model, optimizer, *loaders)
     updates = math.ceil(len(train_loader) / options.gradient_accumulation_steps) * run.epochs
     warmup = round(updates * options.warmup_ratio) if options.warmup_steps is None else options.warmup_steps
@@ -85,12 +87,13 @@ def train(
             loss = model(**batch).loss
             accelerator.backward(loss)
             if accelerator.sync_gradients and options.max_grad_norm:
-                accelerator.clip_grad_norm_(weights, options.max_grad_norm)
+                # Those of the prepared model: sharding put others in the place of `weights`.
+                accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
             optimizer.step()
-            if accelerator.sync_gradients:
+            if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                 scheduler.step()
             optimizer.zero_grad()
-        return loss.item()
+        return accelerator.reduce(loss.detach(), "mean").item()
 
     progress = Progress(**((load_checkpoint(accelerator, run.folder) if options.resume else None) or {}))
     length, quiet = len(train_loader), not accelerator.is_main_process
@@ -117,7 +120,7 @@ def train(
             log(accelerator, run, progress, {f"epoch {name}": value for name, value in done.items()})
             bar.set_postfix(loss=f"{done['loss']:.3f}", test=f"{100 * done['score']:.1f} %")
 
-    model = accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    model = whole_model(accelerator, model, plain)
     accelerator.free_memory()
     return model, progress.history
 

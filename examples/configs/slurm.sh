@@ -14,7 +14,8 @@ set -euo pipefail
 
 CONFIG=${CONFIG:-examples/configs/ddp_nodes.yaml} # or fsdp2_nodes.yaml
 GPUS_PER_NODE=${GPUS_PER_NODE:-8}
-HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+HOSTS=$(scontrol show hostnames "$SLURM_JOB_NODELIST") # not into `head`, whose end could stop scontrol and so this
+HEAD=${HOSTS%%$'\n'*}
 PORT=$((20000 + SLURM_JOB_ID % 20000))
 
 # shellcheck disable=SC2016  # SLURM_NODEID is of each machine

@@ -41,6 +41,7 @@ class LBPWHTStacked(nn.Module, Inside, LBPWHTLayer):
     """
 
     adapter_layer_names = ()
+    weight = bias = None  # where PEFT would ask a base layer, and find this one again and again
 
     def __init__(self, finder: GridFinder, layer_name: str, rules: dict[str, BackwardRule]):
         super().__init__()

@@ -4,7 +4,8 @@
 
 runs examples/image_classification.py on two processes. SIGKILL comes at any time, or just when a checkpoint is being
 written; to all processes at once, or to one a moment before the other. The adapters and the record of losses and scores
-must equal those of the unbroken run to the last bit.
+must equal those of the unbroken run to the last bit; each life must go on from the last checkpoint before it, since one
+that started over would end with the same bits; and no checkpoint may be refused.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import random
 import signal
 import socket
@@ -23,12 +25,15 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2] / folder) for folder in ("examples", ".")]
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
+from common.checkpoints import checkpoints  # noqa: E402
 from common.classification import Classification  # noqa: E402
 from common.digits import EMBEDDED, digits, tiny_vit  # noqa: E402
 from common.experiment import main as run_example  # noqa: E402
@@ -36,6 +41,46 @@ from common.experiment import main as run_example  # noqa: E402
 METHODS = ["lbp-wht:r=3", "lora+lbp-wht:r=3"]
 EVERY = 4  # updates between checkpoints
 UPDATES_PER_KILL = 24  # more than a life lasts, so that the run is not over before it was killed often enough
+
+
+@dataclass
+class Life:
+    """One start of the run, until it was killed or ended. Checkpoints are numbers of updates, by part of the run.
+
+    Args:
+        found: Those that were there when it started.
+        wrote: Those that it added, in their order.
+        killed: When it was hit; None if it ended.
+    """
+
+    found: dict[str, list[int]]
+    wrote: dict[str, list[int]] = field(default_factory=dict)
+    killed: str | None = None
+
+    def see(self, output: Path) -> None:
+        """Note what it has added so far. Two are kept, so to look now and then is enough."""
+        for part, numbers in numbers_of_checkpoints(output).items():
+            before = [*self.found.get(part, []), *self.wrote.get(part, [])]
+            if new := [number for number in numbers if number not in before]:
+                self.wrote[part] = self.wrote.get(part, []) + new
+
+    def problems(self) -> list[str]:
+        """Parts that did not go on from their last checkpoint."""
+        found = []
+        for part, wrote in self.wrote.items():
+            last = max(self.found.get(part, []), default=0)
+            if wrote != [last + EVERY * (1 + step) for step in range(len(wrote))]:
+                found.append(f"{part} wrote checkpoints {wrote} after {last}")
+        return found
+
+    def went_on(self) -> bool:
+        """Whether it added to a part that had a checkpoint."""
+        return any(part in self.found for part in self.wrote)
+
+
+def numbers_of_checkpoints(output: Path) -> dict[str, list[int]]:
+    found = {run: [int(path.name.split("-")[1]) for path in checkpoints(run)] for run in output.glob("*/seed-*")}
+    return {str(run.relative_to(output)): numbers for run, numbers in found.items() if numbers}
 
 
 def prepare(folder: Path) -> None:
@@ -88,22 +133,25 @@ def _run(flags: list[str], rank: int, processes: int, port: int, log: Path) -> N
     run_example(Classification(), "")
 
 
-def run_through(flags: list[str], processes: int, log: Path) -> None:
-    wait(start(flags, processes, log), log)
+def run_through(flags: list[str], processes: int, output: Path, log: Path) -> Life:
+    life = Life(numbers_of_checkpoints(output))
+    running = start(flags, processes, log)
+    while any(process.is_alive() for process in running):
+        life.see(output)
+        time.sleep(0.02)
+    wait(running, log)
+    return life
 
 
 def run_and_kill(
     flags: list[str], processes: int, output: Path, chance: random.Random, log: Path, update: float
-) -> str | None:
+) -> Life:
     """Start the run and kill it: on the way to its first checkpoint, while it writes one, or after that.
 
     Args:
         update: Seconds that one takes.
-
-    Returns:
-        When it was hit; None if it ended before.
     """
-    born = time.time()
+    life, born = Life(numbers_of_checkpoints(output)), time.time()
     moment = chance.choices(["loading", "saving", "training"], [1, 3, 2])[0]
     delay = {"loading": 1, "saving": 0.03, "training": EVERY * update}[moment] * chance.random()
     running = start(flags, processes, log)
@@ -114,7 +162,7 @@ def run_and_kill(
     time.sleep(delay)
     if not all(process.is_alive() for process in running):
         wait(running, log)
-        return None
+        return life
     victims = list(running)
     chance.shuffle(victims)
     together = chance.random() < 0.5
@@ -124,8 +172,10 @@ def run_and_kill(
             time.sleep(chance.uniform(0, 0.3))
     for process in running:
         process.join()
+    life.see(output)
     when = "while a checkpoint was written" if is_saving(output, born) else "at another time"
-    return f"{when}, {'all at once' if together else 'one after the other'}"
+    life.killed = f"{when}, {'all at once' if together else 'one after the other'}"
+    return life
 
 
 def is_saving(output: Path, since: float) -> bool:
@@ -160,35 +210,41 @@ def results(output: Path) -> dict[str, object]:
     return found
 
 
-def trial(folder: Path, kills: int, processes: int, seed: int) -> Counter[str]:
-    """Kill a run so many times.
+def trial(folder: Path, kills: int, processes: int, seed: int) -> list[Life]:
+    """Kill a run so many times, and let it end.
 
     Returns:
-        When it was hit, and how often.
+        Its lives, the last of which ended.
 
     Raises:
-        SystemExit: the run failed, ended before it was killed so often, or ended with another result.
+        SystemExit: the run failed, ended before it was killed so often, ended with another result, refused a
+            checkpoint or did not go on from the last one.
     """
     in_a_process_of_its_own(prepare, folder)
     whole, broken, log = folder / "whole", folder / "broken", folder / "log.txt"
     updates = UPDATES_PER_KILL * (kills + 1)
     begun = time.monotonic()
-    run_through(arguments(folder, whole, updates, processes), processes, log)
+    run_through(arguments(folder, whole, updates, processes), processes, whole, log)
     update = (time.monotonic() - begun) / updates
-    chance, hits = random.Random(seed), Counter()
+    chance, lives = random.Random(seed), []
     flags = arguments(folder, broken, updates, processes)
-    while hits.total() < kills:
-        hit = run_and_kill(flags, processes, broken, chance, log, update)
-        if hit is None:
-            raise SystemExit(f"the run ended after {hits.total()} kills: give it more updates")
-        hits[hit] += 1
-    run_through(flags, processes, log)
+    for _ in range(kills):
+        lives.append(run_and_kill(flags, processes, broken, chance, log, update))
+        if not lives[-1].killed:
+            raise SystemExit(f"the run ended after {len(lives) - 1} kills: give it more updates")
+    lives.append(run_through(flags, processes, broken, log))
     expected, found = results(whole), results(broken)
     if len(expected) != 2 * len(METHODS):
         raise SystemExit(f"the unbroken run left {sorted(expected)}")
     if differing := [name for name in expected if found.get(name) != expected[name]]:
         raise SystemExit(f"the resumed run ended differently: {', '.join(differing)}. See {folder}")
-    return hits
+    if refused := [line for line in log.read_text().splitlines() if "Refused" in line]:
+        raise SystemExit("\n".join(refused))
+    if restarted := [problem for life in lives for problem in life.problems()]:
+        raise SystemExit("\n".join(restarted))
+    if not any(life.went_on() for life in lives):
+        raise SystemExit("no life went on from a checkpoint of another: give it more kills")
+    return lives
 
 
 def main() -> None:
@@ -196,14 +252,35 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="chooses the moments, as far as clocks allow")
+    parser.add_argument("--json", type=Path, help="where to write what became of each life")
     options = parser.parse_args()
     start_time = time.monotonic()
     folder = Path(tempfile.mkdtemp(prefix="kill-and-resume-"))
-    hits = trial(folder, options.kills, options.processes, options.seed)
+    lives = trial(folder, options.kills, options.processes, options.seed)
+    seconds = round(time.monotonic() - start_time)
+    hits = Counter(life.killed for life in lives if life.killed)
     for when, count in sorted(hits.items()):
         print(f"{count:3} kills {when}")
+    went_on = sum(life.went_on() for life in lives)
+    if options.json:
+        record = {
+            "processes": options.processes,
+            "methods": METHODS,
+            "updates between checkpoints": EVERY,
+            "kills": dict(sorted(hits.items())),
+            "lives that went on from a checkpoint": went_on,
+            "checkpoints refused": 0,
+            "adapters and records": "the same bit for bit as those of an unbroken run",
+            "seconds": seconds,
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
+            "machine": platform.platform(),
+            "date": time.strftime("%Y-%m-%d"),
+            "lives": [asdict(life) for life in lives],
+        }
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
     print(f"{options.processes} processes, {hits.total()} kills: the adapters and records are the same bit for bit.")
-    print(f"{time.monotonic() - start_time:.0f} s")
+    print(f"{went_on} of {len(lives)} lives went on from a checkpoint of another; none was refused.")
+    print(f"{seconds} s")
 
 
 if __name__ == "__main__":
