@@ -25,7 +25,8 @@ def stacked(**settings):
 
 
 def case(name, **settings):
-    return next(case for case in CASES if case.name == name).adapted(modules_to_save=["head"], **settings)
+    exact = {"grad_input": "full", "modules_to_save": ["head"]}  # the workers have no fixture that says so
+    return next(case for case in CASES if case.name == name).adapted(**(exact | settings))
 
 
 def dinov2():
