@@ -13,7 +13,7 @@ import torch
 _CASTING_TO_BF16 = 40
 _ROUNDING_TO_INT8 = {torch.float32: 120, torch.bfloat16: 50}
 # Of what is projected, likewise; of images more, since their channels come first.
-_PROJECTING = {torch.float32: 100, torch.bfloat16: 60}
+_PROJECTING = {torch.float32: 100, torch.bfloat16: 45}
 _PROJECTING_IMAGES = {torch.float32: 250, torch.bfloat16: 60}
 _PROJECTING_ON_GPU = {torch.float32: 60, torch.float16: 20, torch.bfloat16: 20}
 _GPU_RATE_IN_16_BITS = 15.0

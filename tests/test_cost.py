@@ -63,7 +63,8 @@ def test_on_gpus_the_precision_follows_the_capability(monkeypatch, capability, e
     [
         (AMX, (384, 384), FLOAT, True),
         (AMX, (64, 256), FLOAT, False),
-        (AMX, (768, 768), BF16, False),
+        (AMX, (768, 768), BF16, True),
+        (AMX, (384, 1536), BF16, False),
         (AMX, (3072, 768), BF16, True),
         (AVX512_BF16, (384, 384), BF16, True),
         (NONE, (384, 384), FLOAT, True),
