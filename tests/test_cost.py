@@ -145,11 +145,18 @@ def test_only_auto_leaves_layers_exact(monkeypatch):
 
 
 @pytest.mark.own_choice
-def test_where_only_factors_are_trained_auto_saves_their_memory(monkeypatch):
-    monkeypatch.setattr(layer, "low_rank_pays", lambda *_: False)
-    lora = LoraConfig(r=4, target_modules=["q_proj", "fc1"])
-    model = adapted(train_base_weight=False, stack_on=lora, target_modules=["q_proj", "fc1"])
-    gradients(model, images())
+@pytest.mark.parametrize("stacked", [True, False])
+def test_where_only_factors_are_trained_layers_are_judged_as_in_float32(monkeypatch, stacked):
+    asked = []
+    monkeypatch.setattr(layer, "low_rank_pays", lambda *given: not asked.append(given[5]))
+    monkeypatch.setattr(layer, "fastest_precision", lambda *_: "full")
+    targets = ["q_proj", "fc1"]
+    lora = LoraConfig(r=4, target_modules=targets)
+    settings = {"train_base_weight": False, "stack_on": lora} if stacked else {}
+    model = adapted(target_modules=targets, **settings)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(images()).logits.sum().backward()
+    assert asked == [FLOAT if stacked else BF16] * 2
     assert {ran.kept_for_weight for ran in layout_report(model).layers.values()} == {11}
 
 

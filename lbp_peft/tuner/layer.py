@@ -178,8 +178,10 @@ class LBPWHTLayer(BaseTunerLayer):
             on_images = x.dim() == 4 and shape != x.shape
             # What is compiled shall serve batches of all sizes.
             num_images = _USUAL_BATCH if torch.compiler.is_compiling() else int(shape[0])
-            given = (num_images, num_tokens, kept_for_weight, *features, dtype, x.device, on_images)
-            if kept_for_weight < num_tokens and self._trains_whole_weight(base) and not low_rank_pays(*given):
+            # Of factors alone low-rank gradients save the memory of x, and in 16 bits little time: not what is weighed.
+            weighed = dtype if self._trains_whole_weight(base) else torch.float32
+            given = (num_images, num_tokens, kept_for_weight, *features, weighed, x.device, on_images)
+            if kept_for_weight < num_tokens and not low_rank_pays(*given):
                 self._leave_exact(x, plan.layout)
                 return None
             name = fastest_precision(num_images * kept_for_input, *features, dtype, x.device)

@@ -97,7 +97,6 @@ class LBPWHTStacked(nn.Module, Inside, LBPWHTLayer):
         return y.movedim(-1, 1) if self._on_images else y
 
     def _trains_whole_weight(self, base: Any) -> bool:
-        # Factors are cheap either way: what low-rank gradients save of these is the memory of x.
         return bool(base.weight.requires_grad)
 
     def _base_layer(self, host: Any) -> Any:
