@@ -79,9 +79,11 @@ def attention(
 
 
 def _is_regular(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether nothing has to be broadcast or cast."""
+    """Whether nothing has to be broadcast or cast, and there is something at all."""
     return (
-        query.dim() == key.dim() == value.dim() == 4
+        query.numel() > 0
+        and key.numel() > 0
+        and query.dim() == key.dim() == value.dim() == 4
         and query.shape[:2] == key.shape[:2] == value.shape[:2]
         and query.dtype == key.dtype == value.dtype
     )

@@ -155,6 +155,13 @@ def test_it_is_left_to_pytorch_too_where_products_are_not_faster_or_nothing_goes
     assert type(attention.attention(*tensors).grad_fn).__name__ != name
 
 
+@pytest.mark.parametrize("shape", [(0, 2, 5, 4), (2, 0, 5, 4), (2, 2, 0, 4)])
+def test_there_may_be_nothing_to_attend_to(shape):
+    tensors = [draw(*shape).requires_grad_() for _ in range(3)]
+    attention.attention(*tensors).sum().backward()
+    assert all(t.grad.shape == shape for t in tensors)
+
+
 def test_only_query_key_and_value_are_saved():
     tensors, _ = problem(*SHAPES[1])
     kept = []
