@@ -112,25 +112,30 @@ def _gradients(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, scale: f
     """Those of query, key and value, a few heads at a time."""
     queries, keys, values, grads = (t.flatten(0, 1).contiguous() for t in (query, key, value, grad))
     of_queries, of_keys, of_values = (torch.empty_like(t) for t in (queries, keys, values))
-    centred = (values.float() - values.mean(1, keepdim=True, dtype=torch.float32)).to(values.dtype)
     heads, rows, columns = len(queries), queries.shape[1], keys.shape[1]
-    at_once = min(max(_ENTRIES_AT_ONCE // (rows * columns), 1), heads)
+    parts = -(-heads * rows * columns // _ENTRIES_AT_ONCE)
+    at_once = -(-heads // min(parts, heads))
     wide, weights = (queries.new_empty(at_once, rows, columns, dtype=torch.float32) for _ in range(2))
     rounded, narrow = (queries.new_empty(at_once, rows, columns) for _ in range(2))
     for start in range(0, heads, at_once):
         part = slice(start, start + at_once)
-        q, k, v, g = queries[part], keys[part], centred[part], grads[part]
+        q, k, v, g = queries[part], keys[part], values[part], grads[part]
         logits, p, p_rounded, ds = wide[: len(q)], weights[: len(q)], rounded[: len(q)], narrow[: len(q)]
-        torch.bmm(q.float().mul_(scale), k.float().transpose(1, 2), out=logits)
+        _scaled_product(q.float(), k.float().transpose(1, 2), scale, logits)
         torch.softmax(logits, dim=-1, out=p)
         p_rounded.copy_(p)
         torch.bmm(p_rounded.transpose(1, 2), g, out=of_values[part])
-        y = torch.bmm(p_rounded, v)
+        v = v - v.mean(1, keepdim=True)  # whatever is taken off cancels: the mean may well be rounded
+        of_rows = torch.bmm(p_rounded, v).mul_(g).sum(-1, keepdim=True, dtype=torch.float32)
         torch.bmm(g, v.transpose(1, 2), out=ds)
         # In float32, since the difference may be far smaller than its terms; copied, since of two dtypes at once all
         # but copies are slow.
-        ds.copy_(logits.copy_(ds).sub_((y.float() * g).sum(-1, keepdim=True)).mul_(p))
-        torch.bmm(ds, k, out=of_queries[part]).mul_(scale)
-        torch.bmm(ds.transpose(1, 2), q, out=of_keys[part]).mul_(scale)
+        ds.copy_(logits.copy_(ds).sub_(of_rows).mul_(p))
+        _scaled_product(ds, k, scale, of_queries[part])
+        _scaled_product(ds.transpose(1, 2), q, scale, of_keys[part])
     found = zip((of_queries, of_keys, of_values), (query, key, value), strict=True)
     return [gradient.view_as(like) for gradient, like in found]
+
+
+def _scaled_product(a: Tensor, b: Tensor, scale: float, result: Tensor) -> None:
+    torch.baddbmm(result, a, b, beta=0, alpha=scale, out=result)

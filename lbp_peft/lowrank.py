@@ -18,6 +18,7 @@ A low-rank update beside the weight (LoRA, arXiv 2106.09685), y += s (x A^T) B^T
 from __future__ import annotations
 
 import functools
+import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -120,6 +121,10 @@ class _LowRankLinear(torch.autograd.Function):
         with torch.no_grad():
             gradients = _gradients(ctx, grads[0])
         return None, *(once_differentiable(gradients) if second_order else gradients)
+
+
+# PyTorch binds the arguments in each call, and would find out what there are each time: a third of its own part of it.
+_LowRankLinear.forward.__signature__ = inspect.signature(_LowRankLinear.forward)  # type: ignore[attr-defined]
 
 
 def once_differentiable(gradients: Iterable[Tensor | None]) -> list[Tensor | None]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import kernels
 from .bases import BasisSet, TokenLayout, bases_along, check_side, grid_bases, num_bases, unrolled_order
-from .cost import one_matrix_pays
+from .cost import one_matrix_pays, two_images_at_once_pay
 
 
 def num_kept(layout: TokenLayout, bases: BasisSet | None) -> int:
@@ -297,7 +297,16 @@ class OneMatrix(Projection):
     def project(self, tokens: Tensor) -> Tensor:
         if self.padding is not None:
             tokens = tokens.masked_fill(self.padding[:, :, None], 0)
-        return _times(self.analysis, tokens, 1)
+        if not self._takes_two_at_once(tokens):
+            return _times(self.analysis, tokens, 1)
+        two = _times(torch.block_diag(self.analysis, self.analysis), tokens.unflatten(0, (-1, 2)).flatten(1, 2), 1)
+        return two.unflatten(1, (2, -1)).flatten(0, 1)
+
+    def _takes_two_at_once(self, tokens: Tensor) -> bool:
+        if torch.compiler.is_compiling():  # it would make one graph for even batches and one for odd ones
+            return False
+        fitting = len(tokens) > 0 and len(tokens) % 2 == 0 and tokens.is_contiguous()  # else they would be copied
+        return fitting and two_images_at_once_pay(len(self.analysis), tokens.shape[1], tokens.dtype, tokens.device)
 
     def lift(self, coefficients: Tensor) -> Tensor:
         tokens = _times(self.synthesis.t(), coefficients, 1)

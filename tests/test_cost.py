@@ -12,7 +12,13 @@ from peft import LoraConfig, get_peft_model
 
 from lbp_peft import LBPWHTConfig, cost, layout_report
 from lbp_peft.bases import BasisSet, TokenLayout
-from lbp_peft.cost import attention_by_products_pays, fastest_precision, low_rank_pays, one_matrix_pays
+from lbp_peft.cost import (
+    attention_by_products_pays,
+    fastest_precision,
+    low_rank_pays,
+    one_matrix_pays,
+    two_images_at_once_pay,
+)
 from lbp_peft.projection import OneMatrix, Projection, projection
 from lbp_peft.tuner import layer
 
@@ -211,6 +217,16 @@ def test_batches_of_many_sizes_need_one_graph(width):
 def test_one_matrix_serves_few_coefficients(processor, rates, dtype, most):
     processor(rates)
     assert one_matrix_pays(most, dtype, CPU) and not one_matrix_pays(most + 1, dtype, CPU)
+
+
+def test_two_images_at_once_are_for_some_forty_coefficients_in_bfloat16(processor):
+    processor(AMX)
+    assert two_images_at_once_pay(41, 197, BF16, CPU)
+    for kept, tokens, dtype, device in ((32, 197, BF16, CPU), (64, 197, BF16, CPU), (41, 785, BF16, CPU),
+                                        (41, 197, FLOAT, CPU), (41, 197, BF16, GPU)):  # fmt: skip
+        assert not two_images_at_once_pay(kept, tokens, dtype, device)
+    processor(NONE)
+    assert not two_images_at_once_pay(41, 197, BF16, CPU)
 
 
 def test_the_cheaper_projection_is_taken():

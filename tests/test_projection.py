@@ -92,6 +92,21 @@ def test_both_ways_agree_beside_padding():
         at_once.project_gradient(tokens)
 
 
+@pytest.mark.parametrize("batch", [0, 1, 2, 3, 6])
+def test_two_images_at_once_give_what_each_gives(batch, monkeypatch):
+    asked = []
+    monkeypatch.setattr("lbp_peft.projection.two_images_at_once_pay", lambda *given: asked.append(given) or True)
+    layout = TokenLayout((14, 14), 1)
+    _, at_once = both(layout, BASES[0])
+    tokens = draw(batch, layout.num_tokens, 5)
+    expected = torch.einsum("kl,nlc->nkc", at_once.analysis, tokens)
+    torch.testing.assert_close(at_once.project(tokens), expected)
+    assert bool(asked) == (batch in (2, 6))
+    apart = draw(batch, 5, layout.num_tokens).transpose(1, 2)  # these would have to be copied
+    torch.testing.assert_close(at_once.project(apart), torch.einsum("kl,nlc->nkc", at_once.analysis, apart))
+    assert len(asked) == (batch in (2, 6))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS, ids=name)
 def test_an_empty_batch_has_no_coefficients(layout, way):
     maps = way(layout, BASES[0], torch.float32, CPU)

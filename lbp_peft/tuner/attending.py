@@ -27,7 +27,7 @@ class LBPWHTAttending(Around):
     def run(self, host: Any, *args: Any, **kwargs: Any) -> Any:
         """The host's forward pass."""
         plain = type(host).plain_class.forward
-        if not (self._is_active(host) and self._has_attention and _may_pay(*args, *kwargs.values())):
+        if not (self._has_attention and _may_pay(*args, *kwargs.values()) and self._is_active(host)):
             return plain(host, *args, **kwargs)
         with AttentionByProducts() as mode:
             result = plain(host, *args, **kwargs)
