@@ -113,11 +113,14 @@ def _gradients(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, scale: f
     queries, keys, values, grads = (t.flatten(0, 1).contiguous() for t in (query, key, value, grad))
     of_queries, of_keys, of_values = (torch.empty_like(t) for t in (queries, keys, values))
     heads, rows, columns = len(queries), queries.shape[1], keys.shape[1]
-    parts = -(-heads * rows * columns // _ENTRIES_AT_ONCE)
-    at_once = -(-heads // min(parts, heads))
+    at_once, starts = heads, [0]
+    if not torch.compiler.is_compiling():  # in which a loop would be made for batches of one size
+        parts = -(-heads * rows * columns // _ENTRIES_AT_ONCE)
+        at_once = -(-heads // min(parts, heads))
+        starts = list(range(0, heads, at_once))
     wide, weights = (queries.new_empty(at_once, rows, columns, dtype=torch.float32) for _ in range(2))
     rounded, narrow = (queries.new_empty(at_once, rows, columns) for _ in range(2))
-    for start in range(0, heads, at_once):
+    for start in starts:
         part = slice(start, start + at_once)
         q, k, v, g = queries[part], keys[part], values[part], grads[part]
         logits, p, p_rounded, ds = wide[: len(q)], weights[: len(q)], rounded[: len(q)], narrow[: len(q)]

@@ -10,6 +10,8 @@ from models import forward, gradients, images, largest_difference, standing_arou
 from peft import LoraConfig, get_peft_model
 from test_precision import cosine
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from lbp_peft import LBPWHTConfig, attention, cost, exact_backward
 from lbp_peft.tuner import attending
@@ -288,18 +290,46 @@ def test_with_gradient_checkpointing(reentrant, used):
     assert len(used) == 2
 
 
-def test_a_compiled_model_decides_itself(used):
+def test_in_a_compiled_model():
     torch._dynamo.reset()
     model = adapted(grid_size=(8, 8), num_prefix_tokens=1)
     module, x = model.base_model.model.vit.layers[0].attention, draw(2, 65, 32)
-    found = []
-    for run in (module, torch.compile(module, backend="aot_eager", fullgraph=True)):
+    backward_passes, found = [], []
+
+    def keeping(graph, _):
+        backward_passes.append(graph.code)
+        return make_boxed_func(graph.forward)
+
+    backend = aot_autograd(fw_compiler=lambda graph, _: make_boxed_func(graph.forward), bw_compiler=keeping)
+    for run in (module, torch.compile(module, backend=backend, fullgraph=True)):
         model.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
             run(x)[0].float().square().sum().backward()
         found.append({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
-    assert len(used) == 1  # of two
+    assert len(backward_passes) == 1 and "attention" not in backward_passes[0] and "softmax" in backward_passes[0]
     assert cosine(*found) > 0.9999
+
+
+def test_compiled_batches_of_many_sizes_need_one_graph():
+    torch._dynamo.reset()
+    graphs = []
+    model = adapted(grid_size=(8, 8), num_prefix_tokens=1)
+    backend = aot_autograd(
+        fw_compiler=lambda graph, _: graphs.append(graph) or make_boxed_func(graph.forward),
+        bw_compiler=lambda graph, _: make_boxed_func(graph.forward),
+    )
+    module = model.base_model.model.vit.layers[0].attention
+    compiled = torch.compile(module, backend=backend, fullgraph=True)
+    for batch in (2, 3, 5):
+        x, found = draw(batch, 65, 32), []
+        torch._dynamo.mark_dynamic(x, 0)
+        for run in (module, compiled):
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                run(x)[0].float().square().sum().backward()
+            found.append({name: p.grad for name, p in module.named_parameters() if p.grad is not None})
+        assert cosine(*found) > 0.9999
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

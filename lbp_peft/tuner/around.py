@@ -27,8 +27,6 @@ class Around(Inside):
         self.block = block
 
     def _is_active(self, host: nn.Module) -> bool:
-        if torch.compiler.is_compiling():  # it decides itself what to save, and what to multiply how
-            return False
         layers = (module for module in self.block.modules() if isinstance(module, LBPWHTLayer))
         rules = (rule for layer in layers for rule in layer.rules_in_effect())
         return host.training and torch.is_grad_enabled() and any(self.is_wanted(rule) for rule in rules)

@@ -31,7 +31,8 @@ class LBPWHTAttending(Around):
             return plain(host, *args, **kwargs)
         with AttentionByProducts() as mode:
             result = plain(host, *args, **kwargs)
-        self._has_attention = mode.was_called
+        if not torch.compiler.is_compiling():  # it cannot ask the mode, and goes in once
+            self._has_attention = mode.was_called
         return result
 
 
