@@ -1,7 +1,7 @@
 """What is fastest for a layer, told from its shape and the instructions of the device.
 
 Nothing is timed while training: a run has to give the same bits when it is repeated. The constants of CPUs were read
-off `examples/benchmarks/single_layers.py` and `projections.py`, see docs/results.md; those of GPUs were worked out from
+off `examples/benchmarks/single_layers.py` and `projections.py`, see docs/results; those of GPUs were worked out from
 the rates on data sheets and are not measured. Times are in multiply-adds of float32.
 """
 
