@@ -5,11 +5,11 @@ takes longer than all that low-rank layers leave of the backward pass. With P = 
 
     dv = P^T g
     dP = g v^T
-    dS = P * (dP - rowsum(y * g))
+    dS = P * (dP - rowsum(P * dP))
     dq = s dS k,  dk = s dS^T q
 
-That is exact: only the order of rounding differs. P and y are computed again: no more than q, k and v are kept. In dS
-the mean of v over the keys cancels. It is taken off before, so that what cancels is not what is left of rounding it.
+That is exact: only the order of rounding differs. P is computed again: no more than q, k and v are kept. In dS the mean
+of v over the keys cancels. It is taken off before, so that what cancels is not what is left of rounding it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def attention(
         key, value: Shapes (N, heads, S, d) and (N, heads, S, d_v).
         attn_mask, dropout_p, is_causal, enable_gqa: With any of these set it *is* `F.scaled_dot_product_attention`, and
             so it is for tensors that are not all bfloat16, on other devices than CPUs and for long sequences.
-        scale: s; None: d^-0.5.
+        scale: s; None: d^-0.5. With 0 it is PyTorch's too.
 
     Double backward raises RuntimeError.
 
@@ -70,6 +70,7 @@ def attention(
     """
     tensors = (query, key, value)
     plain = attn_mask is None and not dropout_p and not is_causal and not enable_gqa
+    plain = plain and scale != 0  # a product times 0 leaves in its result what was there before
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if plain and wanted and _is_regular(*tensors) and attention_by_products_pays(key.shape[-2], key.dtype, key.device):
         return _Attention.apply(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
@@ -129,11 +130,11 @@ def _gradients(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, scale: f
         p_rounded.copy_(p)
         torch.bmm(p_rounded.transpose(1, 2), g, out=of_values[part])
         v = v - v.mean(1, keepdim=True)  # whatever is taken off cancels: the mean may well be rounded
-        of_rows = torch.bmm(p_rounded, v).mul_(g).sum(-1, keepdim=True, dtype=torch.float32)
         torch.bmm(g, v.transpose(1, 2), out=ds)
         # In float32, since the difference may be far smaller than its terms; copied, since of two dtypes at once all
-        # but copies are slow.
-        ds.copy_(logits.copy_(ds).sub_(of_rows).mul_(p))
+        # but copies are slow. The sum is of the very values that it is taken from: rows of dS then sum to zero.
+        weighted = logits.copy_(ds).mul_(p)
+        ds.copy_(weighted.addcmul_(p, weighted.sum(-1, keepdim=True), value=-1))
         _scaled_product(ds, k, scale, of_queries[part])
         _scaled_product(ds.transpose(1, 2), q, scale, of_keys[part])
     found = zip((of_queries, of_keys, of_values), (query, key, value), strict=True)

@@ -74,7 +74,7 @@ def _times_of_product(
     if device.type != "cpu" or dtype not in _ROUNDING_TO_INT8:
         return {"full": 1.0}
     of_bf16, of_int8 = _cpu_rates()
-    edges = 1 / rows + 1 / out_features + 1 / in_features
+    edges = 1 / max(rows, 1) + 1 / out_features + 1 / in_features
     times = {"full": 1.0 if dtype == torch.float32 else 1 / of_bf16}
     if dtype == torch.float32:
         times["bf16"] = 1 / of_bf16 + _CASTING_TO_BF16 * edges

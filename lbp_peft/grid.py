@@ -107,7 +107,7 @@ class GridFinder:
         num_tokens = int(shape[1])
         if grid_size is not None:
             return self._given_layout(num_tokens, grid_size, num_prefix_tokens, num_suffix_tokens)
-        if self._num_images and all(shape[0] % n and n % shape[0] for n in self._num_images):
+        if self._num_images and shape[0] and all(n and shape[0] % n and n % shape[0] for n in self._num_images):
             images = " or ".join(map(str, sorted(self._num_images)))
             raise LayoutError(
                 f"its input of shape {tuple(shape)} does not hold the tokens of {images} images one after the other",

@@ -19,6 +19,7 @@ import functools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -115,7 +116,7 @@ def _fitting_block(rotation: int, features: int) -> int:
 
 def _hadamard(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if not torch.compiler.is_compiling():
-        return _kept_hadamard(block, dtype, device)
+        return torch.from_numpy(_kept_hadamard(block)).to(device, dtype)
     matrix = torch.ones(1, 1, dtype=dtype, device=device)  # the same once more, since NumPy's steps are not traced
     while len(matrix) < block:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
@@ -124,8 +125,8 @@ def _hadamard(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @functools.cache
-def _kept_hadamard(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(walsh_functions(block)).to(device, dtype) * block**-0.5
+def _kept_hadamard(block: int) -> np.ndarray:
+    return walsh_functions(block) * block**-0.5
 
 
 def product(grad: Tensor, weight: Tensor, precision: Precision, source: Tensor | None = None) -> Tensor:
@@ -282,13 +283,13 @@ def _fingerprint(weight: Tensor) -> Tensor:
     Version counter and address do not: PEFT merges adapters by `weight.data += ...`, and some optimisers and sharded
     training write past the counter too.
     """
-    return torch.mv(weight.float().t(), _weights_of_rows(len(weight)))
+    return torch.mv(weight.float().t(), torch.from_numpy(_weights_of_rows(len(weight))))
 
 
 @functools.cache
-def _weights_of_rows(rows: int) -> Tensor:
+def _weights_of_rows(rows: int) -> np.ndarray:
     """Random numbers from 1 to 2: none leaves a row out, and no pattern among rows cancels."""
-    return 1 + torch.rand(rows, generator=torch.Generator().manual_seed(0))
+    return np.random.default_rng(0).uniform(1, 2, rows).astype(np.float32)
 
 
 def _round_weight(weight: Tensor, name: str, rotation: int) -> Rounded:

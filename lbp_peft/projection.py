@@ -299,6 +299,7 @@ class OneMatrix(Projection):
             tokens = tokens.masked_fill(self.padding[:, :, None], 0)
         if not self._takes_two_at_once(tokens):
             return _times(self.analysis, tokens, 1)
+        # The zeros keep two images apart as long as both are finite.
         two = _times(torch.block_diag(self.analysis, self.analysis), tokens.unflatten(0, (-1, 2)).flatten(1, 2), 1)
         return two.unflatten(1, (2, -1)).flatten(0, 1)
 

@@ -68,7 +68,7 @@ def errors(found, expected):
     return [((f.double() - e).norm() / scale).item() for f, e in zip(found, expected, strict=True)]
 
 
-@pytest.mark.parametrize("scale", [None, 0.3])
+@pytest.mark.parametrize("scale", [None, -0.3, 10.0])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_forward_pass_is_pytorchs_and_the_backward_pass_as_near_to_the_truth(shape, scale, used):
     tensors, grad = problem(*shape)
@@ -122,6 +122,7 @@ PLAIN = {
     "mask": changed(attn_mask=torch.ones(20, 20, dtype=torch.bool).tril()),
     "dropout": changed(dropout_p=0.3),
     "causal": changed(is_causal=True),
+    "no scale": changed(scale=0.0),
     "gqa": changed(enable_gqa=True, shapes=[(2, 4, 20, 8), (2, 2, 20, 8), (2, 2, 20, 8)]),
     "float32": changed(dtype=torch.float32),
     "many keys": changed(shapes=[(1, 2, 4, 8), (1, 2, 601, 8), (1, 2, 601, 8)]),

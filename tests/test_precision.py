@@ -10,6 +10,8 @@ from models import gradients, images, largest_difference, layers_of, tiny_vit
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from test_other_linears import Mixer
 from test_pointwise import ConvMLP
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lbp_peft import LBPWHTConfig, exact_backward, layout_report, precision
 from lbp_peft.precision import FULL, Precision, Rounded, outer, product, rescaled_product, rotated, rounded
@@ -433,3 +435,44 @@ def test_with_checkpointing_the_first_layers_weight_gradients_are_the_same_too()
 
 def test_there_is_one_way_to_say_that_nothing_is_rounded():
     assert Precision("full", rotation=16) == FULL == LBPWHTConfig(grad_input="full", rotation=16).input_precision()
+
+
+class Patches(nn.Module):
+    """Takes batches without images, as transformers' ViTs do not."""
+
+    def __init__(self):
+        super().__init__()
+        self.patch_embed = nn.Conv2d(3, 32, 4, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32)) for _ in range(2))
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x):
+        x = self.patch_embed(x).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.own_choice
+@pytest.mark.parametrize("grid", [None, (8, 8)])
+@pytest.mark.parametrize("name", ["auto", "full", "bf16", "int8"])
+def test_an_empty_batch(name, grid):
+    config = LBPWHTConfig(target_modules="all-linear", grad_input=name, grid_size=grid, modules_to_save=["head"])
+    model = get_peft_model(Patches(), config).train()
+    model(torch.zeros(0, 3, 32, 32)).sum().backward()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None and p.grad.count_nonzero() == 0 for p in trained)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rotation", [0, 16])
+def test_what_a_tracer_saw_does_not_stay(rotation):
+    how = Precision("int8", rotation)
+    weight = nn.Parameter(draw(48, 32))
+    expected = product(draw(4, 48), weight.clone(), how)
+    precision._weights_of_rows.cache_clear()
+    precision._kept_hadamard.cache_clear()
+    with FakeTensorMode():
+        seen = nn.Parameter(torch.empty(48, 32))
+        product(torch.empty(4, 48), seen, how, seen)
+    assert torch.equal(product(draw(4, 48), weight, how, weight), expected)
