@@ -116,7 +116,7 @@ def _fitting_block(rotation: int, features: int) -> int:
 
 def _hadamard(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if not torch.compiler.is_compiling():
-        return torch.from_numpy(_kept_hadamard(block)).to(device, dtype)
+        return _kept_hadamard(block, dtype, device)
     matrix = torch.ones(1, 1, dtype=dtype, device=device)  # the same once more, since NumPy's steps are not traced
     while len(matrix) < block:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
@@ -124,9 +124,17 @@ def _hadamard(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return matrix[sign_changes.argsort()] * block**-0.5
 
 
-@functools.cache
-def _kept_hadamard(block: int) -> np.ndarray:
-    return walsh_functions(block) * block**-0.5
+_hadamards: dict[tuple, Tensor] = {}
+
+
+def _kept_hadamard(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    key = (block, dtype, device)
+    if key not in _hadamards:
+        matrix = torch.from_numpy(walsh_functions(block) * block**-0.5).to(device, dtype)
+        if type(matrix) is not Tensor:  # a tracer's fake tensor must not outlive the tracing
+            return matrix
+        _hadamards[key] = matrix
+    return _hadamards[key]
 
 
 def product(grad: Tensor, weight: Tensor, precision: Precision, source: Tensor | None = None) -> Tensor:

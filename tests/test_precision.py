@@ -471,7 +471,7 @@ def test_what_a_tracer_saw_does_not_stay(rotation):
     weight = nn.Parameter(draw(48, 32))
     expected = product(draw(4, 48), weight.clone(), how)
     precision._weights_of_rows.cache_clear()
-    precision._kept_hadamard.cache_clear()
+    precision._hadamards.clear()
     with FakeTensorMode():
         seen = nn.Parameter(torch.empty(48, 32))
         product(torch.empty(4, 48), seen, how, seen)
