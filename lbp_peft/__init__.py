@@ -10,7 +10,7 @@ Importing the package registers the method with PEFT:
 
 from . import tuner  # noqa: F401  first: it registers the method
 from .bases import BasisSet, LayoutError, TokenLayout
-from .grid import GridMismatchError
+from .layout import GridMismatchError
 from .lowrank import low_rank_linear
 from .tuner.config import LBPWHTConfig
 from .tuner.layer import LBPWHTLayer

@@ -51,6 +51,20 @@ class BasisSet:
     boundary: str = "orthogonal"
 
 
+class TokenOrder(tuple):
+    """Of each token in turn, the place that it has when the tokens of its grid are put row by row.
+
+    A tuple of ints that is hashed only once, since layouts are looked up in every step.
+    """
+
+    _hash: int | None = None
+
+    def __hash__(self) -> int:
+        if self._hash is None:
+            self._hash = super().__hash__()
+        return self._hash
+
+
 @dataclass(frozen=True)
 class TokenLayout:
     """Where the tokens of a layer's input lie.
@@ -59,15 +73,19 @@ class TokenLayout:
         grid: (H, W) of the patch grid; its tokens come row by row. (1, L): a sequence of L tokens, as of words.
         num_prefix_tokens: Tokens before the grid's ([CLS], distillation, registers). They pass through exactly.
         num_suffix_tokens: Tokens after the grid's (YOLOS's detection tokens). They pass through exactly too.
-        unrolled: Not row by row but unrolled by these strides, (height, width) each: the patches at equal places in
-            blocks of that size come together, first for the first strides, then within the others (Hiera, arXiv
-            2306.00989).
+        order: Not row by row but in this order, as Hiera's (arXiv 2306.00989), which has the patches at equal places
+            of its units together.
+        axes: The axes of the input (..., C) along which the tokens lie, the last running fastest; the others count as
+            images. None: all but the first.
+        packed: Images, of one grid each, that come one after another along these axes.
     """
 
     grid: tuple[int, int]
     num_prefix_tokens: int = 0
     num_suffix_tokens: int = 0
-    unrolled: tuple[tuple[int, int], ...] = ()
+    order: TokenOrder | None = None
+    axes: tuple[int, ...] | None = None
+    packed: int = 1
 
     @property
     def num_outside(self) -> int:
@@ -76,19 +94,8 @@ class TokenLayout:
 
     @property
     def num_tokens(self) -> int:
+        """Of one image."""
         return self.num_outside + self.grid[0] * self.grid[1]
-
-
-@cache
-def unrolled_order(layout: TokenLayout) -> np.ndarray:
-    """Shape (H W,): for each of the tokens in their order, where it stands row by row."""
-    height, width = layout.grid
-    order = np.arange(height * width).reshape(1, height, width)
-    for down, across in layout.unrolled:
-        groups, height, width = order.shape
-        order = order.reshape(groups, height // down, down, width // across, across).transpose(0, 2, 4, 1, 3)
-        order = order.reshape(-1, height // down, width // across)
-    return order.reshape(-1)
 
 
 def bases_along(grid: tuple[int, int], bases: BasisSet) -> BasisSet:

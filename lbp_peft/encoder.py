@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from .hints import after_the_encoder, is_of_text
+
+
+# What turns the encoder's tokens into answers. The name alone does not tell: such a part has no patch embedding.
+_AFTER_THE_ENCODER = re.compile(r"Decoder|Head$")
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -66,7 +71,38 @@ def _block_lists(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _answers(model: nn.Module, name: str, blocks: nn.Module) -> bool:
-    return any(after_the_encoder(model, f"{name}.{block}") for block, _ in blocks.named_children())
+    return any(_after_the_encoder(model, f"{name}.{block}") for block, _ in blocks.named_children())
+
+
+def is_of_text(model: nn.Module, name: str) -> bool:
+    """Whether the nearest module around one that is given words or images is given words alone."""
+    for around in ancestors(model, name):
+        if embeds_images(around) or _takes(around, "pixel_values"):
+            return False
+        if _takes(around, "input_ids"):
+            return True
+    return False
+
+
+def ancestors(model: nn.Module, name: str) -> Iterator[nn.Module]:
+    """The modules around the one of that name, nearest first."""
+    parts = name.split(".")
+    for length in range(len(parts) - 1, -1, -1):
+        yield model.get_submodule(".".join(parts[:length]))
+
+
+def embeds_images(module: nn.Module) -> bool:
+    """Whether a convolution in a module cuts images or videos into patches, or merges patches."""
+    return any(isinstance(part, (nn.Conv2d, nn.Conv3d)) and max(part.stride) > 1 for part in module.modules())
+
+
+def _after_the_encoder(model: nn.Module, name: str) -> bool:
+    around = (model.get_submodule(name), *ancestors(model, name))
+    return any(_AFTER_THE_ENCODER.search(type(part).__name__) and not embeds_images(part) for part in around)
+
+
+def _takes(module: nn.Module, name: str) -> bool:
+    return name in inspect.signature(module.forward).parameters
 
 
 def _is_list_of_blocks(module: nn.ModuleList | nn.Sequential) -> bool:

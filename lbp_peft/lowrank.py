@@ -81,6 +81,7 @@ class _How:
     scalings: tuple[float, ...]
     cast_weight: torch.dtype | None = None
     precision: Precision = FULL
+    layout: TokenLayout | None = None
     # The parameter that the weight, and the tensor that x was cast from.
     source: Callable[[], Tensor | None] = lambda: None
     source_of_x: Callable[[], Tensor | None] = lambda: None
@@ -102,7 +103,8 @@ class _LowRankLinear(torch.autograd.Function):
         ctx.weight_dtype = weight.dtype
         _, needs_x, needs_weight, _, *needs = ctx.needs_input_grad
         keeps_x, saved = needs_weight, []
-        keep = functools.partial(rows_to_keep, projection=ctx.how.for_weight, precision=ctx.how.precision)
+        how = ctx.how
+        keep = functools.partial(rows_to_keep, projection=how.for_weight, precision=how.precision, layout=how.layout)
         for (own_x, down, up, _), needed in zip(_grouped(branches, 4), _grouped(needs, 4), strict=True):
             trained = needed[1] or needed[2]
             keeps_x = keeps_x or (trained and own_x is None)
@@ -134,10 +136,10 @@ def once_differentiable(gradients: Iterable[Tensor | None]) -> list[Tensor | Non
 
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     x, weight, *saved = ctx.saved_tensors
-    for_weight, for_input = ctx.how.for_weight, ctx.how.for_input
+    for_weight, for_input, layout = ctx.how.for_weight, ctx.how.for_input, ctx.how.layout
     _, needs_x, needs_weight, needs_bias, *needs = ctx.needs_input_grad
     branches = list(zip(_grouped(saved, 3), _grouped(needs, 4), ctx.how.scalings, ctx.owns_x, strict=True))
-    tokens = as_tokens(grad)
+    tokens = as_tokens(grad, layout)
     small: Any = None
     total: Any = None
     if needs_weight or any(needed[1] or needed[2] for _, needed, *_ in branches):
@@ -165,10 +167,10 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     into_x: Any = product(small, weight, ctx.how.precision, ctx.how.source()) if needs_x else None
     for index, ((_, down, up), needed, scaling, owns_x) in enumerate(branches):
         if owns_x and needed[0]:
-            gradients[3 + 4 * index] = _in_full((small @ up * scaling) @ down, for_input, grad)
+            gradients[3 + 4 * index] = _in_full((small @ up * scaling) @ down, for_input, grad, layout)
         elif needs_x and not owns_x:
             into_x = into_x.flatten(0, 1).addmm_((small @ up * scaling).flatten(0, 1), down).view_as(into_x)
-    gradients[0] = None if into_x is None else _in_full(into_x, for_input, grad)
+    gradients[0] = None if into_x is None else _in_full(into_x, for_input, grad, layout)
     return gradients
 
 
@@ -176,10 +178,10 @@ def _grouped(items: Sequence, size: int) -> list[Sequence]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def _in_full(grad_x: Tensor, for_input: Projection | None, like: Tensor) -> Tensor:
+def _in_full(grad_x: Tensor, for_input: Projection | None, like: Tensor, layout: TokenLayout | None) -> Tensor:
     """The gradient of an input, lifted if it is in the small space, in the shape of the output's."""
     tokens = for_input.lift(grad_x) if for_input else grad_x
-    return tokens.reshape(*like.shape[:-1], tokens.shape[-1])
+    return from_tokens(tokens, like.shape, layout)
 
 
 def sum_of_tokens(tokens: Tensor, small: Tensor | None, projection: Projection | None) -> Tensor:
@@ -201,27 +203,48 @@ _last = _LastProjected()
 
 
 def rows_to_keep(
-    x: Tensor, projection: Projection | None, precision: Precision = FULL, source: Tensor | None = None
+    x: Tensor,
+    projection: Projection | None,
+    precision: Precision = FULL,
+    source: Tensor | None = None,
+    layout: TokenLayout | None = None,
 ) -> Tensor:
     """What is kept of x, cast from a source, for the gradient of a weight."""
     if projection is None:
-        return as_tokens(x)
+        return as_tokens(x, layout)
     dtype = kept_dtype(x.dtype, precision)
     if torch.compiler.is_compiling():  # the compiler finds the common expression by itself
-        return projection.project(as_tokens(x)).to(dtype)
+        return projection.project(as_tokens(x, layout)).to(dtype)
     source = x if source is None else source
     key = (source._version, x.dtype, dtype, projection.layout, projection.bases, id(projection.padding))
     if _last.x() is source and _last.key == key and (small := _last.small()) is not None:
         return small
-    small = projection.project(as_tokens(x)).to(dtype)
+    small = projection.project(as_tokens(x, layout)).to(dtype)
     # Weak references: neither tensor may live longer for our sake.
     _last.x, _last.small, _last.key = weakref.ref(source), weakref.ref(small), key
     return small
 
 
-def as_tokens(x: Tensor) -> Tensor:
-    """(N, ..., C) -> (N, L, C)."""
-    return x if x.dim() == 3 else x.flatten(1, -2)
+def as_tokens(x: Tensor, layout: TokenLayout | None = None) -> Tensor:
+    """(N, ..., C) -> (N, L, C); with a layout, its axes are those of the tokens, and packed images come apart."""
+    if layout is None or (layout.axes is None and layout.packed == 1):
+        return x if x.dim() == 3 else x.flatten(1, -2)
+    order = _images_first(x.dim() - 1, layout)
+    return x.permute(*order, -1).reshape(-1, layout.num_tokens, x.shape[-1])
+
+
+def from_tokens(tokens: Tensor, shape: torch.Size, layout: TokenLayout | None = None) -> Tensor:
+    """The reverse of [`as_tokens`]: (N, L, C) -> `shape` but for its last axis, which may be another C."""
+    if layout is None or layout.axes is None:
+        return tokens.reshape(*shape[:-1], tokens.shape[-1])
+    order = _images_first(len(shape) - 1, layout)
+    ordered = tokens.reshape(*(shape[axis] for axis in order), tokens.shape[-1])
+    return ordered.permute(*(order.index(axis) for axis in range(len(order))), -1)
+
+
+def _images_first(num_axes: int, layout: TokenLayout) -> list[int]:
+    axes = tuple(range(1, num_axes)) if layout.axes is None else layout.axes
+    return [*(axis for axis in range(num_axes) if axis not in axes), *axes]
 
 
 def cast_as_autocast_would(weight: Tensor, tensors: list[Any]) -> tuple[list[Any], torch.dtype | None]:
@@ -289,6 +312,7 @@ def low_rank_linear(
         tuple(branch.scaling for branch in branches),
         cast_weight,
         precision,
+        layout,
         *(
             (lambda: None, lambda: None)
             if torch.compiler.is_compiling()

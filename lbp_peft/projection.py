@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .bases import BasisSet, TokenLayout, bases_along, check_side, grid_bases, num_bases, unrolled_order
+from .bases import BasisSet, TokenLayout, bases_along, check_side, grid_bases, num_bases
 from .cost import one_matrix_pays, two_images_at_once_pay
 
 
@@ -73,11 +73,11 @@ _orders: dict[tuple, tuple[Tensor, Tensor]] = {}
 
 
 def _order(layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Indices that bring unrolled tokens row by row, and back."""
+    """Indices that bring tokens row by row, and back."""
     key = (layout, device)
     if key not in _orders:
         with torch.inference_mode(False):
-            back = torch.from_numpy(unrolled_order(layout)).to(device)
+            back = torch.tensor(layout.order, device=device)
             _orders[key] = (back.argsort(), back)
     return _orders[key]
 
@@ -92,8 +92,8 @@ def _whole_matrix(name: str, layout: TokenLayout, bases: BasisSet, dtype: torch.
     key = (name, layout, bases, dtype, device)
     if key not in _wholes:
         on_grid = getattr(grid_bases(layout.grid, bases), f"dense_{name}")()
-        if layout.unrolled:
-            on_grid = on_grid[:, unrolled_order(layout)]
+        if layout.order:
+            on_grid = on_grid[:, list(layout.order)]
         prefix, suffix = layout.num_prefix_tokens, layout.num_suffix_tokens
         whole = np.zeros((layout.num_outside + len(on_grid), layout.num_tokens))
         whole[:prefix, :prefix] = np.eye(prefix)
@@ -112,7 +112,7 @@ def _whole_matrix_compiled(name: str, layout: TokenLayout, bases: BasisSet, devi
         return _matrix(which, layout.grid, bases, dtype, device)
 
     on_grid = torch.kron(part(f"row_{name}"), part(f"column_{name}"))[part("kept", torch.int64)]
-    if layout.unrolled:
+    if layout.order:
         on_grid = on_grid[:, _order(layout, device)[1]]
     before, after = (torch.eye(n, device=device) for n in (layout.num_prefix_tokens, layout.num_suffix_tokens))
     return torch.block_diag(before, on_grid, after)
@@ -194,7 +194,7 @@ class Projection:
         if self.padding is not None:
             tokens = tokens.masked_fill(self.padding[:, :, None], 0)
         grid = tokens[:, prefix : prefix + height * width]
-        if self.layout.unrolled:
+        if self.layout.order:
             grid = grid.index_select(1, _order(self.layout, tokens.device)[0])
         grid = grid.reshape(batch, height, width * channels)
         rows = _times(self.row_analysis, grid, self.row_blocks)
@@ -238,9 +238,9 @@ class Projection:
         both.index_copy_(1, self.kept, coefficients[:, prefix : prefix + len(self.kept)])
         rows = _times(self.column_synthesis.t(), both.reshape(-1, num_columns, channels), self.column_blocks)
         rows = rows.reshape(batch, num_rows, width * channels)
-        if self.row_blocks > 1 or self.layout.unrolled:
+        if self.row_blocks > 1 or self.layout.order:
             grid = _times(self.row_synthesis.t(), rows, self.row_blocks).view(batch, height * width, channels)
-            if self.layout.unrolled:
+            if self.layout.order:
                 grid = grid.index_select(1, _order(self.layout, grid.device)[1])
             tokens = self._with_outside(coefficients, grid)
         else:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .bases import BasisSet, TokenLayout
-from .lowrank import as_tokens, once_differentiable, rows_to_keep, sum_of_tokens
+from .lowrank import as_tokens, from_tokens, once_differentiable, rows_to_keep, sum_of_tokens
 from .projection import Projection, projection
 
 
@@ -74,7 +74,7 @@ def low_rank_layer(
         with torch.no_grad(), _replaced(dropouts, drop):
             y = layer(x)
     autocast = autocast_now(x.device.type)
-    how = _How(layer, tuple(parameters), project_weight, project_input, dropouts, autocast, state, state())
+    how = _How(layer, tuple(parameters), project_weight, project_input, dropouts, autocast, state, state(), layout)
     return _LowRankLayer.apply(how, y, x, *dropped, *parameters.values())
 
 
@@ -90,6 +90,7 @@ class _How:
     autocast: Callable[[], Any]
     state: Callable[[], Hashable]
     state_then: Hashable
+    layout: TokenLayout | None
 
 
 class _LowRankLayer(torch.autograd.Function):
@@ -108,7 +109,7 @@ class _LowRankLayer(torch.autograd.Function):
         ctx.shapes = [z.shape for z in xs]
         ctx.dtypes = [z.dtype for z in xs]
         kept = [
-            rows_to_keep(z, how.for_weight and how.for_weight.of_dtype(z.dtype)) if parameters else None for z in xs
+            rows_to_keep(z, how.for_weight and how.for_weight.of_dtype(z.dtype), layout=how.layout) if parameters else None for z in xs
         ]
         ctx.save_for_backward(*kept, *parameters)
 
@@ -132,7 +133,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     saved = ctx.saved_tensors  # read once: gradient checkpointing hands each out a single time
     inputs, parameters = saved[:num_inputs], saved[num_inputs:]
     needed = ctx.needs_input_grad[2:]
-    tokens = as_tokens(grad)
+    tokens = as_tokens(grad, how.layout)
     of_inputs: list[Tensor | None] = [None] * num_inputs
     of_parameters: list[Tensor | None] = [None] * len(parameters)
     for_input: Any = how.for_input
@@ -164,7 +165,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         of_inputs = [z.unflatten(0, small.shape[:2]) for z in of_rows]
     if for_input is not None:
         of_inputs = [
-            for_input.of_dtype(z.dtype).lift(z).view(shape) if need and z is not None else None
+            from_tokens(for_input.of_dtype(z.dtype).lift(z), shape, how.layout) if need and z is not None else None
             for z, shape, need in zip(of_inputs, ctx.shapes, needed, strict=False)
         ]
     return [*of_inputs, *of_parameters]

@@ -41,7 +41,7 @@ _LARGEST_ROW = 8192  # a program holds a row
 
 def serve_tokens(tokens: Tensor, layout: TokenLayout, bases: BasisSet, padding: Tensor | None) -> bool:
     """Whether there are kernels to project, or lift, (N, L or k, C)."""
-    return _served(tokens) and bases.block_size <= _LARGEST_BLOCK and padding is None and not layout.unrolled
+    return _served(tokens) and bases.block_size <= _LARGEST_BLOCK and padding is None and not layout.order
 
 
 def serve_rows(rows: Tensor, rotation: int) -> bool:

@@ -27,7 +27,8 @@ class LBPWHTAttending(Around):
     def run(self, host: Any, *args: Any, **kwargs: Any) -> Any:
         """The host's forward pass."""
         plain = type(host).plain_class.forward
-        if not (self._has_attention and _may_pay(*args, *kwargs.values()) and self._is_active(host)):
+        x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        if x is None or not (self._has_attention and _may_pay(x) and self._is_active(host)):
             return plain(host, *args, **kwargs)
         with AttentionByProducts() as mode:
             result = plain(host, *args, **kwargs)
@@ -36,10 +37,9 @@ class LBPWHTAttending(Around):
         return result
 
 
-def _may_pay(*inputs: Any) -> bool:
-    """Whether a module of these inputs works in bfloat16 on a CPU that multiplies it: the only case that gains."""
-    x = next((x for x in inputs if isinstance(x, Tensor)), None)
-    if x is None or x.device.type != "cpu" or not multiplies_bf16(x.device):
+def _may_pay(x: Tensor) -> bool:
+    """Whether a module with this input works in bfloat16 on a CPU that multiplies it: the only case that gains."""
+    if x.device.type != "cpu" or not multiplies_bf16(x.device):
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
     return dtype == torch.bfloat16

@@ -10,8 +10,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from ..encoder import encoder_linears, is_pointwise_conv, is_transposed_linear
-from ..grid import GridFinder
-from ..hints import is_of_text, why_off_grid, window_near
+from ..layout import LayoutFinder
 from ..precision import forget
 from .attending import attend_by_products
 from .checks import check_modules_to_save, check_targets, is_adapted_linear
@@ -87,10 +86,10 @@ def create_and_replace(
     elif isinstance(target, LBPWHTLinear):
         target.update_layer(adapter_name, rule, config.train_base_weight, config.inference_mode)
     elif isinstance(target, BaseTunerLayer) or _trained_by_others(target, tuner.model):
-        inside = LBPWHTStacked(grid_finder(tuner.model), current_key, {adapter_name: rule})
+        inside = LBPWHTStacked(layout_finder(tuner.model), current_key, {adapter_name: rule})
         stand_inside(target, inside.train(target.training))
     else:
-        finder = grid_finder(tuner.model)
+        finder = layout_finder(tuner.model)
         train, inference = config.train_base_weight, config.inference_mode
         layer = _layer_class(target)(target, finder, current_key, adapter_name, rule, train, inference)
         if adapter_name not in tuner.active_adapters:  # an additional adapter is not trained until it is activated
@@ -104,7 +103,7 @@ def _layer_class(target: nn.Module) -> type[LBPWHTLinear]:
     return LBPWHTTransposedLinear if is_transposed_linear(target) else LBPWHTLinear
 
 
-def leave_all(model: nn.Module) -> set[GridFinder]:
+def leave_all(model: nn.Module) -> set[LayoutFinder]:
     """Go from inside all layers; the grid finders of all LBP-WHT layers, to be detached when these are gone too.
 
     What the layers kept beside the model's own weights goes as well.
@@ -126,14 +125,10 @@ def look_around(model: nn.Module) -> None:
     """Have the layers of a model learn on what grids their tokens lie, and what is around them do its part."""
     attend_by_products(model)
     compress_activations(model)
-    grid_finder(model).watch(model)
-    for name, module in model.named_modules():
-        if isinstance(module, LBPWHTLayer):
-            module.windowed = (window_near(model, name),)
-            module.is_of_text = is_of_text(model, name)
-            module.why_off_grid = why_off_grid(model, name)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LBPWHTLayer)}
+    layout_finder(model).watch(model, layers)
 
 
-def grid_finder(model: nn.Module) -> GridFinder:
+def layout_finder(model: nn.Module) -> LayoutFinder:
     """The one that all layers of the model share, whichever adapter brought them."""
-    return next((module.finder for module in model.modules() if isinstance(module, LBPWHTLayer)), None) or GridFinder()
+    return next((module.finder for module in model.modules() if isinstance(module, LBPWHTLayer)), None) or LayoutFinder()

@@ -13,13 +13,16 @@ from torch import Tensor, nn
 
 from ..bases import BasisSet, LayoutError, TokenLayout
 from ..cost import fastest_precision, low_rank_pays
-from ..grid import GridFinder
-from ..hints import window_size
+from ..layout import GridMismatchError, LayoutFinder, LayoutRecord, given_layout
 from ..precision import AUTO, FULL, Precision
 from ..projection import num_kept
 from ..tokenwise import why_not_token_wise
 
 _USUAL_BATCH = 8
+
+
+class NoTokenAxisError(LayoutError):
+    """An input of shape (N, C): nothing to warn of."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class LBPWHTLayer(BaseTunerLayer):
     """The rules that the adapters of one layer have for its backward pass.
 
     Args:
-        finder: Knows the patch grid; shared by all layers of the model.
+        finder: Knows where tokens lie; shared by all layers of the model.
         layer_name: Of the layer in the model, for messages.
     """
 
@@ -100,15 +103,10 @@ class LBPWHTLayer(BaseTunerLayer):
         set_adapter: Callable[..., None]
         _move_adapter_to_device_of_base_layer: Callable[..., None]
 
-    def __init__(self, finder: GridFinder, layer_name: str):
+    def __init__(self, finder: LayoutFinder, layer_name: str):
         self.lbpwht_rule: dict[str, BackwardRule] = {}
         self.finder = finder
         self.layer_name = layer_name
-        # In a tuple, since it is around this layer, not a part of it.
-        self.windowed: tuple[nn.Module | None] = (None,)
-        self.is_of_text = False
-        self.why_off_grid = ""
-        self.exact_backward = False
         self.last_backward: BackwardPass | None = None
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -118,13 +116,16 @@ class LBPWHTLayer(BaseTunerLayer):
 
     def rules_in_effect(self) -> list[BackwardRule]:
         """Those of the active adapters; none where the backward pass is to be exact whatever they say."""
-        if self.disable_adapters or self.merged or self.exact_backward:
+        if self.disable_adapters or self.merged or self.finder.is_exact(self.layer_name):
             return []
         return [self.lbpwht_rule[name] for name in self.active_adapters if name in self.lbpwht_rule]
 
     def _active_rule(self, x: Tensor) -> BackwardRule | None:
         """The rule of the coming backward pass; None where there is none to come, or it is to be exact."""
-        if not self.training or not torch.is_grad_enabled():
+        if not self.training:
+            return None
+        if not torch.is_grad_enabled():
+            self.finder.note_call(self.layer_name, x, self._channels_axis(x))
             return None
         rules = set(self.rules_in_effect())
         if len(rules) > 1:
@@ -143,25 +144,27 @@ class LBPWHTLayer(BaseTunerLayer):
         if for_weight is None and for_input is None and precision == FULL:
             self._note(x, "its weight is not trained and its input gradient is to be exact or is not needed")
             return None
-        if x.dim() not in (3, 4):
+        if x.dim() < 2:
             self._note(x, "its input has no token axis")
             return None
-        shape = self._shape_of_tokens(x)
-        if _num_tokens(shape) <= 1:
+        if x.dim() > 2 and _num_tokens(self._shape_of_tokens(x)) <= 1 and math.prod(x.shape[:-1]) == x.shape[0]:
             self._note(x, "its input has a single token")
             return None
         if for_weight is None and for_input is None:
             return self._of_precision(x, base, BackwardPlan(precision=precision))
         try:
-            layout = self._layout(shape, rule)
+            layout, padding = self._layout(x, rule)
             kept_for_weight, kept_for_input = num_kept(layout, for_weight), num_kept(layout, for_input)
+        except NoTokenAxisError as error:
+            self._note(x, error.why)
+            return None
         except LayoutError as error:
-            self._fall_back(x, error.why, error.remedy, cause=self.why_off_grid or error.remedy)
+            self._fall_back(x, error.why, error.remedy, cause=error.why)
             return None
         if min(kept_for_weight, kept_for_input) == layout.num_tokens and precision.name in ("full", AUTO):
             self._note(x, "it would keep as many rows as there are tokens", layout)
             return None
-        plan = BackwardPlan(layout, for_weight, for_input, self._padding(x), rule.precision)
+        plan = BackwardPlan(layout, for_weight, for_input, padding, rule.precision)
         return self._of_precision(x, base, plan, kept_for_weight, kept_for_input)
 
     def _of_precision(
@@ -169,7 +172,7 @@ class LBPWHTLayer(BaseTunerLayer):
     ) -> BackwardPlan | None:
         """The plan, with "auto" settled for this shape."""
         shape = self._shape_of_tokens(x)
-        num_tokens = _num_tokens(shape)
+        num_tokens = plan.layout.num_tokens if plan.layout else _num_tokens(shape)
         kept_for_weight, kept_for_input = kept_for_weight or num_tokens, kept_for_input or num_tokens
         if plan.precision.name == AUTO:
             features = (base.weight.numel() // int(shape[-1]), int(shape[-1]))
@@ -177,7 +180,7 @@ class LBPWHTLayer(BaseTunerLayer):
             dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
             on_images = x.dim() == 4 and shape != x.shape
             # What is compiled shall serve batches of all sizes.
-            num_images = _USUAL_BATCH if torch.compiler.is_compiling() else int(shape[0])
+            num_images = _USUAL_BATCH if torch.compiler.is_compiling() else math.prod(shape[:-1]) // num_tokens
             # Of factors alone low-rank gradients save the memory of x, and in 16 bits little time: not what is weighed.
             weighed = dtype if self._trains_whole_weight(base) else torch.float32
             given = (num_images, num_tokens, kept_for_weight, *features, weighed, x.device, on_images)
@@ -215,17 +218,42 @@ class LBPWHTLayer(BaseTunerLayer):
             return None
         return plan
 
-    def _layout(self, shape: torch.Size, rule: BackwardRule) -> TokenLayout:
-        if self.is_of_text and len(shape) == 3:
-            return TokenLayout((1, int(shape[1])))
-        if self.why_off_grid and rule.grid_size is None:
-            raise LayoutError(self.why_off_grid, "Set grid_size if they are patches; exclude_modules silences this.")
-        window = window_size(self.windowed[0])
-        return self.finder.layout(shape, rule.grid_size, rule.num_prefix_tokens, rule.num_suffix_tokens, window)
+    def _layout(self, x: Tensor, rule: BackwardRule) -> tuple[TokenLayout, Tensor | None]:
+        """Where the tokens of the input lie, and which of them are only padding, shape (N, L)."""
+        record = self.finder.record(self.layer_name, x, self._channels_axis(x))
+        if x.dim() == 2 and record.layout is None and not record.is_surprising:
+            raise NoTokenAxisError("its input has no token axis", "")
+        if rule.grid_size is not None and not record.text and x.dim() > 2:
+            return self._given_layout(x, record, rule), None
+        if record.layout is None:
+            raise LayoutError(record.why_unknown, "Set grid_size (and num_prefix_tokens) if they lie on a grid.")
+        self._check_layout(x, record.layout)
+        return record.layout, self.finder.padding(self.layer_name, record, x)
 
-    def _padding(self, x: Tensor) -> Tensor | None:
-        """Shape (N, L), True where a token is only padding."""
-        return self.finder.padding(self._shape_of_tokens(x)) if self.is_of_text and x.dim() == 3 else None
+    def _noted(self, x: Tensor, y: Tensor) -> Tensor:
+        """The output of a low-rank layer, which operations that follow it can be traced from."""
+        self.finder.note_output(x, y, self._channels_axis(x))
+        return y
+
+    def _given_layout(self, x: Tensor, record: LayoutRecord, rule: BackwardRule) -> TokenLayout:
+        """The layout that the configuration gives, checked against the input."""
+        shape, grid = self._shape_of_tokens(x), rule.grid_size
+        assert grid is not None
+        if len(shape) == 4 and tuple(shape[1:3]) != grid:
+            raise GridMismatchError(
+                f"grid_size={grid}, but the input that arrived is its own grid, {tuple(shape[1:3])}. Correct grid_size, "
+                "or leave it out."
+            )
+        if len(shape) == 4:
+            return TokenLayout(grid)
+        return given_layout(int(shape[1]), record, grid, rule.num_prefix_tokens, rule.num_suffix_tokens)
+
+    def _check_layout(self, x: Tensor, layout: TokenLayout) -> None:
+        """Raise LayoutError where the layer cannot serve a layout."""
+
+    def _channels_axis(self, x: Tensor) -> int:
+        """Which axis of the input runs over channels."""
+        return -1
 
     def _shape_of_tokens(self, x: Tensor) -> torch.Size:
         """(N, L, C) or (N, H, W, C)"""
@@ -258,7 +286,7 @@ class LBPWHTLayer(BaseTunerLayer):
         precision: str = "full",
     ) -> None:
         if not torch.compiler.is_compiling():
-            num_tokens = _num_tokens(self._shape_of_tokens(x))
+            num_tokens = layout.num_tokens if layout else _num_tokens(self._shape_of_tokens(x))
             self.last_backward = BackwardPass(
                 num_tokens, layout, kept_for_weight or num_tokens, kept_for_input or num_tokens, why_exact, precision
             )
@@ -266,3 +294,12 @@ class LBPWHTLayer(BaseTunerLayer):
 
 def _num_tokens(shape: torch.Size) -> int:
     return math.prod(shape[1:-1]) if len(shape) > 2 else 0
+
+
+def check_image_layout(x: Tensor, layout: TokenLayout) -> None:
+    """Raise LayoutError unless images (N, C, H, W) have rows and columns of patches along their last two axes."""
+    if x.dim() == 4 and layout != TokenLayout((int(x.shape[2]), int(x.shape[3]))):
+        raise LayoutError(
+            "its images are unfolded, so that neither of their axes is height or width",
+            "Leave it out with exclude_modules to silence this.",
+        )

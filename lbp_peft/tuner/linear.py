@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..encoder import is_plain_linear
-from ..grid import GridFinder
+from ..layout import LayoutFinder
 from ..lowrank import low_rank_linear
 from ..tokenwise import low_rank_layer
 from .layer import BackwardPlan, BackwardRule, LBPWHTLayer
@@ -22,7 +22,7 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
 
     Args:
         base_layer: The adapted layer.
-        finder: Knows the patch grid; shared by all layers of the model.
+        finder: Knows where tokens lie; shared by all layers of the model.
         layer_name: Of the layer in the model, for messages.
         adapter_name, rule, train_base_weight, inference_mode: The first adapter, see [`update_layer`].
     """
@@ -32,7 +32,7 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
     def __init__(
         self,
         base_layer: nn.Module,
-        finder: GridFinder,
+        finder: LayoutFinder,
         layer_name: str,
         adapter_name: str,
         rule: BackwardRule,
@@ -74,11 +74,14 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
         base = self.get_base_layer()
         plan = None if rule is None else self._plan(x, base, weight.requires_grad, rule)
         if self._is_plain(base):
-            return self._multiply(x, weight, bias) if plan is None else self._multiply_low_rank(x, weight, bias, plan)
+            if plan is None:
+                return self._multiply(x, weight, bias)
+            return self._noted(x, self._multiply_low_rank(x, weight, bias, plan))
         plan = self._of_full_precision(x, plan)
         if plan is None or not self._is_token_wise(self.base_layer, x, None):
             return self.base_layer(x)
-        return low_rank_layer(self.base_layer, x, plan.layout, plan.for_weight, plan.for_input, padding=plan.padding)
+        y = low_rank_layer(self.base_layer, x, plan.layout, plan.for_weight, plan.for_input, padding=plan.padding)
+        return self._noted(x, y)
 
     def _is_plain(self, base: nn.Module) -> bool:
         return is_plain_linear(base)

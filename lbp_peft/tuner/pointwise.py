@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..bases import TokenLayout
 from ..encoder import is_pointwise_conv
 from ..pointwise import low_rank_pointwise_conv
-from .layer import BackwardPlan
+from .layer import BackwardPlan, check_image_layout
 from .linear import LBPWHTLinear
 
 
@@ -32,6 +33,12 @@ class LBPWHTPointwiseConv(LBPWHTLinear):
     def _shape_of_tokens(self, x: Tensor) -> torch.Size:
         has_batch = x.dim() == self.weight.dim()
         return torch.Size((x.shape[0], *x.shape[2:], x.shape[1])) if has_batch else x.shape[:1]
+
+    def _channels_axis(self, x: Tensor) -> int:
+        return 1
+
+    def _check_layout(self, x: Tensor, layout: TokenLayout) -> None:
+        check_image_layout(x, layout)
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return (F.conv1d if weight.dim() == 3 else F.conv2d)(x, weight, bias)

@@ -70,11 +70,11 @@ def exact_backward(model: nn.Module) -> Iterator[None]:
         >>> loss.backward()
     """
     layers = [module for module in model.modules() if isinstance(module, LBPWHTLayer)]
-    before = [layer.exact_backward for layer in layers]
+    before = {layer.finder: layer.finder.exact for layer in layers}
     for layer in layers:
-        layer.exact_backward = True
+        layer.finder.exact |= {layer.layer_name}
     try:
         yield
     finally:
-        for layer, value in zip(layers, before, strict=True):
-            layer.exact_backward = value
+        for finder, names in before.items():
+            finder.exact = names

@@ -10,11 +10,12 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..bases import TokenLayout
 from ..encoder import is_plain_linear, is_pointwise_conv
-from ..grid import GridFinder
+from ..layout import LayoutFinder
 from ..lowrank import Branch, low_rank_linear
 from ..tokenwise import low_rank_layer
-from .layer import BackwardRule, LBPWHTLayer
+from .layer import BackwardRule, LBPWHTLayer, check_image_layout
 
 CHILD = "low_rank_backward"
 
@@ -35,7 +36,7 @@ class LBPWHTStacked(nn.Module, Inside, LBPWHTLayer):
     """Stands inside a layer that another method adapts, see [`Inside`].
 
     Args:
-        finder: Knows the patch grid; shared by all layers of the model.
+        finder: Knows where tokens lie; shared by all layers of the model.
         layer_name: Of the host in the model, for messages.
         rules: By adapter name; the first adapter is active.
     """
@@ -43,7 +44,7 @@ class LBPWHTStacked(nn.Module, Inside, LBPWHTLayer):
     adapter_layer_names = ()
     weight = bias = None  # where PEFT would ask a base layer, and find this one again and again
 
-    def __init__(self, finder: GridFinder, layer_name: str, rules: dict[str, BackwardRule]):
+    def __init__(self, finder: LayoutFinder, layer_name: str, rules: dict[str, BackwardRule]):
         super().__init__()
         LBPWHTLayer.__init__(self, finder, layer_name)
         self._active_adapter = next(iter(rules))
@@ -62,6 +63,13 @@ class LBPWHTStacked(nn.Module, Inside, LBPWHTLayer):
     def _shape_of_tokens(self, x: Tensor) -> torch.Size:
         return x.movedim(1, -1).shape if self._on_images and x.dim() > 2 else x.shape
 
+    def _channels_axis(self, x: Tensor) -> int:
+        return 1 if self._on_images else -1
+
+    def _check_layout(self, x: Tensor, layout: TokenLayout) -> None:
+        if self._on_images:
+            check_image_layout(x, layout)
+
     def run(self, host: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The host's forward pass."""
         plain = type(host).plain_class.forward
@@ -74,7 +82,7 @@ class LBPWHTStacked(nn.Module, Inside, LBPWHTLayer):
         if plan is None:
             return plain(host, x)
         if not self._on_images and (branches := _branches(host, x)) is not None:
-            return low_rank_linear(
+            y = low_rank_linear(
                 x,
                 base.weight,
                 base.bias,
@@ -85,6 +93,7 @@ class LBPWHTStacked(nn.Module, Inside, LBPWHTLayer):
                 plan.padding,
                 plan.precision,
             )
+            return self._noted(x, y)
         plan = self._of_full_precision(x, plan)
         if plan is None:
             return plain(host, x)
@@ -94,7 +103,7 @@ class LBPWHTStacked(nn.Module, Inside, LBPWHTLayer):
         if torch.compiler.is_compiling() or not self._is_token_wise(layer, tokens, state()):
             return plain(host, x)
         y = low_rank_layer(layer, tokens, plan.layout, plan.for_weight, plan.for_input, state, plan.padding)
-        return y.movedim(-1, 1) if self._on_images else y
+        return self._noted(x, y.movedim(-1, 1) if self._on_images else y)
 
     def _trains_whole_weight(self, base: Any) -> bool:
         return bool(base.weight.requires_grad)

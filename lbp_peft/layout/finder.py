@@ -1,0 +1,519 @@
+"""Where do the tokens of a layer lie, in the forward pass that is under way, or that is run again?
+
+The first forward pass with inputs of new shapes is traced, and what is found is kept. Later ones look it up. Layers that
+gradient checkpointing runs again in the backward pass take what their own forward pass took, see `reruns.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..bases import LayoutError, TokenLayout
+from . import compiled
+from .inputs import FIRST_TEXT, named_inputs, signature, start
+from .operations import with_mixed_channels
+from .positions import mixed
+from .recognition import FoundLayout, NoTokensError, UnknownLayoutError, read_layout
+from .reruns import PassHistory, calls_to_rerun, current_hook, forget_rerun, next_number
+from .tracer import PositionTracer
+
+_MOST_TRACES = 64
+
+
+class GridMismatchError(ValueError):
+    """A `grid_size` or `num_prefix_tokens` given by hand does not fit the tokens that arrive."""
+
+
+@dataclass(frozen=True)
+class LayoutRecord:
+    """What was found of the input of one call of a layer.
+
+    Attributes:
+        layout: Where its tokens lie; None where that is not known.
+        why_unknown: The reason.
+        steps: Operations between the model's input and the layer's.
+        text: Name of the input that the tokens are words of; "" for patches of an image.
+        shape: Of the input, without channels.
+        is_surprising: Whether there may be tokens that would be worth it if their layout were known.
+    """
+
+    layout: TokenLayout | None = None
+    why_unknown: str = ""
+    steps: int = 0
+    text: str = ""
+    shape: tuple[int, ...] = ()
+    is_surprising: bool = True
+
+
+NOT_TRACED = LayoutRecord(why_unknown="it was not called in the forward pass in which the model was traced")
+
+
+@dataclass
+class Trace:
+    """What was found in a traced forward pass: of each layer, by name, its calls in their order."""
+
+    records: dict[str, list[LayoutRecord]] = field(default_factory=dict)
+    is_complete: bool = True
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a layer.
+
+    Attributes:
+        name: Of the layer.
+        record: What it took.
+        number: Of the next node of autograd's graph at that moment.
+        had_grad: Whether autograd was on; it is not in what gradient checkpointing with use_reentrant=True runs.
+        region: Number of the part of the pass that gradient checkpointing, else, will run again; 0: none.
+    """
+
+    name: str
+    record: LayoutRecord
+    number: int
+    had_grad: bool
+    region: int
+
+
+@dataclass(eq=False)
+class ForwardPass:
+    """A forward pass of the model under way, or one of which layers may be run again.
+
+    Attributes:
+        trace: What is known of it.
+        exact: Names of the layers whose backward pass is to be exact.
+        masks: Attention masks that the model was given, by name.
+        tracer: While it is being traced.
+        texts: Names of the texts, while it is being traced.
+        calls: Of layers, so far.
+        counts: How often each was called.
+    """
+
+    trace: Trace
+    exact: frozenset[str]
+    masks: dict[str, Tensor]
+    tracer: PositionTracer | None = None
+    texts: dict[int, str] = field(default_factory=dict)
+    calls: list[Call] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+    _hook: Any = None
+    _region: int = 0
+
+    def note(self, name: str, record: LayoutRecord) -> None:
+        """A layer was called."""
+        if (hook := current_hook()) is not None and hook is not self._hook:
+            self._region += 1
+        self._hook = hook
+        region = 0 if hook is None else self._region
+        self.calls.append(Call(name, record, next_number(), torch.is_grad_enabled(), region))
+
+    def end(self) -> None:
+        """It is over, and holds on to nothing that was needed on the way."""
+        self.tracer = self._hook = None
+
+    def is_like(self, other: ForwardPass) -> bool:
+        """Whether layers that are run again get the same in both."""
+        same_masks = self.masks.keys() == other.masks.keys() and all(
+            mask is other.masks[name] for name, mask in self.masks.items()
+        )
+        return self.trace is other.trace and self.exact == other.exact and same_masks
+
+
+class _Thread(threading.local):
+    """What one thread is doing."""
+
+    def __init__(self) -> None:
+        self.passes: list[tuple[nn.Module, ForwardPass]] = []
+
+
+class LayoutFinder:
+    """Knows the [`TokenLayout`] of each adapted layer's input. One is shared by all layers of a model."""
+
+    def __init__(self) -> None:
+        self.exact: frozenset[str] = frozenset()
+        self._warned: set[str] = set()
+        self._hooks: list[Any] = []
+        self._merge_size = 1
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self._model: weakref.ref[nn.Module] | None = None
+        self._layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._traces: OrderedDict[Hashable, Trace] = OrderedDict()
+        self._thread = _Thread()
+        self._lock = threading.RLock()
+        self._history = PassHistory()
+        # One pass of each kind, for layers whose own pass cannot be found.
+        self._kinds: list[ForwardPass] = []
+        self.key = next(_keys)
+        compiled.FINDERS[self.key] = self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles know the hooks and what was warned of, but none of the passes."""
+        kept = ("exact", "_warned", "_hooks", "_merge_size")
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start_anew()
+
+    # Watching a model
+
+    def watch(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
+        """Follow this model's forward passes from now on, by hooks. Once more when its modules have changed.
+
+        Args:
+            model: The model.
+            layers: Its adapted layers, by name.
+        """
+        self.detach()
+        self._model = weakref.ref(model)
+        self._layers = weakref.WeakSet(layers.values())
+        self._merge_size = next((int(m.spatial_merge_size) for m in model.modules() if _merges(m)), 1)
+        around = {""}
+        for name in layers:
+            parts = name.split(".")
+            around.update(".".join(parts[:length]) for length in range(1, len(parts)))
+        for name in sorted(around):
+            module = model.get_submodule(name)
+            if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+                continue
+            self._hooks.append(module.register_forward_pre_hook(_Before(self, is_root=not name), with_kwargs=True, prepend=True))
+            self._hooks.append(module.register_forward_hook(_After(self), always_call=True))
+        self._traces.clear()
+
+    def detach(self) -> None:
+        """Remove all hooks from the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """A module that holds adapted layers is called."""
+        thread = self._thread
+        if thread.passes or not self._is_training(module):
+            return
+        if _in_backward() and module is not self.model():  # a part of the model is run again
+            return
+        one = self._begin(module, args, kwargs)
+        thread.passes.append((module, one))
+        if one.tracer is not None:
+            one.tracer.__enter__()
+
+    def _is_training(self, module: nn.Module) -> bool:
+        return module.training or any(layer.training for layer in self._layers)
+
+    def after(self, module: nn.Module) -> None:
+        """It returns, or raises."""
+        thread = self._thread
+        if not thread.passes or thread.passes[-1][0] is not module:
+            return
+        _, one = thread.passes.pop()
+        if one.tracer is not None:
+            one.tracer.__exit__(None, None, None)
+        one.end()
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ForwardPass:
+        exact = self.exact
+        if _in_backward():  # all of it is run again
+            exact = _the_only([other.exact for other in self._passes_to_rerun()], "the model", "exact_backward") or exact
+        else:
+            forget_rerun()
+        inputs = named_inputs(module, args, kwargs)
+        key = (_structure(module), signature(inputs))
+        masks = {name: value for name, value in inputs.items() if "mask" in name and isinstance(value, Tensor)}
+        with self._lock:
+            trace = self._traces.get(key)
+            is_new = trace is None or not trace.is_complete
+            if is_new and not torch.is_grad_enabled():  # nothing is asked before it is run again, if it ever is
+                trace, is_new = Trace(is_complete=False), False
+            elif is_new:
+                trace = self._traces[key] = trace or Trace()
+                if len(self._traces) > _MOST_TRACES:
+                    self._traces.popitem(last=False)
+            assert trace is not None
+            if key in self._traces:
+                self._traces.move_to_end(key)
+            one = ForwardPass(trace, exact, masks)
+            if is_new:
+                trace.is_complete = True
+                one.tracer = PositionTracer(module)
+                one.texts = start(one.tracer, inputs, self._merge_size)
+            if not any(one.is_like(other) for other in self._kinds):
+                self._kinds = [*self._kinds[-_MOST_TRACES:], one]
+        self._history.add(one)
+        return one
+
+    def model(self) -> nn.Module | None:
+        """The model that is watched."""
+        return None if self._model is None else self._model()
+
+    def known(self, name: str) -> list[LayoutRecord]:
+        """All that was found of a layer's inputs so far, in whichever traced pass."""
+        return [record for trace in self._traces.values() for record in trace.records.get(name, [])]
+
+    # What a layer asks
+
+    def record(self, name: str, x: Tensor, channels_axis: int = -1) -> LayoutRecord:
+        """What is known of the input of a layer that is being called.
+
+        Args:
+            name: Of the layer.
+            x: Its input.
+            channels_axis: Which of its axes runs over channels.
+        """
+        if torch.compiler.is_compiling():
+            return compiled.record(self.key, name, x, channels_axis)
+        shape = token_shape(x, channels_axis)
+        one = self._current()
+        if one is None:
+            return self._record_to_rerun(name, shape) if _in_backward() else NOT_TRACED
+        number = one.counts.get(name, 0)
+        one.counts[name] = number + 1
+        if one.tracer is not None:
+            record = _read(one, x, channels_axis)
+            _put(one.trace.records.setdefault(name, []), number, record)
+        else:
+            record = fitting(one.trace.records.get(name, []), number, shape)
+            if record is NOT_TRACED:
+                one.trace.is_complete = False
+        one.note(name, record)
+        return record
+
+    def note_call(self, name: str, x: Tensor, channels_axis: int = -1) -> None:
+        """A layer is called while autograd is off: perhaps by gradient checkpointing, to be run again later."""
+        if not torch.compiler.is_compiling() and self._current() is not None:
+            self.record(name, x, channels_axis)
+
+    def note_output(self, x: Tensor, output: Tensor, channels_axis: int = -1) -> None:
+        """A layer made this of x."""
+        if torch.compiler.is_compiling():
+            return
+        one = self._current()
+        if one is not None and one.tracer is not None:
+            with torch.no_grad():
+                size = output.shape[channels_axis]
+                positions = with_mixed_channels(one.tracer.positions(x), size, channels_axis)
+            one.tracer.continue_at(output, x, positions)
+
+    def is_exact(self, name: str) -> bool:
+        """Whether the backward pass of a layer that is being called is to be exact."""
+        if torch.compiler.is_compiling():
+            return name in self.exact
+        one = self._current()
+        if one is None and _in_backward():
+            return _the_only([name in other.exact for other in self._passes_to_rerun()], name, "exact_backward")
+        return name in (self.exact if one is None else one.exact)
+
+    def padding(self, name: str, record: LayoutRecord, x: Tensor) -> Tensor | None:
+        """Shape (N, L), True where a word of a text is only padding; None where no mask says so."""
+        if not record.text:
+            return None
+        one = self._current()
+        passes = [one] if one is not None else self._passes_to_rerun() if _in_backward() else []
+        masks = [mask_of(other.masks, record.text) for other in passes]
+        masks = [None if m is None or m.shape != x.shape[: m.dim()] else m for m in masks]
+        if not all(_same(m, masks[0]) for m in masks):
+            raise RuntimeError(_cannot_be_told_apart(name, "attention masks"))
+        return None if not masks or masks[0] is None else masks[0] == 0
+
+    def warn_once(self, cause: str, message: str) -> None:
+        """Warn, unless a layer of this model has been warned about for the same cause."""
+        if cause not in self._warned and not torch.compiler.is_compiling():
+            self._warned.add(cause)
+            warnings.warn(message, stacklevel=2)
+
+    # Layers that are run again
+
+    def _current(self) -> ForwardPass | None:
+        passes = self._thread.passes
+        return passes[-1][1] if passes else None
+
+    def _passes_to_rerun(self) -> list[ForwardPass]:
+        """The passes, of one kind if it can be told, that what is run again now may belong to."""
+        return self._history.of_current_node() or self._kinds
+
+    def _record_to_rerun(self, name: str, shape: tuple[int, ...]) -> LayoutRecord:
+        found = []
+        for one in self._passes_to_rerun():
+            found += [record for record in calls_to_rerun(one, name) if fits(record, shape)]
+            self._history.add(one)
+        record = _the_only([(r.layout, r.why_unknown, r.text) for r in found], name, "layouts of tokens", found)
+        return record or NOT_TRACED
+
+
+class _Before:
+    """A forward pre-hook: an object of its own, so that copies of a model call the finder of the copy."""
+
+    def __init__(self, finder: LayoutFinder, is_root: bool):
+        self.finder = finder
+        self.is_root = is_root
+
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            if self.is_root:
+                compiled.note_inputs(self.finder.key, args, kwargs)
+        else:
+            self.finder.before(module, args, kwargs)
+
+
+class _After:
+    """A forward hook."""
+
+    def __init__(self, finder: LayoutFinder):
+        self.finder = finder
+
+    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+        if not torch.compiler.is_compiling():
+            self.finder.after(module)
+
+
+def given_layout(
+    num_tokens: int, record: LayoutRecord, grid_size: tuple[int, int], before: int | None, after: int | None
+) -> TokenLayout:
+    """The layout of a grid that was given by hand.
+
+    Raises:
+        GridMismatchError: it does not fit.
+    """
+    rest = num_tokens - grid_size[0] * grid_size[1]
+    if before is None and after is None:
+        seen = record.layout
+        if rest == 0:
+            before = after = 0
+        elif seen is not None and seen.num_outside == rest:
+            before, after = seen.num_prefix_tokens, seen.num_suffix_tokens
+    else:
+        before, after = before or 0, after or 0
+    if before is None or after is None or before + after != rest:
+        given = [f"grid_size={grid_size}"]
+        given += [f"num_prefix_tokens={before}"] if before else []
+        given += [f"num_suffix_tokens={after}"] if after else []
+        total = num_tokens - rest + (before or 0) + (after or 0)
+        hint = f"If {rest} of them come before the grid, set num_prefix_tokens to that; else " if before is None and rest > 0 else ""
+        raise GridMismatchError(
+            f"{' and '.join(given)} makes {total} tokens, but {num_tokens} arrived. {hint}"
+            "correct grid_size, or leave it out to have the grid found from the model and the image."
+        )
+    return TokenLayout(grid_size, before, after)
+
+
+def mask_of(masks: dict[str, Tensor], text: str) -> Tensor | None:
+    """The mask that belongs to a text, by name: decoder_attention_mask to decoder_input_ids."""
+    for ending in ("input_ids", "inputs_embeds"):
+        if text.endswith(ending) and (mask := masks.get(f"{text.removesuffix(ending)}attention_mask")) is not None:
+            return mask if mask.dim() == 2 else None
+    return None
+
+
+def _read(one: ForwardPass, x: Tensor, channels_axis: int) -> LayoutRecord:
+    assert one.tracer is not None
+    trail, shape = one.tracer.trail(x), token_shape(x, channels_axis)
+    if trail is None:
+        return LayoutRecord(None, "its tokens do not come from the model's input", 0, "", shape, is_surprising=False)
+    lost = f" (positions were lost in {trail.lost_by!r})" if trail.lost_by else ""
+    if trail.positions is None:
+        return LayoutRecord(why_unknown=f"it is not known where its tokens lie{lost}", steps=trail.steps, shape=shape)
+    with torch.no_grad():
+        positions = mixed(trail.positions, channels_axis).squeeze(channels_axis)
+        try:
+            found: FoundLayout = read_layout(positions)
+        except UnknownLayoutError as error:
+            is_surprising = not isinstance(error, NoTokensError)
+            return LayoutRecord(None, f"{error}{lost}", trail.steps, "", shape, is_surprising)
+    text = one.texts.get(found.source, "") if found.source >= FIRST_TEXT else ""
+    return LayoutRecord(found.layout, "", trail.steps, text, shape)
+
+
+def _put(records: list[LayoutRecord], number: int, record: LayoutRecord) -> None:
+    if number < len(records):
+        records[number] = record
+    else:
+        records.append(record)
+
+
+def fitting(records: list[LayoutRecord], number: int, shape: tuple[int, ...]) -> LayoutRecord:
+    """The record of the same call in the traced pass; of another call if its number of tokens alone fits."""
+    if number < len(records) and fits(records[number], shape):
+        return records[number]
+    others = {(r.layout, r.text): r for r in records if r.layout is not None and fits(r, shape)}
+    return next(iter(others.values())) if len(others) == 1 else NOT_TRACED
+
+
+def fits(record: LayoutRecord, shape: tuple[int, ...]) -> bool:
+    """Whether an input has as many tokens as a record says; its shape is without the axis of channels."""
+    layout = record.layout
+    return layout is None or num_tokens(shape, layout.axes) == layout.num_tokens * layout.packed
+
+
+def num_tokens(shape: tuple[int, ...], axes: tuple[int, ...] | None = None) -> int:
+    """Tokens of an input along some axes of its shape without channels; None: all but the first."""
+    return math.prod(shape[1:] if axes is None else (shape[axis] for axis in axes if axis < len(shape)))
+
+
+def token_shape(x: Tensor, channels_axis: int) -> tuple[int, ...]:
+    """The shape of an input without its axis of channels."""
+    shape = list(x.shape)
+    del shape[channels_axis]
+    return tuple(shape)
+
+
+def _structure(module: nn.Module) -> int:
+    """Changes when modules are put in or taken out. Replicas, made for one pass, count by their kinds."""
+    is_replica = getattr(module, "_is_replica", False)
+    found, left = [], [module]
+    while left:  # module.modules() takes five times as long
+        one = left.pop()
+        found.append(id(type(one)) if is_replica else id(one))
+        left.extend(child for child in one._modules.values() if child is not None)
+    return hash(tuple(found))
+
+
+def _merges(module: nn.Module) -> bool:
+    size = getattr(module, "spatial_merge_size", None)
+    return isinstance(size, int) and size > 0
+
+
+def _the_only(answers: list[Any], name: str, what: str, values: list[Any] | None = None) -> Any:
+    """What all answers say, or the value that stands for it; None where there is none.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    if any(answer != answers[0] for answer in answers):
+        raise RuntimeError(_cannot_be_told_apart(name, what))
+    return (answers if values is None else values)[0] if answers else None
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and a.shape == b.shape and torch.equal(a, b))
+
+
+def _cannot_be_told_apart(name: str, what: str) -> str:
+    return (
+        f"Gradient checkpointing runs {name} again, and it is not known for which of several forward passes with "
+        f"different {what}: they cannot be told apart. Call backward after each forward pass, or do without gradient "
+        "checkpointing."
+    )
+
+
+def _in_backward() -> bool:
+    """Whether autograd is in a backward pass: a forward pass now is gradient checkpointing's second."""
+    return torch._C._current_graph_task_id() != -1
+
+
+_keys = itertools.count()
+
+
+__all__ = ["GridMismatchError", "LayoutError", "LayoutFinder", "LayoutRecord", "given_layout"]

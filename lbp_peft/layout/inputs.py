@@ -1,0 +1,169 @@
+"""The places of a model's input: where its images have rows and columns, and its texts have words."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .positions import encode
+from .tracer import PositionTracer
+
+# Numbers of inputs, see [`lbp_peft.layout.positions.encode`]. All images are one: those of several inputs go together.
+IMAGES, FIRST_TEXT = 0, 8
+# Inputs with two axes of places and no channels: (N, time, frequency).
+_SPECTROGRAMS = ("input_values", "input_features", "spectrogram")
+_EMBEDDED = ("embeds", "hidden_states")
+_MOST_VALUES = 4096
+
+
+def named_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by their names in the module's forward method."""
+    try:
+        bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
+    except (TypeError, ValueError):  # the call itself will say what is wrong
+        return {**{str(i): value for i, value in enumerate(args)}, **kwargs}
+    for parameter in inspect.signature(module.forward).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            bound = {**bound, **bound.pop(parameter.name, {})}
+    return dict(bound)
+
+
+def tensors_in(inputs: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The innermost values of nested inputs, with the name of the argument that each is in."""
+    if isinstance(inputs, dict) or hasattr(inputs, "items"):
+        for key, value in inputs.items():
+            yield from tensors_in(value, name or str(key))
+    elif isinstance(inputs, (list, tuple)):
+        for value in inputs:
+            yield from tensors_in(value, name)
+    else:
+        yield name, inputs
+
+
+def signature(inputs: dict[str, Any]) -> tuple:
+    """What a trace depends on: shapes, kinds, and the values of what gives the sizes of images."""
+    parts: list[Any] = []
+    for name, value in tensors_in(inputs):
+        if isinstance(value, Tensor):
+            parts.append((name, value.shape, value.dtype, value.device))
+            if _holds_sizes(value):
+                parts.append(tuple(value.flatten().tolist()))
+        else:
+            parts.append((name, value if isinstance(value, (bool, int, str, type(None))) else type(value)))
+    return tuple(parts)
+
+
+def _holds_sizes(tensor: Tensor) -> bool:
+    """Whether a tensor gives sizes of images, (images, 2) or with the number of frames before, (images, 3)."""
+    is_integer = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
+    return is_integer and tensor.dim() == 2 and tensor.shape[1] in (2, 3) and 0 < tensor.numel() <= _MOST_VALUES
+
+
+def start(tracer: PositionTracer, inputs: dict[str, Any], merge_size: int = 1) -> dict[int, str]:
+    """Give every tensor among the inputs its positions.
+
+    Args:
+        tracer: Follows them from now on.
+        inputs: By the name of the argument.
+        merge_size: Where packed patches come in units of so many rows and columns, as Qwen-VL's.
+
+    Returns:
+        The name of each text, by the number that its positions have.
+    """
+    texts: dict[int, str] = {}
+    by_shape: dict[torch.Size, int] = {}
+    tensors = [(name, value) for name, value in tensors_in(inputs) if isinstance(value, Tensor)]
+    sizes = [value for _, value in tensors if _holds_sizes(value)]
+    for name, tensor in tensors:
+        if any(tensor is given for given in sizes):
+            continue
+        positions = None
+        if tensor.is_floating_point():
+            positions = _of_images(name, tensor, sizes, merge_size)
+        text_shape = _text_shape(name, tensor)
+        if positions is None and text_shape is not None:
+            source = by_shape.setdefault(text_shape, min(FIRST_TEXT + len(by_shape), 15))
+            texts.setdefault(source, name)
+            positions = _of_text(source, tensor, text_shape)
+        tracer.start(tensor, positions)
+    for given in sizes:
+        tracer.start_constant(given)
+    return texts
+
+
+def _text_shape(name: str, tensor: Tensor) -> torch.Size | None:
+    if tensor.is_floating_point():
+        return tensor.shape[:2] if tensor.dim() == 3 and name.endswith(_EMBEDDED) else None
+    return tensor.shape if tensor.dim() == 2 and tensor.dtype != torch.bool else None
+
+
+def _of_text(source: int, tensor: Tensor, shape: torch.Size) -> Tensor:
+    count, length = (torch.arange(n, device=tensor.device) for n in shape)
+    positions = encode(source, count[:, None], torch.zeros_like(length), length)
+    return positions if tensor.dim() == 2 else positions[..., None].expand(tensor.shape)
+
+
+def _of_images(name: str, tensor: Tensor, sizes: list[Tensor], merge_size: int) -> Tensor | None:
+    """Positions of the elements of an input, if it holds images."""
+    for given in sizes:
+        if (packed := _of_patches(tensor, given.tolist(), merge_size)) is not None:
+            return packed
+    if tensor.dim() == 3 and not name.endswith(_SPECTROGRAMS):
+        is_image = tensor.shape[0] in (1, 3) and min(tensor.shape[1:]) >= 8
+        positions = _of_images(name, tensor[None], [], 1) if is_image else None
+        return None if positions is None else positions[0]
+    axes = _image_axes(tensor)
+    if axes is None:
+        return None
+    *before, row_axis, column_axis = axes
+
+    def along(axis: int) -> Tensor:
+        places = torch.arange(tensor.shape[axis], device=tensor.device)
+        return places.view([-1 if a == axis else 1 for a in range(tensor.dim())])
+
+    image = torch.zeros((1,) * tensor.dim(), dtype=torch.int64, device=tensor.device)
+    for axis in before:
+        image = image * tensor.shape[axis] + along(axis)
+    return encode(IMAGES, image, along(row_axis), along(column_axis)).expand(tensor.shape)
+
+
+def _image_axes(tensor: Tensor) -> tuple[int, ...] | None:
+    """The axes that run over images (or frames), rows and columns; the one that is left runs over channels."""
+    shape = tensor.shape
+    if tensor.dim() == 3:
+        return (0, 1, 2)
+    if tensor.dim() == 4:
+        return (0, 1, 2) if shape[1] > 4 >= shape[3] else (0, 2, 3)
+    if tensor.dim() == 5:
+        return (0, 1, 3, 4) if shape[2] <= 4 or shape[1] > 4 else (0, 2, 3, 4)
+    return None
+
+
+def _of_patches(tensor: Tensor, sizes: list[list[int]], merge_size: int) -> Tensor | None:
+    """Of patches that were cut before: (N, L, features), or those of all images in turn, (total, features)."""
+    counts = [size[-2] * size[-1] * (size[0] if len(size) == 3 else 1) for size in sizes]
+    places: list[Tensor] = []
+    for size in sizes:
+        frames = size[0] if len(size) == 3 else 1
+        for _ in range(frames):
+            merged = merge_size if len(size) == 3 else 1
+            places.append(_of_grid(len(places), size[-2], size[-1], merged, tensor.device))
+    if tensor.dim() == 3 and tensor.shape[0] == len(sizes) and max(counts) <= tensor.shape[1] and len(sizes[0]) == 2:
+        rows = [torch.cat((p, p.new_full((tensor.shape[1] - len(p),), -1))) for p in places]
+        return torch.stack(rows)[..., None].expand(tensor.shape)
+    if tensor.dim() == 2 and tensor.shape[0] == sum(counts):
+        return torch.cat(places)[:, None].expand(tensor.shape)
+    return None
+
+
+def _of_grid(number: int, height: int, width: int, merge_size: int, device: torch.device) -> Tensor:
+    row, column = torch.meshgrid(*(torch.arange(n, device=device) for n in (height, width)), indexing="ij")
+    positions = encode(IMAGES, torch.full_like(row, number), row, column)
+    if merge_size > 1 and height % merge_size == width % merge_size == 0:
+        units = positions.view(height // merge_size, merge_size, width // merge_size, merge_size)
+        positions = units.transpose(1, 2)
+    return positions.flatten()

@@ -1,0 +1,217 @@
+"""Positions: where in a model's input each element of a tensor comes from.
+
+A position is one integer: which input, which image (or text) of the batch, and the row and column in it. A tensor of
+positions has the shape of the tensor it describes. Whatever moves data (reshape, permute, cat, roll, slices, ...) can
+then be applied to the positions as it is, and no rule for axes is needed. Rows and columns are counted in quarters of a
+pixel, so that upsampled feature maps have positions of their own.
+
+Tensors of positions are mostly expanded views: all channels of a token have the same position, which takes no memory.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# An element that comes from no place in the input: a learned token, or padding.
+NOWHERE = -1
+# An element whose place is not known, or that comes from many places at once.
+LOST = -2
+
+_UNITS_PER_PIXEL = 4
+_BITS = 20
+_MASK = 2**_BITS - 1
+
+
+def encode(source: int, image: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """Positions of elements, int64.
+
+    Args:
+        source: Number of the input, 0 to 15.
+        image: Number of the image in the batch, below 2**18.
+        row, column: In pixels, or in tokens of a text, below 2**18.
+    """
+    return ((source << 18) + image << 2 * _BITS) + (row * _UNITS_PER_PIXEL << _BITS) + column * _UNITS_PER_PIXEL
+
+
+def image_of(positions: Tensor) -> Tensor:
+    """Which image of which input, as one integer; negative where there is no position."""
+    return positions >> 2 * _BITS
+
+
+def source_of(positions: Tensor) -> Tensor:
+    """The number of the input; negative where there is no position."""
+    return positions >> 2 * _BITS + 18
+
+
+def number_of(positions: Tensor) -> Tensor:
+    """The number of the image in its input, where there is a position."""
+    return image_of(positions) & 2**18 - 1
+
+
+def row_of(positions: Tensor) -> Tensor:
+    """The row, in quarters of a pixel, where there is a position."""
+    return positions >> _BITS & _MASK
+
+
+def column_of(positions: Tensor) -> Tensor:
+    """The column, in quarters of a pixel, where there is a position."""
+    return positions & _MASK
+
+
+def place_in_image(positions: Tensor) -> Tensor:
+    """Row and column as one integer; what is not known stays negative."""
+    return torch.where(positions < 0, positions, positions & 2 ** (2 * _BITS) - 1)
+
+
+def spacing(first: Tensor, second: Tensor) -> int:
+    """The smallest distance along either axis between pairs of positions, 0 left out; in quarters of a pixel."""
+    known = (first >= 0) & (second >= 0)
+    steps = torch.cat([(of(first) - of(second)).abs()[known].flatten() for of in (row_of, column_of)])
+    steps = steps[steps > 0]
+    return int(steps.min()) if len(steps) else 0
+
+
+def compact(positions: Tensor) -> Tensor:
+    """One element in place of all along each axis along which the tensor is an expanded view."""
+    for axis, (size, stride) in enumerate(zip(positions.shape, positions.stride(), strict=True)):
+        if size > 1 and stride == 0:
+            positions = positions.narrow(axis, 0, 1)
+    return positions
+
+
+def mixed(positions: Tensor, axis: int) -> Tensor:
+    """Positions of mixtures of all elements along an axis, which has size 1 afterwards.
+
+    A mixture of elements of one image is where the first row and the first column of them are: the corner of a patch.
+    Mixtures that would all lie at the same place of their image, as after pooling, have no position.
+    """
+    if positions.shape[axis] == 0:
+        return positions.new_full([1 if a == axis % positions.dim() else n for a, n in enumerate(positions.shape)], LOST)
+    if positions.shape[axis] == 1 or positions.stride(axis) == 0:
+        return positions.narrow(axis, 0, 1)
+    shape = list(positions.shape)
+    shape[axis] = 1
+    positions = compact(positions)
+    first = positions.narrow(axis, 0, 1)
+    if bool((positions == first).all()):
+        return first.expand(shape)
+    known = positions >= 0
+    far = 2**62
+
+    def smallest(values: Tensor) -> Tensor:
+        return torch.where(known, values, far).amin(axis, keepdim=True)
+
+    image = smallest(image_of(positions))
+    same_image = torch.where(known, image_of(positions), image).eq(image).all(axis, keepdim=True)
+    corner = (image << 2 * _BITS) + (smallest(row_of(positions)) << _BITS) + smallest(column_of(positions))
+    is_lost = (positions == LOST).any(axis, keepdim=True)
+    result = torch.where(known.any(axis, keepdim=True), corner, NOWHERE)
+    result = torch.where(is_lost | ~same_image & known.any(axis, keepdim=True), LOST, result)
+    kept = result[result >= 0].unique()
+    if len(kept) and len(kept) == len(image_of(kept).unique()):  # one place for each image
+        result = torch.where(result >= 0, LOST, result)
+    return result.expand(shape)
+
+
+def merged(operands: list[Tensor], shape: torch.Size) -> Tensor:
+    """Positions of an element-wise function of several tensors, of which the positions are known, in its shape.
+
+    An operand that is broadcast says nothing of the axes along which it is, so one that is not decides. Where one
+    operand has a position and another has none, it is that one's. Where two have different ones, it is that of the
+    operand that tells more places apart. Where they tell as many, as feature maps of other resolutions do once they are
+    resized, it is the first one's if the elements are next to each other or in the same order, and lost if not.
+    """
+    whole = [p for p in operands if _covers(p, shape)]
+    if not whole:
+        expanded = [p.expand(shape) for p in operands]
+        return expanded[0] if all(_equal(p, expanded[0]) for p in expanded) else expanded[0].new_tensor(LOST).expand(shape)
+    result = whole[0].expand(shape)
+    for other in whole[1:]:
+        result = _merged_pair(result, other.expand(shape))
+    return result
+
+
+def _covers(positions: Tensor, shape: torch.Size) -> bool:
+    sizes = [1] * (len(shape) - positions.dim()) + list(positions.shape)
+    return all(size == full for size, full in zip(sizes, shape, strict=True))
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a is b or bool((compact(a) == compact(b)).all())
+
+
+def _merged_pair(a: Tensor, b: Tensor) -> Tensor:
+    shape = a.shape
+    a, b = compact(a), compact(b)
+    if a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.shape == b.shape:
+        return a.expand(shape)
+    differ = (a != b) & (a >= 0) & (b >= 0)
+    if bool(differ.any()):
+        a_places, b_places = len(a.unique()), len(b.unique())
+        if a_places != b_places:
+            return (a if a_places > b_places else b).expand(shape)
+        near = (image_of(a) == image_of(b)) & (_distance(a, b) <= _step(a))
+        if not (near | ~differ).all() and not _in_same_order(a, b):
+            a = torch.where(differ & ~near, LOST, a)
+    neither = torch.minimum(a, b)
+    return torch.where((a < 0) & (b < 0), neither, torch.where(a < 0, b, a)).expand(shape)
+
+
+def _in_same_order(a: Tensor, b: Tensor) -> bool:
+    a, b = (p.flatten().argsort(stable=True) for p in torch.broadcast_tensors(a, b))
+    return torch.equal(a, b)
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    return torch.maximum((row_of(a) - row_of(b)).abs(), (column_of(a) - column_of(b)).abs())
+
+
+def _step(positions: Tensor) -> int:
+    """The smallest distance of two rows or two columns that occur."""
+    steps = []
+    for of in (row_of, column_of):
+        values = of(positions[positions >= 0]).unique()
+        if len(values) > 1:
+            steps.append(int(values.diff().min()))
+    return min(steps, default=0)
+
+
+def sampled(positions: Tensor, axis: int, places: Tensor) -> Tensor:
+    """The positions at some places along an axis; those before its start or behind its end are the first or last."""
+    places = places.clamp(0, positions.shape[axis] - 1)
+    if positions.stride(axis) == 0:
+        return positions.narrow(axis, 0, 1).expand(
+            [len(places) if a == axis % positions.dim() else n for a, n in enumerate(positions.shape)]
+        )
+    return _on_compact(positions, axis, lambda p: p.index_select(axis, places.to(positions.device)))
+
+
+def resampled(positions: Tensor, axis: int, size: int) -> Tensor:
+    """The positions of an axis that is resized: between those of neighbours, or beyond the last by as much."""
+    old = positions.shape[axis]
+    if old == size or old == 1:
+        return sampled(positions, axis, torch.zeros(size, dtype=torch.int64) if old == 1 else torch.arange(size))
+    if size < old:
+        return sampled(positions, axis, torch.arange(size) * old // size + (old // size - 1) // 2)
+    scaled = torch.arange(size) * old  # in units of 1 / size
+    left = (scaled // size).clamp(max=old - 2)
+    a, b = sampled(positions, axis, left), sampled(positions, axis, left + 1)
+    view = [-1 if d == axis % positions.dim() else 1 for d in range(positions.dim())]
+    rest = (scaled - left * size).to(positions.device).view(view)
+    nearest = sampled(positions, axis, scaled // size)
+    row, column = (of(a) + (of(b) - of(a)) * rest // size for of in (row_of, column_of))
+    between = (image_of(a) << 2 * _BITS) + (row << _BITS) + column
+    return torch.where((a >= 0) & (b >= 0) & (image_of(a) == image_of(b)), between, nearest)
+
+
+def _on_compact(positions: Tensor, axis: int, function: object) -> Tensor:
+    """Apply a function of one axis to what is not expanded, and expand again."""
+    shape = list(positions.shape)
+    small = positions
+    for d in range(positions.dim()):
+        if d != axis % positions.dim() and small.shape[d] > 1 and small.stride(d) == 0:
+            small = small.narrow(d, 0, 1)
+    result = function(small)  # type: ignore[operator]
+    shape[axis] = result.shape[axis]
+    return result.expand(shape)

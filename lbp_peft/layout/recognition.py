@@ -1,0 +1,213 @@
+"""Reads off positions how the tokens of a layer's input lie: which axes, which grid, in which order."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from ..bases import TokenLayout, TokenOrder
+from .positions import LOST
+
+
+class UnknownLayoutError(ValueError):
+    """The tokens do not lie on one grid, as far as their positions tell. Its text is the reason."""
+
+
+class NoTokensError(UnknownLayoutError):
+    """There are no tokens to speak of: none from a place of the input, or one for each image."""
+
+
+@dataclass(frozen=True)
+class FoundLayout:
+    """Where the tokens of an input lie.
+
+    Attributes:
+        layout: Of each item of the batch.
+        source: Number of the input that they come from.
+    """
+
+    layout: TokenLayout
+    source: int
+
+
+def read_layout(positions: Tensor) -> FoundLayout:
+    """The layout of tokens.
+
+    Args:
+        positions: Of all tokens of a layer's input, in its shape without the axis of channels. Some axes run over
+            tokens, the others over images, windows or heads.
+
+    Raises:
+        UnknownLayoutError: there is none.
+    """
+    if not bool((positions >= 0).any()):
+        raise NoTokensError("none of its tokens is at a place of the input")
+    axes = [axis for axis, size in enumerate(positions.shape) if size > 1]
+    if not axes:
+        raise NoTokensError("its input has a single token")
+    found, errors = [], []
+    for count in range(1, len(axes) + 1):
+        for token_axes in itertools.combinations(axes, count):
+            others = [axis for axis in range(positions.dim()) if axis not in token_axes]
+            moved = positions.permute(*others, *token_axes)
+            rows = moved.reshape(-1, int(np.prod([positions.shape[axis] for axis in token_axes])))
+            try:
+                grid = _read_rows(rows.cpu().numpy())
+            except UnknownLayoutError as error:
+                errors.append(error)
+                continue
+            found.append((grid, token_axes))
+    if not found:
+        raise max(errors, key=lambda error: not isinstance(error, NoTokensError))
+    # Neighbours in the image rather than tokens far apart, in their order rather than in another, and as many as can be.
+    grid, token_axes = min(found, key=lambda item: (item[0].order is not None, item[0].spacing, -item[0].num_tokens))
+    usual = token_axes == tuple(range(1, positions.dim()))
+    axes = None if usual else token_axes
+    return FoundLayout(TokenLayout(grid.shape, grid.before, grid.after, grid.order, axes, grid.packed), grid.source)
+
+
+@dataclass(frozen=True)
+class _Grid:
+    shape: tuple[int, int]
+    before: int
+    after: int
+    order: TokenOrder | None
+    spacing: int
+    source: int
+    packed: int = 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+def _read_rows(rows: np.ndarray) -> _Grid:
+    """The grid that each of several rows of tokens (rows, tokens) lies on, the same for all."""
+    if (count := _num_packed(rows)) > 1:
+        return replace(_read_rows(rows.reshape(len(rows) * count, -1)), packed=count)
+    rows, source = _of_one_source(np.unique(rows, axis=0))
+    known = rows >= 0
+    if not known.any(axis=1).all():
+        raise UnknownLayoutError("some of its images have no tokens from a place of the input")
+    columns = np.flatnonzero(known.any(axis=0))
+    before, after = int(columns[0]), int(rows.shape[1] - 1 - columns[-1])
+    inner = rows[:, before : rows.shape[1] - after]
+    why = "its tokens lie on no grid"
+    for part, ends in ((inner, (before, after)), (rows, (0, 0))):  # windows may reach over the border
+        if part.shape[1] < 2:
+            raise NoTokensError("its input has a single token")
+        _check_same_image(part)
+        if (part == LOST).any():
+            why = "it is not known where some of its tokens lie"
+            continue
+        if (shape := _grid_of(part)) is not None:
+            return _Grid(shape, *ends, None, _spacing(part), source)
+        if (part >= 0).all() and (order := _common_order(part)) is not None:
+            ordered = part[:, np.argsort(order)]
+            if (shape := _grid_of(ordered)) is not None:
+                return _Grid(shape, *ends, TokenOrder(order.tolist()), _spacing(ordered), source)
+            why = "several of its tokens lie at the same place"
+        else:
+            why = "its tokens do not lie in the same order in all images"
+    raise UnknownLayoutError(why)
+
+
+def _num_packed(rows: np.ndarray) -> int:
+    """How many images of as many tokens each, all of them at some place, come one after another in each row."""
+    if (rows < 0).any():
+        return 1
+    images = rows >> 40
+    changes = np.diff(images, axis=1) != 0
+    count = int(changes[0].sum()) + 1
+    if count == 1 or rows.shape[1] % count:
+        return 1
+    length = rows.shape[1] // count
+    if length == 1:
+        raise NoTokensError("its input has a single token of each image")
+    expected = np.arange(1, rows.shape[1]) % length == 0
+    return count if (changes == expected).all() else 1
+
+
+def _of_one_source(rows: np.ndarray) -> tuple[np.ndarray, int]:
+    """Tokens of other inputs than the one that most come from count as tokens from nowhere."""
+    sources = rows[rows >= 0] >> 58
+    if len(sources) == 0:
+        raise NoTokensError("none of its tokens is at a place of the input")
+    values, counts = np.unique(sources, return_counts=True)
+    if len(values) == 1:
+        return rows, int(values[0])
+    # An image's rather than a text's, whose source has the larger number: see `inputs.py`.
+    return np.where((rows >= 0) & (rows >> 58 != values[0]), -1, rows), int(values[0])
+
+
+def _check_same_image(rows: np.ndarray) -> None:
+    known = rows >= 0
+    image = np.where(known, rows >> 40, -1).max(axis=1, keepdims=True)
+    if (known & (rows >> 40 != image)).any():
+        raise UnknownLayoutError("tokens of several images or frames, not all of one grid, lie in one row")
+
+
+def _grid_of(rows: np.ndarray) -> tuple[int, int] | None:
+    """(H, W) if in each row the tokens lie row by row on a grid of this shape; its rows may be the image's columns."""
+    count, known = rows.shape[1], rows >= 0
+    for row_axis, column_axis in ((2, 1), (1, 2)):
+        fitting = []
+        for height in (h for h in range(1, count + 1) if count % h == 0):
+            shape = (len(rows), height, count // height)
+            down, across = ((rows >> bits & 2**20 - 1).reshape(shape) for bits in (20, 0))
+            k = known.reshape(shape)
+            if _is_axis(down, k, row_axis) and _is_axis(across, k, column_axis):
+                fitting.append(shape[1:])
+        if len(fitting) > 1:  # where many places are unknown
+            fitting = [shape for shape in fitting if shape[0] == shape[1]]
+        if fitting:
+            return fitting[0]
+    return None
+
+
+def _is_axis(value: np.ndarray, known: np.ndarray, constant_axis: int) -> bool:
+    """Whether values (rows, H, W) are the same along one axis and differ, in one direction, along the other.
+
+    Where windows are shifted, the direction is kept but for one step back, from the last row to the first.
+    """
+    low = np.where(known, value, 2**20).min(axis=constant_axis)
+    high = np.where(known, value, -1).max(axis=constant_axis)
+    if (high > low).any():
+        return False
+    line = np.where(high < 0, -1, high)  # (rows, length); -1: unknown
+    if line.shape[1] == 1:
+        return True
+    if (line >= 0).all():
+        steps = np.diff(line, axis=1)
+        up, down = (steps > 0).sum(axis=1), (steps < 0).sum(axis=1)
+        return bool(((up + down == steps.shape[1]) & ((up <= 1) | (down <= 1))).all())
+    for one in line:
+        steps = np.diff(one[one >= 0])
+        if (steps == 0).any() or ((steps > 0).sum() > 1 and (steps < 0).sum() > 1):
+            return False
+    return bool((line >= 0).any())
+
+
+def _common_order(rows: np.ndarray) -> np.ndarray | None:
+    """Of each token, its place when all are put row by row; None if it is not the same in all rows."""
+    places = rows & 2**40 - 1
+    sorted_by = np.argsort(places, axis=1, kind="stable")
+    if (sorted_by != sorted_by[0]).any():
+        return None
+    return np.argsort(sorted_by[0])
+
+
+def _spacing(rows: np.ndarray) -> int:
+    """The smallest distance of neighbouring tokens along either axis of the image."""
+    both = (rows[:, 1:] >= 0) & (rows[:, :-1] >= 0)
+    smallest = []
+    for bits in (20, 0):
+        values = rows >> bits & 2**20 - 1
+        steps = np.abs(np.diff(values, axis=1))[both]
+        steps = steps[steps > 0]
+        if len(steps):
+            smallest.append(int(steps.min()))
+    return min(smallest, default=0)

@@ -1,0 +1,113 @@
+"""Which forward pass does a layer belong to that gradient checkpointing runs again in the backward pass?
+
+Autograd numbers the nodes of its graph in the order in which a thread makes them. The node that is at work when a layer
+is run again was made in the layer's own forward pass, so its number tells which pass that was, and which part of it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .finder import ForwardPass, LayoutRecord
+
+_MOST_PASSES = 128
+
+
+class PassHistory:
+    """The last forward passes of a model, by the number of the first node that each may have made."""
+
+    def __init__(self) -> None:
+        self._passes: dict[int, deque[tuple[int, ForwardPass]]] = {}
+        self._forgotten: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    def add(self, one: ForwardPass) -> None:
+        """A pass begins, or goes on as it is run again."""
+        thread, start = threading.get_ident(), next_number()
+        with self._lock:
+            passes = self._passes.setdefault(thread, deque())
+            if passes and passes[-1][1] is one:
+                return
+            passes.append((start, one))
+            if len(passes) > _MOST_PASSES:
+                passes.popleft()
+                self._forgotten[thread] = passes[0][0]
+
+    def of_current_node(self) -> list[ForwardPass] | None:
+        """The passes that may have made the node at work; None where they may have been forgotten."""
+        number = current_number()
+        if number is None:
+            return None
+        found = []
+        with self._lock:
+            for thread, passes in self._passes.items():
+                if number < self._forgotten.get(thread, 0):
+                    return None
+                latest = None
+                for start, one in passes:
+                    if start > number:
+                        break
+                    latest = one
+                if latest is not None:
+                    found.append(latest)
+        return found or None
+
+
+class _Rerun(threading.local):
+    """Which calls the layers of one thread have been run again for."""
+
+    node: Any = None
+    counts: dict[str, int]
+
+
+_rerun = _Rerun()
+
+
+def forget_rerun() -> None:
+    """Let go of the node of the last backward pass."""
+    _rerun.node = None
+
+
+def calls_to_rerun(one: ForwardPass, name: str) -> list[LayoutRecord]:
+    """What a layer took in the part of a pass that is run again; more than one where its call is not certain."""
+    records = [call.record for call in one.calls if call.name == name]
+    distinct = list(dict.fromkeys(records))
+    if len(distinct) <= 1:
+        return distinct
+    node, number = torch._C._current_autograd_node(), current_number()
+    assert number is not None
+    if _rerun.node is not node:
+        _rerun.node, _rerun.counts = node, {}
+    count = _rerun.counts[name] = _rerun.counts.get(name, 0) + 1
+    # With use_reentrant=True, the part was run by the node at work, and made no others.
+    part = [call for call in one.calls if call.number == number + 1 and not call.had_grad]
+    if not part:
+        before = [index for index, call in enumerate(one.calls) if call.number <= number and call.had_grad]
+        if not before or one.calls[before[-1]].region == 0:
+            return distinct
+        part = [call for call in one.calls if call.region == one.calls[before[-1]].region]
+    of_name = [call.record for call in part if call.name == name]
+    return of_name[count - 1 : count] or distinct
+
+
+def next_number() -> int:
+    """The number of the next node that this thread makes."""
+    number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    return number
+
+
+def current_number() -> int | None:
+    """The number of the node at work in a backward pass."""
+    node = torch._C._current_autograd_node()
+    return None if node is None else node._sequence_nr()
+
+
+def current_hook() -> Any:
+    """What packs saved tensors now: another one in each part of a pass that is not to be kept but run again."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks[0] if hooks else None

@@ -1,0 +1,143 @@
+"""Follows the positions of a model's input through one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .operations import DATA_INDEPENDENT, RANDOM, RULES, RULES_BY_RESULT, name_of
+from .positions import LOST, compact
+
+
+@dataclass(frozen=True)
+class Trail:
+    """What is known of a tensor that depends on the input.
+
+    Attributes:
+        positions: Of its elements, in its shape; None where no element has one.
+        steps: Operations since the input.
+        lost_by: Name of the operation behind which positions were no longer known; "" if there was none.
+    """
+
+    positions: Tensor | None
+    steps: int = 0
+    lost_by: str = ""
+
+
+class PositionTracer(TorchFunctionMode):
+    """Within this context, positions follow the tensors through every operation.
+
+    Operations that move data are applied to the positions; for others `operations.py` has a rule. Behind an operation
+    without a rule there are no positions.
+
+    Args:
+        model: Its parameters and buffers do not depend on the input, so an index among them picks the same each time.
+
+    Attributes:
+        current_name: Of the operation whose rule is at work.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.current_name = ""
+        self._trails: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        # Tensors that depend neither on the input nor on chance, as far as was seen.
+        self._constants: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        for tensor in _tensors_of(model):
+            self._constants[tensor] = True
+
+    def start(self, tensor: Tensor, positions: Tensor | None) -> None:
+        """Follow a tensor of the input from here; None: it has no positions, but other tensors depend on it."""
+        self._trails[tensor] = Trail(positions)
+        self._constants.pop(tensor, None)
+
+    def start_constant(self, tensor: Tensor) -> None:
+        """Take a tensor of the input for a constant: what is found is found for its values alone."""
+        self._constants[tensor] = True
+
+    def trail(self, tensor: Tensor) -> Trail | None:
+        """What is known of a tensor; None where nothing shows that it depends on the input."""
+        trail: Trail | None = self._trails.get(tensor)
+        return trail
+
+    def positions(self, tensor: Any) -> Tensor | None:
+        """Positions of the elements of a tensor, in its shape, where there are any."""
+        trail = self._trails.get(tensor) if isinstance(tensor, Tensor) else None
+        return None if trail is None else trail.positions
+
+    def is_constant(self, tensor: Tensor) -> bool:
+        """Whether a tensor is sure to be the same in each forward pass."""
+        return tensor in self._constants
+
+    def continue_at(self, output: Tensor, x: Tensor, positions: Tensor | None) -> None:
+        """Follow what a layer made of x, whose operations could not be seen."""
+        before = self._trails.get(x) or Trail(None)
+        self._trails[output] = Trail(positions, before.steps + 1, before.lost_by)
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        name = name_of(function)
+        given = list(_tensors_in((args, kwargs)))
+        trails = [trail for t in given if (trail := self._trails.get(t)) is not None]
+        if not trails:
+            result = function(*args, **kwargs)
+            if name in RANDOM:
+                self._note(result, name, args, kwargs, None, trails)
+            elif (given or name in DATA_INDEPENDENT) and all(t in self._constants for t in given):
+                for tensor in _tensors_in(result):
+                    self._constants[tensor] = True
+            return result
+        has_positions = any(trail.positions is not None for trail in trails)
+        positions = None
+        if has_positions and name in RULES:  # first, since an operation in place changes what the rule reads
+            positions = self._apply(RULES[name], name, *args, **kwargs)
+        result = function(*args, **kwargs)
+        if has_positions and name in RULES_BY_RESULT:
+            positions = self._apply(RULES_BY_RESULT[name], name, result, *args, **kwargs)
+        self._note(result, name, args, kwargs, positions, trails)
+        return result
+
+    def _apply(self, rule: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+        self.current_name = name
+        with torch.no_grad():
+            return rule(self, *args, **kwargs)
+
+    def _note(
+        self, result: Any, name: str, args: tuple, kwargs: dict[str, Any], positions: Any, trails: list[Trail]
+    ) -> None:
+        outputs = [args[0]] if name == "__setitem__" else list(_tensors_in(result))
+        found = list(positions) if isinstance(positions, (tuple, list)) else [positions]
+        found += [None] * (len(outputs) - len(found))
+        steps = max((trail.steps for trail in trails), default=0) + 1
+        lost_by = next((trail.lost_by for trail in trails if trail.lost_by), "")
+        had_positions = any(trail.positions is not None for trail in trails)
+        for output, p in zip(outputs, found, strict=False):
+            if p is not None and p.shape != output.shape:  # an operation that is not what its name says
+                p = None
+            newly_lost = had_positions and not lost_by and (p is None or bool((compact(p) == LOST).any()))
+            self._trails[output] = Trail(p, steps, name if newly_lost else lost_by)
+            self._constants.pop(output, None)
+
+
+def _tensors_in(values: Any) -> Iterator[Tensor]:
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, dict):
+        for value in values.values():
+            yield from _tensors_in(value)
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from _tensors_in(value)
+
+
+def _tensors_of(model: nn.Module) -> Iterable[Tensor]:
+    yield from model.parameters()
+    yield from model.buffers()
+    for module in model.modules():
+        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
