@@ -69,7 +69,7 @@ def test_both_ways_agree_in_other_dtypes(dtype, bound):
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("bases", BASES, ids=name)
 @pytest.mark.parametrize(
-    "layout", [layout for layout in LAYOUTS if not (layout.num_outside or layout.unrolled)], ids=name
+    "layout", [layout for layout in LAYOUTS if not (layout.num_outside or layout.order)], ids=name
 )
 def test_both_ways_agree_on_images(layout, bases, memory_format):
     by_axis, at_once = both(layout, bases)
@@ -114,7 +114,7 @@ def test_an_empty_batch_has_no_coefficients(layout, way):
     assert small.shape == (0, num_kept(layout, BASES[0]), 5)
     assert maps.lift(small).shape == (0, layout.num_tokens, 5)
     assert torch.equal(maps.sum(small), torch.zeros(5))
-    if not (layout.num_outside or layout.unrolled):
+    if not (layout.num_outside or layout.order):
         assert maps.project_image(torch.zeros(0, 5, *layout.grid)).shape == small.shape
         assert maps.lift_image(small).shape == (0, 5, *layout.grid)
 

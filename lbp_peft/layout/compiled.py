@@ -76,7 +76,9 @@ def _found(finder: LayoutFinder, name: str, shape: tuple[int, ...]) -> list[tupl
     return list({(r.layout, r.why_unknown, r.text): None for r in records})
 
 
+@torch.compiler.disable
 def _run_eagerly(model: nn.Module | None, inputs: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+    """One forward pass, of which nothing remains but what was traced."""
     if model is None:
         return
     device = next(model.parameters()).device
@@ -85,7 +87,7 @@ def _run_eagerly(model: nn.Module | None, inputs: dict[str, tuple[tuple[int, ...
     kwargs = {name: tensor for name, tensor in tensors.items() if not name.isdigit()}
     state = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.enable_grad():
+    with torch.random.fork_rng(devices), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
         model(*args, **kwargs)
     with torch.no_grad():
         for buffer, before in state:

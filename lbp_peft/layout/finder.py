@@ -6,6 +6,7 @@ gradient checkpointing runs again in the backward pass take what their own forwa
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 import threading
@@ -13,6 +14,7 @@ import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Hashable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,6 +100,7 @@ class ForwardPass:
         texts: Names of the texts, while it is being traced.
         calls: Of layers, so far.
         counts: How often each was called.
+        contexts: In force until it ends.
     """
 
     trace: Trace
@@ -107,6 +110,7 @@ class ForwardPass:
     texts: dict[int, str] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
+    contexts: ExitStack = field(default_factory=ExitStack)
     _hook: Any = None
     _region: int = 0
 
@@ -120,6 +124,7 @@ class ForwardPass:
 
     def end(self) -> None:
         """It is over, and holds on to nothing that was needed on the way."""
+        self.contexts.close()
         self.tracer = self._hook = None
 
     def is_like(self, other: ForwardPass) -> bool:
@@ -142,6 +147,7 @@ class LayoutFinder:
 
     def __init__(self) -> None:
         self.exact: frozenset[str] = frozenset()
+        self.compiled_masks: dict[str, Tensor] = {}
         self._warned: set[str] = set()
         self._hooks: list[Any] = []
         self._merge_size = 1
@@ -162,7 +168,7 @@ class LayoutFinder:
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles know the hooks and what was warned of, but none of the passes."""
         kept = ("exact", "_warned", "_hooks", "_merge_size")
-        return {name: self.__dict__[name] for name in kept}
+        return {"compiled_masks": {}} | {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -189,8 +195,9 @@ class LayoutFinder:
             module = model.get_submodule(name)
             if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
                 continue
-            self._hooks.append(module.register_forward_pre_hook(_Before(self, is_root=not name), with_kwargs=True, prepend=True))
-            self._hooks.append(module.register_forward_hook(_After(self), always_call=True))
+            before = _Before(self, None if name else tuple(inspect.signature(module.forward).parameters))
+            self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+            self._hooks.append(module.register_forward_hook(_After(self, not name), always_call=True))
         self._traces.clear()
 
     def detach(self) -> None:
@@ -209,7 +216,8 @@ class LayoutFinder:
         one = self._begin(module, args, kwargs)
         thread.passes.append((module, one))
         if one.tracer is not None:
-            one.tracer.__enter__()
+            one.contexts.enter_context(torch.compiler.set_stance("force_eager"))  # for parts that are compiled apart
+            one.contexts.enter_context(one.tracer)
 
     def _is_training(self, module: nn.Module) -> bool:
         return module.training or any(layer.training for layer in self._layers)
@@ -220,8 +228,6 @@ class LayoutFinder:
         if not thread.passes or thread.passes[-1][0] is not module:
             return
         _, one = thread.passes.pop()
-        if one.tracer is not None:
-            one.tracer.__exit__(None, None, None)
         one.end()
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ForwardPass:
@@ -232,7 +238,7 @@ class LayoutFinder:
             forget_rerun()
         inputs = named_inputs(module, args, kwargs)
         key = (_structure(module), signature(inputs))
-        masks = {name: value for name, value in inputs.items() if "mask" in name and isinstance(value, Tensor)}
+        masks = {name: value for name, value in inputs.items() if _is_mask(name, value)}
         with self._lock:
             trace = self._traces.get(key)
             is_new = trace is None or not trace.is_complete
@@ -273,7 +279,7 @@ class LayoutFinder:
             x: Its input.
             channels_axis: Which of its axes runs over channels.
         """
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return compiled.record(self.key, name, x, channels_axis)
         shape = token_shape(x, channels_axis)
         one = self._current()
@@ -293,12 +299,12 @@ class LayoutFinder:
 
     def note_call(self, name: str, x: Tensor, channels_axis: int = -1) -> None:
         """A layer is called while autograd is off: perhaps by gradient checkpointing, to be run again later."""
-        if not torch.compiler.is_compiling() and self._current() is not None:
+        if not torch.compiler.is_dynamo_compiling() and self._current() is not None:
             self.record(name, x, channels_axis)
 
     def note_output(self, x: Tensor, output: Tensor, channels_axis: int = -1) -> None:
         """A layer made this of x."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return
         one = self._current()
         if one is not None and one.tracer is not None:
@@ -309,7 +315,7 @@ class LayoutFinder:
 
     def is_exact(self, name: str) -> bool:
         """Whether the backward pass of a layer that is being called is to be exact."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return name in self.exact
         one = self._current()
         if one is None and _in_backward():
@@ -320,6 +326,9 @@ class LayoutFinder:
         """Shape (N, L), True where a word of a text is only padding; None where no mask says so."""
         if not record.text:
             return None
+        if torch.compiler.is_dynamo_compiling():
+            mask = mask_of(self.compiled_masks, record.text)
+            return None if mask is None or mask.shape != x.shape[: mask.dim()] else mask == 0
         one = self._current()
         passes = [one] if one is not None else self._passes_to_rerun() if _in_backward() else []
         masks = [mask_of(other.masks, record.text) for other in passes]
@@ -330,7 +339,7 @@ class LayoutFinder:
 
     def warn_once(self, cause: str, message: str) -> None:
         """Warn, unless a layer of this model has been warned about for the same cause."""
-        if cause not in self._warned and not torch.compiler.is_compiling():
+        if cause not in self._warned and not torch.compiler.is_dynamo_compiling():
             self._warned.add(cause)
             warnings.warn(message, stacklevel=2)
 
@@ -354,29 +363,33 @@ class LayoutFinder:
 
 
 class _Before:
-    """A forward pre-hook: an object of its own, so that copies of a model call the finder of the copy."""
+    """A forward pre-hook."""
 
-    def __init__(self, finder: LayoutFinder, is_root: bool):
+    def __init__(self, finder: LayoutFinder, names: tuple[str, ...] | None):
         self.finder = finder
-        self.is_root = is_root
+        self.names = names  # of the arguments of the whole model
 
     def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            if self.is_root:
-                compiled.note_inputs(self.finder.key, args, kwargs)
-        else:
+        if not torch.compiler.is_dynamo_compiling():
             self.finder.before(module, args, kwargs)
+        elif self.names is not None:
+            compiled.note_inputs(self.finder.key, args, kwargs)
+            inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+            self.finder.compiled_masks = {name: value for name, value in inputs.items() if _is_mask(name, value)}
 
 
 class _After:
     """A forward hook."""
 
-    def __init__(self, finder: LayoutFinder):
+    def __init__(self, finder: LayoutFinder, is_root: bool):
         self.finder = finder
+        self.is_root = is_root
 
     def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_dynamo_compiling():
             self.finder.after(module)
+        elif self.is_root:
+            self.finder.compiled_masks = {}
 
 
 def given_layout(
@@ -415,6 +428,10 @@ def mask_of(masks: dict[str, Tensor], text: str) -> Tensor | None:
         if text.endswith(ending) and (mask := masks.get(f"{text.removesuffix(ending)}attention_mask")) is not None:
             return mask if mask.dim() == 2 else None
     return None
+
+
+def _is_mask(name: str, value: Any) -> bool:
+    return "mask" in name and isinstance(value, Tensor)
 
 
 def _read(one: ForwardPass, x: Tensor, channels_axis: int) -> LayoutRecord:

@@ -227,6 +227,8 @@ class LBPWHTLayer(BaseTunerLayer):
             return self._given_layout(x, record, rule), None
         if record.layout is None:
             raise LayoutError(record.why_unknown, "Set grid_size (and num_prefix_tokens) if they lie on a grid.")
+        if not record.text:
+            _check_given(record.layout, rule)
         self._check_layout(x, record.layout)
         return record.layout, self.finder.padding(self.layer_name, record, x)
 
@@ -294,6 +296,18 @@ class LBPWHTLayer(BaseTunerLayer):
 
 def _num_tokens(shape: torch.Size) -> int:
     return math.prod(shape[1:-1]) if len(shape) > 2 else 0
+
+
+def _check_given(layout: TokenLayout, rule: BackwardRule) -> None:
+    """Raise LayoutError where the numbers of tokens outside the grid are not those of the configuration."""
+    for side in ("prefix", "suffix"):
+        given, found = getattr(rule, f"num_{side}_tokens"), getattr(layout, f"num_{side}_tokens")
+        if given not in (None, found):
+            raise LayoutError(
+                f"num_{side}_tokens={given}, but {found} of its tokens are {'before' if side == 'prefix' else 'after'} "
+                "the patches",
+                f"Correct num_{side}_tokens, or leave it out.",
+            )
 
 
 def check_image_layout(x: Tensor, layout: TokenLayout) -> None:
