@@ -1,8 +1,8 @@
 """Which matrix products a device has instructions for.
 
-Without such instructions a product in fewer bits is not merely slow (bfloat16 takes 2 to 40 times as long as float32).
-oneDNN's products of int8 saturate on CPUs without VNNI, so their results are wrong there. Whoever multiplies in fewer
-bits than float32 asks here first, and multiplies the same numbers in float32 where the answer is no. An answer is yes
+Without such instructions a product of fewer bits takes 2 to 40 times as long as that of float32. One of int8 may even
+be wrong: kept from using VNNI, oneDNN adds pairs of products in 16 bits, which saturate. Whoever multiplies in fewer
+bits than float32 asks here first, and multiplies the same numbers in float32 where the answer is no. The answer is yes
 only where the instructions are known to be there and PyTorch is known to use them.
 """
 

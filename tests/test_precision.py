@@ -551,6 +551,23 @@ def test_under_torch_compile(integers, monkeypatch):
     assert cosine(found, expected) > 0.9999
 
 
+@pytest.mark.parametrize("grad_input", ["full", "int8", (10, "bf16")])
+def test_without_instructions_a_model_under_autocast_is_one_graph(grad_input, monkeypatch):
+    monkeypatch.setattr(instructions, "of_cpu", Instructions)
+    torch._dynamo.reset()
+    model = adapted(lambda: tiny_vit(num_hidden_layers=1), grad_input=grad_input)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    goal, found = None, []
+    for run in (model, compiled):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = run(images()).logits.float()
+        goal = torch.randn(logits.shape, generator=torch.Generator().manual_seed(9)) if goal is None else goal
+        (logits - goal).square().sum().backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert cosine(*found) > 0.999
+
+
 def test_the_report_says_which_products_are_rounded():
     """Of other methods' adapters none are: such a layer is run again as it is."""
     beneath = LoHaConfig(r=2, target_modules=["fc1"], init_weights=False)
