@@ -453,6 +453,20 @@ def test_gradients_are_near_those_of_full_precision(kind, rank, name):
     assert {r.precision for r in ran[1:]} >= {name} and len(ran) >= 4
 
 
+@pytest.mark.parametrize("has", [True, False])
+def test_a_tiny_loss_has_the_gradients_of_a_usual_one(has, monkeypatch):
+    monkeypatch.setattr(instructions, "of_cpu", lambda: Instructions(int8=has))
+    monkeypatch.setattr(torch, "_int_mm", exactly)
+    model, found = adapted(grad_input="int8"), []
+    for scale in (1.0, 2.0**-110):  # the gradients of hidden states are some 1e-34 then
+        model.zero_grad()
+        (model(images()).logits.square().sum() * scale).backward()
+        named = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
+        found.append({n: grad.double() / scale for n, grad in named})
+    assert cosine(*found) > 0.9999
+    assert all(g.norm() > 0.99 * found[0][n].norm() for n, g in found[1].items())
+
+
 @pytest.mark.parametrize("settings", [{"target_modules": ["q_proj", "v_proj"]}, {"target_modules": "all-linear"}])
 def test_lora_and_frozen_layers_between(settings):
     torch.manual_seed(0)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lbp_peft import BasisSet, TokenLayout, low_rank_linear
-from lbp_peft.instructions import product_dtype
+from lbp_peft import BasisSet, TokenLayout, instructions, low_rank_linear
+from lbp_peft.instructions import Instructions, product_dtype
 from lbp_peft.precision import Precision
 from lbp_peft.projection import InFloat32, OneMatrix, Projection, num_kept, projection
 
@@ -196,7 +196,8 @@ def test_functions_that_outnumber_the_tokens_are_not_applied_axis_by_axis():
 
 @pytest.mark.parametrize("precision", ["full", "int8", "bf16"])
 @pytest.mark.parametrize("for_input", [None, BASES[0]])
-def test_contiguous_tokens_are_not_copied(precision, for_input, way):
+def test_contiguous_tokens_are_not_copied(precision, for_input, way, monkeypatch):
+    monkeypatch.setattr(instructions, "of_cpu", lambda: Instructions(bf16=True, int8=True))
     layout = TokenLayout((14, 14), 1)
     x, weight = torch.randn(2, 197, 40, requires_grad=True), torch.randn(48, 40, requires_grad=True)
     with Made() as made:
