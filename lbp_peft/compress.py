@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from .lowrank import once_differentiable
+from .precision import largest_magnitude, scaled_to_range
 from .tokenwise import autocast_now
 
 # One scale for so many neighbouring channels: a few outlying channels then cost the others nothing.
@@ -25,9 +26,8 @@ _GROUP = 64
 def rounded_in_groups(x: Tensor) -> tuple[Tensor, Tensor]:
     """(..., C) -> int8 values (..., C), and float32 scales (..., C / 64), or (..., 1) where 64 does not divide C."""
     grouped = x.unflatten(-1, (-1, _group(x.shape[-1])))
-    largest = torch.maximum(grouped.amax(-1, keepdim=True), grouped.amin(-1, keepdim=True).neg_()).float()
-    largest.clamp_(min=1e-30)
-    values = (grouped * (127 / largest)).round_().to(torch.int8)
+    largest = largest_magnitude(grouped, dim=-1)
+    values = scaled_to_range(grouped, largest, torch.int8).round_().to(torch.int8)
     return values.flatten(-2), (largest / 127).squeeze(-1)
 
 

@@ -1,4 +1,4 @@
-"""What is fastest for a layer, told from its shape and the instructions of the device.
+"""What is fastest for a layer, told from its shape and the [`lbp_peft.instructions`] of the device.
 
 Nothing is timed while training: a run has to give the same bits when it is repeated. The constants of CPUs were read
 off `examples/benchmarks/single_layers.py` and `projections.py`, see docs/results; those of GPUs were worked out from
@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import torch
 
+from . import instructions
+from .instructions import multiplies_bf16, multiplies_int8, product_dtype
+
 # Of the factors and the result of a product, what rounding takes for each element.
 _CASTING_TO_BF16 = 40
 _ROUNDING_TO_INT8 = {torch.float32: 120, torch.bfloat16: 50}
@@ -17,6 +20,9 @@ _PROJECTING = {torch.float32: 100, torch.bfloat16: 45}
 _PROJECTING_IMAGES = {torch.float32: 250, torch.bfloat16: 60}
 _PROJECTING_ON_GPU = {torch.float32: 60, torch.float16: 20, torch.bfloat16: 20}
 _GPU_RATE_IN_16_BITS = 15.0
+# Of PyTorch's own products in 16 bits on a CPU without instructions for them. The least that was measured is 2.4, with
+# AVX-512, and most take far longer. Low-rank layers multiply in float32 there.
+_SLOW_PRODUCT = 2.0
 
 
 def fastest_precision(rows: int, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> str:
@@ -33,6 +39,12 @@ def fastest_precision(rows: int, out_features: int, in_features: int, dtype: tor
     for name, time in times.items():  # torch.compile does not trace min with a key
         fastest = name if time < times[fastest] else fastest
     return fastest
+
+
+def faster_formats(dtype: torch.dtype, device: torch.device) -> list[str]:
+    """Which of "bf16" and "int8" can be faster than "full" for g W of a dtype, on layers wide enough for it."""
+    from_bf16 = ["bf16"] if dtype == torch.float32 and multiplies_bf16(device) else []
+    return from_bf16 + (["int8"] if multiplies_int8(device) else [])
 
 
 def low_rank_pays(
@@ -57,16 +69,21 @@ def low_rank_pays(
         on_images: Whether x is (N, C_in, H, W).
     """
     times = _times_of_product(num_images * num_tokens, out_features, in_features, dtype, device)
-    saved = times["full"] * (1 - kept / num_tokens) + times["full"] - min(times.values())
     projecting = _PROJECTING_ON_GPU if device.type == "cuda" else _PROJECTING_IMAGES if on_images else _PROJECTING
-    price = projecting.get(dtype, projecting[torch.float32])
+    if device.type == "cpu" and product_dtype(dtype, device) != dtype:
+        exact = _SLOW_PRODUCT
+        price = projecting[torch.float32] + _CASTING_TO_BF16
+    else:
+        exact = times["full"]
+        price = projecting.get(dtype, projecting[torch.float32])
+    saved = exact * (1 - kept / num_tokens) + exact - min(times.values())
     return saved > price * (1 / out_features + 1 / in_features)
 
 
 def _times_of_product(
     rows: int, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, float]:
-    """Of g W, for each of its multiply-adds, by precision."""
+    """Of g W, for each of its multiply-adds, by precision, as [`lbp_peft.precision.product`] computes it."""
     if device.type == "cuda":
         if dtype == torch.float32 and multiplies_bf16(device):
             return {"full": 1.0, "bf16": 1 / _GPU_RATE_IN_16_BITS}
@@ -75,9 +92,10 @@ def _times_of_product(
         return {"full": 1.0}
     of_bf16, of_int8 = _cpu_rates()
     edges = 1 / max(rows, 1) + 1 / out_features + 1 / in_features
-    times = {"full": 1.0 if dtype == torch.float32 else 1 / of_bf16}
-    if dtype == torch.float32:
-        times["bf16"] = 1 / of_bf16 + _CASTING_TO_BF16 * edges
+    in_bf16 = 1 / of_bf16 + _CASTING_TO_BF16 * edges
+    times = {"full": 1.0, "bf16": in_bf16}
+    if dtype == torch.bfloat16:
+        times = {"full": in_bf16 if product_dtype(dtype, device) != dtype else 1 / of_bf16}
     times["int8"] = 1 / of_int8 + _ROUNDING_TO_INT8[dtype] * edges
     return times
 
@@ -119,21 +137,12 @@ def attention_by_products_pays(keys: int, dtype: torch.dtype, device: torch.devi
     return device.type == "cpu" and dtype == torch.bfloat16 and keys <= 600 and multiplies_bf16(device)
 
 
-def multiplies_bf16(device: torch.device) -> bool:
-    """Whether products are faster in bfloat16 than in float32 there: whether there are instructions for them."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return device.type == "cpu" and _cpu_rates()[0] > 1
-
-
-@torch.compiler.assume_constant_result  # torch.compile does not trace what is asked here
 def _cpu_rates() -> tuple[float, float]:
-    """How many times faster than in float32 the processor multiplies in bfloat16 and in int8, by its instructions."""
+    """How many times faster than in float32 the CPU multiplies in bfloat16 and in int8, by its instructions.
 
-    def has(name: str) -> bool:
-        supported = getattr(torch.cpu, f"_is_{name}_supported", None)
-        return supported is not None and bool(supported())
-
-    if has("amx_tile"):
+    1 where it has none, since then the products are computed in float32.
+    """
+    cpu = instructions.of_cpu()
+    if cpu.amx:
         return 6.5, 9.0
-    return (2.0 if has("avx512_bf16") else 0.5), (4.0 if has("vnni") else 0.5)
+    return (2.0 if cpu.bf16 else 1.0), (4.0 if cpu.int8 else 1.0)

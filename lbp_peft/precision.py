@@ -5,7 +5,11 @@ bits it keeps its direction, as HLQ found (arXiv 2406.15102), and integer units 
 with one scale for each row of g and one for each column of W,
 
     g ~ diag(a) G,   W ~ V diag(b)      G, V integers from -127 to 127
-    g W ~ diag(a) (G V) diag(b)         G V summed exactly in int32
+    g W ~ diag(a) (G V) diag(b)         G V summed exactly, in int32
+
+On a device without instructions for a format the same rounded values are multiplied in float32: integers exactly, in
+parts whose sums float32 can hold, and bfloat16 up to the order of summation. A format then saves no time, and costs
+little more than float32.
 
 An orthogonal matrix R between the two cancels, g W = (g R) (R^T W). A blockwise Hadamard matrix spreads what stands out
 in a row over its block, so that it takes less of the range from the others.
@@ -17,6 +21,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import kernels
-from .cost import multiplies_bf16
+from .instructions import multiplies_bf16, multiplies_int8, product_dtype
 from .walsh import walsh_functions
 
 PRECISIONS = ("full", "bf16", "int8", "fp8")
@@ -55,6 +60,12 @@ FULL = Precision()
 
 
 _MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+# The factor of a row, _MAX / largest, exceeds float32 where the row is near the smallest normal number. So it is
+# applied in two steps, the second a power of two, which leaves the first within range and changes no bit of the result.
+_SECOND_FACTOR = {torch.int8: 32.0, torch.float8_e4m3fn: 128.0}
+_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
+# Sums of so many products of integers up to 127 are below 2^24: float32 holds them exactly, in whatever order.
+_EXACT_TERMS = 2**24 // 127**2
 _ROWS_AT_ONCE, _VALUES_AT_ONCE = 400, 2**18
 _TYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -73,37 +84,50 @@ class Rounded:
 
 
 def rounded(matrix: Tensor, dtype: torch.dtype, dim: int) -> Rounded:
-    """Round a matrix to 8 bits, with one scale for all values along `dim`; float32 scales."""
-    largest = _largest(matrix, dim)
-    factors = _MAX[dtype] / largest
+    """Round a matrix to 8 bits, with one scale for all values along `dim`; float32 scales.
+
+    Rounding does not depend on the scale of the matrix: down to the smallest normal number of float32, a multiple by a
+    power of two has the same values.
+    """
+    largest = largest_magnitude(matrix, dim)
     if matrix.device.type == "cpu" and dtype == torch.int8 and not torch.compiler.is_compiling():
         values = torch.empty(matrix.shape, dtype=dtype)
-        _round_into(values, matrix, factors)
+        _round_into(values, matrix, largest)
     else:
-        scaled = matrix * factors
+        scaled = scaled_to_range(matrix, largest, dtype)
         values = (scaled.round_() if dtype == torch.int8 else scaled).to(dtype)
     return Rounded(values, largest / _MAX[dtype])
 
 
-def _round_into(values: Tensor, matrix: Tensor, factors: Tensor) -> None:
-    """int8 values of the matrix times its factors, by parts that stay in the cache from one step to the next."""
-    at_once = max(_VALUES_AT_ONCE // matrix.shape[1], 1)
+def _round_into(values: Tensor, matrix: Tensor, largest: Tensor) -> None:
+    """Integers for the matrix, of the dtype of `values`, by parts that stay in the cache from one step to the next."""
+    at_once = max(_VALUES_AT_ONCE // max(matrix.shape[1], 1), 1)
     scaled = torch.empty(at_once, matrix.shape[1], dtype=torch.float32)
     for start in range(0, len(matrix), at_once):
         part = slice(start, start + at_once)
         found = scaled[: len(values[part])]
-        torch.mul(matrix[part], factors if len(factors) == 1 else factors[part], out=found)
+        scaled_to_range(matrix[part], largest if len(largest) == 1 else largest[part], torch.int8, out=found)
         values[part] = found.round_()
 
 
-def _largest(matrix: Tensor, dim: int) -> Tensor:
-    """Absolute values, float32."""
+def largest_magnitude(matrix: Tensor, dim: int) -> Tensor:
+    """The largest absolute value along `dim`, which is kept; float32, at least the smallest normal number."""
     largest = torch.maximum(matrix.amax(dim, keepdim=True), matrix.amin(dim, keepdim=True).neg_()).float()
-    return largest.clamp_(min=1e-30)  # what is all zero stays zero
+    return largest.clamp_(min=_SMALLEST_NORMAL)  # what is all zero stays zero
+
+
+def scaled_to_range(matrix: Tensor, largest: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """The matrix scaled such that `largest` becomes the largest number of an 8-bit dtype; float32, not yet rounded."""
+    second = _SECOND_FACTOR[dtype]
+    return torch.mul(matrix, _MAX[dtype] / second / largest, out=out).mul_(second)
 
 
 def rotated(matrix: Tensor, block: int) -> Tensor:
-    """Multiply blocks of columns by a symmetric orthogonal Hadamard matrix; (M, K) -> (M, K), block divides K."""
+    """Multiply blocks of columns by a symmetric orthogonal Hadamard matrix; (M, K) -> (M, K), block divides K.
+
+    Of the matrix's dtype, or float32 where the device has no instructions for products in that.
+    """
+    matrix = matrix.to(product_dtype(matrix.dtype, matrix.device))
     return (matrix.reshape(-1, block) @ _hadamard(block, matrix.dtype, matrix.device)).view_as(matrix)
 
 
@@ -155,13 +179,26 @@ def product(grad: Tensor, weight: Tensor, precision: Precision, source: Tensor |
     """
     name = precision.name
     if name == "full":
-        return grad @ weight.to(grad.dtype)
+        return _product_of_one_dtype(grad, weight.to(grad.dtype))
     check_precision(name, grad.device)
+    with _without_autocast(grad.device):
+        return _product_of_rounded(grad, weight, precision, source)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager:
+    """Where products of float32 are in float32, although backward may be called under autocast."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
+def _product_of_rounded(grad: Tensor, weight: Tensor, precision: Precision, source: Tensor | None) -> Tensor:
+    name = precision.name
     rotation = _fitting_block(precision.rotation, weight.shape[0])
     right = _rounded_weight(weight, name, rotation, source)
     rows = grad.reshape(-1, grad.shape[-1])
     if right.scales is None:
-        found = rows.to(right.values.dtype) @ right.values
+        found = _product_of_one_dtype(rows.to(right.values.dtype), right.values)
     elif rows.device.type == "cpu" and name == "int8" and not torch.compiler.is_compiling():
         found = _int8_product_by_parts(rows, rotation, right)
     else:
@@ -180,13 +217,22 @@ def outer(grad: Tensor, x: Tensor) -> Tensor:
     x may have fewer bits. Then so has `grad` in the product, where that is faster.
     """
     left, right = grad.flatten(0, 1), x.flatten(0, 1)
-    if left.dtype != right.dtype:
-        dtype = right.dtype if multiplies_bf16(grad.device) else left.dtype
-        left, right = left.to(dtype), right.to(dtype)
-    columns = left.t()
+    dtype = left.dtype
+    if left.dtype != right.dtype and multiplies_bf16(grad.device):
+        dtype = right.dtype
+    columns = left.to(dtype).t()
     if columns.device.type == "cpu" and columns.dtype == torch.bfloat16 and len(columns) < right.shape[1]:
         columns = columns.contiguous()  # the product itself takes longer to turn them
-    return (columns @ right).to(grad.dtype)
+    return _product_of_one_dtype(columns, right.to(dtype)).to(grad.dtype)
+
+
+def _product_of_one_dtype(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right, of their dtype; multiplied in float32 where the device has no instructions for it."""
+    dtype = product_dtype(left.dtype, left.device)
+    if dtype == left.dtype:
+        return left @ right
+    with _without_autocast(left.device):
+        return (left.to(dtype) @ right.to(dtype)).to(left.dtype)
 
 
 def _rounded_rows(rows: Tensor, rotation: int, dtype: torch.dtype) -> Rounded:
@@ -224,8 +270,10 @@ def _int8_product_by_parts(rows: Tensor, rotation: int, right: Rounded) -> Tenso
     assert right.scales is not None
     (num_rows, inner), columns = rows.shape, right.values.shape[1]
     at_once = -(-num_rows // max(round(num_rows / _ROWS_AT_ONCE), 1))
+    in_integers = multiplies_int8(rows.device)
+    weight = right.values if in_integers else right.values.float()
     product = rows.new_empty(num_rows, columns)
-    values = rows.new_empty(at_once, inner, dtype=torch.int8)
+    values = rows.new_empty(at_once, inner, dtype=weight.dtype)
     sums = rows.new_empty(at_once, columns, dtype=torch.int32)
     # Of two dtypes at once all but copies are slow.
     is_wide = rows.dtype == torch.float32
@@ -236,17 +284,40 @@ def _int8_product_by_parts(rows: Tensor, rotation: int, right: Rounded) -> Tenso
         n = len(part)
         wide = part if is_wide else wide_rows[:n].copy_(part)
         wide = rotated(wide, rotation) if rotation > 1 else wide
-        largest = _largest(wide, dim=1)
-        _round_into(values[:n], wide, 127 / largest)
-        torch._int_mm(values[:n], right.values, out=sums[:n])
-        scaled = (found if is_wide else wide_product[:n]).copy_(sums[:n]).mul_(largest / 127).mul_(right.scales)
+        largest = largest_magnitude(wide, dim=1)
+        scaled = found if is_wide else wide_product[:n]
+        if in_integers:
+            _round_into(values[:n], wide, largest)
+            scaled.copy_(torch._int_mm(values[:n], weight, out=sums[:n]))
+        else:
+            scaled_to_range(wide, largest, torch.int8, out=values[:n]).round_()
+            _sum_exactly(values[:n], weight, sums[:n], scaled)
+        scaled.mul_(largest / 127).mul_(right.scales)
         if not is_wide:
             found.copy_(scaled)
     return product
 
 
+def _sum_exactly(left: Tensor, right: Tensor, sums: Tensor, result: Tensor) -> None:
+    """left @ right of integers in float32 into `result`, as if rounded once; `sums`, int32, is for steps between."""
+    inner = left.shape[1]
+    torch.mm(left[:, :_EXACT_TERMS], right[:_EXACT_TERMS], out=result)
+    if inner <= _EXACT_TERMS:
+        return
+    sums.copy_(result)
+    for start in range(_EXACT_TERMS, inner, _EXACT_TERMS):
+        part = slice(start, start + _EXACT_TERMS)
+        sums += torch.mm(left[:, part], right[part], out=result).to(torch.int32)
+    result.copy_(sums)
+
+
 def _int_product(left: Tensor, right: Tensor) -> Tensor:
+    """int32, or the same integers in float32."""
     (rows, inner), columns = left.shape, right.shape[1]
+    if not multiplies_int8(left.device):
+        parts = zip(left.float().split(_EXACT_TERMS, 1), right.float().split(_EXACT_TERMS), strict=True)
+        sums = [a @ b for a, b in parts]
+        return sums[0] if len(sums) == 1 else sum(part.to(torch.int32) for part in sums)
     if left.device.type != "cuda":
         return torch._int_mm(left, right)
     # On GPUs only of more than 16 rows, and of multiples of 8 otherwise.

@@ -11,6 +11,7 @@ from torch import Tensor
 from . import kernels
 from .bases import BasisSet, TokenLayout, bases_along, check_side, grid_bases, num_bases
 from .cost import one_matrix_pays, two_images_at_once_pay
+from .instructions import product_dtype
 
 
 def num_kept(layout: TokenLayout, bases: BasisSet | None) -> int:
@@ -168,7 +169,8 @@ class Projection:
         """The same for tokens of another dtype."""
         if self.dtype == dtype:
             return self
-        return type(self)(self.layout, self.bases, dtype, self.device, self.padding)
+        multiplies_it = product_dtype(dtype, self.device) == dtype
+        return (type(self) if multiplies_it else InFloat32)(self.layout, self.bases, dtype, self.device, self.padding)
 
     @property
     def keeps_sums(self) -> bool:
@@ -323,6 +325,37 @@ class OneMatrix(Projection):
         return pixels.unflatten(2, self.layout.grid)
 
 
+class InFloat32(Projection):
+    """A [`Projection`] of tokens of 16 bits, multiplied in float32: for CPUs without instructions for their dtype."""
+
+    def _make_matrices(self) -> None:
+        wide = projection(self.layout, self.bases, torch.float32, self.device, self.padding)
+        assert wide is not None  # since this is no identity
+        self.wide = wide
+
+    def of_dtype(self, dtype: torch.dtype) -> Projection:
+        return self if self.dtype == dtype else self.wide.of_dtype(dtype)
+
+    def sum(self, coefficients: Tensor) -> Tensor:
+        return self._apply("sum", coefficients)
+
+    def project(self, tokens: Tensor) -> Tensor:
+        return self._apply("project", tokens)
+
+    def lift(self, coefficients: Tensor) -> Tensor:
+        return self._apply("lift", coefficients)
+
+    def project_image(self, image: Tensor) -> Tensor:
+        return self._apply("project_image", image)
+
+    def lift_image(self, coefficients: Tensor) -> Tensor:
+        return self._apply("lift_image", coefficients)
+
+    def _apply(self, name: str, values: Tensor) -> Tensor:
+        with torch.autocast(values.device.type, enabled=False):
+            return getattr(self.wide, name)(values.float()).to(values.dtype)
+
+
 def _like_blocks(side: int, block_size: int, layout: TokenLayout) -> int:
     """How many blocks of a side are transformed by one and the same matrix; 1: the side is transformed as a whole.
 
@@ -365,6 +398,8 @@ def projection(
     kept = num_kept(layout, bases)
     if kept == layout.num_tokens:
         return None
+    if not kernels.IN_USE and product_dtype(dtype, device) != dtype:
+        return InFloat32(layout, bases, dtype, device, padding)
     by_axis_is_larger = _functions_outnumber_tokens(
         *layout.grid, bases.r, bases.block_size, bases.selection, bases.boundary
     )

@@ -41,6 +41,21 @@ def test_an_outlier_costs_only_its_group():
     assert error[..., :64].max() > 1 > 0.1 > error[..., 64:].max()
 
 
+@pytest.mark.parametrize(("dtype", "smallest"), [(torch.float32, -126), (torch.bfloat16, -126), (torch.float16, -14)])
+@pytest.mark.parametrize("channels", [48, 128])
+def test_rounding_is_the_same_at_every_scale(dtype, smallest, channels):
+    x = (draw(3, 4, channels) * 40).round().clamp(-127, 127) / 128  # of few bits: none is lost
+    x[..., ::16] = 1
+    x = x.to(dtype)
+    values, scales = rounded_in_groups(x)
+    for exponent in (smallest, smallest + 3, -10, 10):
+        found, found_scales = rounded_in_groups(x * 2.0**exponent)
+        assert torch.equal(found, values), exponent
+        torch.testing.assert_close(found_scales.double(), scales.double() * 2.0**exponent, rtol=1e-4, atol=0)
+        difference = restored(found, found_scales, dtype).double() - x.double() * 2.0**exponent
+        assert difference.abs().max() <= 0.01 * 2.0**exponent
+
+
 LAYERS = {
     "gelu": nn.GELU(), "gelu_tanh": nn.GELU("tanh"), "silu": nn.SiLU(), "quick": ACT2FN["quick_gelu"],
     "new": ACT2FN["gelu_new"], "norm": nn.LayerNorm(128), "rms": nn.RMSNorm(128),

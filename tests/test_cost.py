@@ -10,31 +10,35 @@ import torch
 from models import gradients, images, tiny_vit
 from peft import LoraConfig, get_peft_model
 
-from lbp_peft import LBPWHTConfig, cost, layout_report
+from lbp_peft import LBPWHTConfig, instructions, layout_report
 from lbp_peft.bases import BasisSet, TokenLayout
 from lbp_peft.cost import (
     attention_by_products_pays,
+    faster_formats,
     fastest_precision,
     low_rank_pays,
     one_matrix_pays,
     two_images_at_once_pay,
 )
-from lbp_peft.projection import OneMatrix, Projection, projection
+from lbp_peft.instructions import Instructions, multiplies_bf16, multiplies_int8, product_dtype
+from lbp_peft.projection import InFloat32, OneMatrix, Projection, projection
 from lbp_peft.tuner import layer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-AMX, AVX512_BF16, VNNI, NONE = (6.5, 9.0), (2.0, 4.0), (0.5, 4.0), (0.5, 0.5)
+NONE = Instructions()
+VNNI, AVX512_BF16 = Instructions(int8=True), Instructions(int8=True, bf16=True)
+AMX = Instructions(int8=True, bf16=True, amx=True)
 FLOAT, BF16 = torch.float32, torch.bfloat16
 
 
 @pytest.fixture
 def processor(monkeypatch):
-    """Sets what the processor's instructions allow."""
-    return lambda rates: monkeypatch.setattr(cost, "_cpu_rates", lambda: rates)
+    """Sets what instructions the processor has."""
+    return lambda found: monkeypatch.setattr(instructions, "of_cpu", lambda: found)
 
 
 @pytest.mark.parametrize(
-    ("rates", "shape", "dtype", "expected"),
+    ("found", "shape", "dtype", "expected"),
     [
         (AMX, (1576, 3072, 768), FLOAT, "bf16"),
         (AMX, (1576, 3072, 768), BF16, "full"),
@@ -47,12 +51,13 @@ def processor(monkeypatch):
         (VNNI, (20, 3072, 768), FLOAT, "full"),
         (NONE, (1576, 3072, 768), FLOAT, "full"),
         (NONE, (1576, 3072, 768), BF16, "full"),
+        (VNNI, (1576, 3072, 768), BF16, "int8"),
         (AMX, (1576, 3072, 768), torch.float16, "full"),
         (AMX, (1576, 3072, 768), torch.float64, "full"),
     ],
 )
-def test_the_precision_follows_instructions_and_shape(processor, rates, shape, dtype, expected):
-    processor(rates)
+def test_the_precision_follows_instructions_and_shape(processor, found, shape, dtype, expected):
+    processor(found)
     assert fastest_precision(*shape, dtype, CPU) == expected
 
 
@@ -65,7 +70,7 @@ def test_on_gpus_the_precision_follows_the_capability(monkeypatch, capability, e
 
 
 @pytest.mark.parametrize(
-    ("rates", "features", "dtype", "pays"),
+    ("found", "features", "dtype", "pays"),
     [
         (AMX, (384, 384), FLOAT, True),
         (AMX, (64, 256), FLOAT, False),
@@ -74,11 +79,13 @@ def test_on_gpus_the_precision_follows_the_capability(monkeypatch, capability, e
         (AMX, (3072, 768), BF16, True),
         (AVX512_BF16, (384, 384), BF16, True),
         (NONE, (384, 384), FLOAT, True),
+        (NONE, (384, 384), BF16, True),  # what is exact is slow there
+        (VNNI, (384, 384), BF16, True),
         (NONE, (128, 128), FLOAT, False),
     ],
 )
-def test_narrow_layers_do_not_pay(processor, rates, features, dtype, pays):
-    processor(rates)
+def test_narrow_layers_do_not_pay(processor, found, features, dtype, pays):
+    processor(found)
     assert low_rank_pays(8, 197, 41, *features, dtype, CPU) is pays
 
 
@@ -88,28 +95,105 @@ def test_on_images_layers_have_to_be_wider(processor):
     assert not low_rank_pays(8, 196, 40, 448, 448, FLOAT, CPU, on_images=True)
 
 
+@pytest.mark.parametrize(
+    ("names", "limit", "expected"),
+    [
+        (["amx_tile", "avx512_bf16", "vnni"], "default", AMX),
+        (["amx_tile", "avx512_bf16", "avx512_fp16", "vnni"], "default", AMX._replace(fp16=True)),
+        (["avx512_bf16", "vnni"], "all", AVX512_BF16),
+        (["avx512_bf16", "vnni"], "no value of oneDNN's", AVX512_BF16),  # which ignores such
+        (["vnni"], "default", VNNI),
+        ([], "default", NONE),
+        (["avx_vnni", "avx_ne_convert"], "default", NONE),
+        (["amx_tile", "avx512_bf16", "avx512_fp16", "vnni"], "avx512_core_fp16", AVX512_BF16._replace(fp16=True)),
+        (["amx_tile", "avx512_bf16", "avx512_fp16", "vnni"], "avx512_core_bf16", AVX512_BF16),
+        (["amx_tile", "avx512_bf16", "vnni"], "avx512_core_vnni", VNNI),
+        (["amx_tile", "avx512_bf16", "vnni"], "avx512_core", NONE),
+        (["amx_tile", "avx512_bf16", "vnni"], "avx2_vnni", NONE),
+        (["amx_tile", "avx512_bf16", "vnni"], "avx2", NONE),
+    ],
+)
+def test_instructions_are_those_of_the_processor_below_the_limit_of_onednn(names, limit, expected):
+    assert instructions._instructions(lambda name: name in names, limit) == expected
+
+
 def test_the_processor_is_asked_for_its_instructions(monkeypatch):
     def having(*names):
         for name in ("amx_tile", "avx512_bf16", "vnni"):
             monkeypatch.setattr(torch.cpu, f"_is_{name}_supported", lambda found=name in names: found, raising=False)
-        return cost._cpu_rates()
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: dict.fromkeys(names, True), raising=False)
+        return instructions._instructions(instructions._has, "default")
 
     assert having("amx_tile", "avx512_bf16", "vnni") == AMX
-    assert having("avx512_bf16", "vnni") == AVX512_BF16
+    assert having("avx512_bf16", "avx512_fp16", "vnni") == AVX512_BF16._replace(fp16=True)
     assert having("vnni") == VNNI and having() == NONE
-    for name in ("amx_tile", "avx512_bf16", "vnni"):  # an older PyTorch
-        monkeypatch.delattr(torch.cpu, f"_is_{name}_supported")
-    assert cost._cpu_rates() == NONE
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported", "_is_vnni_supported", "get_capabilities"):
+        monkeypatch.delattr(torch.cpu, name)  # an older PyTorch
+    assert instructions._instructions(instructions._has, "default") == NONE
 
 
 def test_what_the_processor_says_of_itself_is_what_is_found():
     cpuinfo = Path("/proc/cpuinfo")
     if not (cpuinfo.exists() and "avx2" in cpuinfo.read_text()):
         pytest.skip("no x86 processor that tells its instructions")
-    flags = cpuinfo.read_text()
-    of_bf16, of_int8 = cost._cpu_rates()
-    assert (of_bf16 > 1) == ("avx512_bf16" in flags or "amx_tile" in flags)
-    assert (of_int8 > 1) == ("avx512_vnni" in flags or "amx_tile" in flags)
+    flags, found = cpuinfo.read_text(), instructions._instructions(instructions._has, "default")
+    assert found.bf16 == ("avx512_bf16" in flags or "amx_tile" in flags)
+    assert found.int8 == ("avx512_vnni" in flags or "amx_tile" in flags)
+    if hasattr(torch.cpu, "get_capabilities"):
+        assert found.fp16 == ("avx512_fp16" in flags)
+
+
+@pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_what_onednn_may_not_use_does_not_count(variable, monkeypatch):
+    monkeypatch.setenv(variable, "AVX2")
+    instructions._of_this_machine.cache_clear()
+    try:
+        assert instructions.of_cpu() == NONE
+    finally:
+        instructions._of_this_machine.cache_clear()
+
+
+def test_without_onednn_there_are_no_instructions():
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert instructions.of_cpu() == NONE
+
+
+def test_the_dtype_of_a_product_is_float32_where_there_are_no_instructions_for_it(processor):
+    processor(NONE)
+    dtypes = {BF16: FLOAT, torch.float16: FLOAT, FLOAT: FLOAT, torch.float64: torch.float64}
+    assert {dtype: product_dtype(dtype, CPU) for dtype in dtypes} == dtypes
+    processor(AMX._replace(fp16=True))
+    assert all(product_dtype(dtype, CPU) == dtype for dtype in dtypes)
+
+
+@pytest.mark.parametrize(("capability", "bf16", "int8"), [((9, 0), True, True), ((7, 5), False, True),
+                                                          ((7, 0), False, False)])  # fmt: skip
+def test_gpus_are_known_by_their_capability(monkeypatch, capability, bf16, int8):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert (multiplies_bf16(GPU), multiplies_int8(GPU)) == (bf16, int8)
+    assert product_dtype(BF16, GPU) == (BF16 if bf16 else FLOAT) and product_dtype(torch.float16, GPU) == torch.float16
+
+
+def test_nothing_is_taken_for_granted_of_other_devices(processor):
+    processor(AMX)
+    for name in ("mps", "xpu"):
+        device = torch.device(name)
+        assert not multiplies_bf16(device) and not multiplies_int8(device) and product_dtype(BF16, device) == BF16
+
+
+@pytest.mark.parametrize(
+    ("found", "dtype", "expected"),
+    [
+        (AVX512_BF16, FLOAT, ["bf16", "int8"]),
+        (AVX512_BF16, BF16, ["int8"]),
+        (VNNI, FLOAT, ["int8"]),
+        (NONE, FLOAT, []),
+        (NONE, BF16, []),
+    ],
+)
+def test_formats_that_help_are_those_with_instructions(processor, found, dtype, expected):
+    processor(found)
+    assert faster_formats(dtype, CPU) == expected
 
 
 # In a model
@@ -138,6 +222,41 @@ def test_auto_is_the_default_and_leaves_narrow_layers_exact_with_one_warning(mon
     assert "narrow" in ran["o_proj"].why_exact and ran["fc1"].precision == "int8" and ran["fc2"].precision == "full"
     assert ran["fc1"].kept_for_weight == ran["fc2"].kept_for_weight == 11
     assert not ran["fc2"].why_exact
+
+
+@pytest.mark.own_choice
+@pytest.mark.parametrize(
+    ("found", "formats"), [(NONE, ""), (VNNI, ' \\(or "int8"\\)'), (AMX, ' \\(or "bf16", "int8"\\)')]
+)
+def test_the_warning_of_narrow_layers_names_only_what_helps_on_this_machine(monkeypatch, processor, found, formats):
+    processor(found)
+    monkeypatch.setattr(layer, "low_rank_pays", lambda *_: False)
+    with pytest.warns(UserWarning, match=rf'set grad_input="full"{formats}\.$'):
+        gradients(adapted(), images())
+
+
+@pytest.mark.parametrize("found", [NONE, VNNI, AVX512_BF16])
+@pytest.mark.parametrize("way", ["autocast", "model"])
+def test_a_model_in_bfloat16_is_said_to_be_slow_where_it_is(processor, found, way):
+    processor(found)
+    model, x = adapted(grad_input="full"), images()
+    if way == "model":
+        model, x = model.to(BF16), x.to(BF16)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        for _ in range(2):
+            with torch.autocast("cpu", BF16, enabled=way == "autocast"):
+                model(x).logits.sum().backward()
+    said = [str(w.message) for w in caught if "bfloat16" in str(w.message)]
+    assert len(said) == (0 if found.bf16 else 1)
+    assert all("q_proj" in text and "no instructions" in text and "Train in float32" in text for text in said)
+
+
+def test_a_model_in_float32_is_not_said_to_be_slow(processor):
+    processor(NONE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        gradients(adapted(grad_input="full"), images())
 
 
 @pytest.mark.own_choice
@@ -212,10 +331,37 @@ def test_batches_of_many_sizes_need_one_graph(width):
 # Projections and attention
 
 
-@pytest.mark.parametrize(("rates", "dtype", "most"), [(AMX, BF16, 208), (AVX512_BF16, BF16, 64), (NONE, BF16, 32),
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
+@pytest.mark.parametrize("r", [3, 30])
+def test_tokens_are_projected_in_float32_where_there_are_no_instructions(processor, r, dtype):
+    layout, bases = TokenLayout((16, 16), 1), BasisSet(r)
+    processor(AMX._replace(fp16=True))
+    tokens = torch.randn(2, 257, 8, generator=torch.Generator().manual_seed(0)).to(dtype)
+    fast = projection(layout, bases, dtype, CPU)
+    expected = fast.project(tokens)
+    processor(NONE)
+    slow = projection(layout, bases, dtype, CPU)
+    assert type(slow) is InFloat32
+    found = slow.project(tokens)
+    assert found.dtype == expected.dtype == dtype
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.05)
+    torch.testing.assert_close(slow.lift(found), fast.lift(expected), rtol=0.02, atol=0.05)
+    torch.testing.assert_close(slow.sum(found), fast.sum(expected), rtol=0.02, atol=1.0)
+    wide = slow.of_dtype(FLOAT)
+    assert wide.dtype == FLOAT and type(wide) is not InFloat32
+    assert type(wide.of_dtype(dtype)) is InFloat32
+    assert slow.of_dtype(torch.float64).project(tokens.double()).dtype == torch.float64
+    image = tokens[:, 1:].transpose(1, 2).unflatten(2, (16, 16))
+    on_image = projection(TokenLayout((16, 16)), bases, dtype, CPU)
+    assert on_image.project_image(image).dtype == dtype
+    torch.testing.assert_close(on_image.project_image(image), found[:, 1:], rtol=0.02, atol=0.05)
+    assert on_image.lift_image(on_image.project_image(image)).shape == image.shape
+
+
+@pytest.mark.parametrize(("found", "dtype", "most"), [(AMX, BF16, 208), (AVX512_BF16, BF16, 64), (NONE, BF16, 32),
                                                       (AMX, FLOAT, 32)])  # fmt: skip
-def test_one_matrix_serves_few_coefficients(processor, rates, dtype, most):
-    processor(rates)
+def test_one_matrix_serves_few_coefficients(processor, found, dtype, most):
+    processor(found)
     assert one_matrix_pays(most, dtype, CPU) and not one_matrix_pays(most + 1, dtype, CPU)
 
 

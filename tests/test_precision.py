@@ -12,8 +12,10 @@ from test_other_linears import Mixer
 from test_pointwise import ConvMLP
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lbp_peft import LBPWHTConfig, exact_backward, layout_report, precision
+from lbp_peft import LBPWHTConfig, exact_backward, instructions, layout_report, precision
+from lbp_peft.instructions import Instructions
 from lbp_peft.precision import FULL, Precision, Rounded, outer, product, rescaled_product, rotated, rounded
 
 
@@ -122,6 +124,156 @@ def test_fp8_products_of_any_size(rows, inner, columns, monkeypatch):
         pytest.skip(f"no fp8 product on this CPU: {error}".splitlines()[0])
     assert found.shape == (rows, columns)
     assert relative(found, g.double() @ weight.double()) < 0.05
+
+
+# Rounding at any scale
+
+
+def of_few_bits(*shape, dtype):
+    """Multiples of 1/128 up to 1, in each row and column: no dtype loses bits of them near its smallest normal."""
+    matrix = (draw(*shape) * 40).round().clamp(-127, 127) / 128
+    matrix[:, 0] = matrix[0] = 1
+    return matrix.to(dtype)
+
+
+SMALLEST = {torch.float32: -126, torch.bfloat16: -126, torch.float16: -14}
+
+
+@pytest.mark.parametrize("dtype", SMALLEST)
+@pytest.mark.parametrize("into", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("compiling", [True, False])
+def test_rounding_is_the_same_at_every_scale(dtype, into, dim, compiling, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    matrix = of_few_bits(20, 48, dtype=dtype)
+    expected = rounded(matrix, into, dim)
+    largest = 15 if dtype == torch.float16 else 127
+    for exponent in (*range(SMALLEST[dtype], SMALLEST[dtype] + 8), -10, 0, 10, largest):
+        found = rounded(matrix * 2.0**exponent, into, dim)
+        assert torch.equal(found.values.view(torch.int8), expected.values.view(torch.int8)), exponent
+        torch.testing.assert_close(found.scales.double(), expected.scales.double() * 2.0**exponent, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", SMALLEST)
+@pytest.mark.parametrize("rotation", [0, 16])
+@pytest.mark.parametrize("found", [Instructions(), Instructions(int8=True)])
+@pytest.mark.parametrize("compiling", [True, False])
+def test_int8_products_are_the_same_at_every_scale_of_the_gradient(dtype, rotation, found, compiling, monkeypatch):
+    monkeypatch.setattr(instructions, "of_cpu", lambda: found)
+    monkeypatch.setattr(torch, "_int_mm", exactly)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    g, weight = of_few_bits(20, 48, dtype=dtype), draw(48, 32, seed=1)
+    for exponent in (SMALLEST[dtype], SMALLEST[dtype] + 3, -10, 10):
+        larger = 2.0 ** (20 if exponent < -100 else 0)  # results are within the range of the dtype
+        result = product(g * 2.0**exponent, weight * larger, Precision("int8", rotation)).double() / larger
+        expected = (g.double() @ weight.double()) * 2.0**exponent
+        assert relative(result, expected) < 0.02, exponent
+
+
+def test_int8_products_are_the_same_at_every_scale_of_the_weight():
+    g, weight = draw(20, 48), of_few_bits(48, 32, dtype=torch.float32)
+    expected = product(g, weight, Precision("int8"))
+    for exponent in (-126, -120, -100, 100):
+        found = product(g * 16, weight * 2.0**exponent, Precision("int8"))
+        torch.testing.assert_close(found.double(), expected.double() * 2.0 ** (exponent + 4), rtol=1e-4, atol=0)
+
+
+def test_rows_of_all_scales_are_rounded_each_by_itself():
+    g = of_few_bits(20, 48, dtype=torch.float32)
+    scales = torch.tensor([2.0**-126, 1e-30, 1.0, 1e30, 0.0]).repeat(4)[:, None]
+    found = rounded(g * scales, torch.int8, 1)
+    assert torch.equal(found.values[scales[:, 0] > 0], rounded(g, torch.int8, 1).values[scales[:, 0] > 0])
+    assert (found.values[scales[:, 0] == 0] == 0).all() and found.scales.isfinite().all()
+
+
+# On a device without instructions for a format
+
+
+def exactly(left, right, out=None):
+    """What `torch._int_mm` gives where it is exact: on this machine it need not be."""
+    found = (left.double() @ right.double()).to(torch.int32)
+    return found if out is None else out.copy_(found)
+
+
+@pytest.mark.parametrize("inner", [1, 48, 1040, 1041, 3200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rotation", [0, 16])
+@pytest.mark.parametrize("compiling", [True, False])
+def test_without_instructions_int8_gives_the_same_bits(inner, dtype, rotation, compiling, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    g, weight = draw(450, inner, dtype=dtype), draw(inner, 24, seed=1)
+    g[0] = weight[:, 0] = 1  # all 127: sums beyond 2^24, with bits that float32 has to round
+    g[1, :-1] = weight[:-1, 1] = 0.999
+
+    def found(has):
+        monkeypatch.setattr(instructions, "of_cpu", lambda: Instructions(int8=has))
+        monkeypatch.setattr(torch, "_int_mm", exactly if has else None)  # not called
+        return product(g, weight, Precision("int8", rotation))
+
+    assert torch.equal(found(False), found(True))
+
+
+def test_sums_of_integers_do_not_depend_on_the_order():
+    """The largest sums that float32 is trusted with."""
+    terms = precision._EXACT_TERMS
+    assert terms == 1040 and 127**2 * terms < 2**24
+    left, right = torch.full((3, terms), 127.0), torch.full((terms, 5), -127.0)
+    right[-1] = -126  # an odd number: of this size only exact sums hit it
+    assert (left @ right == -(127**2 * (terms - 1) + 127 * 126)).all()
+
+
+class Products(TorchDispatchMode):
+    """The dtypes in which matrices were multiplied."""
+
+    def __init__(self):
+        super().__init__()
+        self.dtypes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(name in str(function) for name in ("mm", "bmm", "addmm", "_int_mm", "mv")):
+            self.dtypes.add(args[-1].dtype)
+        return function(*args, **kwargs or {})
+
+
+NARROW = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("name", ["full", "bf16", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW])
+@pytest.mark.parametrize("autocast", [True, False])
+def test_without_instructions_everything_is_multiplied_in_float32(name, dtype, autocast, monkeypatch):
+    monkeypatch.setattr(instructions, "of_cpu", Instructions)
+    g, weight = draw(2, 40, 96, dtype=dtype), draw(96, 32, seed=1, dtype=dtype)
+    expected = product(g, weight, Precision(name, 16))
+    if autocast and dtype == torch.float32 and name == "full":
+        return  # that is plain PyTorch's product, autocast included
+    with Products() as products, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = product(g, weight, Precision(name, 16))
+    assert products.dtypes == {torch.float32}
+    assert found.dtype == dtype and torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW])
+def test_without_instructions_bf16_and_full_give_the_numbers_of_their_format(dtype, monkeypatch):
+    g, weight = draw(40, 96, dtype=dtype), draw(96, 32, seed=1, dtype=dtype)
+    in_format = (g.to(torch.bfloat16).double() @ weight.to(torch.bfloat16).double()).float()
+    monkeypatch.setattr(instructions, "of_cpu", Instructions)
+    found = product(g, weight, Precision("bf16"))
+    assert torch.equal(found, found.to(torch.bfloat16).to(dtype))  # rounded to bfloat16, as by bfloat16 instructions
+    torch.testing.assert_close(found.float(), in_format, rtol=2**-8, atol=1e-5)
+    exact = (g.double() @ weight.double()).float()
+    torch.testing.assert_close(product(g, weight, FULL).float(), exact, rtol=2**-8, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", NARROW)
+def test_without_instructions_weight_gradients_are_multiplied_in_float32(dtype, monkeypatch):
+    monkeypatch.setattr(instructions, "of_cpu", Instructions)
+    grad, x = draw(2, 11, 24, dtype=dtype), draw(2, 11, 32, seed=1, dtype=dtype)
+    with Products() as products:
+        found = outer(grad, x)
+    assert products.dtypes == {torch.float32} and found.dtype == dtype
+    expected = torch.einsum("nko,nki->oi", grad.double(), x.double()).float()
+    torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=1e-5)
 
 
 # What is kept of W
@@ -260,6 +412,31 @@ BASES = {
 }
 
 
+@pytest.mark.parametrize("grad_input", ["full", "bf16", "int8", (10, "int8")])
+@pytest.mark.parametrize("dtype", [torch.float32, *NARROW])
+@pytest.mark.parametrize("kind", BASES)
+def test_without_instructions_low_rank_layers_multiply_in_float32(kind, grad_input, dtype, monkeypatch):
+    """All that they multiply in the backward pass: nothing else runs in it but what PyTorch's layers do themselves."""
+    base, x = BASES[kind]
+    torch.manual_seed(0)
+    model = adapted(base, grad_input=grad_input)
+    expected = gradients(model, x)
+    monkeypatch.setattr(instructions, "of_cpu", Instructions)
+    monkeypatch.setattr(torch, "_int_mm", None)
+    in_layers, plain = [], precision._product_of_one_dtype
+
+    def watched(left, right):
+        with Products() as products:
+            found = plain(left, right)
+        in_layers.append(products.dtypes)
+        return found
+
+    monkeypatch.setattr(precision, "_product_of_one_dtype", watched)
+    found = gradients(model.to(dtype), x.to(dtype))
+    assert {frozenset(dtypes) for dtypes in in_layers} == {frozenset({torch.float32})}
+    assert cosine({n: g.float() for n, g in found.items()}, expected) > (0.999 if dtype == torch.float32 else 0.99)
+
+
 @pytest.mark.parametrize("name", ["int8", "bf16"])
 @pytest.mark.parametrize("rank", [None, 10])
 @pytest.mark.parametrize("kind", BASES)
@@ -274,6 +451,20 @@ def test_gradients_are_near_those_of_full_precision(kind, rank, name):
     ran = [r for r in layout_report(model).layers.values() if not r.why_exact]
     # No input gradient is needed where nothing before is trained.
     assert {r.precision for r in ran[1:]} >= {name} and len(ran) >= 4
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_tiny_loss_has_the_gradients_of_a_usual_one(has, monkeypatch):
+    monkeypatch.setattr(instructions, "of_cpu", lambda: Instructions(int8=has))
+    monkeypatch.setattr(torch, "_int_mm", exactly)
+    model, found = adapted(grad_input="int8"), []
+    for scale in (1.0, 2.0**-110):  # the gradients of hidden states are some 1e-34 then
+        model.zero_grad()
+        (model(images()).logits.square().sum() * scale).backward()
+        named = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
+        found.append({n: grad.double() / scale for n, grad in named})
+    assert cosine(*found) > 0.9999
+    assert all(g.norm() > 0.99 * found[0][n].norm() for n, g in found[1].items())
 
 
 @pytest.mark.parametrize("settings", [{"target_modules": ["q_proj", "v_proj"]}, {"target_modules": "all-linear"}])
@@ -357,10 +548,14 @@ def test_under_autocast():
     assert cosine(found, expected) > 0.98
 
 
-def test_under_torch_compile():
+@pytest.mark.parametrize("integers", [True, False])
+def test_under_torch_compile(integers, monkeypatch):
     torch._dynamo.reset()
     model = adapted(lambda: tiny_vit(num_hidden_layers=1), grad_input="int8")
     expected = gradients(model, images())
+    if not integers:
+        monkeypatch.setattr(instructions, "of_cpu", Instructions)
+        monkeypatch.setattr(torch, "_int_mm", None)
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     model.zero_grad()
     logits = compiled(images()).logits
@@ -368,6 +563,23 @@ def test_under_torch_compile():
     (logits - goal).square().sum().backward()
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert cosine(found, expected) > 0.9999
+
+
+@pytest.mark.parametrize("grad_input", ["full", "int8", (10, "bf16")])
+def test_without_instructions_a_model_under_autocast_is_one_graph(grad_input, monkeypatch):
+    monkeypatch.setattr(instructions, "of_cpu", Instructions)
+    torch._dynamo.reset()
+    model = adapted(lambda: tiny_vit(num_hidden_layers=1), grad_input=grad_input)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    goal, found = None, []
+    for run in (model, compiled):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = run(images()).logits.float()
+        goal = torch.randn(logits.shape, generator=torch.Generator().manual_seed(9)) if goal is None else goal
+        (logits - goal).square().sum().backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    assert cosine(*found) > 0.999
 
 
 def test_the_report_says_which_products_are_rounded():

@@ -15,6 +15,9 @@ from ..walsh import walsh_functions
 from .launch import on_device_of, product, product_precision, tuned_over
 
 _MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+# As in `lbp_peft.precision`: the factor of a row is applied in two steps, neither of which leaves the range of float32.
+_SECOND_FACTOR = {torch.int8: 32.0, torch.float8_e4m3fn: 128.0}
+_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 _UNROTATED = 128  # columns of the tile that a row is laid out in
 
 
@@ -30,6 +33,8 @@ def round_kernel(
     columns,
     factor,
     LARGEST: tl.constexpr,
+    SECOND_FACTOR: tl.constexpr,
+    SMALLEST_NORMAL: tl.constexpr,
     ROTATE: tl.constexpr,
     TO_INTEGERS: tl.constexpr,
     GROUPS: tl.constexpr,
@@ -44,10 +49,10 @@ def round_kernel(
         signs = tl.load(hadamard + tl.arange(0, B)[:, None] * B + tl.arange(0, B)[None, :])
         x = product(x, signs, PRECISION) * factor
     x = x.to(tl.float32)
-    largest = tl.maximum(tl.max(tl.max(tl.abs(x), axis=1), axis=0), 1e-30)  # what is all zero stays zero
+    largest = tl.maximum(tl.max(tl.max(tl.abs(x), axis=1), axis=0), SMALLEST_NORMAL)  # what is all zero stays zero
     not_numbers = tl.sum(tl.sum((x != x).to(tl.int32), axis=1), axis=0)
     largest = tl.where(not_numbers > 0, float("nan"), largest)  # a maximum leaves them out: the row would seem finite
-    x = x * (LARGEST / largest)
+    x = x * (LARGEST / SECOND_FACTOR / largest) * SECOND_FACTOR
     if TO_INTEGERS:
         # Triton has no rounding to the nearest even integer, but at this size a float32 has no fraction.
         x = (x + 12582912.0) - 12582912.0
@@ -86,6 +91,8 @@ def round_rows(rows: Tensor, rotation: int, dtype: torch.dtype) -> tuple[Tensor,
             columns,
             block**-0.5,
             LARGEST=_MAX[dtype],
+            SECOND_FACTOR=_SECOND_FACTOR[dtype],
+            SMALLEST_NORMAL=_SMALLEST_NORMAL,
             ROTATE=rotate,
             TO_INTEGERS=dtype == torch.int8,
             GROUPS=triton.next_power_of_2(max(triton.cdiv(columns, block), 16 if rotate else 1)),

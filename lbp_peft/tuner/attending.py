@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..attention import AttentionByProducts
-from ..cost import multiplies_bf16
+from ..instructions import multiplies_bf16
 from .around import Around, blocks_with_layers, stand_around
 from .layer import LBPWHTLayer
 from .stacked import CHILD, Inside, LBPWHTStacked

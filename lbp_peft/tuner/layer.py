@@ -12,7 +12,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..bases import BasisSet, LayoutError, TokenLayout
-from ..cost import fastest_precision, low_rank_pays
+from ..cost import faster_formats, fastest_precision, low_rank_pays
+from ..instructions import product_dtype
 from ..layout import GridMismatchError, LayoutFinder, LayoutRecord, given_layout
 from ..precision import AUTO, FULL, Precision
 from ..projection import num_kept
@@ -138,6 +139,7 @@ class LBPWHTLayer(BaseTunerLayer):
 
     def _plan(self, x: Tensor, base: nn.Module, train_weight: bool, rule: BackwardRule) -> BackwardPlan | None:
         """How to prepare the backward pass; None where it has to be, or may as well be, exact."""
+        self._warn_of_slow_dtype(x)
         for_weight = rule.for_weight if train_weight else None
         for_input = rule.for_input if x.requires_grad else None
         precision = rule.precision if x.requires_grad else FULL
@@ -176,8 +178,7 @@ class LBPWHTLayer(BaseTunerLayer):
         kept_for_weight, kept_for_input = kept_for_weight or num_tokens, kept_for_input or num_tokens
         if plan.precision.name == AUTO:
             features = (base.weight.numel() // int(shape[-1]), int(shape[-1]))
-            device = x.device.type
-            dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+            dtype = _dtype_of_layer(x)
             on_images = x.dim() == 4 and shape != x.shape
             # What is compiled shall serve batches of all sizes.
             num_images = _USUAL_BATCH if torch.compiler.is_compiling() else math.prod(shape[:-1]) // num_tokens
@@ -202,11 +203,27 @@ class LBPWHTLayer(BaseTunerLayer):
     def _leave_exact(self, x: Tensor, layout: TokenLayout | None) -> None:
         why = "exact backpropagation is faster for so narrow a layer"
         self._note(x, why, layout)
+        faster = [f'"{name}"' for name in faster_formats(_dtype_of_layer(x), x.device)]
+        or_faster = f" (or {', '.join(faster)})" if faster else ""
         self.finder.warn_once(
             why,
             f'{self.layer_name} uses exact backpropagation, as do any layers like it: {why}, so grad_input="auto" '
-            'chose it. To save memory there all the same, set grad_input="full" (or "bf16", "int8").',
+            f'chose it. To save memory there all the same, set grad_input="full"{or_faster}.',
         )
+
+    def _warn_of_slow_dtype(self, x: Tensor) -> None:
+        """Say it where the whole model, forward pass included, takes far longer than in float32."""
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        dtype = _dtype_of_layer(x)
+        if product_dtype(dtype, x.device) != dtype:
+            name = str(dtype).removeprefix("torch.")
+            self.finder.warn_once(
+                f"slow {name}",
+                f"{self.layer_name} and the layers like it run in {name}, for which this CPU has no instructions that "
+                "PyTorch uses. Matrix products of the whole model take several times as long as in float32. Train in "
+                "float32: without autocast, with a model in torch.float32.",
+            )
 
     def _of_full_precision(self, x: Tensor, plan: BackwardPlan | None) -> BackwardPlan | None:
         """The plan for a layer whose product g W is not ours to round, since it is run again as it is."""
@@ -292,6 +309,12 @@ class LBPWHTLayer(BaseTunerLayer):
             self.last_backward = BackwardPass(
                 num_tokens, layout, kept_for_weight or num_tokens, kept_for_input or num_tokens, why_exact, precision
             )
+
+
+def _dtype_of_layer(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer works on x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _num_tokens(shape: torch.Size) -> int:
