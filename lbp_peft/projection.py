@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import kernels
 from .bases import BasisSet, TokenLayout, bases_along, check_side, grid_bases, num_bases, unrolled_order
+from .bounded import BoundedCache
 from .cost import one_matrix_pays, two_images_at_once_pay
 
 
@@ -50,7 +51,7 @@ def _values(name: str, height: int, width: int, r: int, block_size: int, selecti
     return getattr(grid_bases((height, width), BasisSet(r, block_size, selection, boundary)), name).tolist()
 
 
-_matrices: dict[tuple, Tensor] = {}
+_matrices: BoundedCache[tuple, Tensor] = BoundedCache(512)
 
 
 def _matrix(name: str, grid: tuple[int, int], bases: BasisSet, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -59,30 +60,32 @@ def _matrix(name: str, grid: tuple[int, int], bases: BasisSet, dtype: torch.dtyp
         values = _values(name, *grid, bases.r, bases.block_size, bases.selection, bases.boundary)
         return torch.tensor(values, dtype=dtype, device=device)
     key = (name, grid, bases, dtype, device)
-    if key not in _matrices:
+    matrix = _matrices.get(key)
+    if matrix is None:
         # from_numpy, unlike torch.tensor, ignores a default device; inference tensors could not be saved for backward.
         with torch.inference_mode(False), torch.no_grad():
             matrix = torch.from_numpy(getattr(grid_bases(grid, bases), name)).to(device, dtype)
         if type(matrix) is not Tensor:  # a tracer's fake tensor must not outlive the tracing
             return matrix
         _matrices[key] = matrix
-    return _matrices[key]
+    return matrix
 
 
-_orders: dict[tuple, tuple[Tensor, Tensor]] = {}
+_orders: BoundedCache[tuple, tuple[Tensor, Tensor]] = BoundedCache(64)
 
 
 def _order(layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor]:
     """Indices that bring unrolled tokens row by row, and back."""
     key = (layout, device)
-    if key not in _orders:
+    order = _orders.get(key)
+    if order is None:
         with torch.inference_mode(False):
             back = torch.from_numpy(unrolled_order(layout)).to(device)
-            _orders[key] = (back.argsort(), back)
-    return _orders[key]
+            order = _orders[key] = (back.argsort(), back)
+    return order
 
 
-_wholes: dict[tuple, Tensor] = {}
+_wholes: BoundedCache[tuple, Tensor] = BoundedCache(64)
 
 
 def _whole_matrix(name: str, layout: TokenLayout, bases: BasisSet, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -90,7 +93,8 @@ def _whole_matrix(name: str, layout: TokenLayout, bases: BasisSet, dtype: torch.
     if torch.compiler.is_compiling():  # made in each pass: to hold it, the graph would take a list of its values
         return _whole_matrix_compiled(name, layout, bases, device).to(dtype)
     key = (name, layout, bases, dtype, device)
-    if key not in _wholes:
+    matrix = _wholes.get(key)
+    if matrix is None:
         on_grid = getattr(grid_bases(layout.grid, bases), f"dense_{name}")()
         if layout.unrolled:
             on_grid = on_grid[:, unrolled_order(layout)]
@@ -104,7 +108,7 @@ def _whole_matrix(name: str, layout: TokenLayout, bases: BasisSet, dtype: torch.
         if type(matrix) is not Tensor:
             return matrix
         _wholes[key] = matrix
-    return _wholes[key]
+    return matrix
 
 
 def _whole_matrix_compiled(name: str, layout: TokenLayout, bases: BasisSet, device: torch.device) -> Tensor:

@@ -123,7 +123,7 @@ def leave(host: Any) -> None:
     delattr(host, CHILD)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _hosting(plain_class: Any) -> Any:
     """The class, but for its forward method. Copies and pickles of its instances are made by way of the plain one."""
 
