@@ -14,6 +14,7 @@ from ..grid import GridFinder
 from ..hints import is_of_text, why_off_grid, window_near
 from ..precision import forget
 from .attending import attend_by_products
+from .calling import onloaded
 from .checks import check_modules_to_save, check_targets, is_adapted_linear
 from .compressed import compress_activations
 from .config import LBPWHTConfig
@@ -92,10 +93,11 @@ def create_and_replace(
     else:
         finder = grid_finder(tuner.model)
         train, inference = config.train_base_weight, config.inference_mode
-        layer = _layer_class(target)(target, finder, current_key, adapter_name, rule, train, inference)
-        if adapter_name not in tuner.active_adapters:  # an additional adapter is not trained until it is activated
-            layer.requires_grad_(False)
-        tuner._replace_module(parent, target_name, layer, target)
+        with onloaded(target):  # the adapter's weights go to the device of the target's
+            layer = _layer_class(target)(target, finder, current_key, adapter_name, rule, train, inference)
+            if adapter_name not in tuner.active_adapters:  # an additional adapter is not trained until it is activated
+                layer.requires_grad_(False)
+            tuner._replace_module(parent, target_name, layer, target)
 
 
 def _layer_class(target: nn.Module) -> type[LBPWHTLinear]:
