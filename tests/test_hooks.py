@@ -226,6 +226,19 @@ def test_a_flop_counter_does_not_change_what_is_counted(way):
     assert largest_difference(found, expected) < 1e-6 and str(layout_report(model)) == report
 
 
+def test_a_replaced_forward_method_of_a_lora_layer_is_told_of():
+    model = get_peft_model(tiny_vit(), LoraConfig(**LORA))
+    host = model.base_model.model.vit.layers[1].attention.o_proj
+    plain = host.forward
+    host.forward = lambda x: 2 * plain(x)
+    expected = gradients(model.train(), images())
+    with pytest.warns(UserWarning, match=r"layers\.1\.attention\.o_proj uses exact backpropagation.* forward method"):
+        model = get_peft_model(model, LBPWHTConfig(r=64, grad_input="full", train_base_weight=False)).train()
+    found = gradients(model, images())
+    names = {name.rpartition("model.")[2]: grad for name, grad in found.items()}
+    assert largest_difference(names, {name.rpartition("model.")[2]: grad for name, grad in expected.items()}) < 1e-5
+
+
 def test_hooks_that_are_always_called():
     calls, base = [], tiny_vit()
 

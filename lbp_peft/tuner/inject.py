@@ -14,7 +14,7 @@ from ..grid import GridFinder
 from ..hints import is_of_text, why_off_grid, window_near
 from ..precision import forget
 from .attending import attend_by_products
-from .calling import onloaded
+from .calling import has_own_forward, onloaded
 from .checks import check_modules_to_save, check_targets, is_adapted_linear
 from .compressed import compress_activations
 from .config import LBPWHTConfig
@@ -90,6 +90,12 @@ def create_and_replace(
     elif isinstance(target, BaseTunerLayer) or _trained_by_others(target, tuner.model):
         inside = LBPWHTStacked(grid_finder(tuner.model), current_key, {adapter_name: rule})
         stand_inside(target, inside.train(target.training))
+        if has_own_forward(target):
+            inside.finder.warn_once(
+                "own forward",
+                f"{current_key} uses exact backpropagation, as do any layers like it: its forward method was replaced "
+                "on the instance, so LBP-WHT is never called. Replace it on the layer's class, or use a forward hook.",
+            )
     else:
         finder = grid_finder(tuner.model)
         train, inference = config.train_base_weight, config.inference_mode

@@ -129,8 +129,8 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
         self.check_base_weight_is_a_parameter()
         if is_offloaded(base):
             raise ValueError(
-                f"The base layer of {self.layer_name} is offloaded by accelerate, and its forward method was replaced on "
-                "the instance, so that no other weight can be put in. Undo either, or set train_base_weight=False."
+                f"The base layer of {self.layer_name} is offloaded by accelerate, and its forward method was replaced "
+                "on the instance, so that no other weight can be put in. Undo either, or set train_base_weight=False."
             )
         weight, bias = self._adapted_parameters()
         return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
