@@ -16,12 +16,8 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
-_GLOBAL_HOOKS: tuple[dict[int, Any], ...] = (
-    module_hooks._global_forward_pre_hooks,
-    module_hooks._global_forward_hooks,
-    module_hooks._global_backward_pre_hooks,
-    module_hooks._global_backward_hooks,
-)
+_before_all, _after_all = module_hooks._global_forward_pre_hooks, module_hooks._global_forward_hooks
+_before_all_backward, _after_all_backward = module_hooks._global_backward_pre_hooks, module_hooks._global_backward_hooks
 # DeepSpeed's hooks bring parameters from where they are, as reading these does too. PyTorch's own global hooks, such as
 # those of its FLOP counter, only note which module runs.
 _ONLY_BRING_PARAMETERS = "deepspeed."
@@ -37,13 +33,17 @@ WATCHED = (
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether somebody may see, or change, what goes in and out of a module when it is called."""
-    forward_pre, forward = module._forward_pre_hooks, module._forward_hooks
-    backward_pre, backward = module._backward_pre_hooks, module._backward_hooks
-    if forward_pre or forward or backward_pre or backward:
-        for hooks in (forward_pre, forward, backward_pre, backward):
-            if not _all_from(_ONLY_BRING_PARAMETERS, hooks):
-                return True
-    return any(hooks and not _all_from(_ONLY_NOTE, hooks) for hooks in _GLOBAL_HOOKS)
+    own = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    of_all: tuple[dict[int, Any], ...] = (_before_all, _after_all, _before_all_backward, _after_all_backward)
+    if not (any(own) or any(of_all)):  # nearly always
+        return False
+    only_bring = all(_all_from(_ONLY_BRING_PARAMETERS, hooks) for hooks in own)
+    return not (only_bring and all(_all_from(_ONLY_NOTE, hooks) for hooks in of_all))
 
 
 def _all_from(package: str, hooks: dict[int, Any]) -> bool:
