@@ -10,7 +10,7 @@ the same space as orthonormalising the cropped two-dimensional bases themselves.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 
 import numpy as np
 
@@ -181,7 +181,7 @@ def check_side(side: int, block_size: int, boundary: str) -> None:
         )
 
 
-@cache
+@lru_cache(maxsize=1024)
 def axis_blocks(side: int, block_size: int, boundary: str) -> tuple[AxisBlock, ...]:
     """Cut one side of the grid into blocks.
 
@@ -217,7 +217,7 @@ def axis_blocks(side: int, block_size: int, boundary: str) -> tuple[AxisBlock, .
     return tuple(blocks)
 
 
-@cache
+@lru_cache(maxsize=4096)
 def num_bases(grid: tuple[int, int], bases: BasisSet) -> int:
     """How many bases [`grid_bases`] keeps on a grid: the sum over blocks of min(r, tokens of the block)."""
     bases = bases_along(grid, bases)

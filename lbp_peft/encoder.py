@@ -10,8 +10,6 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-
-
 # What turns the encoder's tokens into answers. The name alone does not tell: such a part has no patch embedding.
 _AFTER_THE_ENCODER = re.compile(r"Decoder|Head$")
 

@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .bases import BasisSet, TokenLayout
-from .precision import FULL, Precision, kept_dtype, outer, product
+from .precision import FULL, Origin, Precision, kept_dtype, origin, outer, product
 from .projection import Projection, projection
 
 
@@ -82,8 +82,9 @@ class _How:
     cast_weight: torch.dtype | None = None
     precision: Precision = FULL
     layout: TokenLayout | None = None
-    # The parameter that the weight, and the tensor that x was cast from.
-    source: Callable[[], Tensor | None] = lambda: None
+    # Of the parameter that the weight is, or was cast from.
+    source: Origin | None = None
+    # The tensor that x was cast from.
     source_of_x: Callable[[], Tensor | None] = lambda: None
 
 
@@ -164,7 +165,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         small = tokens
     elif small is None or for_weight is None or for_input.bases != for_weight.bases:
         small = for_input.project_gradient(tokens)
-    into_x: Any = product(small, weight, ctx.how.precision, ctx.how.source()) if needs_x else None
+    into_x: Any = product(small, weight, ctx.how.precision, ctx.how.source) if needs_x else None
     for index, ((_, down, up), needed, scaling, owns_x) in enumerate(branches):
         if owns_x and needed[0]:
             gradients[3 + 4 * index] = _in_full((small @ up * scaling) @ down, for_input, grad, layout)
@@ -264,6 +265,13 @@ def cast_as_autocast_would(weight: Tensor, tensors: list[Any]) -> tuple[list[Any
     return [cast(t) for t in tensors], dtype if later else None
 
 
+def source_of_weight(weight: Tensor, parameter: Tensor | None, precision: Precision) -> Origin | None:
+    """Of the parameter that a weight is, or is a cast of; None where nothing is kept of it."""
+    if precision.name == "full" or torch.compiler.is_compiling():
+        return None
+    return origin(weight if parameter is None else parameter)
+
+
 def low_rank_linear(
     x: Tensor,
     weight: Tensor,
@@ -314,9 +322,9 @@ def low_rank_linear(
         precision,
         layout,
         *(
-            (lambda: None, lambda: None)
+            (None, lambda: None)
             if torch.compiler.is_compiling()
-            else (weakref.ref(weight if parameter is None else parameter), weakref.ref(source))
+            else (source_of_weight(weight, parameter, precision), weakref.ref(source))
         ),
     )
     return _LowRankLinear.apply(how, *tensors)

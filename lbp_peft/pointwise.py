@@ -5,8 +5,6 @@ The mathematics is that of [`lbp_peft.lowrank`], with the pixels for tokens; onl
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bases import BasisSet, TokenLayout
-from .lowrank import cast_as_autocast_would, once_differentiable
-from .precision import FULL, Precision, kept_dtype, outer, product
+from .lowrank import cast_as_autocast_would, once_differentiable, source_of_weight
+from .precision import FULL, Origin, Precision, kept_dtype, outer, product
 from .projection import Projection, projection
 
 
@@ -50,8 +48,7 @@ def low_rank_pointwise_conv(
     Returns:
         Shape (N, C_out, H, W) or (N, C_out, L).
     """
-    no_source = precision == FULL or torch.compiler.is_compiling()
-    source = (lambda: None) if no_source else weakref.ref(weight if parameter is None else parameter)
+    source = source_of_weight(weight, parameter, precision)
     (x, weight, bias), cast_weight = cast_as_autocast_would(weight, [x, weight, bias])
     if x.dim() == 4:
         layout = TokenLayout((x.shape[2], x.shape[3]))
@@ -68,7 +65,7 @@ class _How:
     for_input: Projection | None
     cast_weight: torch.dtype | None
     precision: Precision
-    source: Callable[[], Tensor | None]
+    source: Origin | None
 
 
 class _LowRankPointwise(torch.autograd.Function):
@@ -106,14 +103,14 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     if needs_x:
         matrix = weight.flatten(1)
         if for_input is None and ctx.how.precision != FULL:
-            rows = product(_rows(grad, None), matrix, ctx.how.precision, ctx.how.source())
+            rows = product(_rows(grad, None), matrix, ctx.how.precision, ctx.how.source)
             grad_x = rows.transpose(1, 2).unflatten(2, grad.shape[2:])
         elif for_input is None:
             grad_x = _convolution(grad)(grad, weight.to(grad.dtype).transpose(0, 1))
         else:
             if small is None or for_weight is None or for_input.bases != for_weight.bases:
                 small = _rows(grad, for_input, is_gradient=True)
-            small = product(small, matrix, ctx.how.precision, ctx.how.source())
+            small = product(small, matrix, ctx.how.precision, ctx.how.source)
             grad_x = for_input.lift_image(small) if grad.dim() == 4 else for_input.lift(small).transpose(1, 2)
     return [grad_x, grad_weight, grad.sum((0, *range(2, grad.dim()))) if needs_bias else None]
 

@@ -20,17 +20,19 @@ Beside it, the small product of the weight gradient is of factors in bfloat16.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import Tensor, UntypedStorage, nn
 
 from . import kernels
+from .bounded import BoundedCache
 from .instructions import multiplies_bf16, multiplies_int8, product_dtype
 from .walsh import walsh_functions
 
@@ -148,28 +150,29 @@ def _hadamard(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return matrix[sign_changes.argsort()] * block**-0.5
 
 
-_hadamards: dict[tuple, Tensor] = {}
+_hadamards: BoundedCache[tuple, Tensor] = BoundedCache(64)
 
 
 def _kept_hadamard(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     key = (block, dtype, device)
-    if key not in _hadamards:
+    matrix = _hadamards.get(key)
+    if matrix is None:
         matrix = torch.from_numpy(walsh_functions(block) * block**-0.5).to(device, dtype)
         if type(matrix) is not Tensor:  # a tracer's fake tensor must not outlive the tracing
             return matrix
         _hadamards[key] = matrix
-    return _hadamards[key]
+    return matrix
 
 
-def product(grad: Tensor, weight: Tensor, precision: Precision, source: Tensor | None = None) -> Tensor:
+def product(grad: Tensor, weight: Tensor, precision: Precision, source: Tensor | Origin | None = None) -> Tensor:
     """g W in a precision.
 
     Args:
         grad: Shape (..., C_out).
         weight: Shape (C_out, C_in), of any floating dtype.
         precision: See [`Precision`].
-        source: The parameter that `weight` is, or is a cast or a transpose of. On CPUs its copy in int8 is kept for
-            as long as it stays the same.
+        source: The parameter that `weight` is, or is a cast or a transpose of, or the [`origin`] of that parameter. On
+            CPUs its copy in int8 is kept for as long as it stays the same.
 
     Returns:
         Shape (..., C_in), of the dtype of `grad`.
@@ -334,26 +337,51 @@ def check_precision(precision: str, device: torch.device) -> None:
         )
 
 
-# Rounded copies of weights, with how they were rounded and the fingerprint of what was.
-_copies: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+class Origin(NamedTuple):
+    """Where the values of a parameter lie in memory. It keeps neither the parameter nor its memory alive.
+
+    It refers to the storage and not to the parameter, since a parameter with weak references cannot be swapped, which
+    is how `nn.Module.to` and `load_state_dict` may be told to convert parameters (`torch.__future__`).
+    """
+
+    storage: Callable[[], UntypedStorage | None]
+    offset: int
+
+
+def origin(source: Tensor | None) -> Origin | None:
+    """The origin of a parameter; None for any other tensor, of which no copy is kept."""
+    if not isinstance(source, nn.Parameter):
+        return None
+    return Origin(weakref.ref(source.untyped_storage()), int(source.storage_offset()))
+
+
+# Rounded copies of weights by storage and offset, with how they were rounded and the fingerprint of what was. They go
+# when the storage goes.
+_copies: weakref.WeakKeyDictionary[UntypedStorage, dict[int, tuple]] = weakref.WeakKeyDictionary()
 
 
 def forget(parameters: Iterable[Tensor]) -> None:
     """Free the copies that are kept of these, if any."""
     for parameter in parameters:
-        _copies.pop(parameter, None)
+        _copies.pop(parameter.untyped_storage(), None)
 
 
-def _rounded_weight(weight: Tensor, name: str, rotation: int, source: Tensor | None) -> Rounded:
+def _rounded_weight(weight: Tensor, name: str, rotation: int, source: Tensor | Origin | None) -> Rounded:
     # On other devices to wait for a fingerprint would take longer than to round again, and so it does for bf16.
     cheap = weight.device.type != "cpu" or name == "bf16"
-    if cheap or not isinstance(source, nn.Parameter) or torch.compiler.is_compiling():
+    if cheap or torch.compiler.is_compiling():
+        return _round_weight(weight, name, rotation)
+    place = origin(source) if isinstance(source, Tensor) else source
+    storage = None if place is None else place.storage()
+    if place is None or storage is None:
         return _round_weight(weight, name, rotation)
     key, fingerprint = (name, rotation, weight.dtype, weight.shape, weight.stride()), _fingerprint(weight)
-    kept = _copies.get(source)
+    copies = _copies.setdefault(storage, {})
+    kept = copies.get(place.offset)
     if kept is None or kept[0] != key or not torch.equal(kept[1], fingerprint):
-        kept = _copies[source] = (key, fingerprint, _round_weight(weight, name, rotation))
-    return kept[2]
+        kept = copies[place.offset] = (key, fingerprint, _round_weight(weight, name, rotation))
+    rounded_weight: Rounded = kept[2]
+    return rounded_weight
 
 
 def _fingerprint(weight: Tensor) -> Tensor:
@@ -365,7 +393,7 @@ def _fingerprint(weight: Tensor) -> Tensor:
     return torch.mv(weight.float().t(), torch.from_numpy(_weights_of_rows(len(weight))))
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _weights_of_rows(rows: int) -> np.ndarray:
     """Random numbers from 1 to 2: none leaves a row out, and no pattern among rows cancels."""
     return np.random.default_rng(0).uniform(1, 2, rows).astype(np.float32)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import kernels
 from .bases import BasisSet, TokenLayout, bases_along, check_side, grid_bases, num_bases
+from .bounded import BoundedCache
 from .cost import one_matrix_pays, two_images_at_once_pay
 from .instructions import product_dtype
 
@@ -51,7 +52,7 @@ def _values(name: str, height: int, width: int, r: int, block_size: int, selecti
     return getattr(grid_bases((height, width), BasisSet(r, block_size, selection, boundary)), name).tolist()
 
 
-_matrices: dict[tuple, Tensor] = {}
+_matrices: BoundedCache[tuple, Tensor] = BoundedCache(512)
 
 
 def _matrix(name: str, grid: tuple[int, int], bases: BasisSet, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -60,30 +61,32 @@ def _matrix(name: str, grid: tuple[int, int], bases: BasisSet, dtype: torch.dtyp
         values = _values(name, *grid, bases.r, bases.block_size, bases.selection, bases.boundary)
         return torch.tensor(values, dtype=dtype, device=device)
     key = (name, grid, bases, dtype, device)
-    if key not in _matrices:
+    matrix = _matrices.get(key)
+    if matrix is None:
         # from_numpy, unlike torch.tensor, ignores a default device; inference tensors could not be saved for backward.
         with torch.inference_mode(False), torch.no_grad():
             matrix = torch.from_numpy(getattr(grid_bases(grid, bases), name)).to(device, dtype)
         if type(matrix) is not Tensor:  # a tracer's fake tensor must not outlive the tracing
             return matrix
         _matrices[key] = matrix
-    return _matrices[key]
+    return matrix
 
 
-_orders: dict[tuple, tuple[Tensor, Tensor]] = {}
+_orders: BoundedCache[tuple, tuple[Tensor, Tensor]] = BoundedCache(64)
 
 
 def _order(layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor]:
     """Indices that bring tokens row by row, and back."""
     key = (layout, device)
-    if key not in _orders:
+    order = _orders.get(key)
+    if order is None:
         with torch.inference_mode(False):
             back = torch.tensor(layout.order, device=device)
-            _orders[key] = (back.argsort(), back)
-    return _orders[key]
+            order = _orders[key] = (back.argsort(), back)
+    return order
 
 
-_wholes: dict[tuple, Tensor] = {}
+_wholes: BoundedCache[tuple, Tensor] = BoundedCache(64)
 
 
 def _whole_matrix(name: str, layout: TokenLayout, bases: BasisSet, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -91,7 +94,8 @@ def _whole_matrix(name: str, layout: TokenLayout, bases: BasisSet, dtype: torch.
     if torch.compiler.is_compiling():  # made in each pass: to hold it, the graph would take a list of its values
         return _whole_matrix_compiled(name, layout, bases, device).to(dtype)
     key = (name, layout, bases, dtype, device)
-    if key not in _wholes:
+    matrix = _wholes.get(key)
+    if matrix is None:
         on_grid = getattr(grid_bases(layout.grid, bases), f"dense_{name}")()
         if layout.order:
             on_grid = on_grid[:, list(layout.order)]
@@ -105,7 +109,7 @@ def _whole_matrix(name: str, layout: TokenLayout, bases: BasisSet, dtype: torch.
         if type(matrix) is not Tensor:
             return matrix
         _wholes[key] = matrix
-    return _wholes[key]
+    return matrix
 
 
 def _whole_matrix_compiled(name: str, layout: TokenLayout, bases: BasisSet, device: torch.device) -> Tensor:

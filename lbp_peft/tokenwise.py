@@ -109,7 +109,10 @@ class _LowRankLayer(torch.autograd.Function):
         ctx.shapes = [z.shape for z in xs]
         ctx.dtypes = [z.dtype for z in xs]
         kept = [
-            rows_to_keep(z, how.for_weight and how.for_weight.of_dtype(z.dtype), layout=how.layout) if parameters else None for z in xs
+            rows_to_keep(z, how.for_weight and how.for_weight.of_dtype(z.dtype), layout=how.layout)
+            if parameters
+            else None
+            for z in xs
         ]
         ctx.save_for_backward(*kept, *parameters)
 

@@ -6,7 +6,7 @@ import gc
 import numpy as np
 import pytest
 import torch
-from models import gradients, images, largest_difference, layers_of, tiny_vit
+from models import forward, gradients, images, largest_difference, layers_of, tiny_vit
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from test_other_linears import Mixer
 from test_pointwise import ConvMLP
@@ -688,3 +688,62 @@ def test_what_a_tracer_saw_does_not_stay(rotation):
         seen = nn.Parameter(torch.empty(48, 32))
         product(torch.empty(4, 48), seen, how, seen)
     assert torch.equal(product(draw(4, 48), weight, how, weight), expected)
+
+
+# Parameters that are swapped
+
+
+LORA = {"r": 2, "target_modules": ["q_proj", "fc1"]}
+
+
+@pytest.fixture
+def swapping():
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("settings", [
+    {},
+    {"compress_activations": "int8"},
+    {"train_base_weight": False, "stack_on": LoraConfig(**LORA)},
+    {"train_base_weight": False, "stack_on": LoraConfig(**LORA, use_dora=True)},
+], ids=["alone", "compressed", "LoRA", "DoRA"])  # fmt: skip
+@pytest.mark.parametrize("grad_input", ["int8", "full"])
+def test_parameters_can_be_swapped_between_steps(settings, grad_input, swapping):
+    """Even while a loss is still at hand, whose graph remembers the parameters."""
+    model = adapted(grad_input=grad_input, **settings)
+    expected = gradients(model, images())
+    loss = forward(model, images()).sum()
+    loss.backward()
+    model.to(torch.float64)
+    wide = gradients(model, images().double())
+    assert cosine({name: grad.float() for name, grad in wide.items()}, expected) > 0.999
+    model.to(torch.float32)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    gradients(model, images())
+    model.load_state_dict(state)
+    model.load_state_dict(state, assign=True)
+    assert cosine(gradients(model, images()), expected) > 0.999
+
+
+@torch.no_grad()
+def test_a_swapped_weight_is_rounded_again(roundings, swapping):
+    layer = nn.Linear(8, 16)
+    g, how = draw(10, 16), Precision("int8")
+    before = product(g, layer.weight, how, layer.weight)
+    torch.utils.swap_tensors(layer.weight, nn.Parameter(3 * layer.weight))
+    torch.testing.assert_close(product(g, layer.weight, how, layer.weight), 3 * before)
+    assert len(roundings) == 2
+
+
+@torch.no_grad()
+def test_parameters_in_one_storage_have_a_copy_each(roundings):
+    """As sharded training lays them out."""
+    whole = draw(32, 8)
+    first, second = (nn.Parameter(part) for part in whole.split(16))
+    for _ in range(2):
+        found = [product(draw(10, 16), weight, Precision("int8"), weight) for weight in (first, second)]
+    expected = [product(draw(10, 16), weight, Precision("int8")) for weight in (first, second)]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    assert len(roundings) == 4

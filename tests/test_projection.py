@@ -70,9 +70,7 @@ def test_both_ways_agree_in_other_dtypes(dtype, bound):
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("bases", BASES, ids=name)
-@pytest.mark.parametrize(
-    "layout", [layout for layout in LAYOUTS if not (layout.num_outside or layout.order)], ids=name
-)
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if not (layout.num_outside or layout.order)], ids=name)
 def test_both_ways_agree_on_images(layout, bases, memory_format):
     by_axis, at_once = both(layout, bases)
     image = draw(2, 5, *layout.grid).contiguous(memory_format=memory_format)

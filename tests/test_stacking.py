@@ -186,7 +186,7 @@ def test_the_layer_run_again_gives_what_the_formulas_for_lora_give(kind, monkeyp
         _, model = adapted(*LORAS[kind], **settings)
         y, direct = backward(model, x, grad)
         with monkeypatch.context() as patched:
-            patched.setattr(stacked, "_branches", lambda host, x: None)
+            patched.setattr(stacked, "_lora_parts", lambda host, x: None)
             again_y, again = backward(model, x, grad)
         assert torch.equal(y, again_y)
         assert_same(again, direct)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -52,13 +52,13 @@ def num_coefficients(layout: TokenLayout, bases: BasisSet) -> int:
     return layout.num_outside + num_bases(layout.grid, bases)
 
 
-@cache
+@lru_cache(maxsize=64)
 def analysis(layout: TokenLayout, bases: BasisSet, dtype: torch.dtype, device: torch.device) -> Blocks:
     """From tokens to coefficients. With boundary="reflect" blocks also read tokens of their neighbours."""
     return _blocks("analysis", layout, bases, dtype, device)
 
 
-@cache
+@lru_cache(maxsize=64)
 def synthesis(layout: TokenLayout, bases: BasisSet, dtype: torch.dtype, device: torch.device) -> Blocks:
     """From coefficients to tokens, as the transpose of `matrix`. Every token of the grid is in exactly one block."""
     return _blocks("synthesis", layout, bases, dtype, device)

@@ -233,7 +233,9 @@ class LayoutFinder:
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ForwardPass:
         exact = self.exact
         if _in_backward():  # all of it is run again
-            exact = _the_only([other.exact for other in self._passes_to_rerun()], "the model", "exact_backward") or exact
+            exact = (
+                _the_only([other.exact for other in self._passes_to_rerun()], "the model", "exact_backward") or exact
+            )
         else:
             forget_rerun()
         inputs = named_inputs(module, args, kwargs)
@@ -414,7 +416,11 @@ def given_layout(
         given += [f"num_prefix_tokens={before}"] if before else []
         given += [f"num_suffix_tokens={after}"] if after else []
         total = num_tokens - rest + (before or 0) + (after or 0)
-        hint = f"If {rest} of them come before the grid, set num_prefix_tokens to that; else " if before is None and rest > 0 else ""
+        hint = (
+            f"If {rest} of them come before the grid, set num_prefix_tokens to that; else "
+            if before is None and rest > 0
+            else ""
+        )
         raise GridMismatchError(
             f"{' and '.join(given)} makes {total} tokens, but {num_tokens} arrived. {hint}"
             "correct grid_size, or leave it out to have the grid found from the model and the image."

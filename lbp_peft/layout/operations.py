@@ -43,12 +43,53 @@ _PLAIN_NAMES = {
 
 # Operations that make tensors of nothing but numbers, none of them by chance or from values that came from elsewhere.
 DATA_INDEPENDENT = frozenset(
-    "arange zeros ones full eye empty linspace logspace range tril_indices triu_indices new_zeros new_ones new_full "
-    "new_empty zeros_like ones_like full_like empty_like hann_window scalar_tensor empty_strided".split()
+    [
+        "arange",
+        "zeros",
+        "ones",
+        "full",
+        "eye",
+        "empty",
+        "linspace",
+        "logspace",
+        "range",
+        "tril_indices",
+        "triu_indices",
+        "new_zeros",
+        "new_ones",
+        "new_full",
+        "new_empty",
+        "zeros_like",
+        "ones_like",
+        "full_like",
+        "empty_like",
+        "hann_window",
+        "scalar_tensor",
+        "empty_strided",
+    ]
 )
 RANDOM = frozenset(
-    "rand randn randint randperm normal bernoulli multinomial poisson rand_like randn_like randint_like uniform random "
-    "exponential geometric cauchy log_normal gumbel_softmax rrelu".split()
+    [
+        "rand",
+        "randn",
+        "randint",
+        "randperm",
+        "normal",
+        "bernoulli",
+        "multinomial",
+        "poisson",
+        "rand_like",
+        "randn_like",
+        "randint_like",
+        "uniform",
+        "random",
+        "exponential",
+        "geometric",
+        "cauchy",
+        "log_normal",
+        "gumbel_softmax",
+        "rrelu",
+    ]
 )
 
 
@@ -84,11 +125,7 @@ def _run(function: Callable[..., Any], positions: Tensor | None, args: tuple, kw
     return None if positions is None else function(positions, *args, **{k: v for k, v in kwargs.items() if k != "out"})
 
 
-_moves(*"""
-    permute transpose swapaxes swapdims movedim moveaxis t adjoint squeeze unsqueeze flatten unflatten reshape ravel
-    view_as reshape_as expand expand_as broadcast_to repeat tile repeat_interleave narrow select diagonal roll flip fliplr
-    flipud rot90 chunk split split_with_sizes tensor_split unbind hsplit vsplit unfold tril triu
-""".split())  # fmt: skip
+_moves(*["permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "adjoint", "squeeze", "unsqueeze", "flatten", "unflatten", "reshape", "ravel", "view_as", "reshape_as", "expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave", "narrow", "select", "diagonal", "roll", "flip", "fliplr", "flipud", "rot90", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "hsplit", "vsplit", "unfold", "tril", "triu"])  # fmt: skip
 
 
 @rule("view")
@@ -201,7 +238,9 @@ def _picked_axes(index: Any, num_axes: int, tracer: Any) -> list[int]:
             axis += num_axes - consumed
             continue
         width = _num_consumed(part)
-        fixed = part is None or isinstance(part, (int, slice)) or (isinstance(part, Tensor) and tracer.is_constant(part))
+        fixed = (
+            part is None or isinstance(part, (int, slice)) or (isinstance(part, Tensor) and tracer.is_constant(part))
+        )
         if not fixed:
             picked += range(axis, axis + width)
         axis += width
@@ -229,7 +268,9 @@ def _setitem(tracer: Any, x: Tensor, index: Any, value: Any) -> Any:
     positions = _or_nowhere(tracer, x)
     new = _or_nowhere(tracer, value) if isinstance(value, Tensor) else torch.tensor(NOWHERE)
     picked = _picked_axes(index, x.dim(), tracer)
-    if picked and not (_same_along(positions, picked) and isinstance(value, Tensor) and _same_as(positions[index], new)):
+    if picked and not (
+        _same_along(positions, picked) and isinstance(value, Tensor) and _same_as(positions[index], new)
+    ):
         return None if picked and bool((compact(new) >= 0).any()) else positions
     if not isinstance(value, Tensor):  # a number in the place of some elements does not move them
         return positions
@@ -247,7 +288,9 @@ def _index_select(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     positions, name = tracer.positions(x), tracer.current_name
     if positions is None:
         return None
-    values = dict(zip(("indices", "dim") if name == "take_along_dim" else ("dim", "index"), args, strict=False)) | kwargs
+    values = (
+        dict(zip(("indices", "dim") if name == "take_along_dim" else ("dim", "index"), args, strict=False)) | kwargs
+    )
     index, axis = values.get("index", values.get("indices")), values.get("dim")
     if axis is None or not (tracer.is_constant(index) or _same_along(positions, [axis])):
         return None
@@ -277,13 +320,90 @@ def _element_wise(tracer: Any, *args: Any, **kwargs: Any) -> Any:
     return merged(operands, shape)
 
 
-for _name in """
-    add sub rsub mul div true_divide divide multiply subtract floor_divide remainder fmod pow float_power neg abs exp exp2
-    expm1 log log1p log2 log10 sqrt rsqrt square reciprocal sin cos tan tanh sinh cosh asin acos atan atan2 sigmoid
-    logsigmoid erf erfc erfinv sign sgn round floor ceil trunc frac clamp clip clamp_min clamp_max maximum minimum
-    fmax fmin where lerp addcmul addcdiv nan_to_num hypot logaddexp xlogy eq ne lt le gt ge isnan isinf isfinite
-    logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_xor bitwise_not
-""".split():
+for _name in [
+    "add",
+    "sub",
+    "rsub",
+    "mul",
+    "div",
+    "true_divide",
+    "divide",
+    "multiply",
+    "subtract",
+    "floor_divide",
+    "remainder",
+    "fmod",
+    "pow",
+    "float_power",
+    "neg",
+    "abs",
+    "exp",
+    "exp2",
+    "expm1",
+    "log",
+    "log1p",
+    "log2",
+    "log10",
+    "sqrt",
+    "rsqrt",
+    "square",
+    "reciprocal",
+    "sin",
+    "cos",
+    "tan",
+    "tanh",
+    "sinh",
+    "cosh",
+    "asin",
+    "acos",
+    "atan",
+    "atan2",
+    "sigmoid",
+    "logsigmoid",
+    "erf",
+    "erfc",
+    "erfinv",
+    "sign",
+    "sgn",
+    "round",
+    "floor",
+    "ceil",
+    "trunc",
+    "frac",
+    "clamp",
+    "clip",
+    "clamp_min",
+    "clamp_max",
+    "maximum",
+    "minimum",
+    "fmax",
+    "fmin",
+    "where",
+    "lerp",
+    "addcmul",
+    "addcdiv",
+    "nan_to_num",
+    "hypot",
+    "logaddexp",
+    "xlogy",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+    "isnan",
+    "isinf",
+    "isfinite",
+    "logical_and",
+    "logical_or",
+    "logical_not",
+    "logical_xor",
+    "bitwise_and",
+    "bitwise_or",
+    "bitwise_xor",
+    "bitwise_not",
+]:
     RULES[_name] = _element_wise
 
 
@@ -292,14 +412,67 @@ def _like_the_first(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     return tracer.positions(x)
 
 
-for _name in """
-    relu relu6 gelu silu mish softplus elu celu selu leaky_relu prelu hardswish hardsigmoid hardtanh hardshrink softshrink
-    tanhshrink softsign threshold dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout
-    feature_alpha_dropout softmax log_softmax softmin normalize layer_norm rms_norm group_norm batch_norm instance_norm
-    native_layer_norm local_response_norm to type float half bfloat16 double long int bool contiguous clone detach cpu
-    cuda type_as requires_grad alias resolve_conj
-    resolve_neg conj positive pin_memory
-""".split():
+for _name in [
+    "relu",
+    "relu6",
+    "gelu",
+    "silu",
+    "mish",
+    "softplus",
+    "elu",
+    "celu",
+    "selu",
+    "leaky_relu",
+    "prelu",
+    "hardswish",
+    "hardsigmoid",
+    "hardtanh",
+    "hardshrink",
+    "softshrink",
+    "tanhshrink",
+    "softsign",
+    "threshold",
+    "dropout",
+    "dropout1d",
+    "dropout2d",
+    "dropout3d",
+    "alpha_dropout",
+    "feature_dropout",
+    "feature_alpha_dropout",
+    "softmax",
+    "log_softmax",
+    "softmin",
+    "normalize",
+    "layer_norm",
+    "rms_norm",
+    "group_norm",
+    "batch_norm",
+    "instance_norm",
+    "native_layer_norm",
+    "local_response_norm",
+    "to",
+    "type",
+    "float",
+    "half",
+    "bfloat16",
+    "double",
+    "long",
+    "int",
+    "bool",
+    "contiguous",
+    "clone",
+    "detach",
+    "cpu",
+    "cuda",
+    "type_as",
+    "requires_grad",
+    "alias",
+    "resolve_conj",
+    "resolve_neg",
+    "conj",
+    "positive",
+    "pin_memory",
+]:
     RULES[_name] = _like_the_first
 
 
@@ -349,7 +522,25 @@ def _reduced(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     return [positions]
 
 
-for _name in "mean sum amax amin max min prod std var logsumexp norm vector_norm any all median nanmean nansum".split():
+for _name in [
+    "mean",
+    "sum",
+    "amax",
+    "amin",
+    "max",
+    "min",
+    "prod",
+    "std",
+    "var",
+    "logsumexp",
+    "norm",
+    "vector_norm",
+    "any",
+    "all",
+    "median",
+    "nanmean",
+    "nansum",
+]:
     RULES[_name] = _reduced
 
 
@@ -399,7 +590,9 @@ def _einsum(tracer: Any, equation: Any, *operands: Any) -> Any:
     terms = inputs.split(",")
     if not output or any("." in term for term in (*terms, output)):
         return None
-    sizes = {letter: n for term, x in zip(terms, operands, strict=True) for letter, n in zip(term, x.shape, strict=True)}
+    sizes = {
+        letter: n for term, x in zip(terms, operands, strict=True) for letter, n in zip(term, x.shape, strict=True)
+    }
     for term, x in zip(terms, operands, strict=True):
         positions = tracer.positions(x)
         if positions is None or len(set(term)) < len(term):
@@ -429,7 +622,14 @@ def _multi_head_attention(tracer: Any, query: Tensor, *args: Any, **kwargs: Any)
 
 @rule("conv1d", "conv2d", "conv3d")
 def _convolution(
-    tracer: Any, x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    tracer: Any,
+    x: Tensor,
+    weight: Tensor,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> Any:
     num_axes = weight.dim() - 2
     positions = tracer.positions(x)
@@ -450,7 +650,9 @@ def _convolution(
     return positions.expand(shape)
 
 
-def _windowed(positions: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool = False) -> Tensor:
+def _windowed(
+    positions: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool = False
+) -> Tensor:
     num_axes = len(kernel)
     for i in range(num_axes):
         axis, k = i - num_axes, int(kernel[i])
@@ -485,7 +687,9 @@ def _pool(
     ceil_mode = ceil_mode[0] if isinstance(ceil_mode, tuple) else ceil_mode
     num_axes = int(next(c for c in tracer.current_name if c in "123"))
     kernel = [_of_axis(kernel_size, i) for i in range(num_axes)]
-    return [_windowed(tracer.positions(x), kernel, kernel if stride in (None, []) else stride, padding, dilation, ceil_mode)]
+    return [
+        _windowed(tracer.positions(x), kernel, kernel if stride in (None, []) else stride, padding, dilation, ceil_mode)
+    ]
 
 
 @rule("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_avg_pool3d")
@@ -517,6 +721,6 @@ def _transposed_convolution(tracer: Any, result: Tensor, x: Tensor, weight: Tens
 
 
 # Rules that look at the result first: for its shape alone.
-RULES_BY_RESULT: dict[str, Callable[..., Any]] = {
-    name: _resized_like_result for name in ("interpolate", "upsample", "upsample_bilinear", "upsample_nearest")
-} | {name: _transposed_convolution for name in ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")}
+RULES_BY_RESULT: dict[str, Callable[..., Any]] = dict.fromkeys(
+    ("interpolate", "upsample", "upsample_bilinear", "upsample_nearest"), _resized_like_result
+) | dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed_convolution)

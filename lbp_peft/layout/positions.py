@@ -87,7 +87,9 @@ def mixed(positions: Tensor, axis: int) -> Tensor:
     Mixtures that would all lie at the same place of their image, as after pooling, have no position.
     """
     if positions.shape[axis] == 0:
-        return positions.new_full([1 if a == axis % positions.dim() else n for a, n in enumerate(positions.shape)], LOST)
+        return positions.new_full(
+            [1 if a == axis % positions.dim() else n for a, n in enumerate(positions.shape)], LOST
+        )
     if positions.shape[axis] == 1 or positions.stride(axis) == 0:
         return positions.narrow(axis, 0, 1)
     shape = list(positions.shape)
@@ -125,7 +127,9 @@ def merged(operands: list[Tensor], shape: torch.Size) -> Tensor:
     whole = [p for p in operands if _covers(p, shape)]
     if not whole:
         expanded = [p.expand(shape) for p in operands]
-        return expanded[0] if all(_equal(p, expanded[0]) for p in expanded) else expanded[0].new_tensor(LOST).expand(shape)
+        return (
+            expanded[0] if all(_equal(p, expanded[0]) for p in expanded) else expanded[0].new_tensor(LOST).expand(shape)
+        )
     result = whole[0].expand(shape)
     for other in whole[1:]:
         result = _merged_pair(result, other.expand(shape))

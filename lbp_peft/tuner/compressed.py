@@ -11,6 +11,7 @@ from transformers.activations import ACT2CLS
 
 from ..compress import compressed_layer
 from .around import Around, blocks_with_layers, stand_around
+from .calling import parts_are_watched
 from .layer import BackwardRule
 from .stacked import Plain
 
@@ -27,7 +28,7 @@ class LBPWHTCompressed(Around):
     def run(self, host: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The host's forward pass."""
         it_decides = torch.compiler.is_compiling()  # what to save
-        if it_decides or args or kwargs or not (x.requires_grad and self._is_active(host)):
+        if it_decides or args or kwargs or not (x.requires_grad and self._is_active(host)) or parts_are_watched(host):
             return type(host).plain_class.forward(host, x, *args, **kwargs)
         return compressed_layer(Plain(host), x)
 

@@ -13,6 +13,7 @@ from ..encoder import encoder_linears, is_pointwise_conv, is_transposed_linear
 from ..layout import LayoutFinder
 from ..precision import forget
 from .attending import attend_by_products
+from .calling import has_own_forward, onloaded
 from .checks import check_modules_to_save, check_targets, is_adapted_linear
 from .compressed import compress_activations
 from .config import LBPWHTConfig
@@ -88,13 +89,20 @@ def create_and_replace(
     elif isinstance(target, BaseTunerLayer) or _trained_by_others(target, tuner.model):
         inside = LBPWHTStacked(layout_finder(tuner.model), current_key, {adapter_name: rule})
         stand_inside(target, inside.train(target.training))
+        if has_own_forward(target):
+            inside.finder.warn_once(
+                "own forward",
+                f"{current_key} uses exact backpropagation, as do any layers like it: its forward method was replaced "
+                "on the instance, so LBP-WHT is never called. Replace it on the layer's class, or use a forward hook.",
+            )
     else:
         finder = layout_finder(tuner.model)
         train, inference = config.train_base_weight, config.inference_mode
-        layer = _layer_class(target)(target, finder, current_key, adapter_name, rule, train, inference)
-        if adapter_name not in tuner.active_adapters:  # an additional adapter is not trained until it is activated
-            layer.requires_grad_(False)
-        tuner._replace_module(parent, target_name, layer, target)
+        with onloaded(target):  # the adapter's weights go to the device of the target's
+            layer = _layer_class(target)(target, finder, current_key, adapter_name, rule, train, inference)
+            if adapter_name not in tuner.active_adapters:  # an additional adapter is not trained until it is activated
+                layer.requires_grad_(False)
+            tuner._replace_module(parent, target_name, layer, target)
 
 
 def _layer_class(target: nn.Module) -> type[LBPWHTLinear]:
@@ -131,4 +139,6 @@ def look_around(model: nn.Module) -> None:
 
 def layout_finder(model: nn.Module) -> LayoutFinder:
     """The one that all layers of the model share, whichever adapter brought them."""
-    return next((module.finder for module in model.modules() if isinstance(module, LBPWHTLayer)), None) or LayoutFinder()
+    return (
+        next((module.finder for module in model.modules() if isinstance(module, LBPWHTLayer)), None) or LayoutFinder()
+    )

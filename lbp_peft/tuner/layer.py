@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..bases import BasisSet, LayoutError, TokenLayout
+from ..bounded import BoundedCache
 from ..cost import faster_formats, fastest_precision, low_rank_pays
 from ..instructions import product_dtype
 from ..layout import GridMismatchError, LayoutFinder, LayoutRecord, given_layout
@@ -111,7 +112,7 @@ class LBPWHTLayer(BaseTunerLayer):
         self.last_backward: BackwardPass | None = None
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._why_not_token_wise: dict[Hashable, str] = {}
+        self._why_not_token_wise: BoundedCache[Hashable, str] = BoundedCache(16)
 
     # How to go backward
 
@@ -281,9 +282,10 @@ class LBPWHTLayer(BaseTunerLayer):
     def _is_token_wise(self, layer: nn.Module, x: Tensor, state: Hashable) -> bool:
         """Whether a layer that is no plain linear one can go backward on few rows; tried out once in each state."""
         state = (state, x.dtype, torch.is_autocast_enabled(x.device.type))
-        if state not in self._why_not_token_wise:
-            self._why_not_token_wise[state] = why_not_token_wise(layer, x.shape[-1], x.dtype, x.device)
-        if why := self._why_not_token_wise[state]:
+        why = self._why_not_token_wise.get(state)
+        if why is None:
+            why = self._why_not_token_wise[state] = why_not_token_wise(layer, x.shape[-1], x.dtype, x.device)
+        if why:
             self._fall_back(x, why, "Leave it out with exclude_modules to silence this.", cause=why)
         return not why
 

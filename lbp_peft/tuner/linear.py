@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from ..encoder import is_plain_linear
 from ..layout import LayoutFinder
 from ..lowrank import low_rank_linear
 from ..tokenwise import low_rank_layer
+from .calling import (
+    WATCHED,
+    call_with,
+    eagerly,
+    has_hooks,
+    has_own_forward,
+    has_to_be_called,
+    is_offloaded,
+    onloaded,
+    parts_are_watched,
+)
 from .layer import BackwardPlan, BackwardRule, LBPWHTLayer
 
 
@@ -54,34 +67,97 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
     ) -> None:
         """Add an adapter, whose weights start as the base layer's."""
         self.lbpwht_rule[adapter_name] = rule
-        if train_base_weight:
-            weight, bias = self._base_parameters()
-            self.lbpwht_weight[adapter_name] = nn.Parameter(weight.detach().clone())
-            if bias is not None:
-                self.lbpwht_bias[adapter_name] = nn.Parameter(bias.detach().clone())
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        with onloaded(self.get_base_layer()):
+            if train_base_weight:
+                weight, bias = self._base_parameters()
+                self.lbpwht_weight[adapter_name] = nn.Parameter(weight.detach().clone())
+                if bias is not None:
+                    self.lbpwht_bias[adapter_name] = nn.Parameter(bias.detach().clone())
+            self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.disable_adapters and self.merged:
-            self.unmerge()
+            with onload_layer(self):
+                self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(x)
         rule = self._active_rule(x)
         if rule is None and not self.weights_in_effect():
             return self.base_layer(x)
+        if "_hf_hook" not in vars(self.lbpwht_weight):
+            return self._compute(x, rule)
+        self._refuse_to_train_what_is_offloaded()
+        with onloaded(self.lbpwht_weight, self.lbpwht_bias):
+            return self._compute(x, rule)
+
+    def _compute(self, x: Tensor, rule: BackwardRule | None) -> Tensor:
+        if not self._is_plain(self.get_base_layer()) or has_own_forward(self.base_layer):
+            return self._run_base_layer(x, rule)
+        if not has_to_be_called(self.base_layer):
+            return self._multiply_adapted(rule, x)
+        forward = functools.partial(self._multiply_adapted, rule)
+        return eagerly(call_with, self.base_layer, forward, x)
+
+    def _multiply_adapted(self, rule: BackwardRule | None, x: Tensor) -> Tensor:
+        """In the place of a plain base layer's forward method."""
         weight, bias = self._adapted_parameters()
-        base = self.get_base_layer()
-        plan = None if rule is None else self._plan(x, base, weight.requires_grad, rule)
-        if self._is_plain(base):
-            if plan is None:
-                return self._multiply(x, weight, bias)
-            return self._noted(x, self._multiply_low_rank(x, weight, bias, plan))
-        plan = self._of_full_precision(x, plan)
-        if plan is None or not self._is_token_wise(self.base_layer, x, None):
-            return self.base_layer(x)
-        y = low_rank_layer(self.base_layer, x, plan.layout, plan.for_weight, plan.for_input, padding=plan.padding)
+        plan = None if rule is None else self._plan(x, self.get_base_layer(), weight.requires_grad, rule)
+        if plan is None:
+            return self._multiply(x, weight, bias)
+        return self._noted(x, self._multiply_low_rank(x, weight, bias, plan))
+
+    def _run_base_layer(self, x: Tensor, rule: BackwardRule | None) -> Tensor:
+        """Where the base layer computes something else, or in another way, than a plain one."""
+        base = self.base_layer
+        if self.weights_in_effect():
+            if rule is not None:
+                self._fall_back(x, *_OWN_FORWARD, cause=_OWN_FORWARD[0])
+            return functional_call(base, self._parameters_to_put_in(base), (x,))
+        plan = None
+        if rule is not None:
+            trains_weight = self._base_parameters()[0].requires_grad
+            plan = self._of_full_precision(x, self._plan(x, self.get_base_layer(), trains_weight, rule))
+        if plan is None:
+            return base(x)
+        if has_own_forward(base) or has_hooks(base) or parts_are_watched(base):
+            self._fall_back(x, *WATCHED, cause=WATCHED[0])
+            return base(x)
+        if not self._is_token_wise(base, x, None):
+            return base(x)
+        y = low_rank_layer(base, x, plan.layout, plan.for_weight, plan.for_input, padding=plan.padding)
         return self._noted(x, y)
+
+    def _parameters_to_put_in(self, base: nn.Module) -> dict[str, Tensor]:
+        self.check_base_weight_is_a_parameter()
+        if is_offloaded(base):
+            raise ValueError(
+                f"The base layer of {self.layer_name} is offloaded by accelerate, and its forward method was replaced "
+                "on the instance, so that no other weight can be put in. Undo either, or set train_base_weight=False."
+            )
+        weight, bias = self._adapted_parameters()
+        return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+
+    def check_base_weight_is_a_parameter(self) -> None:
+        """Raise ValueError where a parametrization or a hook computes it anew and would undo what is written to it."""
+        base = self.get_base_layer()
+        if "weight" not in base._parameters:
+            raise ValueError(
+                f"The weight of {self.layer_name} is computed by a parametrization or by pruning, so no other can be "
+                "put in its place. Make it a plain parameter first, with "
+                "torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove or "
+                "torch.nn.utils.remove_weight_norm."
+            )
+
+    def _refuse_to_train_what_is_offloaded(self) -> None:
+        trained = [p for parameters in (self.lbpwht_weight, self.lbpwht_bias) for p in parameters.values()]
+        trains = self.training and torch.is_grad_enabled() and any(p.requires_grad for p in trained)
+        if trains and is_offloaded(self.lbpwht_weight):
+            raise RuntimeError(
+                f"accelerate has offloaded the trained weights of {self.layer_name}, and would throw their gradients "
+                "away. Offload the base model before get_peft_model: the adapters' weights then stay on the device "
+                "that they are trained on."
+            )
 
     def _is_plain(self, base: nn.Module) -> bool:
         return is_plain_linear(base)
@@ -183,6 +259,7 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
         if not any(name in self.lbpwht_weight for name in names):
             self.merged_adapters = [*self.merged_adapters, *names]
             return
+        self.check_base_weight_is_a_parameter()
         with torch.no_grad():
             weight, bias = self._combined_parameters([*self.merged_adapters, *names])
             if safe_merge and not all(torch.isfinite(t).all() for t in (weight, bias) if t is not None):
@@ -215,6 +292,12 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
         _restore(base.weight, stash[0], merged[0], self.lbpwht_weight[name])
         if base.bias is not None:
             _restore(base.bias, stash[1], merged[1], self.lbpwht_bias[name])
+
+
+_OWN_FORWARD = (
+    "its forward method was replaced on the instance",
+    "Subclass the layer's type and exclude it, or replace the forward method of the module around it instead.",
+)
 
 
 def _plus_changes(base: Tensor, adapted: list[Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ from .checks import adapter_keys, check_modules_to_save, check_state_dict
 from .config import LBPWHTConfig
 from .inject import create_and_replace, leave_all, look_around, prepare
 from .layer import LBPWHTLayer
+from .linear import LBPWHTLinear
 from .report import LayoutReport, layout_report
 from .stack import KEYS, Stack, has_other_adapters, left_as_they_are, stack_beneath
 
@@ -121,6 +122,12 @@ class LBPWHTModel(BaseTuner):
         with left_as_they_are(model) if has_other_adapters(model) else nullcontext():
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         look_around(model)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for module in self.model.modules():  # all of them before the first is merged
+            if isinstance(module, LBPWHTLinear) and module.weights_in_effect():
+                module.check_base_weight_is_a_parameter()
 
     def _is_built(self) -> bool:
         return any(isinstance(module, LBPWHTLayer) for module in self.model.modules())

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -14,8 +16,19 @@ from ..bases import TokenLayout
 from ..encoder import is_plain_linear, is_pointwise_conv
 from ..layout import LayoutFinder
 from ..lowrank import Branch, low_rank_linear
+from ..precision import FULL
 from ..tokenwise import low_rank_layer
-from .layer import BackwardRule, LBPWHTLayer, check_image_layout
+from .calling import (
+    WATCHED,
+    eagerly,
+    forward_replaced,
+    has_own_forward,
+    has_to_be_called,
+    has_to_be_called_for,
+    is_offloaded,
+    parts_are_watched,
+)
+from .layer import BackwardPlan, BackwardRule, LBPWHTLayer, check_image_layout
 
 CHILD = "low_rank_backward"
 
@@ -73,15 +86,16 @@ class LBPWHTStacked(nn.Module, Inside, LBPWHTLayer):
     def run(self, host: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The host's forward pass."""
         plain = type(host).plain_class.forward
+        base = self._base_layer(host)
+        self._on_images = is_pointwise_conv(base)
         rule = None if self.disable_adapters or args or kwargs else self._active_rule(x)
         if rule is None:
             return plain(host, x, *args, **kwargs)
-        base = self._base_layer(host)
-        self._on_images = is_pointwise_conv(base)
         plan = self._plan(x, base, _is_trained(host), rule)
         if plan is None:
             return plain(host, x)
-        if not self._on_images and (branches := _branches(host, x)) is not None:
+        parts = None if self._on_images else _lora_parts(host, x)
+        if parts is not None and (base is host or not _have_to_be_called(base, parts, x)):
             y = low_rank_linear(
                 x,
                 base.weight,
@@ -89,13 +103,26 @@ class LBPWHTStacked(nn.Module, Inside, LBPWHTLayer):
                 plan.layout,
                 plan.for_weight,
                 plan.for_input,
-                branches,
+                _branches(host, x, parts),
                 plan.padding,
                 plan.precision,
             )
             return self._noted(x, y)
+        if parts is not None:
+            linears = [base, *(part for lora_parts in parts for part in (lora_parts.down, lora_parts.up))]
+            if any(part.weight.is_meta and not is_offloaded(part) for part in linears):
+                raise RuntimeError(
+                    f"The adapter in {self.layer_name} has no values and cannot be trained, since the base model was "
+                    "offloaded before it was adapted. Do not offload the model for training; for inference, adapt it "
+                    "first."
+                )
+            if not any(has_own_forward(part) for part in linears):
+                return self._noted(x, eagerly(_call_parts, host, x, linears, plan))
         plan = self._of_full_precision(x, plan)
         if plan is None:
+            return plain(host, x)
+        if parts_are_watched(host):
+            self._fall_back(x, *WATCHED, cause=WATCHED[0])
             return plain(host, x)
         layer = _ChannelsLast(Plain(host), x.dim()) if self._on_images else Plain(host)
         tokens = x.movedim(1, -1) if self._on_images else x
@@ -132,7 +159,7 @@ def leave(host: Any) -> None:
     delattr(host, CHILD)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=256)
 def _hosting(plain_class: Any) -> Any:
     """The class, but for its forward method. Copies and pickles of its instances are made by way of the plain one."""
 
@@ -191,8 +218,42 @@ def _state(host: Any) -> tuple:
     return tuple(str(getattr(host, name, None)) for name in names)
 
 
-def _branches(host: Any, x: Tensor) -> list[Branch] | None:
-    """The low-rank updates of a LoRA layer, or none of a plain one; None if it is any other layer.
+def _call_parts(host: Any, x: Tensor, linears: list[Any], plan: BackwardPlan) -> Tensor:
+    """The host's own forward pass, each of its linear parts with a low-rank backward pass of its own."""
+    base = linears[0]
+
+    def forward(part: Any, z: Tensor) -> Tensor:
+        if z.shape[:-1] != x.shape[:-1]:  # a hook made something else of the tokens
+            return F.linear(z, part.weight, part.bias)
+        takes_tokens = part.weight.shape[1] == base.weight.shape[1]  # others take r features of each
+        return low_rank_linear(
+            z,
+            part.weight,
+            part.bias,
+            plan.layout,
+            plan.for_weight,
+            plan.for_input if takes_tokens else None,
+            padding=plan.padding,
+            precision=plan.precision if part is base else FULL,
+        )
+
+    with ExitStack() as stack:
+        for part in linears:
+            stack.enter_context(forward_replaced(part, functools.partial(forward, part)))
+        return type(host).plain_class.forward(host, x)
+
+
+class _LoraParts(NamedTuple):
+    """The modules of one active adapter of a LoRA layer."""
+
+    down: Any
+    up: Any
+    dropout: Any
+    scaling: float
+
+
+def _lora_parts(host: Any, x: Tensor) -> list[_LoraParts] | None:
+    """Of each active adapter of a LoRA layer, none of a plain layer; None if it is any other layer.
 
     Written out they cost less than to run the layer again.
     """
@@ -204,7 +265,7 @@ def _branches(host: Any, x: Tensor) -> list[Branch] | None:
         return None if host.merged else []
     if host.merged:
         return []
-    branches = []
+    found = []
     for name in host.active_adapters:
         if name not in host.lora_A:
             continue
@@ -214,7 +275,25 @@ def _branches(host: Any, x: Tensor) -> list[Branch] | None:
             return None
         if down.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             return None  # the layer casts back and forth
+        found.append(_LoraParts(down, up, dropout, host.scaling[name]))
+    return found
+
+
+def _branches(host: Any, x: Tensor, parts: list[_LoraParts]) -> list[Branch]:
+    """The low-rank updates that these modules make."""
+    branches = []
+    for down, up, dropout, scaling in parts:
         drops = isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training
         own_x = dropout(host._cast_input_dtype(x, down.weight.dtype)) if drops else None
-        branches.append(Branch(down.weight, up.weight, up.bias, host.scaling[name], own_x))
+        branches.append(Branch(down.weight, up.weight, up.bias, scaling, own_x))
     return branches
+
+
+def _have_to_be_called(base: nn.Module, parts: list[_LoraParts], x: Tensor) -> bool:
+    """Whether it would be noticed, or fail, if the weights of the modules were read and they were not called."""
+    if has_to_be_called_for(base, x):
+        return True
+    return any(
+        has_to_be_called_for(down, x) or has_to_be_called_for(up, x) or has_to_be_called(dropout)
+        for down, up, dropout, _ in parts
+    )

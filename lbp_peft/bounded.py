@@ -1,0 +1,36 @@
+"""A cache that cannot grow without bound."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, TypeVar
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+_lock = threading.Lock()
+
+
+class BoundedCache(dict[Key, Value]):
+    """A dictionary that drops its oldest entry when it would hold more than `limit`.
+
+    Looking an entry up costs what it costs in any dictionary. Copies and pickles keep the limit.
+
+    Args:
+        limit: Most entries to hold.
+    """
+
+    limit = 64
+
+    def __init__(self, limit: int = 64):
+        super().__init__()
+        self.limit = limit
+
+    def __setitem__(self, key: Key, value: Value) -> None:
+        with _lock:
+            if key not in self and len(self) >= self.limit:
+                del self[next(iter(self))]
+            super().__setitem__(key, value)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.limit,), None, None, iter(self.items())
