@@ -16,6 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, _set_adapter
 from torch import Tensor, nn
 
 from .layer import LBPWHTLayer
+from .names import unmatched_modules_to_save
 from .wrappers import with_wrappers, without_wrappers
 
 KEYS = "stack_on."  # before the name of the adapter and its own key, in a checkpoint
@@ -53,6 +54,23 @@ class Stack:
         modules = self.base_model.modules()
         return [m for m in modules if isinstance(m, BaseTunerLayer) and not isinstance(m, LBPWHTLayer)]
 
+    @property
+    def tuner(self) -> Any:
+        """The other method's own tuner; None where transformers injected the adapters, which keeps none."""
+        return self.holder.base_model if isinstance(self.holder, PeftModel) else None
+
+    def train(self, mode: bool) -> None:
+        """Put the model and what the other method holds around it into training or evaluation mode."""
+        self.holder.train(mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters of the model on or off, with the warnings that the other method has for it."""
+        if enabled:
+            self.tuner.enable_adapter_layers()
+        else:
+            self.tuner.disable_adapter_layers()
+        self.holder._adapters_disabled = not enabled
+
     def set_adapter(self, names: list[str], inference_mode: bool = False) -> None:
         for layer in self._layers():
             if layer.merged:
@@ -81,12 +99,15 @@ class Stack:
 
     # Checkpoints
 
-    def describe(self) -> tuple[dict[str, PeftConfig], list[str]]:
-        """What [`build`] needs: copies of the configurations, and which adapters are active."""
+    def describe(self) -> tuple[dict[str, PeftConfig] | None, list[str] | None]:
+        """What [`build`] needs: copies of the configurations, and which adapters are active; None if there are none."""
         configs = {name: copy.deepcopy(config) for name, config in self.configs.items()}
         for config in configs.values():
             config.inference_mode = True
-        return configs, self.active_adapters
+            if saved := getattr(config, "modules_to_save", None):  # PEFT ignores names that match nothing
+                unmatched = unmatched_modules_to_save(self.base_model, saved, config.task_type)
+                config.modules_to_save = [name for name in saved if name not in unmatched]
+        return configs or None, self.active_adapters or None
 
     @staticmethod
     def build(model: nn.Module, configs: dict[str, PeftConfig], active: list[str], inference_mode: bool) -> Stack:
@@ -95,9 +116,15 @@ class Stack:
         for config in configs.values():
             config.inference_mode = inference_mode
         (first, config), *others = configs.items()
-        holder = PeftModel(model, config, first)
-        for name, config in others:
-            holder.add_adapter(name, config)
+        name = first
+        try:
+            holder = PeftModel(model, config, first)
+            for name, config in others:
+                holder.add_adapter(name, config)
+        except (TypeError, AttributeError, KeyError) as error:  # values that the other method does not check
+            raise ValueError(
+                f"The adapter of stack_on[{name!r}] cannot be made from its configuration: {error}"
+            ) from error
         stack = Stack(holder)
         if active and active != stack.active_adapters:
             stack.set_adapter(active, inference_mode)
