@@ -16,7 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, _set_adapter
 from torch import Tensor, nn
 
 from .layer import LBPWHTLayer
-from .names import unmatched_modules_to_save
+from .names import check_adapter_name, unmatched_modules_to_save
 from .wrappers import with_wrappers, without_wrappers
 
 KEYS = "stack_on."  # before the name of the adapter and its own key, in a checkpoint
@@ -116,15 +116,20 @@ class Stack:
         for config in configs.values():
             config.inference_mode = inference_mode
         (first, config), *others = configs.items()
-        name = first
+        name, trained = first, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         try:
             holder = PeftModel(model, config, first)
             for name, config in others:
                 holder.add_adapter(name, config)
-        except (TypeError, AttributeError, KeyError) as error:  # values that the other method does not check
-            raise ValueError(
-                f"The adapter of stack_on[{name!r}] cannot be made from its configuration: {error}"
-            ) from error
+        except Exception as error:
+            _remove_adapters(model)
+            for parameter, requires_grad in trained:
+                parameter.requires_grad = requires_grad
+            if isinstance(error, (TypeError, AttributeError, KeyError)):  # values that the other method does not check
+                raise ValueError(
+                    f"The adapter of stack_on[{name!r}] cannot be made from its configuration: {error}"
+                ) from error
+            raise
         stack = Stack(holder)
         if active and active != stack.active_adapters:
             stack.set_adapter(active, inference_mode)
@@ -211,6 +216,7 @@ def stack_beneath(model: nn.Module) -> Stack | None:
 
     Raises:
         TypeError: LBP-WHT cannot be put on such a model; the message says what to do instead.
+        ValueError: one of its adapters has a name that could not be loaded again.
     """
     if isinstance(model, PeftMixedModel):
         raise TypeError(
@@ -223,10 +229,31 @@ def stack_beneath(model: nn.Module) -> Stack | None:
             raise TypeError(f"LBP-WHT cannot be stacked on prompt learning ({model.peft_type.value}).")
         if isinstance(model.get_base_model(), PeftModel):
             raise TypeError("LBP-WHT can be stacked on one PeftModel, not on one inside another. Merge the inner one.")
-        return Stack(model)
+        return _with_names_that_can_be_saved(Stack(model))
     configs = getattr(model, "peft_config", None)
     others = configs and any(config.peft_type != PeftType.LBPWHT for config in configs.values())
-    return Stack(model) if others else None
+    return _with_names_that_can_be_saved(Stack(model)) if others else None
+
+
+def _with_names_that_can_be_saved(stack: Stack) -> Stack:
+    """A checkpoint holds the names of the adapters, and [`LBPWHTConfig`] refuses some of them on loading."""
+    for name in stack.configs:
+        check_adapter_name(name, "The model to stack on")
+    return stack
+
+
+def _remove_adapters(model: nn.Module) -> None:
+    """Put back the modules of a model that adapters have replaced, even where not all of an adapter was made."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            original = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            original = module.original_module
+        else:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, original)
+    model.__dict__.pop("peft_config", None)
 
 
 def has_other_adapters(model: nn.Module) -> bool:

@@ -26,16 +26,30 @@ def add_weighted_adapter(
     weights: list[float],
     adapter_name: str,
     combination_type: str = "linear",
-    **others: Any,
+    svd_rank: int | None = None,
+    svd_clamp: float | None = None,
+    svd_full_matrices: bool = True,
+    svd_driver: str | None = None,
+    density: float | None = None,
+    majority_sign_method: str = "total",
 ) -> None:
     """See [`LBPWHTModel.add_weighted_adapter`].
 
     Args:
         tuner: Holds the adapters.
         configs: Of the LBP-WHT adapters, by name; the new one is added.
-        others: Arguments that LoRA's method has for its other types of combination.
+        svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method: LoRA's method has them for
+            its other types of combination; here they must be left out.
     """
-    _check_combination(combination_type, others)
+    for_other_types = {
+        "svd_rank": svd_rank is not None,
+        "svd_clamp": svd_clamp is not None,
+        "svd_full_matrices": svd_full_matrices is not True,
+        "svd_driver": svd_driver is not None,
+        "density": density is not None,
+        "majority_sign_method": majority_sign_method != "total",
+    }
+    _check_combination(combination_type, [name for name, is_given in for_other_types.items() if is_given])
     factors = _factors(adapters, weights)
     _check_adapters(tuner, configs, adapters, adapter_name)
     model = tuner.model
@@ -53,12 +67,12 @@ def add_weighted_adapter(
         _combine_modules(wrapper, adapter_name, factors)
 
 
-def _check_combination(combination_type: str, others: dict[str, Any]) -> None:
+def _check_combination(combination_type: str, others: list[str]) -> None:
     if combination_type != "linear" or others:
-        asked = ", ".join([f"combination_type={show(combination_type)}", *others])
+        asked = " with ".join([f"combination_type={show(combination_type)}", *others])
         raise ValueError(
-            'LBP-WHT adapters are combined with combination_type="linear", without further arguments, got '
-            f"{asked}. Their weights are full matrices, of which it makes the exact weighted sum."
+            f'LBP-WHT adapters are combined with combination_type="linear" alone, got {asked}. Their weights are full '
+            "matrices, of which it makes the exact weighted sum."
         )
 
 
