@@ -18,6 +18,7 @@ from .config import LBPWHTConfig
 from .heads import warn_of_frozen_heads
 from .inject import create_and_replace, leave_all, look_around, prepare
 from .layer import LBPWHTLayer
+from .names import is_free_in_dictionaries
 from .report import LayoutReport, layout_report
 from .stack import KEYS, Stack, has_other_adapters, left_as_they_are, stack_beneath
 from .weighted import add_weighted_adapter
@@ -119,6 +120,11 @@ class LBPWHTModel(BaseTuner):
             raise ValueError(
                 f"Adapter {adapter_name!r} was stacked on adapters of its own. Load it into a plain model, with "
                 "PeftModel.from_pretrained."
+            )
+        if not is_free_in_dictionaries(adapter_name):
+            raise ValueError(
+                f"An adapter cannot be called {adapter_name!r}: PyTorch's dictionaries of parameters take no key with "
+                "a dot, and none that is the name of one of their methods."
             )
         with left_as_they_are(model) if has_other_adapters(model) else nullcontext():
             super().inject_adapter(model, adapter_name, *args, **kwargs)

@@ -38,11 +38,19 @@ def check_adapter_name(name: Any, field: str) -> None:
         or name != name.strip()
         or set(name) & set('/\\:.<>|?*"')
         or _DEVICES.fullmatch(name)
+        or not is_free_in_dictionaries(name)
     ):
         raise ValueError(
             f"{field} has an adapter called {show(name)}. Adapters are saved in folders of their names, so a name must "
-            r'not be empty, long or that of a device, nor hold control characters or any of / \ : . < > | ? * ".'
+            "not be empty, long, that of a device or that of a method of nn.ModuleDict, nor hold control characters or "
+            r'any of / \ : . < > | ? * ".'
         )
+
+
+def is_free_in_dictionaries(name: str) -> bool:
+    """Whether PyTorch's dictionaries of modules and parameters, which hold adapters, take a name as a key."""
+    taken = hasattr(nn.ParameterDict, name) or hasattr(nn.ModuleDict, name) or name == "training"
+    return bool(name) and "." not in name and not taken
 
 
 def is_module_name(name: Any) -> bool:
