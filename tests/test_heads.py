@@ -7,7 +7,7 @@ import torch
 from models import tiny_vit, vit_config
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import ViTForImageClassification, ViTModel
+from transformers import SegformerConfig, SegformerForSemanticSegmentation, ViTForImageClassification, ViTModel
 
 from lbp_peft import LBPWHTConfig
 
@@ -75,6 +75,16 @@ def test_one_warning_names_a_fresh_head_that_is_left_frozen(build, settings, bac
 
 def test_structure_tells_where_no_name_does():
     assert "head is freshly initialised" in warned(lambda: get_peft_model(FromTimm(), LBPWHTConfig()))[0]
+
+
+def test_a_head_of_many_layers_is_named_as_one():
+    config = SegformerConfig(
+        depths=[1] * 4, hidden_sizes=[8] * 4, num_attention_heads=[1] * 4, mlp_ratios=[1] * 4, decoder_hidden_size=8
+    )
+    build = SegformerForSemanticSegmentation
+    (found,) = warned(lambda: get_peft_model(build(config), LBPWHTConfig()))
+    assert "decode_head is freshly initialised" in found and "modules_to_save=['decode_head']" in found
+    assert not warned(lambda: get_peft_model(build(config), LBPWHTConfig(modules_to_save=["decode_head"])))
 
 
 @pytest.mark.parametrize("settings", [

@@ -23,12 +23,11 @@ def warn_of_frozen_heads(model: nn.Module) -> None:
     found = [name for name, module in _layers_of_heads(model) if _is_frozen(module) and _is_fresh(module, loaded)]
     if not found:
         return
-    names = list(dict.fromkeys(found))
+    names = list(dict.fromkeys(_outermost(model, name) for name in found))
     several = len(names) > 1
-    listed = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
     warnings.warn(
-        f"{listed} {'are' if several else 'is'} freshly initialised and frozen, so the model's answers stay random. "
-        f"Train {'them' if several else 'it'} with modules_to_save={names[:3]}, or load a model whose head is trained.",
+        f"{', '.join(names)} {'are' if several else 'is'} freshly initialised and frozen, so the answers stay random. "
+        f"Train {'them' if several else 'it'} with modules_to_save={names}, or load a model whose head is trained.",
         stacklevel=2,
     )
 
@@ -52,6 +51,14 @@ def _layers_of_heads(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         is_layer = isinstance(matrix, Tensor) and matrix.dim() > 1 and not isinstance(module, BaseTunerLayer)
         if is_layer and "pooler" not in name and not f"{name}.".startswith(adapters):
             yield name, module
+
+
+def _outermost(model: nn.Module, name: str) -> str:
+    """The largest module around one, or itself, without an adapted layer inside."""
+    parts = name.split(".")
+    around = [".".join(parts[:length]) for length in range(1, len(parts))]
+    free = (one for one in around if not any(isinstance(m, BaseTunerLayer) for m in model.get_submodule(one).modules()))
+    return next(free, name)
 
 
 def _is_frozen(module: nn.Module) -> bool:
