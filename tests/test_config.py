@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from models import disturb, forward, gradients, images, layers_of, outputs, tiny_vit
@@ -119,10 +120,86 @@ def test_defaults_survive_json(tmp_path):
     ({"num_suffix_tokens": "2"}, "num_suffix_tokens"),
     ({"target_modules": ".*fc1", "layers_to_transform": [0]}, "layers_to_transform needs target_modules as a list"),
     ({"target_modules": ["fc1"], "layers_pattern": "layers"}, "give layers_to_transform too"),
+    ({"block_size": 256}, "power of two up to 128.*got 256"),
+    ({"rotation": True}, "rotation must be a power of two.*got True"),
+    ({"rotation": None}, "rotation must be a power of two.*got None"),
+    ({"rank_pattern": None}, "rank_pattern must be a dict of ranks.*got None"),
+    ({"rank_pattern": [3]}, r"rank_pattern must be a dict of ranks.*got \[3\]"),
+    ({"rank_pattern": {5: 3}}, "A key of rank_pattern must be a regular expression, got 5"),
+    ({"rank_pattern": {"": 3}}, "A key of rank_pattern must be a regular expression, got ''"),
+    ({"rank_pattern": {"(": 3}}, r"A key of rank_pattern is not a valid regular expression \(missing \)"),
+    ({"rank_pattern": {"fc1": "3"}}, r"rank_pattern\['fc1'\] must be an int.*got '3'"),
+    ({"rank_pattern": {"fc1": True}}, r"rank_pattern\['fc1'\] must be an int.*got True"),
+    ({"train_base_weight": "no"}, "train_base_weight must be True or False, got 'no'"),
+    ({"train_base_weight": 1}, "train_base_weight must be True or False, got 1"),
+    ({"train_base_weight": None}, "train_base_weight must be True or False, got None"),
+    ({"inference_mode": "no"}, "inference_mode must be True or False, got 'no'"),
+    ({"target_modules": 5}, "target_modules must be names of modules, a regular expression or None, got 5"),
+    ({"target_modules": []}, "target_modules is empty. None adapts every linear layer"),
+    ({"target_modules": ""}, "target_modules must be a regular expression, got ''"),
+    ({"target_modules": [5]}, r"target_modules must be names.*got \[5\]"),
+    ({"target_modules": [""]}, "target_modules must be names"),
+    ({"target_modules": {"fc1": 3}}, "target_modules must be names"),
+    ({"target_modules": "fc["}, "target_modules is not a valid regular expression"),
+    ({"exclude_modules": 5}, "exclude_modules must be names of modules, a regular expression or None, got 5"),
+    ({"exclude_modules": "*fc"}, "exclude_modules is not a valid regular expression"),
+    ({"modules_to_save": 5}, "modules_to_save must be names of modules or None, got 5"),
+    ({"modules_to_save": ""}, "modules_to_save must be names of modules"),
+    ({"modules_to_save": [None]}, "modules_to_save must be names of modules"),
+    ({"layers_to_transform": -1}, "layers_to_transform must be the index of a block, counted from 0.*got -1"),
+    ({"layers_to_transform": [0, -1]}, r"layers_to_transform must be.*got \[0, -1\]"),
+    ({"layers_to_transform": []}, "layers_to_transform must be"),
+    ({"layers_to_transform": True}, "layers_to_transform must be.*got True"),
+    ({"layers_to_transform": "0"}, "layers_to_transform must be.*got '0'"),
+    ({"layers_to_transform": [0.0]}, "layers_to_transform must be"),
+    ({"layers_to_transform": 0, "layers_pattern": 5}, "layers_pattern must be the name of a list of blocks.*got 5"),
+    ({"layers_to_transform": 0, "layers_pattern": "("}, "layers_pattern is not a valid regular expression"),
+    ({"stack_active": ["default"]}, "stack_active says which adapters of stack_on are active: give stack_on too"),
+    ({"stack_active": 5, "stack_on": LoraConfig()}, "stack_active must be names of adapters of stack_on, got 5"),
+    ({"stack_on": {}}, "stack_on must be a PEFT configuration, or several by adapter name, got {}"),
+    ({"stack_on": {"peft_type": "LORA"}}, "stack_on must be a PEFT configuration, or several by adapter name"),
+    ({"stack_on": {"a": {"peft_type": ""}}}, r"stack_on\['a'\] has the peft_type '', which PEFT does not know.*LORA"),
+    ({"stack_on": {"a": {"peft_type": "LORRA"}}}, "peft_type 'LORRA', which PEFT does not know"),
+    ({"stack_on": {"a": {}}}, "peft_type None, which PEFT does not know"),
+    ({"stack_on": PeftConfig()}, "peft_type None, which PEFT does not know"),
+    ({"stack_on": PeftConfig(peft_type="LORA")}, r"stack_on\['default'\] must be a LoraConfig for the peft_type LORA"),
+    ({"selection": ["lp_l1"]}, "selection must be one of"),
+    ({"boundary": None}, "boundary must be one of"),
+    ({"compress_activations": True}, 'compress_activations must be "int8" or None, got True'),
+    ({"base_model_name_or_path": 5}, "base_model_name_or_path must be a string or None, got 5"),
+    ({"peft_type": "LORA"}, "The peft_type of an LBPWHTConfig is LBPWHT, got 'LORA'"),
+    ({"grid_size": 14}, "grid_size must be two positive ints"),
+    ({"num_prefix_tokens": True}, "num_prefix_tokens must be an int of at least 0, got True"),
 ])  # fmt: skip
 def test_values_out_of_range_are_refused_with_what_is_allowed(settings, message):
     with pytest.raises(ValueError, match=message):
         LBPWHTConfig(**settings)
+
+
+def test_what_means_the_same_is_accepted(tmp_path):
+    config = LBPWHTConfig(
+        r=np.int64(3), grad_input=(np.int32(3), "int8"), rotation=np.int64(16), block_size=np.int64(4),
+        rank_pattern={"fc1": np.int64(2)}, grid_size=(np.int64(4), 4), num_prefix_tokens=np.int8(1),
+        train_base_weight=np.bool_(False), target_modules=("fc1", "fc2"), modules_to_save="classifier",
+        layers_to_transform=range(2), layers_pattern=("layers",), stack_on=LoraConfig(target_modules=["fc1"]),
+        stack_active="default", base_model_name_or_path=tmp_path,
+    )  # fmt: skip
+    assert config == LBPWHTConfig(
+        r=3, grad_input=(3, "int8"), rotation=16, block_size=4, rank_pattern={"fc1": 2}, grid_size=(4, 4),
+        num_prefix_tokens=1, train_base_weight=False, target_modules=["fc1", "fc2"], modules_to_save=["classifier"],
+        layers_to_transform=[0, 1], layers_pattern=["layers"], stack_on={"default": config.stack_on["default"]},
+        stack_active=["default"], base_model_name_or_path=str(tmp_path),
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    assert PeftConfig.from_pretrained(tmp_path).modules_to_save == ["classifier"]
+
+
+def test_a_value_changed_afterwards_is_checked_before_the_model_is():
+    config, model = LBPWHTConfig(), tiny_vit()
+    config.r = 0
+    with pytest.raises(ValueError, match="r must be an int"):
+        get_peft_model(model, config)
+    assert not layers_of(model)
 
 
 @pytest.mark.parametrize("r", [1, 2, 5, 63, 64])
@@ -161,6 +238,44 @@ def test_layers_to_transform_without_targets_is_not_ignored():
         assert "target_modules" in str(error)
     else:
         assert names == {n for n in ENCODER if ".0." in n}
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"layers_to_transform": [1, 5]}, "layers_to_transform has 5, but the blocks with target modules are 0, 1"),
+    ({"layers_to_transform": 2}, "layers_to_transform has 2, but"),
+    ({"target_modules": ["fc1"], "layers_to_transform": [0, 7]}, "layers_to_transform has 7, but"),
+    ({"target_modules": ["fc1"], "layers_to_transform": 0, "layers_pattern": "blocks"}, "none for layers_pattern='blo"),
+    ({"modules_to_save": "clasifier"}, "modules_to_save names 'clasifier', but ViTFor.*Did you mean 'classifier'"),
+    ({"modules_to_save": ["classifier", "xyz"]}, "modules_to_save names 'xyz'.*consists of vit, classifier"),
+    ({"train_base_weight": False, "stack_on": LoraConfig(target_modules=["fc1"], modules_to_save=["head"])},
+     "modules_to_save names 'head'"),
+])  # fmt: skip
+def test_names_and_indices_of_nothing_are_refused(settings, message):
+    model = tiny_vit()
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, LBPWHTConfig(**settings))
+    untouched(model, {n for n, _ in model.named_parameters()})
+
+
+def test_names_that_peft_adds_for_a_task_need_not_exist(tmp_path):
+    """PEFT names "classifier" and "score" for sequence classification, of which a model has one."""
+    model = get_peft_model(tiny_vit(), LBPWHTConfig(task_type="SEQ_CLS"))
+    assert model.modules_to_save == {"classifier", "score"}
+    model.save_pretrained(tmp_path)
+    assert PeftModel.from_pretrained(tiny_vit(), tmp_path).modules_to_save == {"classifier", "score"}
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"target_modules": ["fc1", "fcc2"]}, "target_modules names fcc2, but ViTFor.*Did you mean 'fc2'"),
+    ({"exclude_modules": ["fc1", "fcc2"]}, "exclude_modules names fcc2, but"),
+    ({"exclude_modules": ["fcc2"], "modules_to_save": ["classifier"]}, "exclude_modules names fcc2, but"),
+    ({"exclude_modules": ["fcc2"]}, "no modules were excluded"),  # PEFT's
+    ({"rank_pattern": {"fcc2": 3}}, "rank_pattern keys did not match.*fcc2"),  # PEFT's
+])  # fmt: skip
+def test_one_warning_names_what_matches_nothing_beside_what_does(settings, message):
+    with pytest.warns(UserWarning if "rank" not in message else RuntimeWarning, match=message) as caught:
+        get_peft_model(tiny_vit(), LBPWHTConfig(**settings))
+    assert len([w for w in caught if "fcc2" in str(w.message)]) == 1
 
 
 def test_the_default_leaves_pooler_and_head_alone():

@@ -444,3 +444,11 @@ def test_a_model_may_be_adapted_again_after_unloading():
     gradients(model.train(), VIT.inputs())
     assert len(hooks_of(model)) == 1 and not layout_report(model).exact
     assert isinstance(model.base_model.model.vit.layers[0].mlp.fc1, LBPWHTLayer)
+
+
+@pytest.mark.parametrize("name", ["copy", "keys", "training", "a.b", ""])
+def test_names_that_no_dictionary_of_parameters_takes_are_refused_beforehand(name):
+    base = tiny_vit()
+    with pytest.raises(ValueError, match=f"An adapter cannot be called '{name}'"):
+        get_peft_model(base, LBPWHTConfig(), name)
+    assert not layers_of(base)

@@ -32,6 +32,7 @@ from peft import (
     set_peft_model_state_dict,
 )
 from safetensors.torch import load_file, save_file
+from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from lbp_peft import LBPWHTConfig, layout_report
@@ -475,6 +476,89 @@ def test_weighted_adapters():
     plain.set_adapter("mean")
     torch.testing.assert_close(outputs(plain, X), mean)
     train(model, X)
+
+
+def test_weighted_adapters_beneath_need_a_method_that_has_them():
+    loha = stacked(config=LoHaConfig(r=2, target_modules=["fc1"]), steps=0)
+    with pytest.raises(ValueError, match="default, cannot be combined: LoHaModel has no add_weighted_adapter"):
+        loha.add_weighted_adapter(["default"], [1.0], "mean")
+    with pytest.raises(ValueError, match="transformers injected them. Put them on with get_peft_model"):
+        stacked(on_transformers_own, steps=0).add_weighted_adapter(["default"], [1.0], "mean")
+
+
+def test_weighted_adapters_on_top():
+    torch.manual_seed(0)
+    lora = get_peft_model(tiny_vit(), lora_config(target_modules=["q_proj"]))
+    model = get_peft_model(lora, LBPWHTConfig(r=3, exclude_modules=["q_proj"]), "lbp")
+    model.add_adapter("lbp2", LBPWHTConfig(r=3, exclude_modules=["q_proj"]))
+    for name in ("lbp", "lbp2"):
+        model.set_adapter(name)
+        train(model, X, 1)
+    model.add_weighted_adapter(["lbp", "lbp2"], [0.5, 0.5], "mean")
+    assert list(model.stacked_on.peft_config) == ["default"]
+    copies = next(m for m in model.modules() if isinstance(m, LBPWHTLinear)).lbpwht_weight
+    torch.testing.assert_close(copies["mean"], (copies["lbp"] + copies["lbp2"]) / 2)
+    with pytest.raises(ValueError, match="'default' does not exist.*'default' is beneath them"):
+        model.add_weighted_adapter(["lbp", "default"], [0.5, 0.5], "both")
+
+
+# What the PeftModel beneath has of its own: it is no module of the model on top
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_training_and_evaluation_mode_reach_everything(way):
+    model = stacked(way)
+    for mode in (False, True, False):
+        model.train(mode)
+        assert {m.training for m in model.stacked_on.modules()} == {mode}
+    nn.Sequential(model).train()  # by way of what wraps the model, as data-parallel training does
+    assert {m.training for m in model.stacked_on.modules()} == {True}
+
+
+def test_each_image_chooses_its_adapter():
+    model = stacked()
+    model.stacked_on.add_adapter("second", lora_config())
+    model.eval()
+    expected = []
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        expected.append(outputs(model, X))
+    with model.disable_adapter():
+        expected.append(outputs(model, X))
+    found = model(X.repeat(3, 1, 1, 1), adapter_names=["default"] * 2 + ["second"] * 2 + ["__base__"] * 2).logits
+    torch.testing.assert_close(found, torch.cat(expected))
+    with pytest.raises(ValueError, match="in training mode"):
+        model.train()(X, adapter_names=["default", "second"])
+
+
+@pytest.mark.parametrize("config", [None, LoHaConfig(r=2, target_modules=["fc1"])], ids=["alone", "on LoHa"])
+def test_choosing_adapters_by_image_is_refused_where_it_would_be_ignored(config):
+    model = stacked(config=config, steps=0) if config else get_peft_model(tiny_vit(), LBPWHTConfig(r=3))
+    with pytest.raises(ValueError, match="adapter_names: only LoRA chooses an adapter for each image"):
+        model.eval()(X, adapter_names=["default", "default"])
+
+
+def test_disabling_is_known_beneath_with_what_it_has_to_say():
+    model = stacked(config=lora_config(bias="all"))
+    with pytest.warns(UserWarning, match="bias configured to be 'all' does not produce"), model.disable_adapter():
+        assert model.stacked_on._adapters_disabled
+    assert not model.stacked_on._adapters_disabled
+
+
+def test_a_loss_that_the_method_beneath_adds_to_is_kept():
+    config = peft.AdaLoraConfig(total_step=10, target_modules=["fc1"])
+    model, labels = stacked(config=config, steps=0), torch.tensor([0, 1])
+    added = model.base_model(X, labels=labels).loss - model.get_base_model()(X, labels=labels).loss
+    tuner = model.stacked_on.base_model
+    torch.testing.assert_close(added, tuner(X, labels=labels).loss - tuner.model(X, labels=labels).loss)
+    assert added > 0.1
+
+
+def test_merging_is_refused_where_the_method_beneath_refuses_it():
+    model = stacked(steps=0)
+    model.get_base_model().quantization_method = "gptq"
+    with pytest.raises(ValueError, match="gptq"):
+        model.merge_adapter()
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])

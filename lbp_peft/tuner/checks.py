@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import warnings
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from ..encoder import is_supported
+from .config import LBPWHTConfig
 from .layer import LBPWHTLayer
 from .linear import LBPWHTLinear
+from .names import did_you_mean, unknown_names, unmatched_modules_to_save
 from .wrappers import without_wrappers
 
 
@@ -55,16 +59,25 @@ def check_targets(targets: list[tuple[str, nn.Module]], train_base_weight: bool,
             )
 
 
-def check_modules_to_save(model: nn.Module, names: list[str] | None) -> None:
-    """Refuse names that match a module and another one inside it.
+def check_modules_to_save(model: nn.Module, config: PeftConfig) -> None:
+    """Refuse names that match no module, and names that match a module and another one inside it.
 
-    PEFT matches the ends of names. Of two such modules it would freeze the inner one in the copy that runs, train a
-    copy of it that never runs, and write a checkpoint that it cannot load again.
+    PEFT matches the ends of names, and ignores a name without a match. Of two modules inside one another it would
+    freeze the inner one in the copy that runs, train a copy of it that never runs, and write a checkpoint that it
+    cannot load again.
+
+    Args:
+        model: To be adapted.
+        config: LBP-WHT's, or that of an adapter beneath.
 
     Raises:
         ValueError: the message says what to name instead.
     """
-    names = names or []
+    names = getattr(config, "modules_to_save", None) or []
+    for name in unmatched_modules_to_save(model, names, config.task_type):
+        raise ValueError(
+            f"modules_to_save names {name!r}, but {type(model).__name__} has no such module.{did_you_mean(model, name)}"
+        )
     matched = [key for key, _ in model.named_modules(remove_duplicate=False) if key.endswith(tuple(names))]
     for outer, inner in itertools.permutations(matched, 2):
         if not inner.startswith(f"{outer}."):
@@ -79,6 +92,57 @@ def check_modules_to_save(model: nn.Module, names: list[str] | None) -> None:
             f"modules_to_save={names} matches {outer} and, inside it, {inner}, since PEFT compares the ends of names. "
             f"{inner} would not be trained, and the checkpoint could not be loaded. {remedy}"
         )
+
+
+def check_layers(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -> None:
+    """Refuse indices in `layers_to_transform` that are of no block; PEFT ignores them as long as one is.
+
+    Args:
+        tuner: Tells whether a configuration targets a module.
+        config: With its targets as names, or as ends of names.
+        model: To be adapted.
+
+    Raises:
+        ValueError: the message lists the indices that there are.
+    """
+    if config.layers_to_transform is None:
+        return
+    asked = config.layers_to_transform
+    by_index, found = copy.copy(config), []
+    names = [name for name, _ in model.named_modules()]
+    known = sorted({int(part) for name in names for part in name.split(".") if part.isdecimal()})
+    for index in known:
+        by_index.layers_to_transform = [index]
+        if any(tuner._check_target_module_exists(by_index, name) for name in names):
+            found.append(index)
+    wrong = sorted(set(asked if isinstance(asked, list) else [asked]) - set(found))
+    if wrong:
+        raise ValueError(
+            f"layers_to_transform has {', '.join(map(str, wrong))}, but the blocks with target modules are "
+            f"{', '.join(map(str, found)) or 'none'}"
+            f"{f' for layers_pattern={config.layers_pattern!r}' if config.layers_pattern else ''}."
+        )
+
+
+def warn_of_unknown_names(model: nn.Module, config: LBPWHTConfig, excludes_any: bool) -> None:
+    """Warn of names in `target_modules` and `exclude_modules` that are of no module, where PEFT does not.
+
+    Args:
+        model: To be adapted.
+        config: As given.
+        excludes_any: Whether any module is excluded. PEFT warns, or raises, where none is, or none is targeted.
+    """
+    for field, is_checked in (("target_modules", True), ("exclude_modules", excludes_any)):
+        names = getattr(config, field)
+        if not is_checked or not names or isinstance(names, str):
+            continue
+        unknown = unknown_names(model, names)
+        if unknown and len(unknown) < len(names) + (field == "exclude_modules"):
+            warnings.warn(
+                f"{field} names {', '.join(unknown)}, but {type(model).__name__} has no such module."
+                f"{did_you_mean(model, unknown[0])}",
+                stacklevel=2,
+            )
 
 
 def _has_state(module: nn.Module) -> bool:

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
+import numpy as np
 from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType
 
 from ..bases import BOUNDARIES, BasisSet
 from ..precision import AUTO, FULL, PRECISIONS, Precision
 from ..walsh import SELECTIONS, is_power_of_two
+from .names import check_adapter_name, is_module_name
+from .patterns import check_pattern, show
+
+_MAX_BLOCK_SIZE = 128  # its Walsh functions are block_size**2 numbers, its bases block_size**4
+# How PEFT embeds regular expressions in its own.
+_IN_RANK_PATTERN = r"(.*\.)?({})$"
+_IN_LAYERS_PATTERN = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 
 
 @dataclass
@@ -33,7 +46,7 @@ class LBPWHTConfig(PeftConfig):
         compress_activations: "int8": activation functions and norms between the adapted layers keep their inputs in 8
             bits for the backward pass, and run again there. Less memory, a little more time, gradients off by the
             rounding. None: they save what they always do.
-        block_size: Order of the two-dimensional Walsh-Hadamard transform, a power of two.
+        block_size: Order of the two-dimensional Walsh-Hadamard transform, a power of two, 128 at most.
         selection: Which bases (i, j) come first: "lp_l1" by i + j, "lp_linf" by max(i, j). Ties: see
             [`lbp_peft.walsh.basis_order`].
         boundary: On grids that are no multiple of block_size. "orthogonal": a true projection, exact at full rank.
@@ -48,7 +61,8 @@ class LBPWHTConfig(PeftConfig):
         target_modules: Names, a regular expression, or "all-linear". None: every linear layer in the blocks of the
             encoder, never the head.
         exclude_modules: Names or a regular expression of modules not to adapt.
-        modules_to_save: Modules apart from the targets that are trained in full and saved, such as the classifier.
+        modules_to_save: Modules apart from the targets that are trained in full and saved, such as the classifier:
+            names, or one name.
         layers_to_transform: Indices of the blocks to adapt; needs `target_modules` as a list.
         layers_pattern: Name of the list of blocks that `layers_to_transform` counts in.
         stack_on: Configuration of another PEFT method, say a `LoraConfig`, whose adapter is put on the model first and
@@ -57,7 +71,8 @@ class LBPWHTConfig(PeftConfig):
         stack_active: Which adapters of `stack_on` are active. None: the first.
 
     Raises:
-        ValueError: a value is out of its range; the message says which are allowed.
+        ValueError: a value is of a wrong type or out of its range; the message says which are allowed. Values of a
+            checkpoint's `adapter_config.json` are checked in the same way.
     """
 
     r: int = field(default=10, metadata={"help": "Walsh bases kept per block for the weight gradient."})
@@ -85,33 +100,39 @@ class LBPWHTConfig(PeftConfig):
         default=None, metadata={"help": 'Names, a regular expression or "all-linear"; None for the whole encoder.'}
     )
     exclude_modules: list[str] | set[str] | str | None = field(default=None, metadata={"help": "Modules not to adapt."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained in full and saved."})
+    modules_to_save: list[str] | str | None = field(default=None, metadata={"help": "Modules trained in full."})
     layers_to_transform: list[int] | int | None = field(default=None, metadata={"help": "Indices of blocks to adapt."})
     layers_pattern: list[str] | str | None = field(default=None, metadata={"help": "Name of the list of blocks."})
     stack_on: PeftConfig | dict[str, PeftConfig] | None = field(
         default=None, metadata={"help": "Configuration of the adapter beneath, such as a LoraConfig."}
     )
-    stack_active: list[str] | None = field(default=None, metadata={"help": "Active adapters of stack_on."})
+    stack_active: list[str] | str | None = field(default=None, metadata={"help": "Active adapters of stack_on."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = PeftType.LBPWHT
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(getattr(self, name), (list, tuple)):
-                setattr(self, name, set(getattr(self, name)))
+        given: Any = self.peft_type
+        if given not in (None, PeftType.LBPWHT):
+            raise ValueError(f"The peft_type of an LBPWHTConfig is LBPWHT, got {show(given)}.")
+        self.peft_type: Any = PeftType.LBPWHT
+        self.check()
+
+    def check(self) -> None:
+        """Check all values, and give those that may be written in several ways the type they are used in.
+
+        Raises:
+            ValueError: a value is of a wrong type or out of its range.
+        """
+        self._check_inherited()
+        for name in ("r", "grad_input", "rotation", "block_size", "num_prefix_tokens", "num_suffix_tokens"):
+            setattr(self, name, _as_int(getattr(self, name)))
         for name in ("grid_size", "grad_input"):
-            if isinstance(getattr(self, name), list):  # JSON has no tuples
-                setattr(self, name, tuple(getattr(self, name)))
+            if isinstance(value := getattr(self, name), (list, tuple)):  # JSON has no tuples
+                setattr(self, name, tuple(_as_int(item) for item in value))
         self._check_transform()
         self._check_layout()
+        self._check_modules()
+        self._check_layers()
         self._check_stack()
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError(
-                "layers_to_transform needs target_modules as a list of names; with a regular expression, write the "
-                "layer indices into the expression."
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern says where layers_to_transform counts: give layers_to_transform too.")
 
     def weight_bases(self, r: int) -> BasisSet:
         """The bases of the weight gradient of a layer whose rank is r."""
@@ -135,25 +156,104 @@ class LBPWHTConfig(PeftConfig):
             output["stack_on"] = {name: _plain(config.to_dict()) for name, config in self.stack_on.items()}
         return output
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """As PEFT's, with the checkpoint's name in the message where a value of its file is refused."""
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except (TypeError, ValueError) as error:
+            if str(error).startswith("Can't find"):
+                raise
+            where = "/".join(part for part in (str(pretrained_model_name_or_path), subfolder) if part)
+            raise ValueError(f"The adapter_config.json of {where} cannot be used: {error}") from error
+
+    def _check_inherited(self) -> None:
+        for name in ("base_model_name_or_path", "revision"):
+            value = getattr(self, name)
+            if isinstance(value, os.PathLike):
+                setattr(self, name, os.fspath(value))
+            elif value is not None and not isinstance(value, str):
+                raise ValueError(f"{name} must be a string or None, got {show(value)}.")
+        if self.auto_mapping is not None and not isinstance(self.auto_mapping, dict):
+            raise ValueError(f"auto_mapping must be a dict or None, got {show(self.auto_mapping)}.")
+        for name in ("inference_mode", "train_base_weight"):
+            value = getattr(self, name)
+            if not isinstance(value, (bool, np.bool_)):
+                raise ValueError(f"{name} must be True or False, got {show(value)}.")
+            setattr(self, name, bool(value))
+
+    def _check_modules(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                check_pattern(name, value)
+            elif value is not None:
+                if not _are_names(value):
+                    raise ValueError(
+                        f"{name} must be names of modules, a regular expression or None, got {show(value)}."
+                    )
+                setattr(self, name, set(value))
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError("target_modules is empty. None adapts every linear layer in the blocks of the encoder.")
+        saved = self.modules_to_save
+        if saved is not None:
+            names = [saved] if isinstance(saved, str) else saved
+            if not _are_names(names) or not all(map(is_module_name, names)):
+                raise ValueError(f"modules_to_save must be names of modules or None, got {show(saved)}.")
+            self.modules_to_save = sorted(names) if isinstance(names, (set, frozenset)) else list(names)
+
+    def _check_layers(self) -> None:
+        layers, pattern = self.layers_to_transform, self.layers_pattern
+        if layers is not None:
+            indices = layers if isinstance(layers, (list, tuple, set, frozenset, range)) else [layers]
+            indices = [_as_int(index) for index in indices]
+            if not indices or not all(_is_int(index) and index >= 0 for index in indices):
+                raise ValueError(
+                    f"layers_to_transform must be the index of a block, counted from 0, or several, or None for all "
+                    f"blocks, got {show(layers)}."
+                )
+            self.layers_to_transform = indices[0] if isinstance(layers, Integral) else indices
+        if pattern is not None and pattern != "":
+            if not isinstance(pattern, str) and not _are_names(pattern):
+                raise ValueError(
+                    f"layers_pattern must be the name of a list of blocks, or several, got {show(pattern)}."
+                )
+            for one in [pattern] if isinstance(pattern, str) else pattern:
+                check_pattern("layers_pattern", one, _IN_LAYERS_PATTERN)
+            if not isinstance(pattern, str):
+                self.layers_pattern = list(pattern)
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "layers_to_transform needs target_modules as a list of names; with a regular expression, write the "
+                "layer indices into the expression."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says where layers_to_transform counts: give layers_to_transform too.")
+
     def _check_stack(self) -> None:
+        if isinstance(self.stack_active, str):
+            self.stack_active = [self.stack_active]
+        if self.stack_active is not None and not (
+            isinstance(self.stack_active, (list, tuple)) and all(isinstance(name, str) for name in self.stack_active)
+        ):
+            raise ValueError(f"stack_active must be names of adapters of stack_on, got {show(self.stack_active)}.")
         if self.stack_on is None:
+            if self.stack_active:
+                raise ValueError("stack_active says which adapters of stack_on are active: give stack_on too.")
             return
         if isinstance(self.stack_on, PeftConfig):
             self.stack_on = {"default": self.stack_on}
-        if not isinstance(self.stack_on, dict) or not all(
-            isinstance(c, (PeftConfig, dict)) for c in self.stack_on.values()
+        if (
+            not isinstance(self.stack_on, dict)
+            or not self.stack_on
+            or not all(isinstance(config, (PeftConfig, dict)) for config in self.stack_on.values())
         ):
             raise ValueError(
-                f"stack_on must be a PEFT configuration, or several by adapter name, got {self.stack_on!r}."
+                f"stack_on must be a PEFT configuration, or several by adapter name, got {show(self.stack_on)}."
             )
-        self.stack_on = {
-            name: config if isinstance(config, PeftConfig) else PeftConfig.from_peft_type(**config)
-            for name, config in self.stack_on.items()
-        }
-        if any(config.peft_type == self.peft_type or config.is_prompt_learning for config in self.stack_on.values()):
-            raise ValueError(
-                "stack_on must be a configuration of another method with adapters in layers, such as LoRA."
-            )
+        for name in self.stack_on:
+            check_adapter_name(name, "stack_on")
+        self.stack_on = {name: _config_beneath(name, config) for name, config in self.stack_on.items()}
         unknown = set(self.stack_active or []) - self.stack_on.keys()
         if unknown:
             raise ValueError(
@@ -161,18 +261,28 @@ class LBPWHTConfig(PeftConfig):
             )
 
     def _check_transform(self) -> None:
-        if not _is_int(self.block_size) or not is_power_of_two(self.block_size):
-            raise ValueError(f"block_size must be a power of two (the paper uses 8), got {self.block_size!r}.")
+        size = self.block_size
+        if not _is_int(size) or not is_power_of_two(size) or size > _MAX_BLOCK_SIZE:
+            raise ValueError(
+                f"block_size must be a power of two up to {_MAX_BLOCK_SIZE} (the paper uses 8), got {show(size)}."
+            )
         self._check_rank("r", self.r)
+        if not isinstance(self.rank_pattern, dict):
+            raise ValueError(
+                "rank_pattern must be a dict of ranks by module name or regular expression, {} for none, got "
+                f"{show(self.rank_pattern)}."
+            )
+        self.rank_pattern = {pattern: _as_int(rank) for pattern, rank in self.rank_pattern.items()}
         for pattern, rank in self.rank_pattern.items():
-            self._check_rank(f"rank_pattern[{pattern!r}]", rank)
+            check_pattern("A key of rank_pattern", pattern, _IN_RANK_PATTERN)
+            self._check_rank(f"rank_pattern[{show(pattern)}]", rank)
         self._check_grad_input()
-        if self.compress_activations not in (None, "int8"):
-            raise ValueError(f'compress_activations must be "int8" or None, got {self.compress_activations!r}.')
-        if self.selection not in SELECTIONS:
-            raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {self.selection!r}.")
-        if self.boundary not in BOUNDARIES:
-            raise ValueError(f"boundary must be one of {', '.join(BOUNDARIES)}, got {self.boundary!r}.")
+        if self.compress_activations is not None and not _is_one_of(self.compress_activations, ["int8"]):
+            raise ValueError(f'compress_activations must be "int8" or None, got {show(self.compress_activations)}.')
+        if not _is_one_of(self.selection, SELECTIONS):
+            raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {show(self.selection)}.")
+        if not _is_one_of(self.boundary, BOUNDARIES):
+            raise ValueError(f"boundary must be one of {', '.join(BOUNDARIES)}, got {show(self.boundary)}.")
 
     def _check_grad_input(self) -> None:
         value = self.grad_input
@@ -183,33 +293,103 @@ class LBPWHTConfig(PeftConfig):
             if isinstance(value, tuple) and len(value) == 2:
                 rank, name = value
                 self._check_rank("the rank in grad_input", rank)
-            if name not in (*PRECISIONS, AUTO):
+            if not _is_one_of(name, [*PRECISIONS, AUTO]):
                 raise ValueError(
                     f"grad_input must be one of {', '.join(PRECISIONS)}, {AUTO}, a rank (an int), or a pair of a rank "
-                    f"and one of these, got {value!r}."
+                    f"and one of these, got {show(value)}."
                 )
         if not _is_int(self.rotation) or (self.rotation and not is_power_of_two(self.rotation)):
-            raise ValueError(f"rotation must be a power of two (16 to 128 are useful), or 0, got {self.rotation!r}.")
+            raise ValueError(
+                f"rotation must be a power of two (16 to 128 are useful), or 0, got {show(self.rotation)}."
+            )
 
     def _check_rank(self, name: str, rank: Any) -> None:
         full = self.block_size**2
         if not _is_int(rank) or not 1 <= rank <= full:
-            raise ValueError(f"{name} must be an int from 1 to block_size**2 = {full}, got {rank!r}.")
+            raise ValueError(f"{name} must be an int from 1 to block_size**2 = {full}, got {show(rank)}.")
 
     def _check_layout(self) -> None:
         grid = self.grid_size
         if grid is not None and not (
             isinstance(grid, tuple) and len(grid) == 2 and all(_is_int(side) and side > 0 for side in grid)
         ):
-            raise ValueError(f"grid_size must be two positive ints (height, width) in patches, got {grid!r}.")
+            raise ValueError(f"grid_size must be two positive ints (height, width) in patches, got {show(grid)}.")
         for name in ("num_prefix_tokens", "num_suffix_tokens"):
             number = getattr(self, name)
             if number is not None and (not _is_int(number) or number < 0):
-                raise ValueError(f"{name} must be an int of at least 0, got {number!r}.")
+                raise ValueError(f"{name} must be an int of at least 0, got {show(number)}.")
 
 
 def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _as_int(value: Any) -> Any:
+    """An int of what counts as one, such as NumPy's; anything else as it is."""
+    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
+
+
+def _is_one_of(value: Any, allowed: Iterable[str]) -> bool:
+    return isinstance(value, str) and value in allowed
+
+
+def _are_names(value: Any) -> bool:
+    return isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) and name for name in value)
+
+
+def _config_beneath(name: str, given: PeftConfig | dict[str, Any]) -> PeftConfig:
+    """The configuration of an adapter beneath, which a checkpoint holds as a dict.
+
+    Raises:
+        ValueError: it is none, or not one of a method that LBP-WHT can be stacked on, or holds what must not come out
+            of a file.
+    """
+    field = f"stack_on[{name!r}]"
+    kind = given.get("peft_type") if isinstance(given, dict) else given.peft_type
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        known = ", ".join(sorted(one.value for one in PEFT_TYPE_TO_CONFIG_MAPPING))
+        raise ValueError(f"{field} has the peft_type {show(kind)}, which PEFT does not know. It knows {known}.")
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[kind]
+    # X-LoRA's configuration names folders and repositories to load further adapters from.
+    if kind in (PeftType.LBPWHT, PeftType.XLORA) or not issubclass(tuner, BaseTuner):
+        raise ValueError(
+            "stack_on must be a configuration of another method with adapters in layers, such as LoRA, and not of "
+            f"{PeftType(kind).value}."
+        )
+    if isinstance(given, dict):
+        if given.get("megatron_config"):
+            raise ValueError(
+                f"{field} has a megatron_config, with which PEFT imports whatever module megatron_core names. LBP-WHT "
+                "does not adapt Megatron's layers: leave both out."
+            )
+        try:
+            config = PeftConfig.from_peft_type(**given)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ValueError(f"{field} is not a valid configuration of {PeftType(kind).value}: {error}") from error
+    else:
+        config = given
+        if not isinstance(config, PEFT_TYPE_TO_CONFIG_MAPPING[kind]):
+            wanted = PEFT_TYPE_TO_CONFIG_MAPPING[kind].__name__
+            raise ValueError(f"{field} must be a {wanted} for the peft_type {kind}, got a {type(config).__name__}.")
+    _check_patterns_beneath(field, config)
+    return config
+
+
+def _check_patterns_beneath(field: str, config: PeftConfig) -> None:
+    """Refuse regular expressions that PEFT would match for ever, and names that it would read as such."""
+    for name in ("target_modules", "exclude_modules", "feedforward_modules"):
+        if isinstance(value := getattr(config, name, None), str) and value:
+            check_pattern(f"{field}.{name}", value)
+    patterns = getattr(config, "layers_pattern", None) or []
+    for one in [patterns] if isinstance(patterns, str) else patterns:
+        check_pattern(f"{field}.layers_pattern", one, _IN_LAYERS_PATTERN)
+    for name, value in vars(config).items():  # rank_pattern, alpha_pattern and their like
+        if name.endswith("_pattern") and isinstance(value, dict):
+            for pattern in value:
+                check_pattern(f"A key of {field}.{name}", pattern, _IN_RANK_PATTERN)
+    saved = getattr(config, "modules_to_save", None) or []
+    if not _are_names(saved) or not all(map(is_module_name, saved)):
+        raise ValueError(f"{field}.modules_to_save must be names of modules or None, got {show(saved)}.")
 
 
 def _plain(value: Any) -> Any:

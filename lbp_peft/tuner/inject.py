@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
@@ -14,7 +14,7 @@ from ..layout import LayoutFinder
 from ..precision import forget
 from .attending import attend_by_products
 from .calling import has_own_forward, onloaded
-from .checks import check_modules_to_save, check_targets, is_adapted_linear
+from .checks import check_layers, check_modules_to_save, check_targets, is_adapted_linear, warn_of_unknown_names
 from .compressed import compress_activations
 from .config import LBPWHTConfig
 from .layer import BackwardRule, LBPWHTLayer
@@ -27,20 +27,21 @@ from .transposed import LBPWHTTransposedLinear
 
 def prepare(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -> None:
     """Settle what the configuration leaves open, and refuse what can be refused before a module is replaced."""
+    config.check()  # its values may have been changed since it was made
     if config.modules_to_save and has_other_adapters(model):
         # Those that another adapter trains are saved with it; a second copy would put the trained one out of use.
         trained = [f".{name}" for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         left = [name for name in config.modules_to_save if not any(one.endswith(f".{name}") for one in trained)]
         config.modules_to_save = left or None
-    check_modules_to_save(model, config.modules_to_save)
+    check_modules_to_save(model, config)
     if config.target_modules is None:
         config.target_modules = _default_targets(tuner, config, model)
+    else:
+        check_layers(tuner, config, model)
     _maybe_include_all_linear_layers(config, model)
-    targets = [
-        (name, module)
-        for name, module in model.named_modules()
-        if name and tuner._check_target_module_exists(config, name)
-    ]
+    matches = [(name, m, tuner._check_target_module_exists(config, name)) for name, m in model.named_modules() if name]
+    warn_of_unknown_names(model, config, any(isinstance(match, _ExcludedModule) for _, _, match in matches))
+    targets = [(name, module) for name, module, match in matches if match]
     check_targets(targets, config.train_base_weight, beside_others=has_other_adapters(model))
 
 
@@ -57,6 +58,7 @@ def _default_targets(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -
     # PEFT counts layers only for targets given by suffix, not for those given by their whole name.
     by_suffix = copy.copy(config)
     by_suffix.target_modules = {name.rpartition(".")[2] for name in names}
+    check_layers(tuner, by_suffix, model)
     return {name for name in names if tuner._check_target_module_exists(by_suffix, name)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -239,6 +240,20 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
             return torch.zeros_like(weight)
         return self.lbpwht_weight[adapter].detach() - weight.detach()
 
+    @torch.no_grad()
+    def combine(self, new: str, weights: list[tuple[str, float]]) -> None:
+        """Make an adapter's weight and bias the base's plus the weighted sum of what others changed.
+
+        Args:
+            new: The adapter to fill.
+            weights: Of the others, by name. Those that do not adapt this layer changed nothing.
+        """
+        weight, bias = self._base_parameters()
+        for base, copies in ((weight, self.lbpwht_weight), (bias, self.lbpwht_bias)):
+            given = [(copies[name], factor) for name, factor in weights if name in copies]
+            if base is not None and given:
+                copies[new].data = weighted_sum_of_changes(base, given)
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """A LoRA has no place for a trained bias."""
         return adapter_name not in self.lbpwht_bias
@@ -308,6 +323,17 @@ def _plus_changes(base: Tensor, adapted: list[Tensor]) -> Tensor:
         return adapted[0].to(base.dtype)
     master = base.to(adapted[0].dtype)
     return (master + torch.stack([copy - master for copy in adapted]).sum(dim=0)).to(base.dtype)
+
+
+def weighted_sum_of_changes(base: Tensor, adapted: list[tuple[Tensor, float]]) -> Tensor:
+    """The base plus, for each adapted copy of it, a multiple of what it changed; in the copies' dtype."""
+    dtype = adapted[0][0].dtype
+    master = torch.promote_types(dtype, torch.float32)
+    # Written so that a single copy of weight 1, or the mean of equal ones, comes out to the bit.
+    total = (1 - math.fsum(factor for _, factor in adapted)) * base.detach().to(master)
+    for copy, factor in adapted:
+        total = total + factor * copy.detach().to(master)
+    return total.to(dtype)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import ChainMap
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -15,11 +15,14 @@ from torch import Tensor, nn
 
 from .checks import adapter_keys, check_modules_to_save, check_state_dict
 from .config import LBPWHTConfig
+from .heads import warn_of_frozen_heads
 from .inject import create_and_replace, leave_all, look_around, prepare
 from .layer import LBPWHTLayer
 from .linear import LBPWHTLinear
+from .names import is_free_in_dictionaries
 from .report import LayoutReport, layout_report
 from .stack import KEYS, Stack, has_other_adapters, left_as_they_are, stack_beneath
+from .weighted import add_weighted_adapter
 
 
 class LBPWHTModel(BaseTuner):
@@ -65,7 +68,7 @@ class LBPWHTModel(BaseTuner):
             )
         if config.stack_on:
             for beneath in config.stack_on.values():
-                check_modules_to_save(model, getattr(beneath, "modules_to_save", None))
+                check_modules_to_save(model, beneath)
             self.stack = Stack.build(model, config.stack_on, config.stack_active or [], config.inference_mode)
         if self.stack is None:
             super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
@@ -89,7 +92,7 @@ class LBPWHTModel(BaseTuner):
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
-        except AttributeError:  # add_weighted_adapter and its like
+        except AttributeError:  # AdaLoRA's update_and_allocate and its like
             stack = self.__dict__.get("stack")
             if stack is None or not isinstance(stack.holder, PeftModel) or name == "peft_config":
                 raise
@@ -119,9 +122,16 @@ class LBPWHTModel(BaseTuner):
                 f"Adapter {adapter_name!r} was stacked on adapters of its own. Load it into a plain model, with "
                 "PeftModel.from_pretrained."
             )
+        if not is_free_in_dictionaries(adapter_name):
+            raise ValueError(
+                f"An adapter cannot be called {adapter_name!r}: PyTorch's dictionaries of parameters take no key with "
+                "a dot, and none that is the name of one of their methods."
+            )
         with left_as_they_are(model) if has_other_adapters(model) else nullcontext():
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         look_around(model)
+        if not self.peft_config[adapter_name].inference_mode:
+            warn_of_frozen_heads(model)
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -144,6 +154,89 @@ class LBPWHTModel(BaseTuner):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
+
+    # What concerns the adapters beneath as well: no module here holds their PeftModel and its tuner.
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        tuner = None if self.stack is None else self.stack.tuner
+        if tuner is None or type(tuner).forward is BaseTuner.forward or tuner.model is not self.model:
+            return super().forward(*args, **kwargs)
+        return tuner(*args, **kwargs)  # AdaLoRA adds to the loss
+
+    def train(self, mode: bool = True) -> LBPWHTModel:
+        super().train(mode)
+        if self.stack is not None:
+            self.stack.train(mode)
+        return self
+
+    def enable_adapter_layers(self) -> None:
+        if self.stack is None or self.stack.tuner is None:
+            super().enable_adapter_layers()
+        else:
+            self.stack.enable_adapters(True)
+
+    def disable_adapter_layers(self) -> None:
+        if self.stack is None or self.stack.tuner is None:
+            super().disable_adapter_layers()
+        else:
+            self.stack.enable_adapters(False)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if self.stack is not None and self.stack.tuner is not None:
+            self.stack.tuner._check_merge_allowed()
+
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
+        tuner: Any = None if self.stack is None else self.stack.tuner
+        if hasattr(tuner, "_enable_peft_forward_hooks"):
+            hooks: AbstractContextManager[Any] = tuner._enable_peft_forward_hooks(*args, **kwargs)
+            return hooks
+        for argument in ("adapter_names", "alora_offsets"):  # which PEFT would drop without a word
+            if kwargs.get(argument) is not None:
+                raise ValueError(
+                    f"{argument}: only LoRA chooses an adapter for each image of a batch. Call "
+                    "model.set_adapter(name), and pass the images of one adapter at a time."
+                )
+        return nullcontext()
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Add an adapter that is a linear combination of others: the base weights plus the weighted sum of what each of
+        them changed.
+
+        Each layer that one of them adapts, with its bias, and each of their modules_to_save is combined; what an
+        adapter leaves alone it did not change. With weights that sum to 1 this averages the adapters' weights. The new
+        adapter has the settings of the first and is, as in PEFT, neither active nor trained. On a stack, names of
+        adapters beneath are passed on to their own method, with all arguments, in its own signature.
+
+        Args:
+            adapters: Names of adapters that have weights of their own.
+            weights: One for each, of any sign.
+            adapter_name: Of the new adapter.
+            combination_type: "linear", the default, and the only one.
+
+        Raises:
+            ValueError: a name is unknown or taken, an adapter has no weights (train_base_weight=False), the numbers of
+                names and weights differ, a weight is no finite number, another combination_type is asked for, or
+                modules_to_save hold buffers that differ. Nothing is added then.
+        """
+        beneath = {} if self.stack is None else self.stack.configs
+        own = self.peft_config.maps[0] if isinstance(self.peft_config, ChainMap) else self.peft_config
+        if beneath and all(name in beneath for name in adapters):
+            tuner = self.stack.tuner  # type: ignore[union-attr]
+            if not hasattr(tuner, "add_weighted_adapter"):
+                raise ValueError(
+                    f"The adapters beneath, {', '.join(adapters)}, cannot be combined: "
+                    + (
+                        "transformers injected them. Put them on with get_peft_model instead."
+                        if tuner is None
+                        else f"{type(tuner).__name__} has no add_weighted_adapter."
+                    )
+                )
+            tuner.add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+        else:
+            add_weighted_adapter(self, own, adapters, weights, adapter_name, *args, **kwargs)
 
     # Switching adapters. A name means every adapter that has it, here and beneath.
 

@@ -16,6 +16,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, _set_adapter
 from torch import Tensor, nn
 
 from .layer import LBPWHTLayer
+from .names import check_adapter_name, unmatched_modules_to_save
 from .wrappers import with_wrappers, without_wrappers
 
 KEYS = "stack_on."  # before the name of the adapter and its own key, in a checkpoint
@@ -53,6 +54,23 @@ class Stack:
         modules = self.base_model.modules()
         return [m for m in modules if isinstance(m, BaseTunerLayer) and not isinstance(m, LBPWHTLayer)]
 
+    @property
+    def tuner(self) -> Any:
+        """The other method's own tuner; None where transformers injected the adapters, which keeps none."""
+        return self.holder.base_model if isinstance(self.holder, PeftModel) else None
+
+    def train(self, mode: bool) -> None:
+        """Put the model and what the other method holds around it into training or evaluation mode."""
+        self.holder.train(mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch all adapters of the model on or off, with the warnings that the other method has for it."""
+        if enabled:
+            self.tuner.enable_adapter_layers()
+        else:
+            self.tuner.disable_adapter_layers()
+        self.holder._adapters_disabled = not enabled
+
     def set_adapter(self, names: list[str], inference_mode: bool = False) -> None:
         for layer in self._layers():
             if layer.merged:
@@ -81,12 +99,15 @@ class Stack:
 
     # Checkpoints
 
-    def describe(self) -> tuple[dict[str, PeftConfig], list[str]]:
-        """What [`build`] needs: copies of the configurations, and which adapters are active."""
+    def describe(self) -> tuple[dict[str, PeftConfig] | None, list[str] | None]:
+        """What [`build`] needs: copies of the configurations, and which adapters are active; None if there are none."""
         configs = {name: copy.deepcopy(config) for name, config in self.configs.items()}
         for config in configs.values():
             config.inference_mode = True
-        return configs, self.active_adapters
+            if saved := getattr(config, "modules_to_save", None):  # PEFT ignores names that match nothing
+                unmatched = unmatched_modules_to_save(self.base_model, saved, config.task_type)
+                config.modules_to_save = [name for name in saved if name not in unmatched]
+        return configs or None, self.active_adapters or None
 
     @staticmethod
     def build(model: nn.Module, configs: dict[str, PeftConfig], active: list[str], inference_mode: bool) -> Stack:
@@ -95,9 +116,20 @@ class Stack:
         for config in configs.values():
             config.inference_mode = inference_mode
         (first, config), *others = configs.items()
-        holder = PeftModel(model, config, first)
-        for name, config in others:
-            holder.add_adapter(name, config)
+        name, trained = first, [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        try:
+            holder = PeftModel(model, config, first)
+            for name, config in others:
+                holder.add_adapter(name, config)
+        except Exception as error:
+            _remove_adapters(model)
+            for parameter, requires_grad in trained:
+                parameter.requires_grad = requires_grad
+            if isinstance(error, (TypeError, AttributeError, KeyError)):  # values that the other method does not check
+                raise ValueError(
+                    f"The adapter of stack_on[{name!r}] cannot be made from its configuration: {error}"
+                ) from error
+            raise
         stack = Stack(holder)
         if active and active != stack.active_adapters:
             stack.set_adapter(active, inference_mode)
@@ -184,6 +216,7 @@ def stack_beneath(model: nn.Module) -> Stack | None:
 
     Raises:
         TypeError: LBP-WHT cannot be put on such a model; the message says what to do instead.
+        ValueError: one of its adapters has a name that could not be loaded again.
     """
     if isinstance(model, PeftMixedModel):
         raise TypeError(
@@ -196,10 +229,31 @@ def stack_beneath(model: nn.Module) -> Stack | None:
             raise TypeError(f"LBP-WHT cannot be stacked on prompt learning ({model.peft_type.value}).")
         if isinstance(model.get_base_model(), PeftModel):
             raise TypeError("LBP-WHT can be stacked on one PeftModel, not on one inside another. Merge the inner one.")
-        return Stack(model)
+        return _with_names_that_can_be_saved(Stack(model))
     configs = getattr(model, "peft_config", None)
     others = configs and any(config.peft_type != PeftType.LBPWHT for config in configs.values())
-    return Stack(model) if others else None
+    return _with_names_that_can_be_saved(Stack(model)) if others else None
+
+
+def _with_names_that_can_be_saved(stack: Stack) -> Stack:
+    """A checkpoint holds the names of the adapters, and [`LBPWHTConfig`] refuses some of them on loading."""
+    for name in stack.configs:
+        check_adapter_name(name, "The model to stack on")
+    return stack
+
+
+def _remove_adapters(model: nn.Module) -> None:
+    """Put back the modules of a model that adapters have replaced, even where not all of an adapter was made."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, BaseTunerLayer):
+            original = module.get_base_layer()
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            original = module.original_module
+        else:
+            continue
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, original)
+    model.__dict__.pop("peft_config", None)
 
 
 def has_other_adapters(model: nn.Module) -> bool:

@@ -1,0 +1,84 @@
+"""Names of adapters and modules: which are accepted, and what a mistyped one may have meant."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from .patterns import show
+
+_MAX_LENGTH = 200  # a file system takes 255 bytes
+_DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])", re.IGNORECASE)
+# PEFT names these for models of these tasks, whether the model has them or not.
+_OF_TASKS = {
+    "SEQ_CLS": {"classifier", "score"},
+    "TOKEN_CLS": {"classifier", "score"},
+    "QUESTION_ANS": {"qa_outputs"},
+}
+
+
+def check_adapter_name(name: Any, field: str) -> None:
+    """Refuse names that are more than a name: PEFT saves an adapter in a folder of its name, and splits keys at dots.
+
+    Args:
+        name: Of an adapter.
+        field: Where the name stands, for the message.
+
+    Raises:
+        ValueError: `name` is no string, is empty or long, or, on some operating system, leads to another folder.
+    """
+    if (
+        not isinstance(name, str)
+        or not 0 < len(name) <= _MAX_LENGTH
+        or not name.isprintable()
+        or name != name.strip()
+        or set(name) & set('/\\:.<>|?*"')
+        or _DEVICES.fullmatch(name)
+        or not is_free_in_dictionaries(name)
+    ):
+        raise ValueError(
+            f"{field} has an adapter called {show(name)}. Adapters are saved in folders of their names, so a name must "
+            "not be empty, long, that of a device or that of a method of nn.ModuleDict, nor hold control characters or "
+            r'any of / \ : . < > | ? * ".'
+        )
+
+
+def is_free_in_dictionaries(name: str) -> bool:
+    """Whether PyTorch's dictionaries of modules and parameters, which hold adapters, take a name as a key."""
+    taken = hasattr(nn.ParameterDict, name) or hasattr(nn.ModuleDict, name) or name == "training"
+    return bool(name) and "." not in name and not taken
+
+
+def is_module_name(name: Any) -> bool:
+    """Whether it can be a module's name, or the end of one. PEFT reads some of these names as regular expressions."""
+    return isinstance(name, str) and re.fullmatch(r"[\w.\-]+", name) is not None
+
+
+def unknown_names(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those that are neither the name of a module nor, after a dot, the end of one."""
+    known = [f".{name}" for name, _ in model.named_modules(remove_duplicate=False)]
+    return sorted(name for name in names if not any(one.endswith(f".{name}") for one in known))
+
+
+def unmatched_modules_to_save(model: nn.Module, names: Iterable[str], task_type: str | None) -> list[str]:
+    """Those that end no module's name, save for what PEFT itself adds for a task."""
+    known = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    added = _OF_TASKS.get(str(getattr(task_type, "value", task_type)), set())
+    return [name for name in names if name not in added and not any(one.endswith(name) for one in known)]
+
+
+def did_you_mean(model: nn.Module, name: str) -> str:
+    """A sentence naming the modules whose names are close, to go on a message; "" if none is."""
+    ends: dict[str, None] = {}
+    for known, _ in model.named_modules():
+        parts = known.split(".")
+        ends |= {".".join(parts[start:]): None for start in range(len(parts))}
+    close = difflib.get_close_matches(name, [end for end in ends if end], n=3)
+    if not close:
+        close = [child for child, _ in model.named_children()][:8]
+        return f" The model consists of {', '.join(close)}." if close else ""
+    return f" Did you mean {' or '.join(repr(one) for one in close)}?"

@@ -1,0 +1,142 @@
+"""Regular expressions that a configuration holds: which of them are accepted.
+
+A configuration may come from a file that somebody else wrote, and Python's `re` has no time limit: one expression with
+nested repetition can keep a program busy for years.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+from collections.abc import Iterator
+from typing import Any
+
+try:  # the parser of `re` is the only one that reads an expression exactly as `re` does
+    from re import _constants as constants  # type: ignore[attr-defined]
+    from re import _parser as parser  # type: ignore[attr-defined]
+except ImportError:  # Python 3.10
+    import sre_constants as constants
+    import sre_parse as parser
+
+_MAX_LENGTH = 100_000
+_NAME_LENGTH = 60  # of a module, roughly
+_MAX_STEPS = 1_000_000  # for one name; a name takes about ten milliseconds then
+_REPEATS = {constants.MAX_REPEAT, constants.MIN_REPEAT, getattr(constants, "POSSESSIVE_REPEAT", None)}
+
+
+def check_pattern(field: str, pattern: Any, template: str = "{}") -> None:
+    """Refuse what is no regular expression, and those whose matching could take forever.
+
+    Args:
+        field: Where the expression stands, for the message.
+        pattern: What stands there.
+        template: How PEFT embeds the expression in its own; "{}" stands for it.
+
+    Raises:
+        ValueError: `pattern` is no string, is empty, is no valid expression, or repeats what is itself of variable
+            length.
+    """
+    if not isinstance(pattern, str) or not pattern:
+        raise ValueError(f"{field} must be a regular expression, got {show(pattern)}.")
+    if len(pattern) > _MAX_LENGTH:
+        raise ValueError(f"{field} has {len(pattern)} characters; {_MAX_LENGTH} are the most.")
+    try:
+        tree = parser.parse(pattern)
+        re.compile(template.replace("{}", pattern))
+        slow = _is_slow(tree, repeated=False)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{field} is not a valid regular expression ({error}), got {show(pattern)}.") from error
+    if slow:
+        raise ValueError(
+            f"{field} is a regular expression that could take forever to match, since it repeats or strings together "
+            f"parts of variable length, got {show(pattern)}. Write it without nested repetition."
+        )
+
+
+def show(value: Any) -> str:
+    """A value as it is shown in a message: however large it is, the message stays short."""
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = 200
+    return short.repr(value)
+
+
+def _is_slow(tree: Any, repeated: bool) -> bool:
+    """Whether matching a part of an expression may take too many steps.
+
+    Steps multiply along parts that leave a choice. A literal character in between ends that: it occurs few times in a
+    name.
+
+    Args:
+        tree: As parsed.
+        repeated: Whether the part stands inside a repetition, where each choice multiplies with itself.
+    """
+    items = list(_items(tree))
+    steps = 1
+    for index, (kind, value) in enumerate(items):
+        if kind is constants.LITERAL:
+            steps = 1
+            continue
+        choices = _num_choices(kind, value)
+        ends = items[(index + 1) % len(items)]
+        if repeated and choices > 1 and not _ends_at(kind, value, ends):
+            return True
+        steps *= choices
+        if steps > _MAX_STEPS:
+            return True
+        again = repeated or (kind in _REPEATS and value[1] > 1)
+        if any(_is_slow(part, again) for part in _parts(value)):
+            return True
+    return False
+
+
+def _items(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """The parts of a sequence, those in plain groups included."""
+    for kind, value in tree:
+        if kind is constants.SUBPATTERN:
+            yield from _items(value[-1])
+        else:
+            yield kind, value
+
+
+def _num_choices(kind: Any, value: Any) -> int:
+    if kind is constants.BRANCH:
+        return len(value[1])
+    if kind in _REPEATS:
+        return int(min(value[1], _NAME_LENGTH + value[0]) - value[0]) + 1
+    return 1
+
+
+def _ends_at(kind: Any, value: Any, item: tuple[Any, Any]) -> bool:
+    """Whether a repetition of single characters can end in one way only, at a literal that it does not match."""
+    if kind not in _REPEATS or item[0] is not constants.LITERAL:
+        return False
+    body = list(_items(value[2]))
+    return len(body) == 1 and not _may_match(body[0], chr(item[1]))
+
+
+def _may_match(item: tuple[Any, Any], character: str) -> bool:
+    """Whether a part of an expression may match a character; True if that is not known."""
+    kind, value = item
+    if kind is constants.LITERAL:
+        return bool(chr(value) == character)
+    if kind is constants.NOT_LITERAL:
+        return bool(chr(value) != character)
+    if kind is constants.RANGE:
+        return bool(value[0] <= ord(character) <= value[1])
+    if kind is constants.CATEGORY and value in (constants.CATEGORY_WORD, constants.CATEGORY_DIGIT):
+        return character.isalnum() or character == "_"
+    if kind is constants.IN:
+        negated = value[0][0] is constants.NEGATE
+        if negated and any(inner[0] is constants.CATEGORY for inner in value):
+            return True
+        return bool(negated != any(_may_match(inner, character) for inner in value[int(negated) :]))
+    return True
+
+
+def _parts(value: Any) -> Iterator[Any]:
+    """The expressions inside one part of an expression."""
+    if isinstance(value, parser.SubPattern):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _parts(item)
