@@ -195,7 +195,7 @@ def _without_autocast(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
-def _product_of_rounded(grad: Tensor, weight: Tensor, precision: Precision, source: Tensor | None) -> Tensor:
+def _product_of_rounded(grad: Tensor, weight: Tensor, precision: Precision, source: Tensor | Origin | None) -> Tensor:
     name = precision.name
     rotation = _fitting_block(precision.rotation, weight.shape[0])
     right = _rounded_weight(weight, name, rotation, source)

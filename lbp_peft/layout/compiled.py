@@ -1,7 +1,7 @@
 """Layouts while torch.compile traces a model: positions cannot be followed then, so they come from an eager pass.
 
-Where the model has not run eagerly yet, it does once, on inputs of zeros in the shapes that are being compiled for. What
-is asked here is answered by ordinary Python while the compiler traces, and taken for a constant of the graph.
+Where the model has not run eagerly yet, it does once, on inputs of zeros in the shapes that are being compiled for.
+What is asked here is answered by ordinary Python while the compiler traces, and taken for a constant of the graph.
 """
 
 from __future__ import annotations

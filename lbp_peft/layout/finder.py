@@ -1,7 +1,7 @@
 """Where do the tokens of a layer lie, in the forward pass that is under way, or that is run again?
 
-The first forward pass with inputs of new shapes is traced, and what is found is kept. Later ones look it up. Layers that
-gradient checkpointing runs again in the backward pass take what their own forward pass took, see `reruns.py`.
+The first forward pass with inputs of new shapes is traced, and what is found is kept. Later ones look it up. Layers
+that gradient checkpointing runs again in the backward pass take what their own forward pass took, see `reruns.py`.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class LayoutFinder:
         self.detach()
         self._model = weakref.ref(model)
         self._layers = weakref.WeakSet(layers.values())
-        self._merge_size = next((int(m.spatial_merge_size) for m in model.modules() if _merges(m)), 1)
+        self._merge_size = next((size for m in model.modules() if (size := _merge_size(m))), 1)
         around = {""}
         for name in layers:
             parts = name.split(".")
@@ -503,9 +503,9 @@ def _structure(module: nn.Module) -> int:
     return hash(tuple(found))
 
 
-def _merges(module: nn.Module) -> bool:
+def _merge_size(module: nn.Module) -> int:
     size = getattr(module, "spatial_merge_size", None)
-    return isinstance(size, int) and size > 0
+    return size if isinstance(size, int) else 0
 
 
 def _the_only(answers: list[Any], name: str, what: str, values: list[Any] | None = None) -> Any:

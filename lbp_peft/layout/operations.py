@@ -18,6 +18,10 @@ from .positions import LOST, NOWHERE, compact, merged, mixed, place_in_image, re
 RULES: dict[str, Callable[..., Any]] = {}
 
 
+def _names(text: str) -> list[str]:
+    return text.split()
+
+
 def name_of(function: Any) -> str:
     """The plain name of an operation: "add" for `torch.add`, `Tensor.add_`, `Tensor.__iadd__` and `Tensor.__radd__`."""
     if function in _SPECIAL:
@@ -43,53 +47,16 @@ _PLAIN_NAMES = {
 
 # Operations that make tensors of nothing but numbers, none of them by chance or from values that came from elsewhere.
 DATA_INDEPENDENT = frozenset(
-    [
-        "arange",
-        "zeros",
-        "ones",
-        "full",
-        "eye",
-        "empty",
-        "linspace",
-        "logspace",
-        "range",
-        "tril_indices",
-        "triu_indices",
-        "new_zeros",
-        "new_ones",
-        "new_full",
-        "new_empty",
-        "zeros_like",
-        "ones_like",
-        "full_like",
-        "empty_like",
-        "hann_window",
-        "scalar_tensor",
-        "empty_strided",
-    ]
+    _names("""
+        arange zeros ones full eye empty linspace logspace range tril_indices triu_indices new_zeros new_ones
+        new_full new_empty zeros_like ones_like full_like empty_like hann_window scalar_tensor empty_strided
+    """)
 )
 RANDOM = frozenset(
-    [
-        "rand",
-        "randn",
-        "randint",
-        "randperm",
-        "normal",
-        "bernoulli",
-        "multinomial",
-        "poisson",
-        "rand_like",
-        "randn_like",
-        "randint_like",
-        "uniform",
-        "random",
-        "exponential",
-        "geometric",
-        "cauchy",
-        "log_normal",
-        "gumbel_softmax",
-        "rrelu",
-    ]
+    _names("""
+        rand randn randint randperm normal bernoulli multinomial poisson rand_like randn_like randint_like uniform
+        random exponential geometric cauchy log_normal gumbel_softmax rrelu
+    """)
 )
 
 
@@ -125,7 +92,14 @@ def _run(function: Callable[..., Any], positions: Tensor | None, args: tuple, kw
     return None if positions is None else function(positions, *args, **{k: v for k, v in kwargs.items() if k != "out"})
 
 
-_moves(*["permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "t", "adjoint", "squeeze", "unsqueeze", "flatten", "unflatten", "reshape", "ravel", "view_as", "reshape_as", "expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave", "narrow", "select", "diagonal", "roll", "flip", "fliplr", "flipud", "rot90", "chunk", "split", "split_with_sizes", "tensor_split", "unbind", "hsplit", "vsplit", "unfold", "tril", "triu"])  # fmt: skip
+_moves(
+    *_names("""
+        permute transpose swapaxes swapdims movedim moveaxis t adjoint squeeze unsqueeze flatten unflatten reshape
+        ravel view_as reshape_as expand expand_as broadcast_to repeat tile repeat_interleave narrow select diagonal
+        roll flip fliplr flipud rot90 chunk split split_with_sizes tensor_split unbind hsplit vsplit unfold tril
+        triu
+    """)
+)
 
 
 @rule("view")
@@ -232,7 +206,8 @@ def _picked_axes(index: Any, num_axes: int, tracer: Any) -> list[int]:
     """The axes along which an index picks places that are not certain to be the same each time."""
     parts = list(index) if isinstance(index, tuple) else [index]
     consumed = sum(_num_consumed(part) for part in parts)
-    axis, picked = 0, []
+    axis = 0
+    picked: list[int] = []
     for part in parts:
         if part is Ellipsis:
             axis += num_axes - consumed
@@ -266,14 +241,12 @@ def _same_along(positions: Tensor, axes: list[int]) -> bool:
 @rule("__setitem__")
 def _setitem(tracer: Any, x: Tensor, index: Any, value: Any) -> Any:
     positions = _or_nowhere(tracer, x)
-    new = _or_nowhere(tracer, value) if isinstance(value, Tensor) else torch.tensor(NOWHERE)
-    picked = _picked_axes(index, x.dim(), tracer)
-    if picked and not (
-        _same_along(positions, picked) and isinstance(value, Tensor) and _same_as(positions[index], new)
-    ):
-        return None if picked and bool((compact(new) >= 0).any()) else positions
     if not isinstance(value, Tensor):  # a number in the place of some elements does not move them
         return positions
+    new = _or_nowhere(tracer, value)
+    picked = _picked_axes(index, x.dim(), tracer)
+    if picked and not (_same_along(positions, picked) and _same_as(positions[index], new)):
+        return None if bool((compact(new) >= 0).any()) else positions
     positions = positions.clone()
     positions[index] = new.to(positions.device)
     return positions
@@ -297,8 +270,8 @@ def _index_select(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     return getattr(torch, name)(positions, *args, **{k: v for k, v in kwargs.items() if k != "sparse_grad"})
 
 
-@rule("index_add", "scatter_add", "index_put", "scatter", "scatter_reduce", "masked_scatter", "index_fill", "masked_fill",
-      "index_reduce", "index_copy")  # fmt: skip
+@rule("index_add", "index_copy", "index_fill", "index_put", "index_reduce", "masked_fill", "masked_scatter")
+@rule("scatter", "scatter_add", "scatter_reduce")
 def _changed_in_places(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Some elements take other values and stay where they are."""
     positions = tracer.positions(x)
@@ -320,90 +293,13 @@ def _element_wise(tracer: Any, *args: Any, **kwargs: Any) -> Any:
     return merged(operands, shape)
 
 
-for _name in [
-    "add",
-    "sub",
-    "rsub",
-    "mul",
-    "div",
-    "true_divide",
-    "divide",
-    "multiply",
-    "subtract",
-    "floor_divide",
-    "remainder",
-    "fmod",
-    "pow",
-    "float_power",
-    "neg",
-    "abs",
-    "exp",
-    "exp2",
-    "expm1",
-    "log",
-    "log1p",
-    "log2",
-    "log10",
-    "sqrt",
-    "rsqrt",
-    "square",
-    "reciprocal",
-    "sin",
-    "cos",
-    "tan",
-    "tanh",
-    "sinh",
-    "cosh",
-    "asin",
-    "acos",
-    "atan",
-    "atan2",
-    "sigmoid",
-    "logsigmoid",
-    "erf",
-    "erfc",
-    "erfinv",
-    "sign",
-    "sgn",
-    "round",
-    "floor",
-    "ceil",
-    "trunc",
-    "frac",
-    "clamp",
-    "clip",
-    "clamp_min",
-    "clamp_max",
-    "maximum",
-    "minimum",
-    "fmax",
-    "fmin",
-    "where",
-    "lerp",
-    "addcmul",
-    "addcdiv",
-    "nan_to_num",
-    "hypot",
-    "logaddexp",
-    "xlogy",
-    "eq",
-    "ne",
-    "lt",
-    "le",
-    "gt",
-    "ge",
-    "isnan",
-    "isinf",
-    "isfinite",
-    "logical_and",
-    "logical_or",
-    "logical_not",
-    "logical_xor",
-    "bitwise_and",
-    "bitwise_or",
-    "bitwise_xor",
-    "bitwise_not",
-]:
+for _name in _names("""
+    add sub rsub mul div true_divide divide multiply subtract floor_divide remainder fmod pow float_power neg abs
+    exp exp2 expm1 log log1p log2 log10 sqrt rsqrt square reciprocal sin cos tan tanh sinh cosh asin acos atan atan2
+    sigmoid logsigmoid erf erfc erfinv sign sgn round floor ceil trunc frac clamp clip clamp_min clamp_max maximum
+    minimum fmax fmin where lerp addcmul addcdiv nan_to_num hypot logaddexp xlogy eq ne lt le gt ge isnan isinf
+    isfinite logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_xor bitwise_not
+"""):
     RULES[_name] = _element_wise
 
 
@@ -412,67 +308,13 @@ def _like_the_first(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     return tracer.positions(x)
 
 
-for _name in [
-    "relu",
-    "relu6",
-    "gelu",
-    "silu",
-    "mish",
-    "softplus",
-    "elu",
-    "celu",
-    "selu",
-    "leaky_relu",
-    "prelu",
-    "hardswish",
-    "hardsigmoid",
-    "hardtanh",
-    "hardshrink",
-    "softshrink",
-    "tanhshrink",
-    "softsign",
-    "threshold",
-    "dropout",
-    "dropout1d",
-    "dropout2d",
-    "dropout3d",
-    "alpha_dropout",
-    "feature_dropout",
-    "feature_alpha_dropout",
-    "softmax",
-    "log_softmax",
-    "softmin",
-    "normalize",
-    "layer_norm",
-    "rms_norm",
-    "group_norm",
-    "batch_norm",
-    "instance_norm",
-    "native_layer_norm",
-    "local_response_norm",
-    "to",
-    "type",
-    "float",
-    "half",
-    "bfloat16",
-    "double",
-    "long",
-    "int",
-    "bool",
-    "contiguous",
-    "clone",
-    "detach",
-    "cpu",
-    "cuda",
-    "type_as",
-    "requires_grad",
-    "alias",
-    "resolve_conj",
-    "resolve_neg",
-    "conj",
-    "positive",
-    "pin_memory",
-]:
+for _name in _names("""
+    relu relu6 gelu silu mish softplus elu celu selu leaky_relu prelu hardswish hardsigmoid hardtanh hardshrink
+    softshrink tanhshrink softsign threshold dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout
+    feature_alpha_dropout softmax log_softmax softmin normalize layer_norm rms_norm group_norm batch_norm
+    instance_norm native_layer_norm local_response_norm to type float half bfloat16 double long int bool contiguous
+    clone detach cpu cuda type_as requires_grad alias resolve_conj resolve_neg conj positive pin_memory
+"""):
     RULES[_name] = _like_the_first
 
 
@@ -522,25 +364,9 @@ def _reduced(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     return [positions]
 
 
-for _name in [
-    "mean",
-    "sum",
-    "amax",
-    "amin",
-    "max",
-    "min",
-    "prod",
-    "std",
-    "var",
-    "logsumexp",
-    "norm",
-    "vector_norm",
-    "any",
-    "all",
-    "median",
-    "nanmean",
-    "nansum",
-]:
+for _name in _names("""
+    mean sum amax amin max min prod std var logsumexp norm vector_norm any all median nanmean nansum
+"""):
     RULES[_name] = _reduced
 
 
@@ -676,8 +502,8 @@ def _of_axis(value: Any, i: int) -> int:
     return int(value[i] if len(value) > 1 else value[0])
 
 
-@rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "lp_pool2d",
-      "max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices")  # fmt: skip
+@rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "lp_pool2d")
+@rule("max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices")
 def _pool(
     tracer: Any, x: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, *args: Any, **kwargs: Any
 ) -> Any:
@@ -721,6 +547,7 @@ def _transposed_convolution(tracer: Any, result: Tensor, x: Tensor, weight: Tens
 
 
 # Rules that look at the result first: for its shape alone.
-RULES_BY_RESULT: dict[str, Callable[..., Any]] = dict.fromkeys(
-    ("interpolate", "upsample", "upsample_bilinear", "upsample_nearest"), _resized_like_result
-) | dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed_convolution)
+RULES_BY_RESULT: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(("interpolate", "upsample", "upsample_bilinear", "upsample_nearest"), _resized_like_result),
+    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed_convolution),
+}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -45,15 +46,15 @@ def read_layout(positions: Tensor) -> FoundLayout:
     """
     if not bool((positions >= 0).any()):
         raise NoTokensError("none of its tokens is at a place of the input")
-    axes = [axis for axis, size in enumerate(positions.shape) if size > 1]
-    if not axes:
+    long_axes = [axis for axis, size in enumerate(positions.shape) if size > 1]
+    if not long_axes:
         raise NoTokensError("its input has a single token")
     found, errors = [], []
-    for count in range(1, len(axes) + 1):
-        for token_axes in itertools.combinations(axes, count):
+    for count in range(1, len(long_axes) + 1):
+        for token_axes in itertools.combinations(long_axes, count):
             others = [axis for axis in range(positions.dim()) if axis not in token_axes]
             moved = positions.permute(*others, *token_axes)
-            rows = moved.reshape(-1, int(np.prod([positions.shape[axis] for axis in token_axes])))
+            rows = moved.reshape(-1, math.prod(positions.shape[axis] for axis in token_axes))
             try:
                 grid = _read_rows(rows.cpu().numpy())
             except UnknownLayoutError as error:
@@ -62,7 +63,7 @@ def read_layout(positions: Tensor) -> FoundLayout:
             found.append((grid, token_axes))
     if not found:
         raise max(errors, key=lambda error: not isinstance(error, NoTokensError))
-    # Neighbours in the image rather than tokens far apart, in their order rather than in another, and as many as can be.
+    # In their order rather than in another, neighbours in the image rather than far apart, and as many as can be.
     grid, token_axes = min(found, key=lambda item: (item[0].order is not None, item[0].spacing, -item[0].num_tokens))
     usual = token_axes == tuple(range(1, positions.dim()))
     axes = None if usual else token_axes
@@ -136,7 +137,7 @@ def _of_one_source(rows: np.ndarray) -> tuple[np.ndarray, int]:
     sources = rows[rows >= 0] >> 58
     if len(sources) == 0:
         raise NoTokensError("none of its tokens is at a place of the input")
-    values, counts = np.unique(sources, return_counts=True)
+    values = np.unique(sources)
     if len(values) == 1:
         return rows, int(values[0])
     # An image's rather than a text's, whose source has the larger number: see `inputs.py`.

@@ -97,7 +97,7 @@ def calls_to_rerun(one: ForwardPass, name: str) -> list[LayoutRecord]:
 
 def next_number() -> int:
     """The number of the next node that this thread makes."""
-    number: int = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
+    number: int = torch.autograd._get_sequence_nr()
     return number
 
 

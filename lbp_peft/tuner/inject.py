@@ -135,7 +135,9 @@ def look_around(model: nn.Module) -> None:
     """Have the layers of a model learn on what grids their tokens lie, and what is around them do its part."""
     attend_by_products(model)
     compress_activations(model)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LBPWHTLayer)}
+    layers: dict[str, nn.Module] = {
+        name: module for name, module in model.named_modules() if isinstance(module, LBPWHTLayer)
+    }
     layout_finder(model).watch(model, layers)
 
 

@@ -133,12 +133,6 @@ class LBPWHTModel(BaseTuner):
         if not self.peft_config[adapter_name].inference_mode:
             warn_of_frozen_heads(model)
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        for module in self.model.modules():  # all of them before the first is merged
-            if isinstance(module, LBPWHTLinear) and module.weights_in_effect():
-                module.check_base_weight_is_a_parameter()
-
     def _is_built(self) -> bool:
         return any(isinstance(module, LBPWHTLayer) for module in self.model.modules())
 
@@ -185,6 +179,9 @@ class LBPWHTModel(BaseTuner):
         super()._check_merge_allowed()
         if self.stack is not None and self.stack.tuner is not None:
             self.stack.tuner._check_merge_allowed()
+        for module in self.model.modules():  # all of them before the first is merged
+            if isinstance(module, LBPWHTLinear) and module.weights_in_effect():
+                module.check_base_weight_is_a_parameter()
 
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[Any]:
         tuner: Any = None if self.stack is None else self.stack.tuner
