@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bases import BasisSet, TokenLayout
-from .lowrank import cast_as_autocast_would, once_differentiable
+from .lowrank import cast_as_autocast_would, once_differentiable, precision_now
 from .precision import FULL, Precision, kept_dtype, outer, product
 from .projection import Projection, projection
+from .transforms import in_forward_mode
 
 
 def low_rank_pointwise_conv(
@@ -45,11 +46,14 @@ def low_rank_pointwise_conv(
             gradient are in bfloat16.
         parameter: The one that `weight` is a cast of, where it is none itself.
 
-    Under autocast, the tensors are cast as the convolutions cast them. Double backward raises RuntimeError.
+    Under autocast, the tensors are cast as the convolutions cast them. Double backward raises RuntimeError. Transforms
+    of `torch.func` are supported as by [`lbp_peft.low_rank_linear`].
 
     Returns:
         Shape (N, C_out, H, W) or (N, C_out, L).
     """
+    if in_forward_mode():
+        return _convolution(x)(x, weight, bias)
     no_source = precision == FULL or torch.compiler.is_compiling()
     source = (lambda: None) if no_source else weakref.ref(weight if parameter is None else parameter)
     (x, weight, bias), cast_weight = cast_as_autocast_would(weight, [x, weight, bias])
@@ -72,6 +76,8 @@ class _How:
 
 
 class _LowRankPointwise(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
         return _convolution(x)(x, weight if how.cast_weight is None else weight.to(how.cast_weight), bias)
@@ -97,6 +103,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     kept, weight = ctx.saved_tensors
     for_weight, for_input = ctx.how.for_weight, ctx.how.for_input
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    precision = precision_now(ctx.how.precision)
     grad_x: Any = None
     grad_weight: Any = None
     small: Any = None
@@ -105,15 +112,15 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         grad_weight = outer(small, kept).unflatten(1, (-1, *[1] * (grad.dim() - 2))).to(ctx.weight_dtype)
     if needs_x:
         matrix = weight.flatten(1)
-        if for_input is None and ctx.how.precision != FULL:
-            rows = product(_rows(grad, None), matrix, ctx.how.precision, ctx.how.source())
+        if for_input is None and precision != FULL:
+            rows = product(_rows(grad, None), matrix, precision, ctx.how.source())
             grad_x = rows.transpose(1, 2).unflatten(2, grad.shape[2:])
         elif for_input is None:
             grad_x = _convolution(grad)(grad, weight.to(grad.dtype).transpose(0, 1))
         else:
             if small is None or for_weight is None or for_input.bases != for_weight.bases:
                 small = _rows(grad, for_input, is_gradient=True)
-            small = product(small, matrix, ctx.how.precision, ctx.how.source())
+            small = product(small, matrix, precision, ctx.how.source())
             grad_x = for_input.lift_image(small) if grad.dim() == 4 else for_input.lift(small).transpose(1, 2)
     return [grad_x, grad_weight, grad.sum((0, *range(2, grad.dim()))) if needs_bias else None]
 

@@ -1,0 +1,66 @@
+"""A loss that depends on padding is noticed, also where the backward pass is compiled.
+
+Python's `if` on values of a tensor neither survives `torch.compile` nor works within `torch.func.vmap`. There the check
+is an operator of its own, whose result is used, so that no compiler drops it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .transforms import must_be_functional
+
+
+def zero_if_unused(grad: Tensor, padding: Tensor) -> Tensor | float:
+    """Zero, to fill padding with. To use it is to have the check done.
+
+    Args:
+        grad: Shape (N, L, C), the gradient of tokens.
+        padding: Shape (N, L), True where a token is only padding.
+
+    Returns:
+        0, or a tensor of shape () and the dtype of `grad`.
+
+    Raises:
+        RuntimeError: some padding has a gradient.
+    """
+    if must_be_functional():
+        return torch.ops.lbp_peft.zero_if_unused(grad, padding)
+    _check(grad, padding)
+    return 0.0
+
+
+def _check(grad: Tensor, padding: Tensor) -> None:
+    if grad[padding].any():
+        raise RuntimeError(
+            "Tokens that attention_mask calls padding have a gradient: the loss depends on them, and low-rank "
+            "backpropagation would leave them out. Pass no attention_mask if they are to count, keep them out of "
+            "the loss, or leave these layers out with exclude_modules."
+        )
+
+
+# A CUDA graph could not wait for the answer.
+_TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
+
+
+@torch.library.custom_op("lbp_peft::zero_if_unused", mutates_args=(), tags=_TAGS)
+def _zero_if_unused(grad: Tensor, padding: Tensor) -> Tensor:
+    _check(grad, padding)
+    return grad.new_zeros(())
+
+
+@_zero_if_unused.register_fake
+def _(grad: Tensor, padding: Tensor) -> Tensor:
+    return grad.new_zeros(())
+
+
+@_zero_if_unused.register_vmap
+def _(info: Any, in_dims: tuple[int | None, int | None], grad: Tensor, padding: Tensor) -> tuple[Tensor, None]:
+    grads, paddings = (
+        tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        for tensor, dim in zip((grad, padding), in_dims, strict=True)
+    )
+    return torch.ops.lbp_peft.zero_if_unused(grads.flatten(0, 1), paddings.flatten(0, 1)), None
