@@ -23,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from .cost import attention_by_products_pays
 from .lowrank import once_differentiable
-from .transforms import in_forward_mode, in_transform
+from .transforms import backward_pass, in_forward_mode, in_transform
 
 # Entries of the attention matrices that are worked on at once. Those of more would not stay in the cache.
 _ENTRIES_AT_ONCE = 2**20
@@ -107,7 +107,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         second_order = torch.is_grad_enabled()
-        with torch.no_grad(), torch.autocast(grads[0].device.type, enabled=False):  # the logits have to be float32
+        with backward_pass(), torch.autocast(grads[0].device.type, enabled=False):  # the logits have to be float32
             gradients = _gradients(query, key, value, grads[0], ctx.scale)
         return *(once_differentiable(gradients) if second_order else gradients), None
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .lowrank import once_differentiable
 from .rerun import LayerRecord, same_autocast, to_save
+from .transforms import backward_pass
 
 # One scale for so many neighbouring channels: a few outlying channels then cost the others nothing.
 _GROUP = 64
@@ -80,7 +81,7 @@ class _CompressedLayer(torch.autograd.Function):
         values, scales, *held = ctx.saved_tensors
         x = restored(values, scales, how.dtype)
         _, needs_x, *trained = ctx.needs_input_grad
-        with torch.enable_grad(), how.autocast():
+        with backward_pass(), torch.enable_grad(), how.autocast():
             x.requires_grad_(needs_x)
             leaves = how.layer.leaves(held, trained)
             seen = x.view_as(x)  # no leaf: those who watch modules, as FLOP counters do, cannot follow one in here

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from .bases import BasisSet, TokenLayout
 from .precision import FULL, Precision, kept_dtype, outer, product
 from .projection import Projection, projection
-from .transforms import in_forward_mode, in_transform, must_be_functional
+from .transforms import backward_pass, in_forward_mode, in_transform, must_be_functional, tracked_by_transforms
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -107,6 +107,7 @@ class _LowRankLinear(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         ctx.how, x, weight, _, *branches = inputs
         ctx.weight_dtype = weight.dtype
+        ctx.is_tracked = in_transform()
         _, needs_x, needs_weight, _, *needs = ctx.needs_input_grad
         keeps_x, saved = needs_weight, []
         keep = functools.partial(rows_to_keep, projection=ctx.how.for_weight, precision=ctx.how.precision)
@@ -125,20 +126,25 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         second_order = torch.is_grad_enabled()
-        with torch.no_grad():
+        with backward_pass():
             gradients = _gradients(ctx, grads[0])
-        return None, *(once_differentiable(gradients) if second_order else gradients)
+        return None, *(once_differentiable(gradients, ctx.is_tracked) if second_order else gradients)
 
 
 # PyTorch binds the arguments in each call, and would find out what there are each time: a third of its own part of it.
 _LowRankLinear.forward.__signature__ = inspect.signature(_LowRankLinear.forward)  # type: ignore[attr-defined]
 
 
-def once_differentiable(gradients: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """The gradients, which raise RuntimeError when they are differentiated in turn."""
-    if in_transform():  # which follows what was saved: gradients that depend on anything require gradients already
-        return [d if d is None else _OnceDifferentiable.apply(d) for d in gradients]
-    return [d if d is None else _OnceDifferentiable.apply(d.requires_grad_()) for d in gradients]
+def once_differentiable(gradients: Iterable[Tensor | None], are_tracked: bool = False) -> list[Tensor | None]:
+    """The gradients, which raise RuntimeError when they are differentiated in turn.
+
+    Args:
+        gradients: Of the inputs of an autograd function.
+        are_tracked: Whether they require gradients already where they depend on anything that does, as within
+            transforms of `torch.func`.
+    """
+    tracked = are_tracked or in_transform()
+    return [d if d is None else _OnceDifferentiable.apply(d if tracked else d.requires_grad_()) for d in gradients]
 
 
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
@@ -244,6 +250,9 @@ def rows_to_keep(
     """What is kept of x, cast from a source, for the gradient of a weight."""
     if projection is None:
         return as_tokens(x)
+    if in_transform():
+        with tracked_by_transforms():
+            return projection.project(as_tokens(x)).to(kept_dtype(x.dtype, FULL))
     dtype = kept_dtype(x.dtype, precision)
     source, last = x if source is None else source, _shared.last
     # The compiler finds the common expression by itself. Inference tensors have no version counter, and those of other
@@ -335,7 +344,7 @@ def low_rank_linear(
         precision,
         *(
             (lambda: None, lambda: None)
-            if torch.compiler.is_compiling()
+            if must_be_functional()
             else (weakref.ref(weight if parameter is None else parameter), weakref.ref(source))
         ),
     )

@@ -1,17 +1,15 @@
 """A loss that depends on padding is noticed, also where the backward pass is compiled.
 
-Python's `if` on values of a tensor neither survives `torch.compile` nor works within `torch.func.vmap`. There the check
-is an operator of its own, whose result is used, so that no compiler drops it.
+Python's `if` on values of a tensor does not survive `torch.compile`. There the check is an operator of its own, whose
+result is used, so that no compiler drops it.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from .transforms import must_be_functional
+from .transforms import in_transform
 
 
 def zero_if_unused(grad: Tensor, padding: Tensor) -> Tensor | float:
@@ -27,14 +25,18 @@ def zero_if_unused(grad: Tensor, padding: Tensor) -> Tensor | float:
     Raises:
         RuntimeError: some padding has a gradient.
     """
-    if must_be_functional():
+    if torch.compiler.is_compiling():
         return torch.ops.lbp_peft.zero_if_unused(grad, padding)
-    _check(grad, padding)
+    if in_transform():  # vmap has no values to ask for; those beneath are of all its samples
+        is_used = torch.func.debug_unwrap(((grad != 0) & padding[:, :, None]).any())
+    else:
+        is_used = grad[padding]
+    _raise_if_any(is_used)
     return 0.0
 
 
-def _check(grad: Tensor, padding: Tensor) -> None:
-    if grad[padding].any():
+def _raise_if_any(is_used: Tensor) -> None:
+    if is_used.any():
         raise RuntimeError(
             "Tokens that attention_mask calls padding have a gradient: the loss depends on them, and low-rank "
             "backpropagation would leave them out. Pass no attention_mask if they are to count, keep them out of "
@@ -48,19 +50,10 @@ _TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasa
 
 @torch.library.custom_op("lbp_peft::zero_if_unused", mutates_args=(), tags=_TAGS)
 def _zero_if_unused(grad: Tensor, padding: Tensor) -> Tensor:
-    _check(grad, padding)
+    _raise_if_any(grad[padding])
     return grad.new_zeros(())
 
 
 @_zero_if_unused.register_fake
 def _(grad: Tensor, padding: Tensor) -> Tensor:
     return grad.new_zeros(())
-
-
-@_zero_if_unused.register_vmap
-def _(info: Any, in_dims: tuple[int | None, int | None], grad: Tensor, padding: Tensor) -> tuple[Tensor, None]:
-    grads, paddings = (
-        tensor.expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-        for tensor, dim in zip((grad, padding), in_dims, strict=True)
-    )
-    return torch.ops.lbp_peft.zero_if_unused(grads.flatten(0, 1), paddings.flatten(0, 1)), None

@@ -18,7 +18,7 @@ from .bases import BasisSet, TokenLayout
 from .lowrank import cast_as_autocast_would, once_differentiable, precision_now
 from .precision import FULL, Precision, kept_dtype, outer, product
 from .projection import Projection, projection
-from .transforms import in_forward_mode
+from .transforms import backward_pass, in_forward_mode, in_transform, tracked_by_transforms
 
 
 def low_rank_pointwise_conv(
@@ -86,7 +86,9 @@ class _LowRankPointwise(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         x, weight, _, ctx.how = inputs
         ctx.weight_dtype = weight.dtype
-        kept = _rows(x, ctx.how.for_weight) if ctx.needs_input_grad[1] else None
+        ctx.is_tracked = in_transform()
+        with tracked_by_transforms():
+            kept = _rows(x, ctx.how.for_weight) if ctx.needs_input_grad[1] else None
         if kept is not None and ctx.how.for_weight is not None:
             kept = kept.to(kept_dtype(kept.dtype, ctx.how.precision))
         ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None)
@@ -94,9 +96,9 @@ class _LowRankPointwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         second_order = torch.is_grad_enabled()
-        with torch.no_grad():
+        with backward_pass():
             gradients = _gradients(ctx, grads[0])
-        return *(once_differentiable(gradients) if second_order else gradients), None
+        return *(once_differentiable(gradients, ctx.is_tracked) if second_order else gradients), None
 
 
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:

@@ -26,6 +26,7 @@ from .bases import BasisSet, TokenLayout
 from .lowrank import as_tokens, once_differentiable, rows_to_keep, sum_of_tokens
 from .projection import Projection, projection
 from .rerun import LayerRecord, same_autocast, to_save
+from .transforms import backward_pass
 
 
 def low_rank_layer(
@@ -117,7 +118,7 @@ class _LowRankLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         second_order = torch.is_grad_enabled()
-        with torch.no_grad():
+        with backward_pass():
             gradients = _gradients(ctx, grads[0])
         into_y = grads[0] if ctx.needs_input_grad[1] else None
         return None, into_y, *(once_differentiable(gradients) if second_order else gradients)
