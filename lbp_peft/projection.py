@@ -200,10 +200,15 @@ class Projection:
         """(N, L, C) -> (N, k, C)."""
         if _kernels_serve(tokens, self):
             return kernels.project_tokens(tokens, self.layout, self.bases)
+        return self._project_all(self._without_padding(tokens))
+
+    def _without_padding(self, tokens: Tensor, fill: float | Tensor = 0) -> Tensor:
+        return tokens if self.padding is None else tokens.masked_fill(self.padding[:, :, None], fill)
+
+    def _project_all(self, tokens: Tensor) -> Tensor:
+        """[`project`], of tokens whose padding is zero already."""
         (height, width), prefix = self.layout.grid, self.layout.num_prefix_tokens
         batch, _, channels = tokens.shape
-        if self.padding is not None:
-            tokens = tokens.masked_fill(self.padding[:, :, None], 0)
         grid = tokens[:, prefix : prefix + height * width]
         if self.layout.unrolled:
             grid = grid.index_select(1, _order(self.layout, tokens.device)[0])
@@ -229,9 +234,9 @@ class Projection:
         Raises:
             RuntimeError: the loss depends on what was said to be padding.
         """
-        if self.padding is not None and isinstance(zero := zero_if_unused(tokens, self.padding), Tensor):
-            tokens = tokens.masked_fill(self.padding[:, :, None], zero)
-        return self.project(tokens)
+        if self.padding is None:
+            return self.project(tokens)
+        return self._project_all(self._without_padding(tokens, zero_if_unused(tokens, self.padding)))
 
     def lift(self, coefficients: Tensor) -> Tensor:
         """(N, k, C) -> (N, L, C)."""
@@ -302,8 +307,9 @@ class OneMatrix(Projection):
         return self.analysis.sum(dim=1) @ coefficients.sum(dim=0)
 
     def project(self, tokens: Tensor) -> Tensor:
-        if self.padding is not None:
-            tokens = tokens.masked_fill(self.padding[:, :, None], 0)
+        return self._project_all(self._without_padding(tokens))
+
+    def _project_all(self, tokens: Tensor) -> Tensor:
         if not self._takes_two_at_once(tokens):
             return _times(self.analysis, tokens, 1)
         # The zeros keep two images apart as long as both are finite.
