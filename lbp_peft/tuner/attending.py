@@ -20,6 +20,8 @@ from .around import Around, blocks_with_layers, stand_around
 from .layer import LBPWHTLayer
 from .stacked import CHILD, Inside, LBPWHTStacked
 
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
 
 class LBPWHTAttending(Around):
     """Stands inside a module that owns adapted layers, its host. See this module.
@@ -65,9 +67,17 @@ def attend_by_products(model: nn.Module) -> None:
 
 def _owners(block: nn.Module) -> Iterator[nn.Module]:
     for module in block.modules():
-        only_contains = isinstance(module, (BaseTunerLayer, nn.ModuleList, nn.ModuleDict, nn.Sequential))
-        if not only_contains and any(_is_adapted(child) for child in module.children()):
+        if not isinstance(module, (BaseTunerLayer, *_CONTAINERS)) and any(_is_adapted(part) for part in _parts(module)):
             yield module
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The children of a module, and instead of containers what these contain."""
+    for child in module.children():
+        if isinstance(child, _CONTAINERS):
+            yield from _parts(child)
+        else:
+            yield child
 
 
 def _is_adapted(module: nn.Module) -> bool:
