@@ -129,7 +129,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     if how.state() != how.state_then:
         raise RuntimeError(
             f"A layer changed between its forward and its backward pass, from {how.state_then} to {how.state()}: "
-            "low-rank backpropagation has to run it again as it was. Call backward before switching or merging adapters."
+            "low-rank backpropagation has to run it again as it was. Call backward before switching or merging."
         )
     num_inputs = 1 + len(how.dropouts)
     saved = ctx.saved_tensors  # read once: gradient checkpointing hands each out a single time

@@ -57,7 +57,7 @@ def test_with_gradient_checkpointing_too(reentrant, projected):
 
 
 class Attention(nn.Module):
-    """Writes into its input between its layers past the version counter, on request, or fails."""
+    """A product of three layers of one input. It fails on request."""
 
     def __init__(self, layers):
         super().__init__()
@@ -75,7 +75,7 @@ class Blocks(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.blocks = nn.ModuleList(Attention(nn.ModuleList) for _ in range(2))
+        self.blocks = nn.ModuleList(Attention(nn.ModuleList) for _ in range(1))
 
     def forward(self, x):
         for block in self.blocks:
@@ -92,7 +92,7 @@ def of_blocks(model, x):
 def test_layers_in_a_list_belong_to_the_module_around_it(projected):
     model = adapted(Blocks, grid_size=(8, 8), num_prefix_tokens=0)
     of_blocks(model, torch.randn(2, 64, 12))
-    assert len(projected) == 2
+    assert len(projected) == 1
 
 
 def test_one_input_changed_past_its_version_counter_between_two_passes(projected):
