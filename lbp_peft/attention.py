@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from .cost import attention_by_products_pays
 from .lowrank import once_differentiable
+from .transforms import backward_pass, in_forward_mode, in_transform
 
 # Entries of the attention matrices that are worked on at once. Those of more would not stay in the cache.
 _ENTRIES_AT_ONCE = 2**20
@@ -60,7 +61,8 @@ def attention(
         query: Shape (N, heads, L, d).
         key, value: Shapes (N, heads, S, d) and (N, heads, S, d_v).
         attn_mask, dropout_p, is_causal, enable_gqa: With any of these set it *is* `F.scaled_dot_product_attention`, and
-            so it is for tensors that are not all bfloat16, on other devices than CPUs and for long sequences.
+            so it is for tensors that are not all bfloat16, on other devices than CPUs, for long sequences, within
+            transforms of `torch.func` and in forward mode.
         scale: s; None: d^-0.5. With 0 it is PyTorch's too.
 
     Double backward raises RuntimeError.
@@ -71,6 +73,7 @@ def attention(
     tensors = (query, key, value)
     plain = attn_mask is None and not dropout_p and not is_causal and not enable_gqa
     plain = plain and scale != 0  # a product times 0 leaves in its result what was there before
+    plain = plain and not (in_transform() or in_forward_mode())
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if plain and wanted and _is_regular(*tensors) and attention_by_products_pays(key.shape[-2], key.dtype, key.device):
         return _Attention.apply(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
@@ -93,7 +96,7 @@ def _is_regular(query: Tensor, key: Tensor, value: Tensor) -> bool:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, scale=scale)
+        return F.scaled_dot_product_attention(query, key, value, scale=scale).detach()  # no view, see _LowRankLinear
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -104,7 +107,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         second_order = torch.is_grad_enabled()
-        with torch.no_grad(), torch.autocast(grads[0].device.type, enabled=False):  # the logits have to be float32
+        with backward_pass(), torch.autocast(grads[0].device.type, enabled=False):  # the logits have to be float32
             gradients = _gradients(query, key, value, grads[0], ctx.scale)
         return *(once_differentiable(gradients) if second_order else gradients), None
 

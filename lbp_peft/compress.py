@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from .lowrank import once_differentiable
 from .precision import largest_magnitude, scaled_to_range
-from .tokenwise import autocast_now
+from .rerun import LayerRecord, same_autocast, to_save
+from .transforms import backward_pass
 
 # One scale for so many neighbouring channels: a few outlying channels then cost the others nothing.
 _GROUP = 64
@@ -45,49 +45,49 @@ def compressed_layer(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer(x)`, bit for bit, which keeps x in 8 bits for the backward pass.
 
     Args:
-        layer: An activation function or a norm: it has no state but its parameters, and draws no random numbers. It is
-            run again in the backward pass.
+        layer: An activation function or a norm, which draws no random numbers. It is run again in the backward pass, as
+            it was in the forward pass, see [`lbp_peft.rerun`].
         x: Shape (..., C).
 
     Double backward raises RuntimeError.
     """
-    parameters = {name: p for name, p in layer.named_parameters() if p.requires_grad}
-    how = _How(layer, tuple(parameters), x.dtype, autocast_now(x.device.type))
-    return _CompressedLayer.apply(how, x, *parameters.values())
+    record = LayerRecord(layer)
+    tensors = record.take_tensors()
+    return _CompressedLayer.apply(_How(record, x.dtype, same_autocast(x.device.type)), x, *tensors)
 
 
 @dataclass(frozen=True)
 class _How:
     """All that is no tensor."""
 
-    layer: nn.Module
-    names: tuple[str, ...]
+    layer: LayerRecord
     dtype: torch.dtype
     autocast: Callable[[], Any]
 
 
 class _CompressedLayer(torch.autograd.Function):
     @staticmethod
-    def forward(how: _How, x: Tensor, *parameters: Tensor) -> Tensor:
-        return how.layer(x)
+    def forward(how: _How, x: Tensor, *held: Tensor) -> Tensor:
+        return how.layer.layer(x).detach()  # a view, as of a product's result, could not be changed in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.how, x, *parameters = inputs
-        ctx.save_for_backward(*rounded_in_groups(x), *parameters)
+        ctx.how, x, *held = inputs
+        ctx.save_for_backward(*rounded_in_groups(x), *to_save(held))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         how, second_order = ctx.how, torch.is_grad_enabled()
-        values, scales, *parameters = ctx.saved_tensors
+        values, scales, *held = ctx.saved_tensors
         x = restored(values, scales, how.dtype)
-        _, needs_x, *needed = ctx.needs_input_grad
-        with torch.enable_grad(), how.autocast():
+        _, needs_x, *trained = ctx.needs_input_grad
+        with backward_pass(), torch.enable_grad(), how.autocast():
             x.requires_grad_(needs_x)
-            leaves = [p.detach().requires_grad_(need) for p, need in zip(parameters, needed, strict=True)]
+            leaves = how.layer.leaves(held, trained)
             seen = x.view_as(x)  # no leaf: those who watch modules, as FLOP counters do, cannot follow one in here
-            y = functional_call(how.layer, dict(zip(how.names, leaves, strict=True)), (seen,))
-            wanted = [t for t in (x, *leaves) if t.requires_grad]
+            with how.layer.put_back(leaves):
+                y = how.layer.layer(seen)
+            wanted = [t for t, needed in zip((x, *leaves), (needs_x, *trained), strict=True) if needed]
             found = iter(torch.autograd.grad(y, wanted, grads[0].to(y.dtype), allow_unused=True))
-        gradients = [next(found) if t.requires_grad else None for t in (x, *leaves)]
+        gradients = [next(found) if needed else None for needed in (needs_x, *trained)]
         return None, *(once_differentiable(gradients) if second_order else gradients)

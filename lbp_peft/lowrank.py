@@ -21,7 +21,8 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,14 +33,17 @@ from torch import Tensor, nn
 from .bases import BasisSet, TokenLayout
 from .precision import FULL, Origin, Precision, kept_dtype, origin, outer, product
 from .projection import Projection, projection
+from .transforms import backward_pass, in_forward_mode, in_transform, must_be_functional, tracked_by_transforms
 
 
 class _OnceDifferentiable(torch.autograd.Function):
     """Identity whose own backward says why there is no second derivative."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(grad: Tensor) -> Tensor:
-        return grad.view_as(grad)
+        return grad.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -91,17 +95,21 @@ class _How:
 class _LowRankLinear(torch.autograd.Function):
     """Arguments: how, x, weight, bias, then x (or None), down, up and bias of each branch."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(how: _How, x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Tensor | None) -> Tensor:
         y = F.linear(x, weight if how.cast_weight is None else weight.to(how.cast_weight), bias)
         for (own_x, down, up, shift), scaling in zip(_grouped(branches, 4), how.scalings, strict=True):
-            y.add_(F.linear(F.linear(x if own_x is None else own_x, down), up, shift).mul_(scaling))
-        return y
+            update = F.linear(F.linear(x if own_x is None else own_x, down), up, shift)
+            y = y + update * scaling if in_transform() else y.add_(update.mul_(scaling))
+        return y.detach()  # F.linear's result is a view of a matrix: autograd refuses to change those in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         ctx.how, x, weight, _, *branches = inputs
         ctx.weight_dtype = weight.dtype
+        ctx.is_tracked = in_transform()
         _, needs_x, needs_weight, _, *needs = ctx.needs_input_grad
         keeps_x, saved = needs_weight, []
         how = ctx.how
@@ -121,18 +129,25 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         second_order = torch.is_grad_enabled()
-        with torch.no_grad():
+        with backward_pass():
             gradients = _gradients(ctx, grads[0])
-        return None, *(once_differentiable(gradients) if second_order else gradients)
+        return None, *(once_differentiable(gradients, ctx.is_tracked) if second_order else gradients)
 
 
 # PyTorch binds the arguments in each call, and would find out what there are each time: a third of its own part of it.
 _LowRankLinear.forward.__signature__ = inspect.signature(_LowRankLinear.forward)  # type: ignore[attr-defined]
 
 
-def once_differentiable(gradients: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """The gradients, which raise RuntimeError when they are differentiated in turn."""
-    return [d if d is None else _OnceDifferentiable.apply(d.requires_grad_()) for d in gradients]
+def once_differentiable(gradients: Iterable[Tensor | None], are_tracked: bool = False) -> list[Tensor | None]:
+    """The gradients, which raise RuntimeError when they are differentiated in turn.
+
+    Args:
+        gradients: Of the inputs of an autograd function.
+        are_tracked: Whether they require gradients already where they depend on anything that does, as within
+            transforms of `torch.func`.
+    """
+    tracked = are_tracked or in_transform()
+    return [d if d is None else _OnceDifferentiable.apply(d if tracked else d.requires_grad_()) for d in gradients]
 
 
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
@@ -165,10 +180,12 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         small = tokens
     elif small is None or for_weight is None or for_input.bases != for_weight.bases:
         small = for_input.project_gradient(tokens)
-    into_x: Any = product(small, weight, ctx.how.precision, ctx.how.source) if needs_x else None
+    into_x: Any = product(small, weight, precision_now(ctx.how.precision), ctx.how.source) if needs_x else None
     for index, ((_, down, up), needed, scaling, owns_x) in enumerate(branches):
         if owns_x and needed[0]:
             gradients[3 + 4 * index] = _in_full((small @ up * scaling) @ down, for_input, grad, layout)
+        elif needs_x and not owns_x and in_transform():
+            into_x = into_x + (small @ up * scaling) @ down
         elif needs_x and not owns_x:
             into_x = into_x.flatten(0, 1).addmm_((small @ up * scaling).flatten(0, 1), down).view_as(into_x)
     gradients[0] = None if into_x is None else _in_full(into_x, for_input, grad, layout)
@@ -192,15 +209,42 @@ def sum_of_tokens(tokens: Tensor, small: Tensor | None, projection: Projection |
     return tokens.sum(dim=(0, 1))
 
 
-class _LastProjected(threading.local):
-    """What was projected last. A query, a key and a value layer receive the same tensor: one projection serves all."""
+def precision_now(precision: Precision) -> Precision:
+    """The same, but for transforms of `torch.func`: they cannot follow how products are rounded by parts."""
+    return FULL if in_transform() else precision
 
-    x: Callable[[], Tensor | None] = staticmethod(lambda: None)
-    small: Callable[[], Tensor | None] = staticmethod(lambda: None)
+
+class _Shared(threading.local):
+    """What was projected last in the innermost [`shared_projections`] of this thread; None outside of any."""
+
+    last: _Projected | None = None
+
+
+@dataclass
+class _Projected:
+    """An input and what was kept of it. Weak references: neither tensor may live longer for our sake."""
+
+    x: Callable[[], Tensor | None] = lambda: None
+    small: Callable[[], Tensor | None] = lambda: None
     key: tuple = ()
 
 
-_last = _LastProjected()
+_shared = _Shared()
+
+
+@contextmanager
+def shared_projections() -> Iterator[None]:
+    """Within, layers that receive the same tensor one after the other share its projection: a query, a key and a value.
+
+    To be entered for one forward pass of the module that owns them, which calls them with an input that it leaves
+    alone. Whether a tensor is the same otherwise cannot be told: version counters miss what is written through `.data`
+    or NumPy. Within another such block and in other threads, nothing is shared with it.
+    """
+    outer, _shared.last = _shared.last, _Projected()
+    try:
+        yield
+    finally:
+        _shared.last = outer
 
 
 def rows_to_keep(
@@ -213,16 +257,21 @@ def rows_to_keep(
     """What is kept of x, cast from a source, for the gradient of a weight."""
     if projection is None:
         return as_tokens(x, layout)
+    if in_transform():
+        with tracked_by_transforms():
+            return projection.project(as_tokens(x, layout)).to(kept_dtype(x.dtype, FULL))
     dtype = kept_dtype(x.dtype, precision)
-    if torch.compiler.is_compiling():  # the compiler finds the common expression by itself
+    source, last = x if source is None else source, _shared.last
+    # The compiler finds the common expression by itself. Inference tensors have no version counter, and those of other
+    # classes, as a tracer's, no address.
+    if last is None or must_be_functional() or source.is_inference() or type(source) is not Tensor:
         return projection.project(as_tokens(x, layout)).to(dtype)
-    source = x if source is None else source
-    key = (source._version, x.dtype, dtype, projection.layout, projection.bases, id(projection.padding))
-    if _last.x() is source and _last.key == key and (small := _last.small()) is not None:
+    is_the_same = source._version, source.data_ptr(), source.shape, source.stride()
+    key = (*is_the_same, x.dtype, dtype, projection.layout, projection.bases, id(projection.padding))
+    if last.x() is source and last.key == key and (small := last.small()) is not None:
         return small
     small = projection.project(as_tokens(x, layout)).to(dtype)
-    # Weak references: neither tensor may live longer for our sake.
-    _last.x, _last.small, _last.key = weakref.ref(source), weakref.ref(small), key
+    last.x, last.small, last.key = weakref.ref(source), weakref.ref(small), key
     return small
 
 
@@ -303,12 +352,16 @@ def low_rank_linear(
             is kept for as long as it stays the same.
 
     Under autocast, the tensors are cast as `F.linear` casts them. Double backward raises RuntimeError, and so does a
-    loss that depends on padding.
+    loss that depends on padding. The transforms of `torch.func` that go backward (grad, vjp, jacrev), and vmap, see the
+    same gradients, but for the product with the weight, which is in full precision. In forward mode (jvp, jacfwd,
+    hessian) everything is exact.
 
     Returns:
         Shape (N, ..., C_out).
     """
     source = x
+    if in_forward_mode():
+        return _plain(x, weight, bias, branches)
     tensors: list[Any] = [x, weight, bias]
     for branch in branches:
         tensors += (branch.x, branch.down, branch.up, branch.bias)
@@ -323,8 +376,17 @@ def low_rank_linear(
         layout,
         *(
             (None, lambda: None)
-            if torch.compiler.is_compiling()
+            if must_be_functional()
             else (source_of_weight(weight, parameter, precision), weakref.ref(source))
         ),
     )
     return _LowRankLinear.apply(how, *tensors)
+
+
+def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch]) -> Tensor:
+    """The same, left to PyTorch to differentiate."""
+    y = F.linear(x, weight, bias)
+    for branch in branches:
+        down = F.linear(x if branch.x is None else branch.x, branch.down)
+        y = y + F.linear(down, branch.up, branch.bias) * branch.scaling
+    return y

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .bases import BasisSet, TokenLayout
-from .lowrank import cast_as_autocast_would, once_differentiable, source_of_weight
+from .lowrank import cast_as_autocast_would, once_differentiable, precision_now, source_of_weight
 from .precision import FULL, Origin, Precision, kept_dtype, outer, product
 from .projection import Projection, projection
+from .transforms import backward_pass, in_forward_mode, in_transform, tracked_by_transforms
 
 
 def low_rank_pointwise_conv(
@@ -43,11 +44,14 @@ def low_rank_pointwise_conv(
             gradient are in bfloat16.
         parameter: The one that `weight` is a cast of, where it is none itself.
 
-    Under autocast, the tensors are cast as the convolutions cast them. Double backward raises RuntimeError.
+    Under autocast, the tensors are cast as the convolutions cast them. Double backward raises RuntimeError. Transforms
+    of `torch.func` are supported as by [`lbp_peft.low_rank_linear`].
 
     Returns:
         Shape (N, C_out, H, W) or (N, C_out, L).
     """
+    if in_forward_mode():
+        return _convolution(x)(x, weight, bias)
     source = source_of_weight(weight, parameter, precision)
     (x, weight, bias), cast_weight = cast_as_autocast_would(weight, [x, weight, bias])
     if x.dim() == 4:
@@ -69,6 +73,8 @@ class _How:
 
 
 class _LowRankPointwise(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
         return _convolution(x)(x, weight if how.cast_weight is None else weight.to(how.cast_weight), bias)
@@ -77,7 +83,9 @@ class _LowRankPointwise(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         x, weight, _, ctx.how = inputs
         ctx.weight_dtype = weight.dtype
-        kept = _rows(x, ctx.how.for_weight) if ctx.needs_input_grad[1] else None
+        ctx.is_tracked = in_transform()
+        with tracked_by_transforms():
+            kept = _rows(x, ctx.how.for_weight) if ctx.needs_input_grad[1] else None
         if kept is not None and ctx.how.for_weight is not None:
             kept = kept.to(kept_dtype(kept.dtype, ctx.how.precision))
         ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None)
@@ -85,15 +93,16 @@ class _LowRankPointwise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         second_order = torch.is_grad_enabled()
-        with torch.no_grad():
+        with backward_pass():
             gradients = _gradients(ctx, grads[0])
-        return *(once_differentiable(gradients) if second_order else gradients), None
+        return *(once_differentiable(gradients, ctx.is_tracked) if second_order else gradients), None
 
 
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     kept, weight = ctx.saved_tensors
     for_weight, for_input = ctx.how.for_weight, ctx.how.for_input
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    precision = precision_now(ctx.how.precision)
     grad_x: Any = None
     grad_weight: Any = None
     small: Any = None
@@ -102,15 +111,15 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         grad_weight = outer(small, kept).unflatten(1, (-1, *[1] * (grad.dim() - 2))).to(ctx.weight_dtype)
     if needs_x:
         matrix = weight.flatten(1)
-        if for_input is None and ctx.how.precision != FULL:
-            rows = product(_rows(grad, None), matrix, ctx.how.precision, ctx.how.source)
+        if for_input is None and precision != FULL:
+            rows = product(_rows(grad, None), matrix, precision, ctx.how.source)
             grad_x = rows.transpose(1, 2).unflatten(2, grad.shape[2:])
         elif for_input is None:
             grad_x = _convolution(grad)(grad, weight.to(grad.dtype).transpose(0, 1))
         else:
             if small is None or for_weight is None or for_input.bases != for_weight.bases:
                 small = _rows(grad, for_input, is_gradient=True)
-            small = product(small, matrix, ctx.how.precision, ctx.how.source)
+            small = product(small, matrix, precision, ctx.how.source)
             grad_x = for_input.lift_image(small) if grad.dim() == 4 else for_input.lift(small).transpose(1, 2)
     return [grad_x, grad_weight, grad.sum((0, *range(2, grad.dim()))) if needs_bias else None]
 

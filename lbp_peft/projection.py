@@ -13,6 +13,8 @@ from .bases import BasisSet, TokenLayout, bases_along, check_side, grid_bases, n
 from .bounded import BoundedCache
 from .cost import one_matrix_pays, two_images_at_once_pay
 from .instructions import product_dtype
+from .padding_check import zero_if_unused
+from .transforms import in_transform, must_be_functional
 
 
 def num_kept(layout: TokenLayout, bases: BasisSet | None) -> int:
@@ -63,13 +65,23 @@ def _matrix(name: str, grid: tuple[int, int], bases: BasisSet, dtype: torch.dtyp
     key = (name, grid, bases, dtype, device)
     matrix = _matrices.get(key)
     if matrix is None:
-        # from_numpy, unlike torch.tensor, ignores a default device; inference tensors could not be saved for backward.
-        with torch.inference_mode(False), torch.no_grad():
-            matrix = torch.from_numpy(getattr(grid_bases(grid, bases), name)).to(device, dtype)
+        matrix = _constant(getattr(grid_bases(grid, bases), name), device, dtype)
         if type(matrix) is not Tensor:  # a tracer's fake tensor must not outlive the tracing
             return matrix
         _matrices[key] = matrix
     return matrix
+
+
+def _constant(values: np.ndarray, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor that may be kept."""
+    # from_numpy, unlike torch.tensor, ignores a default device; inference tensors could not be saved for backward.
+    with torch.inference_mode(False), torch.no_grad():
+        return _without_transforms(torch.from_numpy(values).to(device, dtype))
+
+
+def _without_transforms(tensor: Tensor) -> Tensor:
+    """A transform of torch.func wraps every tensor that is made within it."""
+    return torch.func.debug_unwrap(tensor) if in_transform() else tensor
 
 
 _orders: BoundedCache[tuple, tuple[Tensor, Tensor]] = BoundedCache(64)
@@ -82,7 +94,7 @@ def _order(layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor]:
     if order is None:
         with torch.inference_mode(False):
             back = torch.tensor(layout.order, device=device)
-            order = _orders[key] = (back.argsort(), back)
+            order = _orders[key] = (_without_transforms(back.argsort()), _without_transforms(back))
     return order
 
 
@@ -104,8 +116,7 @@ def _whole_matrix(name: str, layout: TokenLayout, bases: BasisSet, dtype: torch.
         whole[:prefix, :prefix] = np.eye(prefix)
         whole[prefix : len(whole) - suffix, prefix : layout.num_tokens - suffix] = on_grid
         whole[len(whole) - suffix :, layout.num_tokens - suffix :] = np.eye(suffix)
-        with torch.inference_mode(False), torch.no_grad():
-            matrix = torch.from_numpy(whole).to(device, dtype)
+        matrix = _constant(whole, device, dtype)
         if type(matrix) is not Tensor:
             return matrix
         _wholes[key] = matrix
@@ -193,12 +204,17 @@ class Projection:
 
     def project(self, tokens: Tensor) -> Tensor:
         """(N, L, C) -> (N, k, C)."""
-        if kernels.IN_USE and kernels.serve_tokens(tokens, self.layout, self.bases, self.padding):
+        if _kernels_serve(tokens, self):
             return kernels.project_tokens(tokens, self.layout, self.bases)
+        return self._project_all(self._without_padding(tokens))
+
+    def _without_padding(self, tokens: Tensor, fill: float | Tensor = 0) -> Tensor:
+        return tokens if self.padding is None else tokens.masked_fill(self.padding[:, :, None], fill)
+
+    def _project_all(self, tokens: Tensor) -> Tensor:
+        """[`project`], of tokens whose padding is zero already."""
         (height, width), prefix = self.layout.grid, self.layout.num_prefix_tokens
         batch, _, channels = tokens.shape
-        if self.padding is not None:
-            tokens = tokens.masked_fill(self.padding[:, :, None], 0)
         grid = tokens[:, prefix : prefix + height * width]
         if self.layout.order:
             grid = grid.index_select(1, _order(self.layout, tokens.device)[0])
@@ -209,7 +225,7 @@ class Projection:
         if self.layout.num_outside == 0:
             return both.index_select(1, self.kept)
         before, after = tokens[:, :prefix], tokens[:, prefix + height * width :]
-        if torch.compiler.is_compiling():  # it refuses to write into views, and saves the copy by itself
+        if must_be_functional():  # the compiler saves the copy by itself
             return torch.cat((before, both.index_select(1, self.kept), after), dim=1)
         # Under autocast the products are narrower than the tokens.
         small = both.new_empty(batch, self.layout.num_outside + len(self.kept), channels)
@@ -224,17 +240,13 @@ class Projection:
         Raises:
             RuntimeError: the loss depends on what was said to be padding.
         """
-        if self.padding is not None and not torch.compiler.is_compiling() and tokens[self.padding].any():
-            raise RuntimeError(
-                "Tokens that attention_mask calls padding have a gradient: the loss depends on them, and low-rank "
-                "backpropagation would leave them out. Pass no attention_mask if they are to count, keep them out of "
-                "the loss, or leave these layers out with exclude_modules."
-            )
-        return self.project(tokens)
+        if self.padding is None:
+            return self.project(tokens)
+        return self._project_all(self._without_padding(tokens, zero_if_unused(tokens, self.padding)))
 
     def lift(self, coefficients: Tensor) -> Tensor:
         """(N, k, C) -> (N, L, C)."""
-        if kernels.IN_USE and kernels.serve_tokens(coefficients, self.layout, self.bases, self.padding):
+        if _kernels_serve(coefficients, self):
             return kernels.lift_coefficients(coefficients, self.layout, self.bases)
         (height, width), prefix = self.layout.grid, self.layout.num_prefix_tokens
         batch, _, channels = coefficients.shape
@@ -301,8 +313,9 @@ class OneMatrix(Projection):
         return self.analysis.sum(dim=1) @ coefficients.sum(dim=0)
 
     def project(self, tokens: Tensor) -> Tensor:
-        if self.padding is not None:
-            tokens = tokens.masked_fill(self.padding[:, :, None], 0)
+        return self._project_all(self._without_padding(tokens))
+
+    def _project_all(self, tokens: Tensor) -> Tensor:
         if not self._takes_two_at_once(tokens):
             return _times(self.analysis, tokens, 1)
         # The zeros keep two images apart as long as both are finite.
@@ -310,7 +323,7 @@ class OneMatrix(Projection):
         return two.unflatten(1, (2, -1)).flatten(0, 1)
 
     def _takes_two_at_once(self, tokens: Tensor) -> bool:
-        if torch.compiler.is_compiling():  # it would make one graph for even batches and one for odd ones
+        if must_be_functional():  # the compiler would make one graph for even batches and one for odd ones
             return False
         fitting = len(tokens) > 0 and len(tokens) % 2 == 0 and tokens.is_contiguous()  # else they would be copied
         return fitting and two_images_at_once_pay(len(self.analysis), tokens.shape[1], tokens.dtype, tokens.device)
@@ -343,8 +356,8 @@ class InFloat32(Projection):
     def sum(self, coefficients: Tensor) -> Tensor:
         return self._apply("sum", coefficients)
 
-    def project(self, tokens: Tensor) -> Tensor:
-        return self._apply("project", tokens)
+    def _project_all(self, tokens: Tensor) -> Tensor:
+        return self._apply("_project_all", tokens)
 
     def lift(self, coefficients: Tensor) -> Tensor:
         return self._apply("lift", coefficients)
@@ -358,6 +371,13 @@ class InFloat32(Projection):
     def _apply(self, name: str, values: Tensor) -> Tensor:
         with torch.autocast(values.device.type, enabled=False):
             return getattr(self.wide, name)(values.float()).to(values.dtype)
+
+
+def _kernels_serve(tokens: Tensor, projection: Projection) -> bool:
+    """Whether there are kernels to project, or lift, (N, L or k, C). Transforms of torch.func know nothing of them."""
+    if not kernels.IN_USE or in_transform():
+        return False
+    return kernels.serve_tokens(tokens, projection.layout, projection.bases, projection.padding)
 
 
 def _like_blocks(side: int, block_size: int, layout: TokenLayout) -> int:
@@ -378,7 +398,7 @@ def _times(matrix: Tensor, x: Tensor, blocks: int) -> Tensor:
 
 
 def _bmm_into(target: Tensor, a: Tensor, b: Tensor) -> None:
-    if torch.compiler.is_compiling():  # it refuses to write into views, and saves the copy by itself
+    if must_be_functional():  # the compiler saves the copy by itself
         target.copy_(torch.bmm(a, b))
     else:
         torch.bmm(a, b, out=target)

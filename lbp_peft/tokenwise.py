@@ -12,7 +12,7 @@ that: zeros for x, and for g what the sum lacks.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +25,8 @@ from torch.func import functional_call
 from .bases import BasisSet, TokenLayout
 from .lowrank import as_tokens, from_tokens, once_differentiable, rows_to_keep, sum_of_tokens
 from .projection import Projection, projection
+from .rerun import LayerRecord, same_autocast, to_save
+from .transforms import backward_pass
 
 
 def low_rank_layer(
@@ -39,13 +41,14 @@ def low_rank_layer(
     """`layer(x)`, bit for bit, whose backward pass goes through a small space.
 
     Args:
-        layer: Affine in x and token-wise, see [`why_not_token_wise`]. It is run again in the backward pass.
+        layer: Affine in x and token-wise, see [`why_not_token_wise`]. It is run again in the backward pass, as it was
+            in the forward pass, see [`lbp_peft.rerun`].
         x: Shape (N, L, C_in), or (N, H, W, C_in) with L = H W.
         layout: Where the L tokens lie. None will do where no bases are given.
         for_weight: Bases of the gradients of all trained parameters of the layer; x is saved projected on them.
         for_input: Bases of the input gradient. None, or as many bases as tokens: exact.
-        state: What the layer computes depends on, beside its tensors. The backward pass raises RuntimeError if it is
-            not what it was in the forward pass.
+        state: Of what may have changed the layer past its tensors' version counters, as merging an adapter does. The
+            backward pass raises RuntimeError if it is not what it was in the forward pass.
         padding: Shape (N, L), True for tokens that are only padding: nothing of them enters the gradients of others.
 
     Dropout of the input is respected: the parameters see what it left of x, and no gradient goes through what it
@@ -73,17 +76,18 @@ def low_rank_layer(
 
         with torch.no_grad(), _replaced(dropouts, drop):
             y = layer(x)
-    autocast = autocast_now(x.device.type)
-    how = _How(layer, tuple(parameters), project_weight, project_input, dropouts, autocast, state, state(), layout)
-    return _LowRankLayer.apply(how, y, x, *dropped, *parameters.values())
+    record = LayerRecord(layer)
+    tensors = record.take_tensors()
+    autocast = same_autocast(x.device.type)
+    how = _How(record, project_weight, project_input, dropouts, autocast, state, state(), layout)
+    return _LowRankLayer.apply(how, y, x, *dropped, *tensors)
 
 
 @dataclass(frozen=True)
 class _How:
     """All that is no tensor."""
 
-    layer: nn.Module
-    names: tuple[str, ...]
+    layer: LayerRecord
     for_weight: Projection | None
     for_input: Projection | None
     dropouts: list[nn.Module]
@@ -94,32 +98,31 @@ class _How:
 
 
 class _LowRankLayer(torch.autograd.Function):
-    """Passes y on. Arguments: how, y, x, what each dropout made of x, the trained parameters."""
+    """Passes y on. Arguments: how, y, x, what each dropout made of x, all tensors of the layer."""
 
     @staticmethod
     def forward(how: _How, y: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
-        return y.view_as(y)
+        return y.detach()  # not y, which would come out as a view: autograd refuses to change those in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         how, _, *tensors = inputs
         ctx.how = how
         split = 1 + len(how.dropouts)
-        xs, parameters = tensors[:split], tensors[split:]
+        xs, held = tensors[:split], tensors[split:]
         ctx.shapes = [z.shape for z in xs]
         ctx.dtypes = [z.dtype for z in xs]
-        kept = [
-            rows_to_keep(z, how.for_weight and how.for_weight.of_dtype(z.dtype), layout=how.layout)
-            if parameters
-            else None
-            for z in xs
-        ]
-        ctx.save_for_backward(*kept, *parameters)
+        trains = any(ctx.needs_input_grad[2 + split :])
+        kept: list[Tensor | None] = [None] * len(xs)
+        if trains:
+            of_dtypes = [how.for_weight and how.for_weight.of_dtype(z.dtype) for z in xs]
+            kept = [rows_to_keep(z, p, layout=how.layout) for z, p in zip(xs, of_dtypes, strict=True)]
+        ctx.save_for_backward(*kept, *(to_save(held) if trains or how.for_input is not None else ()))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         second_order = torch.is_grad_enabled()
-        with torch.no_grad():
+        with backward_pass():
             gradients = _gradients(ctx, grads[0])
         into_y = grads[0] if ctx.needs_input_grad[1] else None
         return None, into_y, *(once_differentiable(gradients) if second_order else gradients)
@@ -130,30 +133,32 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     if how.state() != how.state_then:
         raise RuntimeError(
             f"A layer changed between its forward and its backward pass, from {how.state_then} to {how.state()}: "
-            "low-rank backpropagation has to run it again as it was. Call backward before switching adapters or modes."
+            "low-rank backpropagation has to run it again as it was. Call backward before switching or merging."
         )
     num_inputs = 1 + len(how.dropouts)
     saved = ctx.saved_tensors  # read once: gradient checkpointing hands each out a single time
-    inputs, parameters = saved[:num_inputs], saved[num_inputs:]
+    inputs, held = saved[:num_inputs], saved[num_inputs:]
     needed = ctx.needs_input_grad[2:]
+    trained = needed[num_inputs:]
     tokens = as_tokens(grad, how.layout)
     of_inputs: list[Tensor | None] = [None] * num_inputs
-    of_parameters: list[Tensor | None] = [None] * len(parameters)
+    of_trained: list[Tensor | None] = [None] * len(trained)
     for_input: Any = how.for_input
     needs_inputs = for_input is not None and any(needed[:num_inputs])
-    if parameters:
+    if any(trained):
         for_weight = how.for_weight and how.for_weight.of_dtype(tokens.dtype)
         small = tokens if for_weight is None else for_weight.project_gradient(tokens)
         rows = small.flatten(0, 1)
         exactly = torch.promote_types(rows.dtype, torch.float32)
         lacking = sum_of_tokens(tokens, small, for_weight).to(exactly) - rows.sum(0, dtype=exactly)
         together = needs_inputs and how.for_weight is not None and for_input.bases == how.for_weight.bases
-        *of_rows, of_parameters = _differentiate(
+        of_rows, of_trained = _differentiate(
             how,
             [F.pad(z.flatten(0, 1), (0, 0, 0, 1)) for z in inputs],
-            list(parameters),
+            held,
             torch.cat((rows, lacking.to(rows.dtype)[None])),
             inputs_too=together,
+            trained=trained,
         )
         if together:
             of_inputs, needs_inputs = [z[:-1].unflatten(0, small.shape[:2]) for z in of_rows], False
@@ -164,37 +169,50 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
             rows.new_zeros(len(rows), shape[-1], dtype=dtype)
             for shape, dtype in zip(ctx.shapes, ctx.dtypes, strict=True)
         ]
-        *of_rows, _ = _differentiate(how, zeros, list(parameters), rows, inputs_too=True, parameters_too=False)
+        of_rows, _ = _differentiate(how, zeros, held, rows, inputs_too=True, trained=[False] * len(held))
         of_inputs = [z.unflatten(0, small.shape[:2]) for z in of_rows]
     if for_input is not None:
         of_inputs = [
             from_tokens(for_input.of_dtype(z.dtype).lift(z), shape, how.layout) if need and z is not None else None
             for z, shape, need in zip(of_inputs, ctx.shapes, needed, strict=False)
         ]
-    return [*of_inputs, *of_parameters]
+    return [*of_inputs, *of_trained]
 
 
 def _differentiate(
     how: _How,
     xs: list[Tensor],
-    parameters: list[Tensor],
+    held: Sequence[Tensor],
     grad: Tensor,
     inputs_too: bool,
-    parameters_too: bool = True,
-) -> list[Any]:
-    """Run the layer on few rows. Gradients of its inputs, then the list of those of its parameters."""
+    trained: Sequence[bool],
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Run the layer on few rows.
+
+    Args:
+        how: The layer, and what of its forward pass is to be the same.
+        xs: Shape (M, C_in) each: x and what each dropout made of it.
+        held: The tensors of the layer.
+        grad: Shape (M, C_out).
+        inputs_too: Whether gradients of xs are wanted.
+        trained: Of which of the tensors gradients are wanted.
+
+    Returns:
+        The gradients of xs, none if not wanted, and those of the tensors, None for each that is not.
+    """
     with torch.enable_grad(), how.autocast(), _same_random_state(grad.device):
         inputs = [z.detach().requires_grad_(inputs_too)[None] for z in xs]
-        leaves = [p.detach().requires_grad_(parameters_too) for p in parameters]
+        leaves = how.layer.leaves(held, trained)
         x, *rest = inputs
         dropped = iter(rest)
-        with _replaced(how.dropouts, lambda module, z: next(dropped)):
-            y = functional_call(how.layer, dict(zip(how.names, leaves, strict=True)), (x,))
-        wanted = [*(inputs if inputs_too else []), *(leaves if parameters_too else [])]
+        with how.layer.put_back(leaves), _replaced(how.dropouts, lambda module, z: next(dropped)):
+            y = how.layer.layer(x)
+        wanted = [*(inputs if inputs_too else []), *(t for t, needed in zip(leaves, trained, strict=True) if needed)]
         found = list(torch.autograd.grad(y, wanted, grad[None].to(y.dtype), allow_unused=True))
     split = len(inputs) if inputs_too else 0
     of_inputs = [torch.zeros_like(z[0]) if g is None else g[0] for z, g in zip(inputs, found[:split], strict=False)]
-    return [*of_inputs, found[split:] or [None] * len(parameters)]
+    of_trained = iter(found[split:])
+    return of_inputs, [next(of_trained) if needed else None for needed in trained]
 
 
 def _active_dropouts(layer: nn.Module) -> list[nn.Module]:
@@ -222,12 +240,6 @@ def _set_back(module: nn.Module, before: dict[str, Any]) -> None:
 def _noted(z: Tensor, notes: list[Tensor]) -> Tensor:
     notes.append(z)
     return z
-
-
-def autocast_now(device_type: str) -> Callable[[], Any]:
-    """Makes the autocast context that is in force now: the backward pass runs outside it."""
-    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
-    return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
 def _same_random_state(device: torch.device) -> Any:

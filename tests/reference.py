@@ -75,6 +75,20 @@ def orthogonal_bases(grid: tuple[int, int], r: int, block: int = 8, selection: s
     return torch.stack(rows)
 
 
+def unrolled(grid: tuple[int, int], strides: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
+    """Places, row by row, of the patches in Hiera's order: those at one place of all blocks, then the next place."""
+
+    def gathered(rows: list[list[int]], strides: tuple[tuple[int, int], ...]) -> list[int]:
+        if not strides:
+            return [place for row in rows for place in row]
+        (down, across), *rest = strides
+        parts = [[row[j::across] for row in rows[i::down]] for i in range(down) for j in range(across)]
+        return [place for part in parts for place in gathered(part, tuple(rest))]
+
+    height, width = grid
+    return tuple(gathered([list(range(i * width, (i + 1) * width)) for i in range(height)], strides))
+
+
 def orthogonal_gradients(
     x: Tensor, weight: Tensor, grad: Tensor, grid, prefix: int, r: int, r_input: int | None, **how
 ):

@@ -8,11 +8,12 @@ import threading
 
 import models
 import pytest
+import reference
 import torch
 from peft import LoKrConfig, get_peft_model
 
 from lbp_peft import LBPWHTConfig, bases, precision, projection
-from lbp_peft.bases import BasisSet, TokenLayout
+from lbp_peft.bases import BasisSet, TokenLayout, TokenOrder
 from lbp_peft.bounded import BoundedCache
 from lbp_peft.tuner.stacked import _hosting
 
@@ -62,14 +63,18 @@ def test_matrices_of_ever_new_grids_are_dropped(boundary):
     """Text comes in every length, images in many sizes; and what was dropped is made anew, the same."""
     chosen, device = BasisSet(3, 4, boundary=boundary), torch.device("cpu")
     tokens = torch.randn(1, 64, 2, generator=torch.Generator().manual_seed(0))
-    for unrolled in ((), ((2, 2),)):
-        layout = TokenLayout((8, 8), unrolled=unrolled)
+    for strides in ((), ((2, 2),)):
+
+        def layout_of(grid, strides=strides):
+            return TokenLayout(grid, order=TokenOrder(reference.unrolled(grid, strides)) if strides else None)
+
+        layout = layout_of((8, 8))
         first = [kind(layout, chosen, tokens.dtype, device).project(tokens) for kind in KINDS]
         for height in range(4, 30):
             for width in range(4, 24, 4):
-                sides = (2 * height, 2 * width) if unrolled else (height, width)
+                sides = (2 * height, 2 * width) if strides else (height, width)
                 for kind in KINDS:
-                    made = kind(TokenLayout(sides, unrolled=unrolled), chosen, tokens.dtype, device)
+                    made = kind(layout_of(sides), chosen, tokens.dtype, device)
                     if kind is projection.OneMatrix and height > 12:
                         continue
                     made.project(torch.zeros(1, sides[0] * sides[1], 1))
@@ -83,7 +88,7 @@ KINDS = (projection.Projection, projection.OneMatrix)
 
 
 @pytest.mark.parametrize("function", [
-    bases.unrolled_order, bases.axis_blocks, bases.num_bases, bases.grid_bases, precision._weights_of_rows,
+    bases.axis_blocks, bases.num_bases, bases.grid_bases, precision._weights_of_rows,
     _hosting,
 ])  # fmt: skip
 def test_what_functions_remember_is_bounded(function):

@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import reference
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lbp_peft import BasisSet, TokenLayout, kernels, low_rank_linear
+from lbp_peft.bases import TokenOrder
 from lbp_peft.precision import Precision, _rounded_rows, product
 from lbp_peft.projection import Projection
 
@@ -146,7 +148,9 @@ def test_what_is_not_served_takes_the_plain_path(device):
     assert not kernels.serve_tokens(tokens.transpose(1, 2), SQUARE, bases, None)
     assert not kernels.serve_tokens(tokens, SQUARE, BasisSet(3, 16), None)
     assert not kernels.serve_tokens(tokens, SQUARE, bases, torch.zeros(2, 64, dtype=torch.bool))
-    assert not kernels.serve_tokens(tokens, TokenLayout((8, 8), order=UNROLLED), bases, None)
+    assert not kernels.serve_tokens(
+        tokens, TokenLayout((8, 8), order=TokenOrder(reference.unrolled((8, 8), ((2, 2),)))), bases, None
+    )
     assert not kernels.serve_tokens(tokens.clone().requires_grad_(), SQUARE, bases, None)
     assert kernels.serve_rows(tokens[0], 16) and kernels.serve_rows(tokens[0], 0)
     assert not kernels.serve_rows(tokens[0], 8)
@@ -154,7 +158,7 @@ def test_what_is_not_served_takes_the_plain_path(device):
     with torch.no_grad():
         x = tokens.clone().requires_grad_()
         assert kernels.serve_tokens(x, SQUARE, bases, None)
-    layout = TokenLayout((8, 8), order=UNROLLED)
+    layout = TokenLayout((8, 8), order=TokenOrder(reference.unrolled((8, 8), ((2, 2),))))
     some = Projection(layout, bases, torch.float32, device)
     on_grid = Projection(SQUARE, bases, torch.float32, device)
     order = torch.arange(64).view(1, 4, 2, 4, 2).permute(0, 2, 4, 1, 3).flatten()

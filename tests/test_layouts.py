@@ -7,18 +7,18 @@ import torch.nn.functional as F
 from test_lowrank import problem, relative
 
 from lbp_peft import BasisSet, TokenLayout, low_rank_linear
-from lbp_peft.bases import unrolled_order
+from lbp_peft.bases import TokenOrder
 
 pytestmark = pytest.mark.usefixtures("way")
 
 RANKS = [(3, 3), (10, None), (10, 3)]
 
 
-def found_gradients(x, weight, bias, grad, layout, ranks, **how):
+def found_gradients(x, weight, bias, grad, layout, ranks, wanted=None, **how):
     for_weight, for_input = (None if r is None else BasisSet(r) for r in ranks)
     y = low_rank_linear(x, weight, bias, layout, for_weight, for_input, **how)
     assert torch.equal(y, F.linear(x, weight, bias))
-    return torch.autograd.grad(y, (weight, x, bias), grad)
+    return torch.autograd.grad(y, (weight, x if wanted is None else wanted, bias), grad)
 
 
 def through(bases, x, weight, grad, rank_input):
@@ -52,30 +52,45 @@ def test_tokens_after_the_grid(grid, before, after, ranks):
     assert relative(found[2], grad.sum((0, 1))) < 1e-12
 
 
-def unroll(image, strides):
-    """(H, W, C) -> (H W, C), written with loops: the patches at one place of all blocks, then the next place."""
-    if not strides:
-        return image.flatten(0, 1)
-    (down, across), *rest = strides
-    return torch.cat([unroll(image[i::down, j::across], rest) for i in range(down) for j in range(across)])
-
-
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize(
     "grid, strides", [((8, 8), ((2, 2),)), ((16, 24), ((2, 2), (2, 2))), ((8, 12), ((4, 2), (2, 2)))]
 )
 def test_unrolled_patches(grid, strides, ranks):
     x, weight, bias, grad = problem(grid, 0)
-    places = torch.arange(grid[0] * grid[1]).view(*grid, 1)
-    order = unroll(places, strides)[:, 0]
-    assert order.tolist() == unrolled_order(TokenLayout(grid, unrolled=strides)).tolist()
-    found = found_gradients(x, weight, bias, grad, TokenLayout(grid, unrolled=strides), ranks)
+    order = reference.unrolled(grid, strides)
+    found = found_gradients(x, weight, bias, grad, TokenLayout(grid, order=TokenOrder(order)), ranks)
     expected = through(
         lambda r: reference.orthogonal_bases(grid, r)[:, order], x.detach(), weight.detach(), grad, ranks
     )
     assert relative(found[0], expected[0]) < 1e-12
     assert relative(found[1], expected[1]) < 1e-12
     assert relative(found[2], grad.sum((0, 1))) < 1e-12
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("axes, packed", [((0,), 1), ((1, 2), 1), ((0, 2), 1), ((3, 1), 1), ((0,), 3), ((2, 0), 2)])
+def test_tokens_along_other_axes(axes, packed, ranks):
+    """Sequence-first, windows of five and six axes, images packed one after another: as the usual layout does it."""
+    grid, tokens_of_axes = (6, 8), {1: [48 * packed], 2: [6 * packed, 8]}[len(axes)]
+    num_axes = max(max(axes) + 1, 3) if axes != (0,) else 2
+    order = [*(axis for axis in range(num_axes) if axis not in axes), *axes]
+    images = [2 if axis not in axes else 0 for axis in order[: num_axes - len(axes)]]
+    x, weight, bias, grad = problem(grid, 0)
+    count = 2 ** len(images) * packed
+    generator = torch.Generator().manual_seed(0)
+    x, grad = (torch.randn(count, 48, t.shape[-1], generator=generator, dtype=torch.float64) for t in (x, grad))
+    x.requires_grad_()
+    expected = found_gradients(x, weight, bias, grad, TokenLayout(grid), ranks)
+
+    def spread(tokens):
+        whole = tokens.reshape(*images, *tokens_of_axes, tokens.shape[-1])
+        return whole.permute(*(order.index(axis) for axis in range(num_axes)), -1)
+
+    layout = TokenLayout(grid, axes=axes, packed=packed)
+    found = found_gradients(spread(x), weight, bias, spread(grad), layout, ranks, wanted=x)
+    for ours, usual in zip(found, expected, strict=True):
+        assert relative(ours, usual) < 1e-12
 
 
 @pytest.mark.parametrize("ranks", RANKS)
@@ -117,7 +132,11 @@ def test_a_loss_that_depends_on_padding_is_refused():
 
 @pytest.mark.parametrize(
     "layout",
-    [TokenLayout((8, 8), 1, 4), TokenLayout((8, 16), unrolled=((2, 2), (2, 2))), TokenLayout((1, 77))],
+    [
+        TokenLayout((8, 8), 1, 4),
+        TokenLayout((8, 16), order=TokenOrder(reference.unrolled((8, 16), ((2, 2), (2, 2))))),
+        TokenLayout((1, 77)),
+    ],
     ids=["after", "unrolled", "sequence"],
 )
 def test_projecting_what_was_lifted_changes_nothing_and_all_bases_keep_everything(layout, way):

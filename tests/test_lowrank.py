@@ -1,5 +1,8 @@
 """The layer's gradients against the float64 reference, and against exact backpropagation."""
 
+import contextlib
+import threading
+
 import pytest
 import reference
 import torch
@@ -7,12 +10,28 @@ import torch.nn.functional as F
 
 from lbp_peft import BasisSet, TokenLayout, instructions, low_rank_linear
 from lbp_peft.instructions import Instructions
+from lbp_peft.lowrank import Branch, shared_projections
+from lbp_peft.pointwise import low_rank_pointwise_conv
 from lbp_peft.precision import Precision
 
 GRIDS = [(8, 8), (16, 16), (14, 14), (7, 7), (4, 12), (24, 32)]
 PREFIXES = [0, 1, 2, 5]
 # Rank of the weight gradient, rank of the input gradient (None: exact).
 RANKS = [(3, 3), (10, None), (10, 3), (3, 21), (64, 64), (64, 10)]
+
+
+def _added_to_a_slice(y):
+    y[:, 0] += y[:, 1]
+    return y
+
+
+INPLACE = {
+    "mul": lambda y: y.mul_(2),
+    "sigmoid": lambda y: y.sigmoid_(),
+    "relu": torch.relu_,
+    "slice": _added_to_a_slice,
+    "view": lambda y: y.flatten(1).mul_(3).view_as(y),
+}
 
 
 def problem(grid, prefix, dtype=torch.float64, channels=(6, 4), batch=2, seed=0):
@@ -178,19 +197,21 @@ def test_query_key_and_value_share_one_projection(projected):
     """They receive the same tensor. Another tensor, other bases, or the same tensor changed in place, do not count."""
     x, weight, bias, grad = problem((8, 8), 1)
     layout, hidden = TokenLayout((8, 8), 1), x * 1
-    ys, shapes = saved_by(lambda: [low_rank_linear(hidden, weight, bias, layout, BasisSet(3)) for _ in "qkv"])
+    with shared_projections():
+        ys, shapes = saved_by(lambda: [low_rank_linear(hidden, weight, bias, layout, BasisSet(3)) for _ in "qkv"])
     assert len(projected) == 1 and shapes.count((2, 4, 6)) == 3
     found = torch.autograd.grad(sum(ys), weight, grad)[0]
     once = torch.autograd.grad(low_rank_linear(hidden.clone(), weight, bias, layout, BasisSet(3)), weight, grad)[0]
     assert relative(found, 3 * once) < 1e-14
 
     projected.clear()
-    low_rank_linear(hidden, weight, bias, layout, BasisSet(6))
-    before = low_rank_linear(hidden.detach(), weight, bias, layout, BasisSet(3))
-    changed = hidden.detach()
-    low_rank_linear(changed, weight, bias, layout, BasisSet(3))
-    changed.mul_(2)
-    after = low_rank_linear(changed, weight, bias, layout, BasisSet(3))
+    with shared_projections():
+        low_rank_linear(hidden, weight, bias, layout, BasisSet(6))
+        before = low_rank_linear(hidden.detach(), weight, bias, layout, BasisSet(3))
+        changed = hidden.detach()
+        low_rank_linear(changed, weight, bias, layout, BasisSet(3))
+        changed.mul_(2)
+        after = low_rank_linear(changed, weight, bias, layout, BasisSet(3))
     assert len(projected) == 4
     gradients = [torch.autograd.grad(y, weight, grad)[0] for y in (before, after)]
     assert relative(gradients[1], 2 * gradients[0]) < 1e-14
@@ -201,11 +222,90 @@ def test_under_autocast_too_they_share_one_projection(projected, monkeypatch):
     monkeypatch.setattr(instructions, "of_cpu", lambda: Instructions(bf16=True))
     x, weight, bias, _ = problem((8, 8), 1, torch.float32)
     hidden = x * 1
-    with torch.autocast("cpu", torch.bfloat16):
-        ys = [low_rank_linear(hidden, weight, bias, TokenLayout((8, 8), 1), BasisSet(3)) for _ in "qkv"]
-    assert len(ys) == 3 and len(projected) == 1 and projected[0].dtype == torch.bfloat16
-    low_rank_linear(hidden, weight, bias, TokenLayout((8, 8), 1), BasisSet(3))
+    with shared_projections():
+        with torch.autocast("cpu", torch.bfloat16):
+            ys = [low_rank_linear(hidden, weight, bias, TokenLayout((8, 8), 1), BasisSet(3)) for _ in "qkv"]
+        assert len(ys) == 3 and len(projected) == 1 and projected[0].dtype == torch.bfloat16
+        low_rank_linear(hidden, weight, bias, TokenLayout((8, 8), 1), BasisSet(3))
     assert len(projected) == 2 and projected[1].dtype == torch.float32
+
+
+def test_a_projection_is_shared_within_one_block_of_one_thread_only(projected):
+    x, weight, bias, _ = problem((8, 8), 1)
+    hidden = x * 1
+
+    def run():
+        return low_rank_linear(hidden, weight, bias, TokenLayout((8, 8), 1), BasisSet(3))
+
+    kept = [run(), run()]
+    assert len(projected) == 2
+    with pytest.raises(KeyError), shared_projections():
+        kept.append(run())
+        with shared_projections():  # of a module inside
+            kept += [run(), run()]
+        assert len(projected) == 4
+        kept.append(run())  # the outer one goes on
+        thread = threading.Thread(target=lambda: kept.append(run()))
+        thread.start()
+        thread.join()
+        assert len(projected) == 5
+        raise KeyError
+    kept += [run(), run()]
+    assert len(projected) == 7
+
+
+CHANGES = {
+    "in place": lambda x, new: x.copy_(new),
+    "data in place": lambda x, new: x.data.copy_(new),
+    "data": lambda x, new: setattr(x, "data", new.clone()),
+    "numpy": lambda x, new: x.numpy().__setitem__(..., new.numpy()),
+    "storage": lambda x, new: x.untyped_storage().copy_(new.untyped_storage()),
+}
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_an_input_that_has_changed_is_projected_again(change, shared):
+    """Also where no version counter says so, from one forward pass of the module around the layers to the next."""
+    x, weight, bias, grad = problem((8, 8), 1)
+    x, new = x.detach(), torch.randn(2, 65, 6, generator=torch.Generator().manual_seed(7), dtype=x.dtype)
+
+    def run(x):
+        with shared_projections() if shared else contextlib.nullcontext():
+            return low_rank_linear(x, weight, bias, TokenLayout((8, 8), 1), BasisSet(3))
+
+    first = run(x)
+    expected = torch.autograd.grad(run(new.clone()), weight, grad)[0]
+    change(x, new)
+    assert torch.equal(torch.autograd.grad(run(x), weight, grad)[0], expected)
+    assert not torch.equal(torch.autograd.grad(first, weight, grad)[0], expected)
+
+
+@pytest.mark.parametrize("grid", [None, (8, 8)])
+@pytest.mark.parametrize("kind", ["linear", "branches", "autocast", "conv", "no bias"])
+@pytest.mark.parametrize("change", INPLACE.values(), ids=INPLACE)
+def test_an_output_may_be_changed_in_place(change, kind, grid):
+    x, weight, bias, grad = problem((8, 8), 0, torch.float32)
+    x, grad = (t if grid is None else t.unflatten(1, grid) for t in (x, grad))
+    layout, bases = TokenLayout((8, 8)), BasisSet(10)
+    down, up = torch.randn(2, 6, requires_grad=True), torch.randn(4, 2, requires_grad=True)
+
+    def run(changed):
+        with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+            if kind == "conv":
+                y = low_rank_pointwise_conv(
+                    x.movedim(-1, 1), weight.view(4, 6, *[1] * (x.dim() - 2)), bias, bases, bases, layout
+                ).movedim(1, -1)
+            else:
+                branches = [Branch(down, up)] if kind == "branches" else []
+                y = low_rank_linear(x, weight, None if kind == "no bias" else bias, layout, bases, bases, branches)
+            y = changed(y)
+        return torch.autograd.grad(y, (x, weight, *([down, up] if kind == "branches" else [])), grad.to(y.dtype))
+
+    found, expected = run(change), run(lambda y: change(y.clone()))
+    bound = 1e-2 if kind == "autocast" else 1e-5  # for strides that the copy does not have
+    assert all(relative(f, e) < bound for f, e in zip(found, expected, strict=True))
+    assert relative(found[1], run(lambda y: y)[1]) > 0.02
 
 
 def test_second_derivative_is_refused_with_the_remedy():

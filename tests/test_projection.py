@@ -1,12 +1,14 @@
 """Two ways to project, axis by axis and by one matrix: they agree, and neither takes more memory than the tokens."""
 
 import pytest
+import reference
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lbp_peft import BasisSet, TokenLayout, instructions, low_rank_linear
 from lbp_peft.instructions import Instructions, product_dtype
 from lbp_peft.precision import Precision
+from lbp_peft.bases import TokenOrder
 from lbp_peft.projection import InFloat32, OneMatrix, Projection, num_kept, projection
 
 CPU = torch.device("cpu")
@@ -15,7 +17,7 @@ LAYOUTS = [
     TokenLayout((14, 14), 1),
     TokenLayout((7, 12), 2, 3),
     TokenLayout((24, 32)),  # whole blocks, which are transformed one by one
-    TokenLayout((8, 16), unrolled=((2, 2), (2, 2))),
+    TokenLayout((8, 16), order=TokenOrder(reference.unrolled((8, 16), ((2, 2), (2, 2))))),
     TokenLayout((1, 77), 1),
 ]
 BASES = [BasisSet(3), BasisSet(10, selection="lp_linf"), BasisSet(10, boundary="reflect"), BasisSet(36)]

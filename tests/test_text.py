@@ -1,5 +1,6 @@
 """Layers of a text tower, where they are named: one-dimensional, padding apart."""
 
+import shutil
 import warnings
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 import transformers
 from models import images, largest_difference
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from lbp_peft import LBPWHTConfig, exact_backward, layout_report
 
@@ -83,7 +85,7 @@ def test_what_stands_in_the_padding_does_not_matter(grad_input, stacked):
     # What would have come of it without the mask, to see that it is the mask that does it.
     text = model.get_submodule(next(n for n, _ in model.named_modules() if n.endswith("text_model")))
     finder = next(m.finder for m in text.modules() if hasattr(m, "finder"))
-    finder.paddings.padding = lambda *_: None
+    finder.padding = lambda *_: None
     first, second = (gradients(model, **words(padding)) for padding in (59, 7))
     assert largest_difference(first, second) > 1e-3
 
@@ -95,18 +97,69 @@ def test_at_full_rank_the_gradients_are_exact():
         assert largest_difference(low, gradients(model, **words())) < 1e-5
 
 
-def test_gradient_checkpointing_finds_the_mask_again_or_says_that_it_cannot():
-    model = adapted(grad_input=3)
-    expected = gradients(model, **words())
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert largest_difference(gradients(model, **words()), expected) < 1e-6
-    outputs = [model(pixel_values=images(), **words(lengths=lengths)) for lengths in ((11, 9), (5, 6))]
-    with pytest.raises(RuntimeError, match="different attention masks.*cannot be told apart"):
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_finds_each_mask_again(reentrant):
+    def of_two_passes(model):
+        model.zero_grad()
+        outputs = [model(pixel_values=images(), **words(lengths=lengths)) for lengths in ((11, 9), (5, 6))]
         sum(output.text_embeds.sum() for output in outputs).backward()
-    gradients(model, **words())  # one at a time it goes on
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model = adapted(grad_input=3)
+    expected, of_two = gradients(model, **words()), of_two_passes(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    assert largest_difference(gradients(model, **words()), expected) < 1e-5
+    assert largest_difference(of_two_passes(model), of_two) < 1e-5
 
 
 def test_hooks_go_with_the_adapter():
     model = adapted()
     base = model.unload()
     assert not any(module._forward_pre_hooks for module in base.modules())
+
+
+class Words(nn.Module):
+    """A mean over tokens, with or without the padding."""
+
+    def __init__(self, counts):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(60, 16)
+        self.layers = nn.ModuleList(nn.ModuleDict({"fc1": nn.Linear(16, 16), "fc2": nn.Linear(16, 16)}) for _ in "ab")
+        self.counts = counts
+
+    def forward(self, input_ids, attention_mask=None):
+        x = self.embedding(input_ids)
+        for layer in self.layers:
+            x = x + layer["fc2"](torch.tanh(layer["fc1"](x)))
+        return x.mean(1) if self.counts else (x * attention_mask[..., None]).sum(1)
+
+
+def of_words(counts, compiled, backend="aot_eager", **settings):
+    torch._dynamo.reset()
+    settings = {"r": 3, "target_modules": ["fc1", "fc2"]} | settings
+    model = get_peft_model(Words(counts), LBPWHTConfig(**settings)).train()
+    if compiled:
+        model.base_model.model.compile(backend=backend, fullgraph=True)
+    model(**words()).square().sum().backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"grad_input": 3}, {"stack_on": LoraConfig(r=2, target_modules=["fc1", "fc2"])}]
+)
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+def test_a_loss_that_depends_on_padding_is_refused_compiled_or_not(backend, settings):
+    settings = settings | {"train_base_weight": False, "target_modules": None} if "stack_on" in settings else settings
+    message = "attention_mask calls padding have a gradient.*Pass no attention_mask.*exclude_modules"
+    with pytest.raises(RuntimeError, match=message):
+        of_words(True, backend is not None, backend, **settings)
+    found = of_words(False, backend is not None, backend, **settings)
+    assert found and largest_difference(found, of_words(False, False, **settings)) < 1e-5
+
+
+@pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="needs a C++ compiler")
+def test_inductor_does_not_drop_the_check():
+    with pytest.raises(RuntimeError, match="attention_mask calls padding have a gradient"):
+        of_words(True, True, "inductor")

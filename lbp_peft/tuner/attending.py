@@ -1,4 +1,8 @@
-"""Attention among the adapted layers that goes backward by matrix products where these are faster."""
+"""What modules that own adapted layers do for all of these at once.
+
+Layers of one input, as query, key and value, share its projection; and attention goes backward by matrix products where
+these are faster.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +15,30 @@ from torch import Tensor, nn
 
 from ..attention import AttentionByProducts
 from ..instructions import multiplies_bf16
+from ..lowrank import shared_projections
 from .around import Around, blocks_with_layers, stand_around
 from .layer import LBPWHTLayer
 from .stacked import CHILD, Inside, LBPWHTStacked
 
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
+
 
 class LBPWHTAttending(Around):
-    """Stands inside a module that owns adapted layers, its host, and has the attention in it go backward by products.
+    """Stands inside a module that owns adapted layers, its host. See this module.
 
-    Only the first forward pass tells whether there is any: an MLP owns layers too.
+    Only the first forward pass tells whether there is any attention: an MLP owns layers too.
     """
 
     _has_attention = True
 
     def run(self, host: Any, *args: Any, **kwargs: Any) -> Any:
         """The host's forward pass."""
+        if torch.compiler.is_compiling():  # it finds what is projected twice by itself
+            return self._attend(host, args, kwargs)
+        with shared_projections():
+            return self._attend(host, args, kwargs)
+
+    def _attend(self, host: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         plain = type(host).plain_class.forward
         x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         if x is None or not (self._has_attention and _may_pay(x) and self._is_active(host)):
@@ -54,9 +67,17 @@ def attend_by_products(model: nn.Module) -> None:
 
 def _owners(block: nn.Module) -> Iterator[nn.Module]:
     for module in block.modules():
-        only_contains = isinstance(module, (BaseTunerLayer, nn.ModuleList, nn.ModuleDict, nn.Sequential))
-        if not only_contains and any(_is_adapted(child) for child in module.children()):
+        if not isinstance(module, (BaseTunerLayer, *_CONTAINERS)) and any(_is_adapted(part) for part in _parts(module)):
             yield module
+
+
+def _parts(module: nn.Module) -> Iterator[nn.Module]:
+    """The children of a module, and instead of containers what these contain."""
+    for child in module.children():
+        if isinstance(child, _CONTAINERS):
+            yield from _parts(child)
+        else:
+            yield child
 
 
 def _is_adapted(module: nn.Module) -> bool:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2CLS
 
 from ..compress import compressed_layer
+from ..transforms import in_forward_mode, must_be_functional
 from .around import Around, blocks_with_layers, stand_around
 from .calling import parts_are_watched
 from .layer import BackwardRule
@@ -27,8 +27,10 @@ class LBPWHTCompressed(Around):
 
     def run(self, host: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The host's forward pass."""
-        it_decides = torch.compiler.is_compiling()  # what to save
-        if it_decides or args or kwargs or not (x.requires_grad and self._is_active(host)) or parts_are_watched(host):
+        they_decide = must_be_functional()  # torch.compile and torch.func, what to save
+        if they_decide or in_forward_mode() or args or kwargs or not (x.requires_grad and self._is_active(host)):
+            return type(host).plain_class.forward(host, x, *args, **kwargs)
+        if parts_are_watched(host):
             return type(host).plain_class.forward(host, x, *args, **kwargs)
         return compressed_layer(Plain(host), x)
 

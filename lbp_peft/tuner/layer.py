@@ -19,6 +19,7 @@ from ..layout import GridMismatchError, LayoutFinder, LayoutRecord, given_layout
 from ..precision import AUTO, FULL, Precision
 from ..projection import num_kept
 from ..tokenwise import why_not_token_wise
+from ..transforms import in_forward_mode, in_transform
 
 _USUAL_BATCH = 8
 
@@ -130,6 +131,10 @@ class LBPWHTLayer(BaseTunerLayer):
             self.finder.note_call(self.layer_name, x, self._channels_axis(x))
             return None
         rules = set(self.rules_in_effect())
+        if rules and in_forward_mode():
+            why = "forward-mode differentiation (torch.func.jvp, jacfwd, hessian) has no backward pass"
+            self._fall_back(x, why, "Use lbp_peft.exact_backward(model) or model.eval() to silence this.", cause=why)
+            return None
         if len(rules) > 1:
             rules = {replace(rule, compress=False) for rule in rules}  # that is about others than this layer
         if len(rules) > 1:
@@ -141,9 +146,11 @@ class LBPWHTLayer(BaseTunerLayer):
     def _plan(self, x: Tensor, base: nn.Module, train_weight: bool, rule: BackwardRule) -> BackwardPlan | None:
         """How to prepare the backward pass; None where it has to be, or may as well be, exact."""
         self._warn_of_slow_dtype(x)
+        # Within vmap, tensors do not know whether a transform around it differentiates them.
+        train_weight, needs_x = (needed or in_transform() for needed in (train_weight, x.requires_grad))
         for_weight = rule.for_weight if train_weight else None
-        for_input = rule.for_input if x.requires_grad else None
-        precision = rule.precision if x.requires_grad else FULL
+        for_input = rule.for_input if needs_x else None
+        precision = rule.precision if needs_x else FULL
         if for_weight is None and for_input is None and precision == FULL:
             self._note(x, "its weight is not trained and its input gradient is to be exact or is not needed")
             return None
@@ -261,8 +268,8 @@ class LBPWHTLayer(BaseTunerLayer):
         assert grid is not None
         if len(shape) == 4 and tuple(shape[1:3]) != grid:
             raise GridMismatchError(
-                f"grid_size={grid}, but the input that arrived is its own grid, {tuple(shape[1:3])}. Correct grid_size, "
-                "or leave it out."
+                f"grid_size={grid}, but the input that arrived is its own grid, {tuple(shape[1:3])}. Correct "
+                "grid_size, or leave it out."
             )
         if len(shape) == 4:
             return TokenLayout(grid)
@@ -281,9 +288,16 @@ class LBPWHTLayer(BaseTunerLayer):
 
     def _is_token_wise(self, layer: nn.Module, x: Tensor, state: Hashable) -> bool:
         """Whether a layer that is no plain linear one can go backward on few rows; tried out once in each state."""
+        if torch.compiler.is_compiling():
+            return False
+        if in_transform():
+            why = "transforms of torch.func (grad, vjp, vmap) cannot run it again in the backward pass"
+            self._fall_back(x, why, "Use lbp_peft.exact_backward(model) to silence this.", cause=why)
+            return False
         state = (state, x.dtype, torch.is_autocast_enabled(x.device.type))
-        why = self._why_not_token_wise.get(state)
-        if why is None:
+        known = self._why_not_token_wise.get(state)
+        why = "" if known is None else known
+        if known is None:
             why = self._why_not_token_wise[state] = why_not_token_wise(layer, x.shape[-1], x.dtype, x.device)
         if why:
             self._fall_back(x, why, "Leave it out with exclude_modules to silence this.", cause=why)

@@ -127,7 +127,7 @@ class LBPWHTStacked(nn.Module, Inside, LBPWHTLayer):
         layer = _ChannelsLast(Plain(host), x.dim()) if self._on_images else Plain(host)
         tokens = x.movedim(1, -1) if self._on_images else x
         state = functools.partial(_state, host)
-        if torch.compiler.is_compiling() or not self._is_token_wise(layer, tokens, state()):
+        if not self._is_token_wise(layer, tokens, (state(), host.training)):
             return plain(host, x)
         y = low_rank_layer(layer, tokens, plan.layout, plan.for_weight, plan.for_input, state, plan.padding)
         return self._noted(x, y.movedim(-1, 1) if self._on_images else y)
@@ -213,8 +213,8 @@ class _ChannelsLast(nn.Module):
 
 
 def _state(host: Any) -> tuple:
-    """What a host computes depends on this beside its tensors."""
-    names = ("active_adapters", "disable_adapters", "merged_adapters", "training")
+    """Which adapters a host computes with. Merging changes its weights past their version counters."""
+    names = ("active_adapters", "disable_adapters", "merged_adapters")
     return tuple(str(getattr(host, name, None)) for name in names)
 
 

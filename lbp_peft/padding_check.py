@@ -1,0 +1,59 @@
+"""A loss that depends on padding is noticed, also where the backward pass is compiled.
+
+Python's `if` on values of a tensor does not survive `torch.compile`. There the check is an operator of its own, whose
+result is used, so that no compiler drops it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .transforms import in_transform
+
+
+def zero_if_unused(grad: Tensor, padding: Tensor) -> Tensor | float:
+    """Zero, to fill padding with. To use it is to have the check done.
+
+    Args:
+        grad: Shape (N, L, C), the gradient of tokens.
+        padding: Shape (N, L), True where a token is only padding.
+
+    Returns:
+        0, or a tensor of shape () and the dtype of `grad`.
+
+    Raises:
+        RuntimeError: some padding has a gradient.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.lbp_peft.zero_if_unused(grad, padding)
+    if in_transform():  # vmap has no values to ask for; those beneath are of all its samples
+        is_used = torch.func.debug_unwrap(((grad != 0) & padding[:, :, None]).any())
+    else:
+        is_used = grad[padding]
+    _raise_if_any(is_used)
+    return 0.0
+
+
+def _raise_if_any(is_used: Tensor) -> None:
+    if is_used.any():
+        raise RuntimeError(
+            "Tokens that attention_mask calls padding have a gradient: the loss depends on them, and low-rank "
+            "backpropagation would leave them out. Pass no attention_mask if they are to count, keep them out of "
+            "the loss, or leave these layers out with exclude_modules."
+        )
+
+
+# A CUDA graph could not wait for the answer.
+_TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
+
+
+@torch.library.custom_op("lbp_peft::zero_if_unused", mutates_args=(), tags=_TAGS)
+def _zero_if_unused(grad: Tensor, padding: Tensor) -> Tensor:
+    _raise_if_any(grad[padding])
+    return grad.new_zeros(())
+
+
+@_zero_if_unused.register_fake
+def _(grad: Tensor, padding: Tensor) -> Tensor:
+    return grad.new_zeros(())

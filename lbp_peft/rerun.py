@@ -1,0 +1,163 @@
+"""Running a layer again in the backward pass, as it was in the forward pass.
+
+In between anybody may change the layer: its scaling, its mode, its frozen weights, the tensors that
+`torch.func.functional_call` had put into it. A gradient computed with the layer of then would be wrong in silence. So
+the forward pass records the layer. Its tensors go through `ctx.save_for_backward`, where autograd notices when they are
+changed in place, as it does for plain layers; everything else is copied. The backward pass puts all of it back while
+the layer runs.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What every module has and computes nothing with (hooks, for the most part) is left as the backward pass finds it.
+_LEFT_ALONE = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
+_CONSTANTS = frozenset({bool, int, float, str, type(None)})
+_MAPPINGS = (dict, OrderedDict, defaultdict)
+
+
+class LayerRecord:
+    """A layer as it is when the record is made: the attributes of all its modules.
+
+    Lists, tuples, sets and dictionaries among the attributes are copied. Of other objects, which layer they belong to
+    is recorded but not what they hold.
+
+    Args:
+        layer: Its modules are recorded, however deep they lie.
+
+    Attributes:
+        layer: The same.
+    """
+
+    def __init__(self, layer: nn.Module):
+        self.layer = layer
+        self._tensors: list[Tensor] = []
+        memo: dict[int, Any] = {}
+        self._attributes = [
+            (
+                module,
+                {
+                    name: value if type(value) in _CONSTANTS else self._recorded(value, memo)
+                    for name, value in vars(module).items()
+                    if name not in _LEFT_ALONE
+                },
+            )
+            for module in layer.modules()
+        ]
+        self._are_parameters = [isinstance(tensor, nn.Parameter) for tensor in self._tensors]
+
+    def take_tensors(self) -> list[Tensor]:
+        """All tensors that the layer holds (parameters, buffers, other attributes), each once.
+
+        The record keeps them no longer: they are to be arguments of an autograd function, which saves them.
+        """
+        tensors, self._tensors = self._tensors, []
+        return tensors
+
+    def leaves(self, tensors: Sequence[Tensor], trained: Sequence[bool]) -> list[Tensor]:
+        """The saved tensors as the layer is to have them, cut off from any graph; those trained require gradients."""
+        return [
+            _leaf(tensor, is_parameter, needed)
+            for tensor, is_parameter, needed in zip(tensors, self._are_parameters, trained, strict=True)
+        ]
+
+    @contextmanager
+    def put_back(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Within, the layer is as it was, but for its tensors, which are these.
+
+        What the layer changes in itself when it runs is dropped in the end: it has done so in the forward pass.
+        """
+        memo: dict[int, Any] = {}
+        found = []
+        for module, attributes in self._attributes:
+            now = vars(module)
+            then = {name: value for name, value in now.items() if name in _LEFT_ALONE}
+            then.update({name: _restored(value, tensors, memo) for name, value in attributes.items()})
+            found.append((module, now, then))
+        try:
+            for module, _, then in found:
+                object.__setattr__(module, "__dict__", then)
+            yield
+        finally:
+            for module, now, _ in found:
+                object.__setattr__(module, "__dict__", now)
+
+    def _recorded(self, value: Any, memo: dict[int, Any]) -> Any:
+        """A copy of an attribute, with a slot for each tensor. One object is copied once, wherever it is found."""
+        if isinstance(value, Tensor):
+            if id(value) not in memo:
+                memo[id(value)] = _Slot(len(self._tensors))
+                self._tensors.append(value)
+        elif type(value) in _MAPPINGS:
+            if id(value) not in memo:
+                copy = memo[id(value)] = value.copy()
+                for key, item in value.items():
+                    if type(item) not in _CONSTANTS:
+                        copy[key] = self._recorded(item, memo)
+        elif type(value) is list:
+            if id(value) not in memo:
+                copy = memo[id(value)] = []
+                copy.extend(self._recorded(item, memo) for item in value)
+        elif type(value) is tuple:
+            return tuple(self._recorded(item, memo) for item in value)
+        elif type(value) is set:
+            memo.setdefault(id(value), value.copy())
+        return memo.get(id(value), value)
+
+
+class _Slot:
+    """Stands for a tensor in a record."""
+
+    def __init__(self, index: int):
+        self.index = index
+
+
+def _restored(value: Any, tensors: Sequence[Tensor], memo: dict[int, Any]) -> Any:
+    """The reverse of [`LayerRecord._recorded`], with a tensor in each slot. The record itself stays as it is."""
+    kind = type(value)
+    if kind in _CONSTANTS:
+        return value
+    if kind is _Slot:
+        return tensors[value.index]
+    if kind is tuple:
+        return tuple(_restored(item, tensors, memo) for item in value)
+    if kind not in _MAPPINGS and kind not in (list, set):
+        return value
+    if id(value) not in memo:
+        copy = memo[id(value)] = value.copy()
+        if kind is list:
+            copy[:] = [_restored(item, tensors, memo) for item in value]
+        elif kind is not set:
+            copy.update({key: _restored(item, tensors, memo) for key, item in value.items()})
+    return memo[id(value)]
+
+
+def to_save(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """What to pass to `ctx.save_for_backward`.
+
+    Aliases, which share version counters: `tensor.data = ...` then no more reaches what was saved than a copy would.
+    Tensors of other classes may lose attributes that way, and ZeRO-3 takes the data out of its own in between.
+    """
+    plain = (Tensor, nn.Parameter)
+    return [t.detach() if type(t) in plain and not hasattr(t, "ds_status") else t for t in tensors]
+
+
+def _leaf(tensor: Tensor, is_parameter: bool, trained: bool) -> Tensor:
+    if type(tensor) not in (Tensor, nn.Parameter) and not trained:
+        return tensor  # as of quantised weights
+    if is_parameter:
+        return nn.Parameter(tensor.detach(), requires_grad=trained)
+    return tensor.detach().requires_grad_(trained)
+
+
+def same_autocast(device_type: str) -> Any:
+    """Makes the autocast context that is in force now: the backward pass runs outside it."""
+    enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
+    return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)
