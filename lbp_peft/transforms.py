@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 
 
@@ -20,6 +21,11 @@ def in_transform() -> bool:
 def must_be_functional() -> bool:
     """Whether results must be new tensors: `torch.compile` and transforms cannot follow writes into views or `out=`."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def outside_transforms() -> AbstractContextManager:
+    """Within, transforms of `torch.func` that are under way see nothing of what happens."""
+    return temporarily_clear_interpreter_stack() if in_transform() else nullcontext()
 
 
 def in_forward_mode() -> bool:

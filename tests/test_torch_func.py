@@ -4,6 +4,7 @@ import copy
 import warnings
 
 import pytest
+import reference
 import torch
 from models import images, largest_difference, tiny_vit
 from peft import LoraConfig, get_peft_model
@@ -12,6 +13,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 
 from lbp_peft import BasisSet, LBPWHTConfig, TokenLayout, exact_backward, layout_report, low_rank_linear
 from lbp_peft import projection as projections
+from lbp_peft.bases import TokenOrder
 from lbp_peft.pointwise import low_rank_pointwise_conv
 
 BASES = BasisSet(3)
@@ -266,7 +268,7 @@ def test_matrices_that_are_kept_belong_to_no_transform(monkeypatch):
     for name, empty in kept.items():
         monkeypatch.setattr(projections, name, empty)
     x, weight = torch.randn(2, 1, 64, 6), torch.randn(4, 6)
-    layout = TokenLayout((8, 8), unrolled=((2, 2),))
+    layout = TokenLayout((8, 8), order=TokenOrder(reference.unrolled((8, 8), ((2, 2),))))
 
     def loss(weight, x):
         return low_rank_linear(x, weight, None, layout, BASES, BASES).square().sum()

@@ -1,5 +1,5 @@
 """Where the tokens of a layer's input lie, followed from the model's input through every operation."""
 
-from .finder import GridMismatchError, LayoutFinder, LayoutRecord, given_layout
+from .finder import NOT_TRACED, GridMismatchError, LayoutFinder, LayoutRecord, given_layout
 
-__all__ = ["GridMismatchError", "LayoutFinder", "LayoutRecord", "given_layout"]
+__all__ = ["NOT_TRACED", "GridMismatchError", "LayoutFinder", "LayoutRecord", "given_layout"]

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases import LayoutError, TokenLayout
+from ..transforms import outside_transforms
 from . import compiled
 from .inputs import FIRST_TEXT, named_inputs, signature, start
 from .operations import with_mixed_channels
@@ -59,6 +60,9 @@ class LayoutRecord:
 
 
 NOT_TRACED = LayoutRecord(why_unknown="it was not called in the forward pass in which the model was traced")
+
+
+CALLED_ALONE = LayoutRecord(why_unknown="it was called by itself, so that its input cannot be followed from an image")
 
 
 @dataclass
@@ -257,7 +261,8 @@ class LayoutFinder:
             if is_new:
                 trace.is_complete = True
                 one.tracer = PositionTracer(module)
-                one.texts = start(one.tracer, inputs, self._merge_size)
+                with outside_transforms():
+                    one.texts = start(one.tracer, inputs, self._merge_size)
             if not any(one.is_like(other) for other in self._kinds):
                 self._kinds = [*self._kinds[-_MOST_TRACES:], one]
         self._history.add(one)
@@ -283,10 +288,9 @@ class LayoutFinder:
         """
         if torch.compiler.is_dynamo_compiling():
             return compiled.record(self.key, name, x, channels_axis)
-        shape = token_shape(x, channels_axis)
-        one = self._current()
+        one, shape = self._current(), token_shape(x, channels_axis)
         if one is None:
-            return self._record_to_rerun(name, shape) if _in_backward() else NOT_TRACED
+            return self._record_to_rerun(name, shape) if _in_backward() else CALLED_ALONE
         number = one.counts.get(name, 0)
         one.counts[name] = number + 1
         if one.tracer is not None:
@@ -310,7 +314,7 @@ class LayoutFinder:
             return
         one = self._current()
         if one is not None and one.tracer is not None:
-            with torch.no_grad():
+            with outside_transforms(), torch.no_grad():
                 size = output.shape[channels_axis]
                 positions = with_mixed_channels(one.tracer.positions(x), size, channels_axis)
             one.tracer.continue_at(output, x, positions)
@@ -448,7 +452,7 @@ def _read(one: ForwardPass, x: Tensor, channels_axis: int) -> LayoutRecord:
     lost = f" (positions were lost in {trail.lost_by!r})" if trail.lost_by else ""
     if trail.positions is None:
         return LayoutRecord(why_unknown=f"it is not known where its tokens lie{lost}", steps=trail.steps, shape=shape)
-    with torch.no_grad():
+    with outside_transforms(), torch.no_grad():
         positions = mixed(trail.positions, channels_axis).squeeze(channels_axis)
         try:
             found: FoundLayout = read_layout(positions)

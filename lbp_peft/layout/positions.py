@@ -121,8 +121,9 @@ def merged(operands: list[Tensor], shape: torch.Size) -> Tensor:
 
     An operand that is broadcast says nothing of the axes along which it is, so one that is not decides. Where one
     operand has a position and another has none, it is that one's. Where two have different ones, it is that of the
-    operand that tells more places apart. Where they tell as many, as feature maps of other resolutions do once they are
-    resized, it is the first one's if the elements are next to each other or in the same order, and lost if not.
+    operand that tells more places apart. Where they tell as many, as other images' tokens do, or feature maps of other
+    resolutions once they are resized, it is the first one's if the elements are at the same place of their images, next
+    to it, or in the same order, and lost if not.
     """
     whole = [p for p in operands if _covers(p, shape)]
     if not whole:
@@ -151,15 +152,15 @@ def _merged_pair(a: Tensor, b: Tensor) -> Tensor:
     if a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.shape == b.shape:
         return a.expand(shape)
     differ = (a != b) & (a >= 0) & (b >= 0)
+    either = torch.where(a < 0, torch.where(b < 0, torch.minimum(a, b), b), a)
     if bool(differ.any()):
         a_places, b_places = len(a.unique()), len(b.unique())
         if a_places != b_places:
             return (a if a_places > b_places else b).expand(shape)
-        near = (image_of(a) == image_of(b)) & (_distance(a, b) <= _step(a))
-        if not (near | ~differ).all() and not _in_same_order(a, b):
-            a = torch.where(differ & ~near, LOST, a)
-    neither = torch.minimum(a, b)
-    return torch.where((a < 0) & (b < 0), neither, torch.where(a < 0, b, a)).expand(shape)
+        far = differ & (_distance(a, b) > _step(a))
+        if bool(far.any()) and not _in_same_order(a, b):
+            either = torch.where(far, LOST, either)
+    return either.expand(shape)
 
 
 def _in_same_order(a: Tensor, b: Tensor) -> bool:

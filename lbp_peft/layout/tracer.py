@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..transforms import in_transform, outside_transforms
 from .operations import DATA_INDEPENDENT, RANDOM, RULES, RULES_BY_RESULT, name_of
 from .positions import LOST, compact
 
@@ -105,8 +106,14 @@ class PositionTracer(TorchFunctionMode):
 
     def _apply(self, rule: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         self.current_name = name
-        with torch.no_grad():
-            return rule(self, *args, **kwargs)
+        if not in_transform():
+            with torch.no_grad():
+                return rule(self, *args, **kwargs)
+        with outside_transforms(), torch.no_grad():
+            try:
+                return rule(self, *args, **kwargs)
+            except RuntimeError:  # an index that belongs to the transform cannot be read
+                return None
 
     def _note(
         self, result: Any, name: str, args: tuple, kwargs: dict[str, Any], positions: Any, trails: list[Trail]

@@ -15,7 +15,7 @@ from ..bases import BasisSet, LayoutError, TokenLayout
 from ..bounded import BoundedCache
 from ..cost import faster_formats, fastest_precision, low_rank_pays
 from ..instructions import product_dtype
-from ..layout import GridMismatchError, LayoutFinder, LayoutRecord, given_layout
+from ..layout import NOT_TRACED, GridMismatchError, LayoutFinder, LayoutRecord, given_layout
 from ..precision import AUTO, FULL, Precision
 from ..projection import num_kept
 from ..tokenwise import why_not_token_wise
@@ -125,11 +125,16 @@ class LBPWHTLayer(BaseTunerLayer):
 
     def _active_rule(self, x: Tensor) -> BackwardRule | None:
         """The rule of the coming backward pass; None where there is none to come, or it is to be exact."""
-        if not self.training:
-            return None
-        if not torch.is_grad_enabled():
-            self.finder.note_call(self.layer_name, x, self._channels_axis(x))
-            return None
+        rule = self._choose_rule(x) if self.training and torch.is_grad_enabled() else None
+        if rule is None:
+            self._note_call(x)
+        return rule
+
+    def _note_call(self, x: Tensor) -> None:
+        """The layer is called, and is not going to make a plan: a traced pass, or a rerun, has to know of all calls."""
+        self.finder.note_call(self.layer_name, x, self._channels_axis(x))
+
+    def _choose_rule(self, x: Tensor) -> BackwardRule | None:
         rules = set(self.rules_in_effect())
         if rules and in_forward_mode():
             why = "forward-mode differentiation (torch.func.jvp, jacfwd, hessian) has no backward pass"
@@ -146,6 +151,7 @@ class LBPWHTLayer(BaseTunerLayer):
     def _plan(self, x: Tensor, base: nn.Module, train_weight: bool, rule: BackwardRule) -> BackwardPlan | None:
         """How to prepare the backward pass; None where it has to be, or may as well be, exact."""
         self._warn_of_slow_dtype(x)
+        record = self.finder.record(self.layer_name, x, self._channels_axis(x))
         # Within vmap, tensors do not know whether a transform around it differentiates them.
         train_weight, needs_x = (needed or in_transform() for needed in (train_weight, x.requires_grad))
         for_weight = rule.for_weight if train_weight else None
@@ -163,7 +169,7 @@ class LBPWHTLayer(BaseTunerLayer):
         if for_weight is None and for_input is None:
             return self._of_precision(x, base, BackwardPlan(precision=precision))
         try:
-            layout, padding = self._layout(x, rule)
+            layout, padding = self._layout(x, record, rule)
             kept_for_weight, kept_for_input = num_kept(layout, for_weight), num_kept(layout, for_input)
         except NoTokenAxisError as error:
             self._note(x, error.why)
@@ -243,9 +249,8 @@ class LBPWHTLayer(BaseTunerLayer):
             return None
         return plan
 
-    def _layout(self, x: Tensor, rule: BackwardRule) -> tuple[TokenLayout, Tensor | None]:
+    def _layout(self, x: Tensor, record: LayoutRecord, rule: BackwardRule) -> tuple[TokenLayout, Tensor | None]:
         """Where the tokens of the input lie, and which of them are only padding, shape (N, L)."""
-        record = self.finder.record(self.layer_name, x, self._channels_axis(x))
         if x.dim() == 2 and record.layout is None and not record.is_surprising:
             raise NoTokenAxisError("its input has no token axis", "")
         if rule.grid_size is not None and not record.text and x.dim() > 2:
@@ -305,6 +310,8 @@ class LBPWHTLayer(BaseTunerLayer):
 
     def _fall_back(self, x: Tensor, why: str, remedy: str, cause: str) -> None:
         self._note(x, why)
+        if why == NOT_TRACED.why_unknown:  # the next forward pass is traced again
+            return
         self.finder.warn_once(
             cause,
             f"{self.layer_name} uses exact backpropagation, as do any layers like it: {why}. {remedy} "

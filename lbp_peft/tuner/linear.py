@@ -82,6 +82,7 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
             with onload_layer(self):
                 self.unmerge()
         if self.disable_adapters or self.merged:
+            self._note_call(x)
             return self.base_layer(x)
         rule = self._active_rule(x)
         if rule is None and not self.weights_in_effect():

@@ -88,9 +88,12 @@ class LBPWHTStacked(nn.Module, Inside, LBPWHTLayer):
         plain = type(host).plain_class.forward
         base = self._base_layer(host)
         self._on_images = is_pointwise_conv(base)
-        rule = None if self.disable_adapters or args or kwargs else self._active_rule(x)
-        if rule is None:
+        if self.disable_adapters or args or kwargs:
+            self._note_call(x)
             return plain(host, x, *args, **kwargs)
+        rule = self._active_rule(x)
+        if rule is None:
+            return plain(host, x)
         plan = self._plan(x, base, _is_trained(host), rule)
         if plan is None:
             return plain(host, x)
