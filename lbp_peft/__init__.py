@@ -17,6 +17,7 @@ from .tuner.layer import LBPWHTLayer
 from .tuner.linear import LBPWHTLinear
 from .tuner.model import LBPWHTModel
 from .tuner.report import LayoutReport, exact_backward, layout_report
+from .tuner.verify import LayoutCheck, verify_layout
 
 __version__ = "0.1.0"
 
@@ -27,10 +28,12 @@ __all__ = [
     "LBPWHTLayer",
     "LBPWHTLinear",
     "LBPWHTModel",
+    "LayoutCheck",
     "LayoutError",
     "LayoutReport",
     "TokenLayout",
     "exact_backward",
     "layout_report",
     "low_rank_linear",
+    "verify_layout",
 ]

@@ -48,6 +48,36 @@ class Unrolled:
 
 
 @dataclass(frozen=True)
+class InWindows:
+    """A grid whose tokens come window by window, row by row within each of them."""
+
+    height: int
+    width: int
+    rows: int
+    columns: int
+
+    def places(self) -> Tensor:
+        """Of each token in turn, its place in the grid, row by row; shape (H * W,)."""
+        places = torch.arange(self.height * self.width)
+        return places.view(self.rows, self.height // self.rows, self.columns, -1).transpose(1, 2).flatten()
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A grid whose tokens do not lie along the second axis of an input.
+
+    Attributes:
+        height, width, before: The grid, and the tokens before it.
+        tokens: Makes (images, tokens, C) of the input.
+    """
+
+    height: int
+    width: int
+    before: int
+    tokens: Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A model of one type, small, and where the tokens of its adapted layers lie.
 
@@ -55,9 +85,10 @@ class Architecture:
         model_type: As transformers names it.
         task: The auto class, or the model's class, to make it with.
         settings: Of the configuration; a dict with a "model_type" becomes a configuration itself.
-        grids: {part of a layer's name: (H, W), (H, W, tokens before), (H, W, tokens before, tokens after) or
-            `Unrolled`; or a reason for which the layer is exact. The last part that occurs in a name, as a regular
-            expression, counts. Layers on images (N, C, H, W) need none: they are their own grid.
+        grids: {part of a layer's name: (H, W), (H, W, tokens before), (H, W, tokens before, tokens after),
+            `Unrolled`, `InWindows` or `Elsewhere`; or a reason for which the layer is exact. The last part that occurs
+            in a name, as a regular expression, counts. Layers on images (N, C, H, W) need none: they are their own
+            grid.
         image: (H, W).
         inputs: Makes the model's inputs of images (2, 3, H, W); None: they are its `pixel_values`.
         config_type: The configuration's model type, where it is not `model_type`.
@@ -215,6 +246,9 @@ OCR = {"intraclass_block_config": OCR_BLOCK, "neck_out_channels": 32, "kernel_li
 
 # Grids that many share. Images are 64 x 96 where no size is given.
 QUERIES = "object queries"
+# Of (images * patches, frames, C), the patches of a frame.
+ONE_PATCH_OVER_TIME = Elsewhere(8, 8, 0, lambda x: x.unflatten(0, (-1, 64)).transpose(1, 2).flatten(0, 1))
+TOKENS_FIRST = Elsewhere(8, 8, 1, lambda x: x.transpose(0, 1))
 SCALES = "tokens of several scales one after another"
 SINGLE = "a single token"
 SQUARE, SQUARE_CLS, WIDE, WIDE_CLS = {"": (8, 8)}, {"": (8, 8, 1)}, {"": (8, 12)}, {"": (8, 12, 1)}
@@ -250,8 +284,8 @@ ARCHITECTURES = [
     Architecture("dinov3_vit", "AutoModel", FLAT | {"num_register_tokens": 4}, {"": (8, 12, 5)}),
     Architecture("ijepa", "AutoModelForImageClassification", FLAT, SQUARE, (64, 64)),
     Architecture("mlcd", "AutoModel", FLAT,
-                 SQUARE_CLS | {"out_proj": "tokens before images"}, (64, 64), config_type="mlcd_vision_model"),
-    Architecture("mlcd_vision_model", "AutoModel", FLAT, SQUARE_CLS | {"out_proj": "tokens before images"}, (64, 64)),
+                 SQUARE_CLS | {"out_proj": TOKENS_FIRST}, (64, 64), config_type="mlcd_vision_model"),
+    Architecture("mlcd_vision_model", "AutoModel", FLAT, SQUARE_CLS | {"out_proj": TOKENS_FIRST}, (64, 64)),
     Architecture("pixio", "AutoBackbone", FLAT | {"n_cls_tokens": 8}, {"": (8, 8, 8)}, (64, 64)),
     Architecture("sapiens2", "AutoBackbone", FLAT | {"num_register_tokens": 8}, {"": (8, 8, 9)}, (64, 64)),
     Architecture("siglip_vision_model", "AutoModel", FLAT, SQUARE, (64, 64)),
@@ -277,7 +311,7 @@ ARCHITECTURES = [
     Architecture("siglip", "AutoModelForImageClassification", TWO_TOWERS, SQUARE, (64, 64)),
     Architecture("siglip2", "AutoModelForImageClassification", {
         "vision_config": {key: value for key, value in FLAT.items() if key != "image_size"} | {"num_patches": 64},
-        "text_config": TEXT}, {"": "no embedding says what grid its patches lie on"}, (64, 64), lambda x: {
+        "text_config": TEXT}, {"": (8, 8)}, (64, 64), lambda x: {
             "pixel_values": x.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 4, 5, 1).reshape(2, 64, 192),
             "pixel_attention_mask": torch.ones(2, 64, dtype=torch.long),
             "spatial_shapes": torch.tensor([[8, 8], [8, 8]])}),
@@ -310,15 +344,15 @@ ARCHITECTURES = [
     Architecture("blip-2", "AutoModelForZeroShotImageClassification", {
         "vision_config": FLAT, "qformer_config": TEXT | {"encoder_hidden_size": 32, "use_qformer_text_input": True},
         "text_config": TEXT | {"model_type": "opt"}, "num_query_tokens": 4, "image_text_hidden_size": 16},
-        SQUARE_CLS | {"qformer": QUERIES, r"qformer.*crossattention.*\.(key|value)$": (8, 8, 1)}, (64, 64),
+        SQUARE_CLS | {"qformer": (1, 5), r"qformer.*crossattention.*\.(key|value)$": (8, 8, 1)}, (64, 64),
         lambda x: {"pixel_values": x, "input_ids": _words(2)}),
     # Windows
     Architecture("donut-swin", "AutoModelForImageClassification", SWIN, _swin((S4, S8))),
     Architecture("lw_detr_vit", "AutoBackbone", FLAT | {"num_windows": 4, "window_block_indices": [0]},
-                 {r"layer\.0": (4, 6), r"layer\.1\.": (8, 12), "intermediate": (4, 6)}),
+                 {r"layer\.0": (4, 6), r"layer\.1\.": InWindows(8, 12, 2, 2), "intermediate": (4, 6)}),
     Architecture("maskformer-swin", "AutoBackbone", SWIN, _swin((S4, S8))),
     Architecture("rf_detr_dinov2", "AutoBackbone", FLAT | {"num_windows": 2, "window_block_indexes": [0]},
-                 {"": "a [CLS] token before each window"}, (64, 64)),
+                 {"": (4, 4, 1), r"layer\.1\.attention": "a [CLS] token before each window"}, (64, 64)),
     Architecture("swin", "AutoModelForImageClassification", SWIN, _swin((S4, S8))),
     Architecture("swin", "AutoModelForMaskedImageModeling", SWIN, _swin(((16, 16), (8, 8))), (64, 64),
                  variant="masked"),
@@ -477,16 +511,17 @@ ARCHITECTURES = [
     Architecture("detr", "AutoModelForObjectDetection", DETR, DETR_GRIDS),
     Architecture("detr", "AutoModelForObjectDetection", DETR | {"num_queries": 6}, DETR_GRIDS,
                  variant="as many queries as patches"),
-    Architecture("grounding-dino", "AutoModelForZeroShotObjectDetection", GROUNDING_DINO, DEFORMABLE_GRIDS | _swin(),
+    Architecture("grounding-dino", "AutoModelForZeroShotObjectDetection", GROUNDING_DINO,
+                 DEFORMABLE_GRIDS | _swin() | {"text_enhancer": (1, 5)},
                  inputs=lambda x: {"pixel_values": x, "input_ids": torch.tensor([[101, 5, 6, 1012, 102]] * 2)}),
     Architecture("mm-grounding-dino", "AutoModelForZeroShotObjectDetection", GROUNDING_DINO,
-                 DEFORMABLE_GRIDS | _swin(),
+                 DEFORMABLE_GRIDS | _swin() | {"text_enhancer": (1, 5)},
                  inputs=lambda x: {"pixel_values": x, "input_ids": torch.tensor([[101, 5, 6, 1012, 102]] * 2)}),
     Architecture("lw_detr", "AutoModelForObjectDetection", LW_DETR | {
         "backbone_config": FLAT | {"model_type": "lw_detr_vit", "num_windows": 4, "window_block_indices": [0],
                                    "out_features": ["stage2"]},
         "projector_scale_factors": [1.0], "projector_out_channels": 32}, {
-            r"encoder\.layer\.0": (4, 6), r"encoder\.layer\.1\.": (8, 12), "intermediate": (4, 6),
+            r"encoder\.layer\.0": (4, 6), r"encoder\.layer\.1\.": InWindows(8, 12, 2, 2), "intermediate": (4, 6),
             "enc_out_bbox_embed": (8, 12)} | DECODER | {r"cross_attn\.value_proj": (8, 12)}),
     Architecture("owlv2", "AutoModelForZeroShotObjectDetection", TWO_TOWERS | {"projection_dim": 32}, SQUARE_CLS,
                  (64, 64), lambda x: {"pixel_values": x, "input_ids": _words(4)}),
@@ -517,7 +552,7 @@ ARCHITECTURES = [
     Architecture("rf_detr", "AutoModelForObjectDetection", LW_DETR | {
         "backbone_config": FLAT | {"model_type": "rf_detr_dinov2", "num_windows": 2, "window_block_indexes": [0],
                                    "out_features": ["stage2"]}, "intermediate_size": 32}, {
-            r"encoder\.layer": "a [CLS] token before each window",
+            r"encoder\.layer": (4, 4, 1), r"encoder\.layer\.1\.attention": "a [CLS] token before each window",
             "enc_out_bbox_embed": (8, 8)} | DECODER | {r"cross_attn\.value_proj": (8, 8)}, (64, 64)),
     Architecture("rt_detr", "AutoModelForObjectDetection", RT_DETR_ON_RESNET, RT_DETR_GRIDS),
     Architecture("rt_detr_v2", "AutoModelForObjectDetection", RT_DETR_ON_RESNET, RT_DETR_GRIDS),
@@ -543,11 +578,11 @@ ARCHITECTURES = [
         (16, 16), lambda x: {"inputs": x}),
     # Video
     Architecture("timesformer", "AutoModel", FLAT | {"num_frames": 2}, {
-        "": "frames one after another", r"\.attention\.": (8, 8, 1), "temporal_attention": "one patch over time"},
+        "": "frames one after another", r"\.attention\.": (8, 8, 1), "temporal_attention": ONE_PATCH_OVER_TIME},
         (64, 64), lambda x: {"pixel_values": torch.stack([x, x], 1)}),
-    Architecture("videomae", "AutoModel", FLAT | {"num_frames": 2}, {"": "patches of video"}, (64, 64),
+    Architecture("videomae", "AutoModel", FLAT | {"num_frames": 2}, {"": (8, 8)}, (64, 64),
                  lambda x: {"pixel_values": torch.stack([x, x], 1)}),
-    Architecture("vivit", "AutoModel", FLAT | {"num_frames": 2, "tubelet_size": [2, 8, 8]}, {"": "patches of video"},
+    Architecture("vivit", "AutoModel", FLAT | {"num_frames": 2, "tubelet_size": [2, 8, 8]}, {"": (8, 8, 1)},
                  (64, 64), lambda x: {"pixel_values": torch.stack([x, x], 1)}),
 ]  # fmt: skip
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from architectures import Unrolled
+from architectures import Elsewhere, InWindows, Unrolled
 from models import layers_of
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -150,6 +150,8 @@ class Record:
         layout = layout_of(architecture, name, self.layers[name], x)
         if is_pointwise_conv(self.layers[name]):
             x, grad = x.movedim(1, -1), grad.movedim(1, -1)
+        if isinstance(layout, Elsewhere):
+            x, grad = layout.tokens(x), layout.tokens(grad)
         if x.dim() == 4 and not isinstance(layout, str):
             x, grad = x.flatten(1, 2), grad.flatten(1, 2)
         x, grad = x.double(), grad.double()
@@ -157,7 +159,7 @@ class Record:
             return torch.einsum("...o,...i->oi", grad, x)
         height, width, before, _ = sides_and_others(layout)
         bases = orthogonal_bases((height, width))
-        if isinstance(layout, Unrolled):
+        if isinstance(layout, (Unrolled, InWindows)):
             bases = bases[:, layout.places()]
         on_grid = slice(before, before + height * width)
         x_hat, g_hat = (torch.einsum("kl,nlc->nkc", bases, tokens[:, on_grid]) for tokens in (x, grad))
@@ -183,7 +185,7 @@ def layout_of(architecture: Any, name: str, layer: nn.Module, x: Tensor):
     if is_pointwise_conv(layer) and not (matching and isinstance(matching[-1], str)):
         return tuple(x.shape[2:])
     assert matching, f"{name}: no grid is known for {tuple(x.shape)}"
-    if not isinstance(matching[-1], str):
+    if not isinstance(matching[-1], (str, Elsewhere)):
         height, width, before, after = sides_and_others(matching[-1])
         assert x[0].numel() == (height * width + before + after) * x.shape[-1], (name, matching[-1], x.shape)
     return matching[-1]
@@ -191,7 +193,9 @@ def layout_of(architecture: Any, name: str, layer: nn.Module, x: Tensor):
 
 def sides_and_others(layout):
     """Height, width, tokens before, tokens after."""
-    sides = (layout.height, layout.width) if isinstance(layout, Unrolled) else layout
+    if isinstance(layout, Elsewhere):
+        return layout.height, layout.width, layout.before, 0
+    sides = (layout.height, layout.width) if isinstance(layout, (Unrolled, InWindows)) else layout
     return (*sides, 0, 0)[:4]
 
 

@@ -13,21 +13,22 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..bases import LayoutError, TokenLayout
+from ..bounded import BoundedCache
 from ..transforms import outside_transforms
 from . import compiled
-from .inputs import FIRST_TEXT, named_inputs, signature, start
+from .inputs import FIRST_TEXT, named_inputs, positions_of_images, signature, start
 from .operations import with_mixed_channels
 from .positions import mixed
-from .recognition import FoundLayout, NoTokensError, UnknownLayoutError, read_layout
+from .recognition import NoTokensError, UnknownLayoutError, read_layout
 from .reruns import PassHistory, calls_to_rerun, current_hook, forget_rerun, next_number
 from .tracer import PositionTracer
 
@@ -49,6 +50,7 @@ class LayoutRecord:
         text: Name of the input that the tokens are words of; "" for patches of an image.
         shape: Of the input, without channels.
         is_surprising: Whether there may be tokens that would be worth it if their layout were known.
+        source: Number of the input that the tokens come from.
     """
 
     layout: TokenLayout | None = None
@@ -57,6 +59,7 @@ class LayoutRecord:
     text: str = ""
     shape: tuple[int, ...] = ()
     is_surprising: bool = True
+    source: int = 0
 
 
 NOT_TRACED = LayoutRecord(why_unknown="it was not called in the forward pass in which the model was traced")
@@ -163,7 +166,9 @@ class LayoutFinder:
         self._traces: OrderedDict[Hashable, Trace] = OrderedDict()
         self._thread = _Thread()
         self._lock = threading.RLock()
+        self._kept: dict[str, list[Tensor | None]] | None = None
         self._history = PassHistory()
+        self._alone: BoundedCache[Hashable, LayoutRecord] = BoundedCache(_MOST_TRACES)
         # One pass of each kind, for layers whose own pass cannot be found.
         self._kinds: list[ForwardPass] = []
         self.key = next(_keys)
@@ -276,6 +281,16 @@ class LayoutFinder:
         """All that was found of a layer's inputs so far, in whichever traced pass."""
         return [record for trace in self._traces.values() for record in trace.records.get(name, [])]
 
+    @contextmanager
+    def keeping_positions(self) -> Iterator[dict[str, list[Tensor | None]]]:
+        """Within, forward passes are traced anew. Yields the positions of the tokens of each layer, call by call."""
+        self._traces.clear()
+        self._kept = {}
+        try:
+            yield self._kept
+        finally:
+            self._kept = None
+
     # What a layer asks
 
     def record(self, name: str, x: Tensor, channels_axis: int = -1) -> LayoutRecord:
@@ -290,17 +305,30 @@ class LayoutFinder:
             return compiled.record(self.key, name, x, channels_axis)
         one, shape = self._current(), token_shape(x, channels_axis)
         if one is None:
-            return self._record_to_rerun(name, shape) if _in_backward() else CALLED_ALONE
+            return self._record_to_rerun(name, shape) if _in_backward() else self._record_alone(x, channels_axis)
         number = one.counts.get(name, 0)
         one.counts[name] = number + 1
         if one.tracer is not None:
             record = _read(one, x, channels_axis)
+            if self._kept is not None:
+                self._kept.setdefault(name, []).append(_positions_of_tokens(one, x, channels_axis))
             _put(one.trace.records.setdefault(name, []), number, record)
         else:
             record = fitting(one.trace.records.get(name, []), number, shape)
             if record is NOT_TRACED:
                 one.trace.is_complete = False
         one.note(name, record)
+        return record
+
+    def _record_alone(self, x: Tensor, channels_axis: int) -> LayoutRecord:
+        """Of a layer that is called by itself: its input may be images as they are."""
+        key = (x.shape, channels_axis)
+        record = self._alone.get(key)
+        if record is None:
+            with outside_transforms():
+                positions = positions_of_images("", x, [], 1)
+            record = CALLED_ALONE if positions is None or x.dim() < 4 else _read_positions(positions, x, channels_axis)
+            self._alone[key] = record
         return record
 
     def note_call(self, name: str, x: Tensor, channels_axis: int = -1) -> None:
@@ -451,16 +479,26 @@ def _read(one: ForwardPass, x: Tensor, channels_axis: int) -> LayoutRecord:
         return LayoutRecord(None, "its tokens do not come from the model's input", 0, "", shape, is_surprising=False)
     lost = f" (positions were lost in {trail.lost_by!r})" if trail.lost_by else ""
     if trail.positions is None:
-        return LayoutRecord(why_unknown=f"it is not known where its tokens lie{lost}", steps=trail.steps, shape=shape)
+        return LayoutRecord(None, f"it is not known where its tokens lie{lost}", trail.steps, "", shape)
+    record = _read_positions(trail.positions, x, channels_axis)
+    text = one.texts.get(record.source, "") if record.source >= FIRST_TEXT else ""
+    return replace(record, why_unknown=record.why_unknown and record.why_unknown + lost, steps=trail.steps, text=text)
+
+
+def _positions_of_tokens(one: ForwardPass, x: Tensor, channels_axis: int) -> Tensor | None:
+    assert one.tracer is not None
+    positions = one.tracer.positions(x)
+    return None if positions is None else mixed(positions, channels_axis).squeeze(channels_axis)
+
+
+def _read_positions(positions: Tensor, x: Tensor, channels_axis: int) -> LayoutRecord:
+    shape = token_shape(x, channels_axis)
     with outside_transforms(), torch.no_grad():
-        positions = mixed(trail.positions, channels_axis).squeeze(channels_axis)
         try:
-            found: FoundLayout = read_layout(positions)
+            found = read_layout(mixed(positions, channels_axis).squeeze(channels_axis))
         except UnknownLayoutError as error:
-            is_surprising = not isinstance(error, NoTokensError)
-            return LayoutRecord(None, f"{error}{lost}", trail.steps, "", shape, is_surprising)
-    text = one.texts.get(found.source, "") if found.source >= FIRST_TEXT else ""
-    return LayoutRecord(found.layout, "", trail.steps, text, shape)
+            return LayoutRecord(None, str(error), shape=shape, is_surprising=not isinstance(error, NoTokensError))
+    return LayoutRecord(found.layout, shape=shape, source=found.source)
 
 
 def _put(records: list[LayoutRecord], number: int, record: LayoutRecord) -> None:

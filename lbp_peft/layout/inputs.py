@@ -83,7 +83,7 @@ def start(tracer: PositionTracer, inputs: dict[str, Any], merge_size: int = 1) -
             continue
         positions = None
         if tensor.is_floating_point():
-            positions = _of_images(name, tensor, sizes, merge_size)
+            positions = positions_of_images(name, tensor, sizes, merge_size)
         text_shape = _text_shape(name, tensor)
         if positions is None and text_shape is not None:
             source = by_shape.setdefault(text_shape, min(FIRST_TEXT + len(by_shape), 15))
@@ -107,14 +107,14 @@ def _of_text(source: int, tensor: Tensor, shape: torch.Size) -> Tensor:
     return positions if tensor.dim() == 2 else positions[..., None].expand(tensor.shape)
 
 
-def _of_images(name: str, tensor: Tensor, sizes: list[Tensor], merge_size: int) -> Tensor | None:
+def positions_of_images(name: str, tensor: Tensor, sizes: list[Tensor], merge_size: int) -> Tensor | None:
     """Positions of the elements of an input, if it holds images."""
     for given in sizes:
         if (packed := _of_patches(tensor, given.tolist(), merge_size)) is not None:
             return packed
     if tensor.dim() == 3 and not name.endswith(_SPECTROGRAMS):
         is_image = tensor.shape[0] in (1, 3) and min(tensor.shape[1:]) >= 8
-        positions = _of_images(name, tensor[None], [], 1) if is_image else None
+        positions = positions_of_images(name, tensor[None], [], 1) if is_image else None
         return None if positions is None else positions[0]
     axes = _image_axes(tensor)
     if axes is None:
@@ -137,7 +137,7 @@ def _image_axes(tensor: Tensor) -> tuple[int, ...] | None:
     if tensor.dim() == 3:
         return (0, 1, 2)
     if tensor.dim() == 4:
-        return (0, 1, 2) if shape[1] > 4 >= shape[3] else (0, 2, 3)
+        return (0, 1, 2) if shape[3] in (1, 3) and shape[1] not in (1, 3) else (0, 2, 3)
     if tensor.dim() == 5:
         return (0, 1, 3, 4) if shape[2] <= 4 or shape[1] > 4 else (0, 2, 3, 4)
     return None

@@ -63,10 +63,15 @@ def read_layout(positions: Tensor) -> FoundLayout:
             found.append((grid, token_axes))
     if not found:
         raise max(errors, key=lambda error: not isinstance(error, NoTokensError))
-    # In their order rather than in another, neighbours in the image rather than far apart, and as many as can be.
-    grid, token_axes = min(found, key=lambda item: (item[0].order is not None, item[0].spacing, -item[0].num_tokens))
-    usual = token_axes == tuple(range(1, positions.dim()))
-    axes = None if usual else token_axes
+    usual = tuple(range(1, positions.dim()))
+
+    def preference(item: tuple[_Grid, tuple[int, ...]]) -> tuple:
+        """In their order rather than in another, and neighbours in the image rather than far apart."""
+        grid, token_axes = item
+        return grid.order is not None, grid.packed > 1, token_axes != usual, grid.spacing, -grid.num_tokens
+
+    grid, token_axes = min(found, key=preference)
+    axes = None if token_axes == usual else token_axes
     return FoundLayout(TokenLayout(grid.shape, grid.before, grid.after, grid.order, axes, grid.packed), grid.source)
 
 

@@ -1,0 +1,179 @@
+"""A self-check: do the tokens lie where the layout report says?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..layout.positions import column_of, row_of
+from ..lowrank import as_tokens
+from ..projection import Projection
+from .layer import LBPWHTLayer
+
+# Where images are changed: fractions of their height and width, off the borders of patches.
+_PLACES = ((0.03, 0.03), (0.03, 0.97), (0.97, 0.03), (0.53, 0.28))
+
+
+@dataclass(frozen=True)
+class LayoutCheck:
+    """What [`verify_layout`] found; print it for a list.
+
+    Attributes:
+        confirmed: Layers of which tokens changed just where the image did.
+        after_mixing: Layers of which most tokens change with any part of the image, since attention or the like comes
+            before them: their layout follows from that of the layers before.
+        unknown: Layers without a known layout, which go backward exactly.
+        problems: What contradicts the layouts, in words; empty if all is well.
+    """
+
+    confirmed: tuple[str, ...]
+    after_mixing: tuple[str, ...]
+    unknown: tuple[str, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing contradicts the layouts."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        counts = (("confirmed", self.confirmed), ("after mixing", self.after_mixing), ("unknown", self.unknown))
+        lines = [f"{len(names)} layers {what}" for what, names in counts]
+        return "\n".join([*lines, *(self.problems or ["no contradictions"])])
+
+
+def verify_layout(model: nn.Module, batch: Mapping[str, Any]) -> LayoutCheck:
+    """Change an image in a few places and look which tokens of the adapted layers change.
+
+    Tokens that change by far the most have to be those whose recorded place is the one that was changed. Projecting the
+    inputs of all layers onto all bases of their layouts, and lifting them back, has to give the same inputs, so that
+    gradients at full rank are the exact ones.
+
+    Args:
+        model: With LBP-WHT layers. It is run in training mode, five times, without gradients; its random numbers and
+            buffers are left as they were.
+        batch: Its keyword arguments, with images as a tensor of floating point, such as `pixel_values` (N, C, H, W).
+
+    Raises:
+        ValueError: there are no LBP-WHT layers, or the batch has no images.
+    """
+    layers = {m.layer_name: m for m in model.modules() if isinstance(m, LBPWHTLayer)}
+    if not layers:
+        raise ValueError("The model has no LBP-WHT layers: there is no layout to verify.")
+    images = {name: value for name, value in batch.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    name, image = max(images.items(), key=lambda item: item[1].dim(), default=("", None))
+    if image is None or image.dim() < 4:
+        raise ValueError("The batch has no images, as a tensor (N, C, H, W), whose places could be changed.")
+    finder = next(iter(layers.values())).finder
+    height, width = image.shape[-2:]
+    with _in_training_mode(model), torch.random.fork_rng([image.device] if image.device.type == "cuda" else []):
+        with finder.keeping_positions() as positions:
+            before = _inputs(model, layers, batch)
+        found = {}
+        for down, across in _PLACES:
+            pixel = int(down * height), int(across * width)
+            changed = image.clone()
+            changed[..., pixel[0], pixel[1]] += 10 * image.std() + 1
+            found[pixel] = _inputs(model, layers, {**batch, name: changed})
+    return _compare(layers, before, found, positions)
+
+
+def _inputs(model: nn.Module, layers: dict[str, LBPWHTLayer], batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+    """What each layer is given in one forward pass, the same random numbers in each."""
+    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+    hosts = {id(m): m for m in model.modules()}
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            host = next((m for m in hosts.values() if getattr(m, "low_rank_backward", None) is layer), layer)
+
+            def note(module: nn.Module, args: tuple, name: str = name) -> None:
+                seen[name].append(args[0].detach())
+
+            stack.callback(host.register_forward_pre_hook(note).remove)
+        torch.manual_seed(0)
+        with torch.enable_grad():  # as in training: some models do otherwise without
+            model(**batch)
+    return seen
+
+
+def _compare(
+    layers: dict[str, LBPWHTLayer],
+    before: dict[str, list[Tensor]],
+    found: dict[tuple[int, int], dict[str, list[Tensor]]],
+    positions: dict[str, list[Tensor | None]],
+) -> LayoutCheck:
+    confirmed, mixed, unknown, problems = [], [], [], []
+    for name, layer in layers.items():
+        places = [p for p in positions.get(name, []) if p is not None]
+        if len(places) != len(before[name]) or not places:
+            unknown.append(name)
+            continue
+        if why := _why_not_identity(layer, before[name]):
+            problems.append(f"{name}: {why}")
+        axis = layer._channels_axis(before[name][0])
+        states = set()
+        for pixel, after in found.items():
+            for x, y, place in zip(before[name], after[name], places, strict=True):
+                states.add(_state(x, y, place, axis, pixel))
+        if wrong := states - {"confirmed", "mixed", "unchanged"}:
+            problems.append(f"{name}: {wrong.pop()}")
+        elif "confirmed" in states:
+            confirmed.append(name)
+        else:
+            mixed.append(name)
+    return LayoutCheck(tuple(confirmed), tuple(mixed), tuple(unknown), tuple(problems))
+
+
+def _state(x: Tensor, y: Tensor, places: Tensor, channels_axis: int, pixel: tuple[int, int]) -> str:
+    """Whether the tokens that differ are at the place that was changed."""
+    change = (y - x).abs().amax(channels_axis)
+    differing = (change > 1e-3 * change.max()) & (change > 0)
+    if not bool(differing.any()):
+        return "unchanged"
+    if differing.sum() > 0.5 * differing.numel() or not bool((places[differing] >= 0).all()):
+        return "mixed"
+    # The tokens of the grid that are nearest to the pixel, among all places that occur.
+    nearest = places >= 0
+    for of, at in ((row_of, pixel[0]), (column_of, pixel[1])):
+        lines = of(places[places >= 0]).unique()
+        nearest &= of(places) == lines[(lines - 4 * at).abs().argmin()]
+    if bool((nearest & differing).any()):
+        return "confirmed"
+    row, column = (int(of(places[differing])[0]) // 4 for of in (row_of, column_of))
+    return f"the pixel {pixel} was changed, and tokens changed whose place is said to be ({row}, {column})"
+
+
+def _why_not_identity(layer: LBPWHTLayer, inputs: list[Tensor]) -> str:
+    """Why all bases of the recorded layout do not give back the input; "" if they do."""
+    ran = layer.last_backward
+    rule = next(iter(layer.lbpwht_rule.values()))
+    if ran is None or ran.layout is None or ran.why_exact:
+        return ""
+    x = inputs[-1].movedim(layer._channels_axis(inputs[-1]), -1)
+    tokens = as_tokens(x, ran.layout).double()
+    bases = replace(rule.for_weight, r=rule.for_weight.block_size**2)
+    if bases.boundary != "orthogonal" or tokens.shape[1] != ran.layout.num_tokens:
+        return "" if bases.boundary != "orthogonal" else "its input does not have the recorded number of tokens"
+    whole = Projection(ran.layout, bases, torch.float64, tokens.device)
+    error = (whole.lift(whole.project(tokens)) - tokens).norm() / tokens.norm().clamp(min=1e-30)
+    return "" if error < 1e-6 else f"all bases together change its input by {float(error):.1e}"
+
+
+@contextmanager
+def _in_training_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    model.train()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
