@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any, TypeGuard
 
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-# What turns the encoder's tokens into answers. The name alone does not tell: such a part has no patch embedding.
+# What turns the encoder's tokens into answers. The name alone does not tell: such a part is not given images.
 _AFTER_THE_ENCODER = re.compile(r"Decoder|Head$")
+# Arguments that hold images, or the sizes of packed ones; and that hold sound.
+_IMAGES = ("pixel_values", "flattened_patches", "image_patches", "grid_thw")
+_SOUND = ("input_features", "input_values")
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -49,7 +54,8 @@ def encoder_linears(model: nn.Module) -> list[str]:
     Blocks are the members of an `nn.ModuleList`, or the like members of an `nn.Sequential`. A head, a pooler or an
     embedding stands outside them. Where a transformers model says which part of it is the base model, only that part is
     searched. The blocks of a text tower, which embeds words and not patches, do not count, nor do those of decoders and
-    heads, nor layers that work on coordinates instead of features.
+    heads, nor projectors to another width, nor layers that work on coordinates instead of features. Of a model that is
+    given images and words, the blocks of the vision tower alone count; where it has none, those that both go through.
     """
     base = getattr(model, getattr(model, "base_model_prefix", None) or "", None)
     searched = base if isinstance(base, nn.Module) else model
@@ -58,28 +64,30 @@ def encoder_linears(model: nn.Module) -> list[str]:
     return [f"{prefix}{name}" for name, module in searched.named_modules() if id(module) in inside]
 
 
-def _block_lists(model: nn.Module) -> Iterator[nn.Module]:
+def _block_lists(model: nn.Module) -> list[nn.Module]:
     lists = [
         (name, module)
         for name, module in model.named_modules()
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and _is_list_of_blocks(module)
     ]
-    of_encoder = [blocks for name, blocks in lists if not is_of_text(model, name) and not _answers(model, name, blocks)]
-    yield from of_encoder or [blocks for _, blocks in lists]
+    # Of what modalities the blocks are: the first that there are blocks of is adapted where words are read, too.
+    groups: dict[frozenset[str], list[nn.Module]] = {frozenset(kinds): [] for kinds in _IN_ORDER}
+    for name, blocks in lists:
+        kinds = _modalities_around(model, name)
+        if not any(_after_the_encoder(model, f"{name}.{block}", kinds) for block, _ in blocks.named_children()):
+            groups[kinds].append(blocks)
+    given = set().union(*(_modalities(part) for part in model.modules()))
+    if "words" in given:
+        of_encoder = next((group for kinds, group in groups.items() if group and kinds != {"words"}), [])
+    else:
+        of_encoder = [blocks for group in groups.values() for blocks in group]
+    is_text_alone_left = "words" in given and len(given) > 1  # a language model, which is not to be trained unasked
+    return of_encoder or ([] if is_text_alone_left else [blocks for _, blocks in lists])
 
 
-def _answers(model: nn.Module, name: str, blocks: nn.Module) -> bool:
-    return any(_after_the_encoder(model, f"{name}.{block}") for block, _ in blocks.named_children())
-
-
-def is_of_text(model: nn.Module, name: str) -> bool:
-    """Whether the nearest module around one that is given words or images is given words alone."""
-    for around in ancestors(model, name):
-        if embeds_images(around) or _takes(around, "pixel_values"):
-            return False
-        if _takes(around, "input_ids"):
-            return True
-    return False
+def _modalities_around(model: nn.Module, name: str) -> frozenset[str]:
+    """What the nearest module around one is given, of those that are given something known."""
+    return next((kinds for around in ancestors(model, name) if (kinds := _modalities(around))), frozenset())
 
 
 def ancestors(model: nn.Module, name: str) -> Iterator[nn.Module]:
@@ -89,27 +97,73 @@ def ancestors(model: nn.Module, name: str) -> Iterator[nn.Module]:
         yield model.get_submodule(".".join(parts[:length]))
 
 
+# Sets of modalities, in the order in which blocks that are given them are preferred.
+_IN_ORDER: tuple[tuple[str, ...], ...] = (
+    ("images",), ("sound",), (), ("images", "words"), ("sound", "words"), ("words",),
+)  # fmt: skip
+
+
+def _modalities(module: nn.Module) -> frozenset[str]:
+    """What a module is given, as its arguments and its embedding tell: images, sound, words."""
+    kinds = {"words"} if any(_takes(part, "input_ids") for part in module.modules()) else set()
+    embedding = next((part for part in module.modules() if _cuts_patches(part)), None)
+    of_sound = _takes(module, *_SOUND) or (embedding is not None and embedding.in_channels == 1)  # of spectrograms
+    if _takes(module, *_IMAGES):
+        kinds.add("images")
+    elif of_sound or embedding is not None:
+        kinds.add("sound" if of_sound else "images")
+    return frozenset(kinds)
+
+
 def embeds_images(module: nn.Module) -> bool:
     """Whether a convolution in a module cuts images or videos into patches, or merges patches."""
-    return any(isinstance(part, (nn.Conv2d, nn.Conv3d)) and max(part.stride) > 1 for part in module.modules())
+    return any(_cuts_patches(part) for part in module.modules())
 
 
-def _after_the_encoder(model: nn.Module, name: str) -> bool:
+def _cuts_patches(module: nn.Module) -> TypeGuard[nn.Conv2d | nn.Conv3d]:
+    return isinstance(module, (nn.Conv2d, nn.Conv3d)) and max(module.stride) > 1
+
+
+def _after_the_encoder(model: nn.Module, name: str, kinds: frozenset[str]) -> bool:
     around = (model.get_submodule(name), *ancestors(model, name))
-    return any(_AFTER_THE_ENCODER.search(type(part).__name__) and not embeds_images(part) for part in around)
+    return any(_is_decoder(part, kinds) and not _modalities(part) - {"words"} for part in around)
 
 
-def _takes(module: nn.Module, name: str) -> bool:
-    return name in inspect.signature(module.forward).parameters
+def _is_decoder(module: nn.Module, kinds: frozenset[str]) -> bool:
+    """Whether a module is called a decoder or a head, reads what an encoder has made, or generates text."""
+    of_words = not kinds or "words" in kinds
+    is_called_so = bool(_AFTER_THE_ENCODER.search(type(module).__name__))
+    return is_called_so or _takes(module, "encoder_hidden_states") or (of_words and _takes(module, "past_key_values"))
+
+
+def _takes(module: nn.Module, *names: str) -> bool:
+    parameters = _parameters(type(module).forward)
+    return any(name in parameters for name in names)
+
+
+@cache
+def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+    return frozenset(inspect.signature(function).parameters)
 
 
 def _is_list_of_blocks(module: nn.ModuleList | nn.Sequential) -> bool:
-    if any(_is_adaptable(block) for block in module):
+    if any(_is_adaptable(block) for block in module) or any(_is_projector(block) for block in module):
         return False
     with_linears = [next(_linears(block), None) is not None for block in module]
     if isinstance(module, nn.ModuleList):
         return any(with_linears)
     return bool(with_linears) and all(with_linears) and len({type(block) for block in module}) == 1
+
+
+def _is_projector(block: nn.Module) -> bool:
+    """Whether a block is nothing but an MLP to another width, such as the mergers of Qwen3-VL."""
+    layers = list(block.children())
+    linears = [layer for layer in layers if is_plain_linear(_unwrapped(layer))]
+    if len(linears) < 2 or any(next(layer.children(), None) is not None for layer in layers if layer not in linears):
+        return False
+    sizes = [(layer.in_features, layer.out_features) for layer in map(_unwrapped, linears)]
+    is_chain = all(one[1] == following[0] for one, following in itertools.pairwise(sizes))
+    return is_chain and sizes[0][0] != sizes[-1][1]
 
 
 def _linears(module: nn.Module) -> Iterator[nn.Module]:

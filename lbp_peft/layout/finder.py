@@ -46,6 +46,7 @@ class LayoutRecord:
     Attributes:
         layout: Where its tokens lie; None where that is not known.
         why_unknown: The reason.
+        remedy: What the user can do about it.
         steps: Operations between the model's input and the layer's.
         text: Name of the input that the tokens are words of; "" for patches of an image.
         shape: Of the input, without channels.
@@ -60,6 +61,7 @@ class LayoutRecord:
     shape: tuple[int, ...] = ()
     is_surprising: bool = True
     source: int = 0
+    remedy: str = UnknownLayoutError.remedy
 
 
 NOT_TRACED = LayoutRecord(why_unknown="it was not called in the forward pass in which the model was traced")
@@ -497,7 +499,8 @@ def _read_positions(positions: Tensor, x: Tensor, channels_axis: int) -> LayoutR
         try:
             found = read_layout(mixed(positions, channels_axis).squeeze(channels_axis))
         except UnknownLayoutError as error:
-            return LayoutRecord(None, str(error), shape=shape, is_surprising=not isinstance(error, NoTokensError))
+            is_surprising = not isinstance(error, NoTokensError)
+            return LayoutRecord(None, str(error), shape=shape, is_surprising=is_surprising, remedy=error.remedy)
     return LayoutRecord(found.layout, shape=shape, source=found.source)
 
 

@@ -140,6 +140,8 @@ def _image_axes(tensor: Tensor) -> tuple[int, ...] | None:
         return (0, 1, 2) if shape[3] in (1, 3) and shape[1] not in (1, 3) else (0, 2, 3)
     if tensor.dim() == 5:
         return (0, 1, 3, 4) if shape[2] <= 4 or shape[1] > 4 else (0, 2, 3, 4)
+    if tensor.dim() == 6 and shape[3] in (1, 3):  # (N, images, tiles, channels, height, width)
+        return (0, 1, 2, 4, 5)
     return None
 
 

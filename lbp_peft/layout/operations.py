@@ -435,7 +435,17 @@ def _einsum(tracer: Any, equation: Any, *operands: Any) -> Any:
 
 @rule("scaled_dot_product_attention", "flex_attention")
 def _attention(tracer: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-    return with_mixed_channels(tracer.positions(query), value.shape[-1])
+    """An output is where its query is; else, as in attention among channels, where its column of the values is."""
+    positions = with_mixed_channels(tracer.positions(query), value.shape[-1])
+    if positions is not None and bool((compact(positions) >= 0).any()):
+        return positions
+    of_values = tracer.positions(value)
+    if of_values is None:
+        return positions
+    of_values = mixed(of_values, -2)
+    if not bool((compact(of_values) >= 0).any()) or of_values.shape[:-2] != query.shape[:-2]:
+        return positions
+    return of_values.expand(*query.shape[:-1], value.shape[-1])
 
 
 @rule("multi_head_attention_forward")

@@ -10,11 +10,23 @@ import numpy as np
 from torch import Tensor
 
 from ..bases import TokenLayout, TokenOrder
-from .positions import LOST
+from .positions import LOST, NOWHERE
 
 
 class UnknownLayoutError(ValueError):
-    """The tokens do not lie on one grid, as far as their positions tell. Its text is the reason."""
+    """The tokens do not lie on one grid, as far as their positions tell. Its text is the reason.
+
+    Attributes:
+        remedy: What the user can do about it.
+    """
+
+    remedy = "Set grid_size (and num_prefix_tokens) if they lie on a grid."
+
+
+class SeveralImagesError(UnknownLayoutError):
+    """Images whose tokens come one after another do not all have the same grid."""
+
+    remedy = "Give the model images of one size at a time to have them low-rank."
 
 
 class NoTokensError(UnknownLayoutError):
@@ -102,7 +114,10 @@ def _read_rows(rows: np.ndarray) -> _Grid:
     before, after = int(columns[0]), int(rows.shape[1] - 1 - columns[-1])
     inner = rows[:, before : rows.shape[1] - after]
     why = "its tokens lie on no grid"
-    for part, ends in ((inner, (before, after)), (rows, (0, 0))):  # windows may reach over the border
+    parts = [(inner, (before, after)), (rows, (0, 0))]  # windows may reach over the border
+    if (inner == NOWHERE).any():
+        parts.reverse()
+    for part, ends in parts:
         if part.shape[1] < 2:
             raise NoTokensError("its input has a single token")
         _check_same_image(part)
@@ -153,7 +168,7 @@ def _check_same_image(rows: np.ndarray) -> None:
     known = rows >= 0
     image = np.where(known, rows >> 40, -1).max(axis=1, keepdims=True)
     if (known & (rows >> 40 != image)).any():
-        raise UnknownLayoutError("tokens of several images or frames, not all of one grid, lie in one row")
+        raise SeveralImagesError("tokens of several images or frames, not all of one grid, lie in one row")
 
 
 def _grid_of(rows: np.ndarray) -> tuple[int, int] | None:

@@ -256,7 +256,7 @@ class LBPWHTLayer(BaseTunerLayer):
         if rule.grid_size is not None and not record.text and x.dim() > 2:
             return self._given_layout(x, record, rule), None
         if record.layout is None:
-            raise LayoutError(record.why_unknown, "Set grid_size (and num_prefix_tokens) if they lie on a grid.")
+            raise LayoutError(record.why_unknown, record.remedy)
         if not record.text:
             _check_given(record.layout, rule)
         self._check_layout(x, record.layout)
