@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import glob
+import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import datasets
+import numpy as np
 from datasets import Dataset, DatasetDict, Image, load_dataset
 
-from .options import Options
+from .options import DataOptions
+from .places import local_folder, similar
+from .terminal import cause_of, say
+
+# As `datasets` names the splits that it finds in a folder.
+SPLITS = {
+    "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
+    "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+IMAGE_ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 @dataclass
@@ -18,20 +33,114 @@ class Source:
     names: list[str]
 
 
-def load_splits(options: Options) -> tuple[Dataset, Dataset]:
-    """What the options name to train on and to test on."""
+def load_splits(options: DataOptions) -> tuple[Dataset, Dataset | None]:
+    """What the options name to train on and to test on; None where they name nothing to test on.
+
+    Raises:
+        SystemExit: there is no such data, or no such split.
+    """
     if options.train_files:
-        files = {"train": options.train_files} | ({"test": options.test_files} if options.test_files else {})
-        splits = load_dataset("parquet", data_files=files)
-    else:
-        splits = load_dataset(options.dataset, options.dataset_config)
-    return _choose_splits(splits, options)
+        files = {"train": _existing("--train_files", options.train_files)}
+        if options.test_files:
+            files["test"] = _existing("--test_files", options.test_files)
+        return choose_splits(_loaded("the Parquet files", "parquet", data_files=files), options)
+    folder = local_folder(options.dataset, "--dataset")
+    if folder is None:
+        near = similar(Path(options.dataset))
+        say(f"There is no folder {options.dataset} here.{near} Looking for a data set of that name on the hub.")
+        return choose_splits(_loaded(options.dataset, options.dataset, options.dataset_config), options)
+    if not any(path.is_file() for path in folder.rglob("*")):
+        raise SystemExit(f"--dataset {folder}: the folder is empty")
+    datasets.disable_progress_bars()  # for what is here already
+    return choose_splits(_loaded(options.dataset, str(folder), options.dataset_config), options)
+
+
+def choose_splits(splits: DatasetDict, options: DataOptions) -> tuple[Dataset, Dataset | None]:
+    """The splits to train on and to test on; None where there is none to test on.
+
+    Raises:
+        SystemExit: a split is missing or empty.
+    """
+    for flag, name in (("--train_split", options.train_split), ("--test_split", options.test_split)):
+        if name and name not in splits:
+            raise SystemExit(f"{flag} {name}: there is no such split, but {_listed(splits)}")
+    others = (name for name in ("test", "validation") if name in splits and name != options.train_split)
+    train, test = splits[options.train_split], options.test_split or next(others, None)
+    for name in filter(None, (options.train_split, test)):
+        if len(splits[name]) == 0:
+            raise SystemExit(f"the split {name} is empty")
+    return train, splits[test] if test else None
+
+
+def hold_out(dataset: Dataset, options: DataOptions, labels: Sequence[int] | None = None) -> tuple[Dataset, Dataset]:
+    """Divide a dataset into a part to train on and one to test on, where only one is given.
+
+    Args:
+        labels: Of its rows; each class is divided alike.
+
+    Raises:
+        SystemExit: there are too few rows.
+    """
+    if len(dataset) < 2:
+        raise SystemExit("there is a single image: training and testing need one each, or more")
+    count = min(max(1, round(options.held_out * len(dataset))), len(dataset) - 1)
+    test = draw(len(dataset), count, options.data_seed, labels)
+    return dataset.select(np.setdiff1d(np.arange(len(dataset)), test)), dataset.select(test)
+
+
+def draw(total: int, wanted: int, seed: int, labels: Sequence[int] | None = None) -> np.ndarray:
+    """Which of `total` rows to take, in ascending order: the same for equal arguments.
+
+    Args:
+        wanted: How many; all where there are not so many.
+        labels: Of the rows. Each class is drawn in proportion to its size, but at least once where `wanted` allows it.
+    """
+    random = np.random.default_rng((seed, total, wanted))
+    order = random.permutation(total)
+    if wanted >= total:
+        return np.arange(total)
+    if labels is None:
+        return np.sort(order[:wanted])
+    own = np.asarray(labels)[order]
+    rows = {label: order[own == label] for label in random.permutation(np.unique(own))}
+    taken = dict.fromkeys(rows, 0)
+    # Seats of a parliament: each goes to the class that has the fewest for its size, the first to the largest.
+    queue = [(-np.inf, -len(own), place, label) for place, (label, own) in enumerate(rows.items())]
+    heapq.heapify(queue)
+    for _ in range(wanted):
+        _, size, place, label = heapq.heappop(queue)
+        taken[label] += 1
+        if taken[label] < -size:
+            heapq.heappush(queue, (size / (2 * taken[label] + 1), size, place, label))
+    return np.sort(np.concatenate([own[: taken[label]] for label, own in rows.items()]))
 
 
 def with_columns(dataset: Dataset, image: str, label: str) -> Dataset:
-    """These two columns, renamed to `image` and `label`."""
+    """These two columns, renamed to `image` and `label`.
+
+    Raises:
+        SystemExit: there is no such column, or no images in the first.
+    """
+    for flag, name in (("--image_column", image), ("the column of labels or label maps", label)):
+        if name not in dataset.column_names:
+            raise SystemExit(f"{flag}: there is no column {name!r}, but {_listed(dataset.column_names)}")
+    if image == label:
+        raise SystemExit(f"images and labels cannot both come from the column {image!r}")
     chosen = dataset.select_columns([image, label]).rename_columns({image: "image", label: "label"})
-    return chosen.cast_column("image", Image())
+    return as_images(chosen, "image", image)
+
+
+def as_images(dataset: Dataset, column: str, known_as: str) -> Dataset:
+    """The dataset with a column taken for images, which may be stored as bytes or as paths.
+
+    Raises:
+        SystemExit: it holds something else.
+    """
+    try:
+        return dataset.cast_column(column, Image())
+    except Exception as error:
+        kind = dataset.features[column]
+        raise SystemExit(f"the column {known_as!r} holds no images, but {kind}: {cause_of(error)}") from None
 
 
 def columns_of(dataset: Dataset, kind: type) -> list[str]:
@@ -39,10 +148,90 @@ def columns_of(dataset: Dataset, kind: type) -> list[str]:
     return [name for name, feature in dataset.features.items() if isinstance(feature, kind)]
 
 
-def _choose_splits(splits: DatasetDict, options: Options) -> tuple[Dataset, Dataset]:
-    train = splits[options.train_split]
-    for name in [options.test_split] if options.test_split else ["test", "validation"]:
-        if options.test_split or name in splits:
-            return train, splits[name]
-    parts = train.train_test_split(options.held_out, seed=options.data_seed)
-    return parts["train"], parts["test"]
+def paired_folders(folder: Path, skip: bool) -> DatasetDict | None:
+    """Images and the label maps of the same names beside them: FOLDER/[SPLIT/]images and FOLDER/[SPLIT/]masks.
+
+    Splits may be folders inside `images` and `masks` as well. Names agree where all but their endings does.
+
+    Args:
+        skip: Leave out what has no partner, and say how many.
+
+    Returns:
+        Columns `image` and `mask`; None where the folder has no such parts, or says itself what belongs together.
+
+    Raises:
+        SystemExit: an image has no label map, or the reverse; or there are two of a name.
+    """
+    if any(folder.rglob("metadata.*")):
+        return None
+    named = {SPLITS[inner.name.lower()]: inner for inner in folder.iterdir() if inner.name.lower() in SPLITS}
+    places = {name: (inner / "images", inner / "masks") for name, inner in named.items() if (inner / "images").is_dir()}
+    if (folder / "images").is_dir():
+        images, masks = folder / "images", folder / "masks"
+        inside = [inner.name for inner in images.iterdir() if inner.is_dir() and inner.name.lower() in SPLITS]
+        places |= {SPLITS[name.lower()]: (images / name, masks / name) for name in inside} or {"train": (images, masks)}
+    if not places or not any(masks.is_dir() for _, masks in places.values()):
+        return None
+    return DatasetDict({name: _paired(*pair, skip) for name, pair in places.items()})
+
+
+def _paired(images: Path, masks: Path, skip: bool) -> Dataset:
+    if not masks.is_dir():
+        raise SystemExit(f"{masks} is missing: label maps for the images in {images} belong there")
+    left, right = _by_name(images), _by_name(masks)
+    alone = [left[name] for name in left.keys() - right.keys()] + [right[name] for name in right.keys() - left.keys()]
+    if alone and not skip:
+        first = min(alone)
+        other = masks if first.is_relative_to(images) else images
+        more = f" ({len(alone)} files have no partner)" if len(alone) > 1 else ""
+        raise SystemExit(
+            f"{first} has no partner of the same name in {other}{more}: add it, or give --skip_broken to leave it out"
+        )
+    if alone:
+        say(f"Left out {len(alone)} files of {images.parent} that have no partner.")
+    both = sorted(left.keys() & right.keys())
+    if not both:
+        raise SystemExit(f"no image in {images} has a label map of the same name in {masks}")
+    columns = {"image": [str(left[name]) for name in both], "mask": [str(right[name]) for name in both]}
+    return Dataset.from_dict(columns, features=datasets.Features({"image": Image(), "mask": Image()}))
+
+
+def _by_name(folder: Path) -> dict[str, Path]:
+    """The images in a folder and those inside it, by their paths there without the endings."""
+    found: dict[str, Path] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith("."):
+            name = path.relative_to(folder).with_suffix("").as_posix()
+            if name in found:
+                raise SystemExit(f"{found[name]} and {path} have the same name: keep one of them")
+            found[name] = path
+    return found
+
+
+def _loaded(what: str, *arguments: str | None, **settings: dict[str, list[str]]) -> DatasetDict:
+    """What `datasets` loads; its many kinds of failure end in one line."""
+    try:
+        return load_dataset(*arguments, **settings)
+    except Exception as error:
+        cause = cause_of(error.__cause__ or error)
+        if arguments[0] == what and not Path(what).expanduser().exists():
+            raise SystemExit(
+                f"--dataset {what}: this is neither a local folder nor a data set that could be loaded from the hub "
+                f"({cause}). Check the name, or the connection (HF_HUB_OFFLINE)."
+            ) from None
+        raise SystemExit(f"cannot load {what}: {cause}") from None
+
+
+def _existing(flag: str, names: list[str]) -> list[str]:
+    """The files, each of which is there or on the web."""
+    for name in names:
+        if "://" in name:
+            continue
+        path = Path(name).expanduser()
+        if not (path.is_file() or glob.glob(str(path))):
+            raise SystemExit(f"{flag} {name}: {'this is a folder' if path.is_dir() else 'there is no such file'}")
+    return [name if "://" in name else str(Path(name).expanduser()) for name in names]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(str, names))

@@ -17,19 +17,25 @@ from accelerate.utils import send_to_device, set_seed
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .checkpoints import checkpoints, remove_checkpoints, write_whole
-from .datasources import Source
+from .checkpoints import KEPT, checkpoints, remove_checkpoints, write_whole
+from .datasources import Source, draw
 from .images import Images, Preprocessor, loader
 from .measuring import Cost, measure_costs
 from .methods import METHODS, Method, chosen_methods
-from .models import forward_arguments, head_modules
+from .metrics import load_metric
+from .models import forward_arguments, head_modules, trainable_parameters
 from .options import Options, parse
+from .outputs import OPTIONS, default_output, output_folder, write_somewhere
+from .places import local_folder
 from .processes import make_accelerator, on_main
 from .report import Row, plot, table, write_json
+from .soundness import sound
 from .task import Task
-from .training import Run, train
+from .terminal import cause_of
+from .training import Run, check_scheduler, train
 
 RECORD = "history.json"  # of a part that is finished
+REPORTS = ("table.txt", "results.json", "plot.png", "predictions.png")
 
 
 @dataclass
@@ -42,10 +48,12 @@ class Experiment:
     source: Source
 
     def __post_init__(self) -> None:
-        self.output = Path(self.options.output)
+        self.output = Path(self.options.output or "runs")
+        self.places: dict[Path, Path] = {}  # where parts were written that could not be written to their own folders
         model = self.base(seed=0)
         self.preprocessor = Preprocessor(self.options, model.config, self.task.whole_image)
         self.extra = forward_arguments(model, self.preprocessor.size)
+        self.try_forward(model)
         if self.preprocessor.notice:
             self.accelerator.print(self.preprocessor.notice)
         (height, width), heads = self.preprocessor.size, ", ".join(head_modules(model, self.options))
@@ -66,7 +74,39 @@ class Experiment:
         return loader(train_images, self.options, self.extra), loader(test_images, self.options, self.extra)
 
     def folder(self, method: Method, seed: int) -> Path:
-        return part(self.output, method, seed)
+        folder = part(self.output, method, seed)
+        return self.places.get(folder, folder)
+
+    @torch.no_grad()
+    def try_forward(self, model: nn.Module) -> None:
+        """Refuse a size of images that the model cannot take."""
+        height, width = self.preprocessor.size
+        try:
+            model.eval()(torch.zeros(1, 3, height, width), **self.extra)
+        except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+            raise SystemExit(
+                f"{self.options.model} cannot take images of {height} x {width} pixels: {cause_of(error)}. Give "
+                "another --image_size, a multiple of the size of its patches."
+            ) from None
+
+    def rehearse(self, methods: list[Method]) -> int:
+        """Adapt the model by each method once, so that mistakes come out before training.
+
+        Returns:
+            How many bytes the run will write.
+        """
+        largest = total = 0
+        for method in methods:
+            base = self.base(seed=0)
+            frozen = sum(parameter.numel() for parameter in base.parameters())
+            try:
+                trained = trainable_parameters(method.adapt(base, self.options))
+            except (TypeError, ValueError) as error:
+                raise SystemExit(f"{method.label}: {cause_of(error)}") from None
+            total += 4 * trained * len(self.options.seeds)
+            # Weights and two moments of the optimizer; the checkpoint being written beside those that are kept.
+            largest = max(largest, 4 * (frozen + 2 * trained) * (KEPT + 1))
+        return total + (largest if self.options.checkpoint_every else 0)
 
     def adapt(self, method: Method, seed: int) -> list[dict[str, float]]:
         """Train one method with one seed, write its adapter and check that it reloads.
@@ -84,7 +124,7 @@ class Experiment:
         run = Run(label, folder, self.options.epochs, method.learning_rate)
         model, history = train(self.accelerator, self.task, model, loaders, run, self.options)
 
-        def save() -> None:
+        def save(folder: Path) -> None:
             model.save_pretrained(folder / "adapter")
             # Another seed gives another head: agreement then shows that the head, too, came with the adapter.
             reloaded = method.reload(self.base(seed + 1), folder / "adapter")
@@ -95,7 +135,7 @@ class Experiment:
             write_whole(folder / RECORD, json.dumps(history))
             remove_checkpoints(folder)
 
-        on_main(self.accelerator, save)
+        self.places[folder] = on_main(self.accelerator, write_somewhere, save, folder)
         return history
 
     def finished(self, folder: Path) -> list[dict[str, float]] | None:
@@ -141,11 +181,19 @@ class Experiment:
 
 
 def shrink(task: Task, source: Source, options: Options) -> Source:
-    """The small-data protocol: few training images, the first so many test images."""
+    """The small-data protocol: few training images, and few to test on, both drawn by the seed of the data."""
     train, test = task.few(source, options), source.test
     if options.test_images:
-        test = test.select(range(min(options.test_images, len(test))))
+        test = test.select(draw(len(test), options.test_images, options.data_seed, task.classes(test)))
     return Source(train, test, source.names)
+
+
+def load(accelerator: Accelerator, task: Task, options: Options) -> Source:
+    """The data that the options name, as far as it is used, and checked. If that fails, all processes stop."""
+    loaded: list[Source] = []
+    on_main(accelerator, lambda: loaded.append(task.load(options)))  # the others then find it in the cache
+    source = loaded[0] if loaded else task.load(options)
+    return sound(accelerator, task, shrink(task, source, options), options)
 
 
 def pretraining(output: Path) -> tuple[Path, Path, Path]:
@@ -192,18 +240,35 @@ def prepare_output(options: Options, methods: list[Method]) -> None:
     Of a run that starts anew the folder keeps nothing that a later `--resume` could take for its own.
     """
     output = Path(options.output)
-    file = output / "options.yaml"
-    record = dataclasses.asdict(dataclasses.replace(options, config=None, resume=False))
+    file = output / OPTIONS
+    record = dataclasses.asdict(dataclasses.replace(options, config=None, resume=False, overwrite=False))
     if options.resume and file.exists():
-        before = yaml.safe_load(file.read_text())
-        if differing := [name for name in record if record[name] != before.get(name)]:
+        try:
+            before = dict(yaml.safe_load(file.read_text()))
+        except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
+            raise SystemExit(f"cannot resume {options.output}: {file} cannot be read ({cause_of(error)})") from None
+        if differing := [name for name in record if record[name] != before.get(name, record[name])]:
             raise SystemExit(f"cannot resume {options.output}: it ran with another {', '.join(differing)}")
     if not options.resume:
         parts = [part(output, method, seed) for method in methods for seed in options.seeds]
         for old in [*parts, *pretraining(output)]:
             shutil.rmtree(old, ignore_errors=True)
-    output.mkdir(parents=True, exist_ok=True)
-    write_whole(file, yaml.safe_dump(record, sort_keys=False))
+        for name in REPORTS:
+            (output / name).unlink(missing_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_whole(file, yaml.safe_dump(record, sort_keys=False))
+    except OSError as error:
+        raise SystemExit(f"--output {output} cannot be written to: {error.strerror or error}") from None
+
+
+def check_space(output: Path, needed: int) -> None:
+    """Stop before training where the disk has no room for what it will write."""
+    free = shutil.disk_usage(output).free
+    if free < needed:
+        raise SystemExit(
+            f"--output {output}: the run writes about {needed / 1e6:.0f} MB, but {free / 1e6:.0f} MB are free there"
+        )
 
 
 def main(task: Task, description: str) -> None:
@@ -211,19 +276,29 @@ def main(task: Task, description: str) -> None:
     start = time.perf_counter()
     options = parse(task.options, task.defaults, description)
     methods = chosen_methods(options)
-    accelerator = make_accelerator(options)
+    if options.model:
+        options = dataclasses.replace(options, model=str(local_folder(options.model, "--model") or options.model))
+    try:
+        accelerator = make_accelerator(options)
+        load_metric(task.metric, options)
+        check_scheduler(options)
+    except (ValueError, ImportError, OSError) as error:
+        raise SystemExit(cause_of(error)) from None
+    output = on_main(accelerator, output_folder, options, default_output(task, options))
+    options = dataclasses.replace(options, output=str(output))
+    accelerator.project_configuration.set_directories(str(output))
     # The progress bars and notices of loading would come once for every copy of the model.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    source = None if options.embedded else load(accelerator, task, options)
     on_main(accelerator, prepare_output, options, methods)
     accelerator.init_trackers("lbp-peft", {name: str(value) for name, value in dataclasses.asdict(options).items()})
 
-    if options.embedded:
+    if source is None:
         options, source = pretrain(task, options, accelerator)
-    else:
-        with accelerator.main_process_first():
-            source = task.load(options)
-    experiment = Experiment(task, options, accelerator, shrink(task, source, options))
+        source = shrink(task, source, options)
+    experiment = Experiment(task, options, accelerator, source)
+    on_main(accelerator, check_space, output, experiment.rehearse(methods))
     histories = [[experiment.adapt(method, seed) for seed in options.seeds] for method in methods]
 
     if accelerator.is_main_process:
@@ -235,12 +310,15 @@ def main(task: Task, description: str) -> None:
         metric = Path(options.metric or task.metric_name).stem
         report = table(rows, metric)
         seconds = time.perf_counter() - start
-        output = experiment.output
-        (output / "table.txt").write_text(report + "\n")
-        write_json(output / "results.json", rows, options, {"metric": metric, "wall_seconds": seconds})
-        plot(output / "plot.png", rows, reference, metric)
         folders = {method.label: experiment.folder(method, options.seeds[0]) for method in methods}
-        task.picture(output, experiment.source, folders, options)
+
+        def write_report(output: Path) -> None:
+            (output / "table.txt").write_text(report + "\n")
+            write_json(output / "results.json", rows, options, {"metric": metric, "wall_seconds": seconds})
+            plot(output / "plot.png", rows, reference, metric)
+            task.picture(output, experiment.source, folders, options)
+
+        output = write_somewhere(write_report, experiment.output)
         print(f"\n{report}\n\nStep time: forward and backward, relative to full fine-tuning.")
         print(
             f"Adapters reloaded, predictions agree. Table, plot and results.json in {output}. {seconds:.0f} s in all."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,9 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import AutoImageProcessor, PretrainedConfig, ViTImageProcessor
 
 from .options import Options, as_size
+from .storedimages import as_rgb
 from .task import Task
+from .terminal import cause_of
 from .views import View, random_view
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -35,7 +38,10 @@ class Preprocessor:
         size = as_size(options.image_size)
         try:
             self.processor = AutoImageProcessor.from_pretrained(options.model)
-        except OSError:
+        except (OSError, ValueError) as error:
+            file = Path(options.model).expanduser() / "preprocessor_config.json"
+            if file.exists():
+                raise SystemExit(f"{file} cannot be used: {cause_of(error)}") from None
             size = size or as_size(getattr(config, "image_size", None))
             if size is None:
                 raise SystemExit(f"{options.model} says no image size: give --image_size.") from None
@@ -69,7 +75,7 @@ class Preprocessor:
 
     def __call__(self, image: Image.Image, view: View | None = None) -> torch.Tensor:
         """The pixel values of an image, or of a part of it at the full size."""
-        image, arguments = image.convert("RGB"), self.overrides
+        image, arguments = as_rgb(image), self.overrides
         if view is not None:
             image = view.of(image, self.size, Image.Resampling.BICUBIC)
             crop = {"do_center_crop": False} if hasattr(self.processor, "do_center_crop") else {}

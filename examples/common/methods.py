@@ -19,6 +19,7 @@ from lbp_peft import LBPWHTConfig
 
 from .models import head_modules
 from .options import Options
+from .terminal import cause_of
 
 
 @dataclass(frozen=True)
@@ -118,8 +119,13 @@ def chosen_methods(options: Options) -> list[Method]:
     for text in options.methods:
         name, _, overrides = text.partition(":")
         if name not in METHODS:
-            raise SystemExit(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
-        method = METHODS[name](options.with_overrides(overrides))
+            raise SystemExit(f"--methods: unknown method {name!r}: choose from {', '.join(METHODS)}")
+        try:
+            method = METHODS[name](options.with_overrides(overrides))
+            if method.config:
+                method.config(["head"])  # refuses values that make no sense
+        except (TypeError, ValueError) as error:
+            raise SystemExit(f"--methods {text}: {cause_of(error)}") from None
         ranks = ("r", "lora_r", "grad_input")  # the label has them already
         shown = [part for part in overrides.split(",") if part and part.split("=")[0] not in ranks]
         folder = re.sub(r"[^\w.-]+", "-", text)

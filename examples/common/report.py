@@ -23,6 +23,7 @@ from PIL import Image
 
 from .measuring import Cost
 from .options import Options
+from .tables import aligned
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -53,7 +54,7 @@ class Row:
 def table(rows: list[Row], metric: str) -> str:
     """One aligned row a method."""
     header = ["method", "trainable", metric, "step time", "saved activations", "backward mult-adds"]
-    lines = [header]
+    lines = []
     for row in rows:
         score = f"{100 * statistics.mean(row.scores):.1f} %"
         if len(row.scores) > 1:
@@ -68,12 +69,7 @@ def table(rows: list[Row], metric: str) -> str:
                 f"{row.cost.backward_multiply_adds / 1e9:.2f} G",
             ]
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    text = []
-    for first, *cells in lines:
-        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        text.append("  ".join([first.ljust(widths[0]), *aligned]))
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+    return aligned(header, lines)
 
 
 def write_json(path: Path, rows: list[Row], options: Options, extra: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import evaluate
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from PIL import Image
 from transformers import PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
@@ -55,6 +56,7 @@ class Task(ABC):
     Attributes:
         options: The dataclass of the program's options.
         defaults: YAML file of the options of the embedded example.
+        folder: Inside `runs`, where the results go unless the options say so.
         auto_model: The Auto class of transformers that loads its models.
         metric: The metric that is built in.
         metric_name: What the report calls it.
@@ -64,6 +66,7 @@ class Task(ABC):
 
     options: ClassVar[type[Options]]
     defaults: ClassVar[Path]
+    folder: ClassVar[str]
     auto_model: ClassVar[Any]
     metric: ClassVar[type[evaluate.Metric]]
     metric_name: ClassVar[str]
@@ -79,6 +82,18 @@ class Task(ABC):
     @abstractmethod
     def few(self, source: Source, options: Options) -> Dataset:
         """The training images that the small-data protocol keeps."""
+
+    def classes(self, dataset: Dataset) -> list[int] | None:
+        """The class of each image, by which images are drawn; None where an image has no single one."""
+        return None
+
+    def examine(self, column: str, images: dict[str, Image.Image], names: list[str], options: Options) -> None:
+        """Look at an image that has been read, `images[column]`, beside those before it.
+
+        Raises:
+            ValueError: it does not suit the task.
+        """
+        return
 
     @abstractmethod
     def label(self, value: Any, view: View | None, size: tuple[int, int], options: Options) -> Any:

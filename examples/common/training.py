@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import time
+import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,8 +21,10 @@ from .checkpoints import load_checkpoint, save_checkpoint
 from .metrics import load_metric, score
 from .models import train_mode
 from .options import Options
+from .outputs import is_failed_write
 from .processes import freeze_unused, plain_copy, whole_model
 from .task import Task
+from .terminal import cause_of
 
 
 @dataclass(frozen=True)
@@ -114,7 +118,7 @@ def train(
                     progress.updates += 1
                     log(accelerator, run, progress, {"loss": loss, "learning rate": scheduler.get_last_lr()[0]})
                     if options.checkpoint_every and progress.updates % options.checkpoint_every == 0:
-                        save_checkpoint(accelerator, run.folder, progress.updates, dataclasses.asdict(progress))
+                        write_checkpoint(accelerator, run.folder, progress)
             progress.next_epoch(test(accelerator, task, model, test_loader, options))
             done = progress.history[-1]
             log(accelerator, run, progress, {f"epoch {name}": value for name, value in done.items()})
@@ -123,6 +127,26 @@ def train(
     model = whole_model(accelerator, model, plain)
     accelerator.free_memory()
     return model, progress.history
+
+
+def write_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress) -> None:
+    """Save a checkpoint; a single process goes on training where the disk has no room for it."""
+    try:
+        save_checkpoint(accelerator, folder, progress.updates, dataclasses.asdict(progress))
+    except Exception as error:
+        if accelerator.num_processes > 1 or not is_failed_write(error):
+            raise
+        shutil.rmtree(folder / "checkpoint.new", ignore_errors=True)
+        warnings.warn(f"No checkpoint could be written to {folder}: {cause_of(error)}. Training goes on.", stacklevel=2)
+
+
+def check_scheduler(options: Options) -> None:
+    """Raises: ValueError: transformers has no such schedule, or it needs arguments that the options do not have."""
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    try:
+        get_scheduler(options.scheduler, optimizer, 1, 2)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"--scheduler {options.scheduler}: {error}") from None
 
 
 @torch.no_grad()
