@@ -85,6 +85,9 @@ class FidelityOptions(ClassificationData):
         """The same model and data, in one batch without augmentation."""
         known = {field.name for field in dataclasses.fields(ClassificationOptions)} - {"output"}
         shared = {name: value for name, value in vars(self).items() if name in known}
+        if not self.train_images_per_class:
+            shared["train_images"] = min(self.train_images or self.images, self.images)
+        shared["test_images"] = 1  # none is tested on
         return ClassificationOptions(**shared, batch_size=self.images, min_crop=1.0, horizontal_flip=False)
 
 

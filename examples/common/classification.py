@@ -52,6 +52,10 @@ class Classification(Task):
     def load(self, options: ClassificationData) -> Source:
         train, test = load_splits(options)
         image = options.image_column or next(iter(columns_of(train, Image)), "image")
+        if not options.image_column and image not in train.column_names:
+            raise SystemExit(
+                f"there are no images, only the columns {', '.join(train.column_names)}: see --image_column"
+            )
         label = options.label_column or next(iter(columns_of(train, ClassLabel)), "label")
         if not options.label_column and label not in train.column_names:
             raise SystemExit(
@@ -112,7 +116,7 @@ def classes_in(dataset: Dataset, column: str) -> list[str]:
         SystemExit: there is no such column, or it holds no classes.
     """
     if column not in dataset.column_names:
-        raise SystemExit(f"--label_column: there is no column {column!r}, but {', '.join(dataset.column_names)}")
+        raise SystemExit(f"--label_column: there is no column {column!r}; there are: {', '.join(dataset.column_names)}")
     feature = dataset.features[column]
     if isinstance(feature, ClassLabel):
         return feature.names
@@ -143,9 +147,13 @@ def with_labels(dataset: Dataset, names: list[str]) -> Dataset:
             for value in dataset.unique("label")
         ]
         unknown = sorted(set(texts) - set(names), key=str)
+    if unknown and unknown[0] in (None, -1):
+        raise SystemExit(
+            "there are images without a label: in folders, each must lie in one that is named after its class; elsewhere, "
+            "choose another split or --label_column"
+        )
     if unknown:
-        reason = "without a label" if unknown[0] in (None, -1) else f"of the class {unknown[0]!r}, not trained on"
-        raise SystemExit(f"there are images {reason}: remove them, or choose another --test_split or --label_column")
+        raise SystemExit(f"there are images of the class {unknown[0]!r}, which is not trained on: see --test_split")
     if isinstance(feature, ClassLabel) and feature.names == names:
         return dataset
     if isinstance(feature, ClassLabel):

@@ -43,10 +43,10 @@ def load_splits(options: DataOptions) -> tuple[Dataset, Dataset | None]:
         files = {"train": _existing("--train_files", options.train_files)}
         if options.test_files:
             files["test"] = _existing("--test_files", options.test_files)
-        return choose_splits(_loaded("the Parquet files", "parquet", data_files=files), options)
+        return choose_splits(_loaded(_listed(sum(files.values(), [])), "parquet", data_files=files), options)
     folder = local_folder(options.dataset, "--dataset")
     if folder is None:
-        near = similar(Path(options.dataset))
+        near = similar(Path(options.dataset)) if "/" not in options.dataset else ""
         say(f"There is no folder {options.dataset} here.{near} Looking for a data set of that name on the hub.")
         return choose_splits(_loaded(options.dataset, options.dataset, options.dataset_config), options)
     if not any(path.is_file() for path in folder.rglob("*")):
@@ -63,7 +63,7 @@ def choose_splits(splits: DatasetDict, options: DataOptions) -> tuple[Dataset, D
     """
     for flag, name in (("--train_split", options.train_split), ("--test_split", options.test_split)):
         if name and name not in splits:
-            raise SystemExit(f"{flag} {name}: there is no such split, but {_listed(splits)}")
+            raise SystemExit(f"{flag} {name}: there is no such split; there are: {_listed(splits)}")
     others = (name for name in ("test", "validation") if name in splits and name != options.train_split)
     train, test = splits[options.train_split], options.test_split or next(others, None)
     for name in filter(None, (options.train_split, test)):
@@ -123,7 +123,7 @@ def with_columns(dataset: Dataset, image: str, label: str) -> Dataset:
     """
     for flag, name in (("--image_column", image), ("the column of labels or label maps", label)):
         if name not in dataset.column_names:
-            raise SystemExit(f"{flag}: there is no column {name!r}, but {_listed(dataset.column_names)}")
+            raise SystemExit(f"{flag}: there is no column {name!r}; there are: {_listed(dataset.column_names)}")
     if image == label:
         raise SystemExit(f"images and labels cannot both come from the column {image!r}")
     chosen = dataset.select_columns([image, label]).rename_columns({image: "image", label: "label"})
@@ -210,6 +210,8 @@ def _by_name(folder: Path) -> dict[str, Path]:
 
 def _loaded(what: str, *arguments: str | None, **settings: dict[str, list[str]]) -> DatasetDict:
     """What `datasets` loads; its many kinds of failure end in one line."""
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs comes again with the error
     try:
         return load_dataset(*arguments, **settings)
     except Exception as error:
@@ -220,6 +222,8 @@ def _loaded(what: str, *arguments: str | None, **settings: dict[str, list[str]])
                 f"({cause}). Check the name, or the connection (HF_HUB_OFFLINE)."
             ) from None
         raise SystemExit(f"cannot load {what}: {cause}") from None
+    finally:
+        datasets.logging.set_verbosity(verbosity)
 
 
 def _existing(flag: str, names: list[str]) -> list[str]:
@@ -228,8 +232,10 @@ def _existing(flag: str, names: list[str]) -> list[str]:
         if "://" in name:
             continue
         path = Path(name).expanduser()
+        if path.is_dir():
+            raise SystemExit(f"{flag} {name}: this is a folder, give it to --dataset or name the Parquet files in it")
         if not (path.is_file() or glob.glob(str(path))):
-            raise SystemExit(f"{flag} {name}: {'this is a folder' if path.is_dir() else 'there is no such file'}")
+            raise SystemExit(f"{flag} {name}: there is no such file.{similar(path)}")
     return [name if "://" in name else str(Path(name).expanduser()) for name in names]
 
 

@@ -6,8 +6,10 @@ import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -271,6 +273,14 @@ def check_space(output: Path, needed: int) -> None:
         )
 
 
+def checked(flag: str, function: Callable[..., Any], *values: Any) -> Any:
+    """What the function returns; if a flag's value makes it fail, a line that names the flag."""
+    try:
+        return function(*values)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        raise SystemExit(f"{flag}: {cause_of(error)}") from None
+
+
 def main(task: Task, description: str) -> None:
     """Run an example program: read its options, adapt by every method, compare, report."""
     start = time.perf_counter()
@@ -278,12 +288,9 @@ def main(task: Task, description: str) -> None:
     methods = chosen_methods(options)
     if options.model:
         options = dataclasses.replace(options, model=str(local_folder(options.model, "--model") or options.model))
-    try:
-        accelerator = make_accelerator(options)
-        load_metric(task.metric, options)
-        check_scheduler(options)
-    except (ValueError, ImportError, OSError) as error:
-        raise SystemExit(cause_of(error)) from None
+    accelerator = checked("--mixed_precision or --report_to", make_accelerator, options)
+    checked("--metric", load_metric, task.metric, options)
+    checked("--scheduler", check_scheduler, options)
     output = on_main(accelerator, output_folder, options, default_output(task, options))
     options = dataclasses.replace(options, output=str(output))
     accelerator.project_configuration.set_directories(str(output))

@@ -61,6 +61,10 @@ def class_names(names: list[str]) -> dict[str, Any]:
 def head_modules(model: PreTrainedModel, options: Options) -> list[str]:
     """The names of the modules that hold the head: those outside the base model, or outside the backbone."""
     if options.head_modules:
+        names = [name for name, _ in model.named_modules()]
+        for head in options.head_modules:
+            if not any(name == head or name.endswith(f".{head}") for name in names):
+                raise SystemExit(f"--head_modules {head}: the model has no such module")
         return options.head_modules
     heads = [
         name
@@ -68,7 +72,7 @@ def head_modules(model: PreTrainedModel, options: Options) -> list[str]:
         if name not in (model.base_model_prefix, "backbone") and any(True for _ in child.parameters())
     ]
     if not heads:
-        raise ValueError(f"cannot tell the head of {type(model).__name__}: name its modules with --head-modules")
+        raise SystemExit(f"cannot tell the head of {type(model).__name__}: name its modules with --head_modules")
     return _without_nesting(model, heads)
 
 

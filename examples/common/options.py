@@ -57,11 +57,11 @@ def option(default: Any, help: str) -> Any:
 class DataOptions:
     """Which model and which images: what every program asks that has to do with real images."""
 
-    model: str | None = option(None, "Checkpoint to adapt: hub id or local folder. (default: the embedded example)")
+    model: str | None = option(None, "Checkpoint to adapt: hub id or local folder. (default: none)")
     dataset: str | None = option(
         None,
         "Data folder or hub id, as `datasets` loads it. A path (with ./ in front, say) is never looked for on the "
-        "hub. (default: the embedded example)",
+        "hub. (default: none)",
     )
     dataset_config: str | None = option(None, "Configuration of the dataset, where it has several. (default: its own)")
     train_files: list[str] | None = option(None, "Parquet files to train on, in place of --dataset. (default: none)")
