@@ -149,8 +149,8 @@ def with_labels(dataset: Dataset, names: list[str]) -> Dataset:
         unknown = sorted(set(texts) - set(names), key=str)
     if unknown and unknown[0] in (None, -1):
         raise SystemExit(
-            "there are images without a label: in folders, each must lie in one that is named after its class; elsewhere, "
-            "choose another split or --label_column"
+            "there are images without a label: in folders, each must lie in one that is named after its class; "
+            "elsewhere, choose another split or --label_column"
         )
     if unknown:
         raise SystemExit(f"there are images of the class {unknown[0]!r}, which is not trained on: see --test_split")

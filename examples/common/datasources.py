@@ -43,7 +43,9 @@ def load_splits(options: DataOptions) -> tuple[Dataset, Dataset | None]:
         files = {"train": _existing("--train_files", options.train_files)}
         if options.test_files:
             files["test"] = _existing("--test_files", options.test_files)
-        return choose_splits(_loaded(_listed(sum(files.values(), [])), "parquet", data_files=files), options)
+        return choose_splits(
+            _loaded(_listed([name for part in files.values() for name in part]), "parquet", data_files=files), options
+        )
     folder = local_folder(options.dataset, "--dataset")
     if folder is None:
         near = similar(Path(options.dataset)) if "/" not in options.dataset else ""

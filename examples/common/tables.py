@@ -11,7 +11,8 @@ WIDTH = 120
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], width: int = WIDTH) -> str:
     """Columns as wide as their widest cell, the first to the left, the others to the right.
 
-    Where a line would be longer than `width`, cells of the first column go over several lines, then headings do.
+    Where a line would be longer than `width`, cells of the first column that are long stand on lines of their own, the
+    others of their row below them; then headings go over several lines.
     """
     body = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else [0] * len(header)
     widths = [max(len(heading), cells) for heading, cells in zip(header, body, strict=True)]
@@ -33,20 +34,19 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], width: int = W
     narrow_the_first(least=20)
     lines = _broken(header, widths)
     lines.append("-" * (sum(widths) + gaps))
-    for row in rows:
-        lines += _broken(row, widths)
+    for first, *others in rows:
+        if len(first) > widths[0]:
+            lines += textwrap.wrap(first, width)
+            first = ""
+        lines += _broken([first, *others], widths)
     return "\n".join(lines)
 
 
 def _broken(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
     """A row of a table as one line, or as several where cells are wider than their columns."""
-    parts = [
-        textwrap.wrap(cell, own, break_on_hyphens=False, subsequent_indent="" if index else "  ") or [""]
-        for index, (cell, own) in enumerate(zip(cells, widths, strict=True))
-    ]
+    parts = [textwrap.wrap(cell, own) or [""] for cell, own in zip(cells, widths, strict=True)]
     lines = []
     for number in range(max(map(len, parts))):
         line = [part[number] if number < len(part) else "" for part in parts]
-        aligned_cells = [line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]
-        lines.append("  ".join(aligned_cells).rstrip() if number else "  ".join(aligned_cells))
+        lines.append("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]))
     return lines
