@@ -240,8 +240,10 @@ def test_tables_are_at_most_120_columns_wide():
 def test_gradient_fidelity_takes_the_data_arguments_of_the_programs(monkeypatch):
     shared = {field.name for field in dataclasses.fields(ClassificationOptions)}
     own = {field.name for field in dataclasses.fields(gradient_fidelity.FidelityOptions)}
-    data = {"model", "dataset", "dataset_config", "train_files", "test_files", "train_split", "test_split", "held_out",
-            "image_column", "label_column", "image_size", "data_seed", "train_images_per_class", "skip_broken"}  # fmt: skip
+    data = {
+        "model", "dataset", "dataset_config", "train_files", "test_files", "train_split", "test_split", "held_out",
+        "image_column", "label_column", "image_size", "data_seed", "train_images_per_class", "skip_broken",
+    }  # fmt: skip
     assert data <= own & shared
     monkeypatch.setattr(sys, "argv", ["gradient_fidelity.py"])
     with pytest.raises(SystemExit):
