@@ -249,7 +249,9 @@ def prepare_output(options: Options, methods: list[Method]) -> None:
             before = dict(yaml.safe_load(file.read_text()))
         except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
             raise SystemExit(f"cannot resume {options.output}: {file} cannot be read ({cause_of(error)})") from None
-        if differing := [name for name in record if record[name] != before.get(name, record[name])]:
+        if differing := [
+            name for name in record if name != "output" and record[name] != before.get(name, record[name])
+        ]:
             raise SystemExit(f"cannot resume {options.output}: it ran with another {', '.join(differing)}")
     if not options.resume:
         parts = [part(output, method, seed) for method in methods for seed in options.seeds]
