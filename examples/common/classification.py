@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Image, Value
+from PIL import Image as PILImage
 from transformers import AutoModelForImageClassification
 
+from .augmentation import check_augmentation, mix, rand_augment
 from .datasources import Source, columns_of, load_splits, with_columns
-from .metrics import Accuracy
+from .metrics import Accuracy, Confusion, confusion_matrix
 from .options import Options, option
 from .task import Embedded, Task
 from .views import View
@@ -25,6 +27,11 @@ class ClassificationOptions(Options):
     output: str = option("runs/image_classification", "Folder for adapters, checkpoints, results and the plot.")
     label_column: str | None = option(None, "Column of labels (default: the first of classes, else `label`).")
     train_images_per_class: int | None = option(None, "Small-data protocol: train on so many images of each class.")
+    rand_augment: int | None = option(
+        None, "Augmentation: two random operations of this magnitude, 1 to 29, on each training image (RandAugment)."
+    )
+    mixup: float = option(0.0, "Augmentation: share of the training batches whose images are mixed in pairs (mixup).")
+    cutmix: float = option(0.0, "Augmentation: share of those whose images get a part of another one (CutMix).")
 
 
 class Classification(Task):
@@ -33,6 +40,9 @@ class Classification(Task):
     auto_model = AutoModelForImageClassification
     metric = Accuracy
     metric_name = "accuracy"
+    pipeline = "image-classification"
+    class_score = "recall"
+    counted = "images"
 
     def embedded(self) -> Embedded:
         from .digits import EMBEDDED
@@ -69,9 +79,20 @@ class Classification(Task):
 
     def add_batch(
         self, metric: evaluate.Metric, accelerator: Accelerator, logits: torch.Tensor, labels: Any, options: Options
-    ) -> None:
+    ) -> torch.Tensor | None:
         predictions, references = accelerator.gather_for_metrics((logits.argmax(-1), labels))
         metric.add_batch(predictions=predictions, references=references)
+        classes = logits.shape[1]
+        return confusion_matrix(predictions, references, classes).cpu() if classes <= Confusion.MOST_CLASSES else None
+
+    def augment(self, image: PILImage.Image, seed: tuple[int, ...], options: ClassificationOptions) -> PILImage.Image:
+        return image if options.rand_augment is None else rand_augment(image, options.rand_augment, seed)
+
+    def mix(self, batch: dict[str, Any], seed: tuple[int, ...], options: ClassificationOptions) -> dict[str, Any]:
+        return mix(batch, options.mixup, options.cutmix, seed) if options.mixup or options.cutmix else batch
+
+    def check(self, options: ClassificationOptions) -> None:
+        check_augmentation(options.rand_augment, options.mixup, options.cutmix)
 
     def keep_examples(self, folder: Path, logits: torch.Tensor, labels: Any) -> None:
         """Nothing: a class is nothing to look at."""

@@ -11,11 +11,15 @@ from .options import Options
 
 @dataclass
 class Source:
-    """Images to train on and images to test on, with columns `image` and `label`, and the names of the classes."""
+    """Images to train on and images to test on, with columns `image` and `label`, and the names of the classes.
+
+    Validation images are there only where an option needs them, see selection.py.
+    """
 
     train: Dataset
     test: Dataset
     names: list[str]
+    validation: Dataset | None = None
 
 
 def load_splits(options: Options) -> tuple[Dataset, Dataset]:

@@ -42,6 +42,21 @@ class Method:
             return model
         return get_peft_model(model, self.config(head_modules(model, options)))
 
+    def save(self, model: PreTrainedModel | PeftModel, folder: Path) -> dict[str, PreTrainedModel | PeftModel]:
+        """Write the trained model into folders of this one: `adapter`, and of a stack `stack` beside it.
+
+        Of a stack, `adapter` is a checkpoint of the method beneath, as that method alone would write it: it is for
+        inference, and needs no lbp-peft. To go on training with LBP-WHT takes `stack`.
+
+        Returns:
+            What was written to each of the folders, by its name.
+        """
+        beneath = getattr(model, "stacked_on", None) if self.config else None
+        parts = {"adapter": model} if beneath is None else {"adapter": beneath, "stack": model}
+        for name, part in parts.items():
+            part.save_pretrained(folder / name)
+        return parts
+
     def reload(self, base: PreTrainedModel, folder: Path) -> PreTrainedModel | PeftModel:
         """What `save_pretrained` wrote to the folder, on a fresh copy of the base model."""
         if self.config is None:

@@ -87,6 +87,18 @@ class Options:
     resume: bool = option(False, "Go on from the checkpoints in --output; ends exactly as an unbroken run does.")
     timing_rounds: int = option(7, "Steps per method over which step times are compared.")
 
+    # Which weights are kept
+    keep_best: bool = option(
+        False,
+        "Keep the weights of the epoch that is best on validation images (default: those of the last epoch). They are "
+        "the split `validation` where it is not tested on, else held out of the training images (--held_out).",
+    )
+    patience: int | None = option(None, "Stop after so many epochs without a better validation score (--keep_best).")
+    validation_split: str | None = option(None, "Split for --keep_best and --patience.")
+    ema_decay: float | None = option(
+        None, "Keep, and test, a moving average of the weights over the updates with this decay, such as 0.99."
+    )
+
     @property
     def embedded(self) -> bool:
         """Whether to run the example's own data, because no other is named."""

@@ -56,6 +56,9 @@ class Segmentation(Task):
     metric = MeanIoU
     metric_name = "mean IoU"
     whole_image = True
+    pipeline = "image-segmentation"
+    class_score = "iou"
+    counted = "pixels"
 
     def embedded(self) -> Embedded:
         from .scenes import EMBEDDED
@@ -119,16 +122,17 @@ class Segmentation(Task):
         logits: torch.Tensor,
         labels: list[torch.Tensor],
         options: SegmentationOptions,
-    ) -> None:
-        maps = predicted_maps(logits, labels)
+    ) -> torch.Tensor | None:
+        maps, classes = predicted_maps(logits, labels), logits.shape[1]
+        counts = [confusion_matrix(*pair, classes, options.ignore_index) for pair in zip(maps, labels, strict=True)]
+        total = accelerator.gather_for_metrics(torch.stack(counts)).sum(0).cpu()
         if isinstance(metric, MeanIoU):  # counts are much smaller than maps, which may differ in size besides
-            classes = logits.shape[1]
-            counts = [confusion_matrix(*pair, classes, options.ignore_index) for pair in zip(maps, labels, strict=True)]
-            metric.add(confusion=accelerator.gather_for_metrics(torch.stack(counts)).sum(0).cpu().numpy())
-            return
+            metric.add(confusion=total.numpy())
+            return total
         pairs = [(found.cpu().numpy(), label.cpu().numpy()) for found, label in zip(maps, labels, strict=True)]
         predictions, references = zip(*accelerator.gather_for_metrics(pairs, use_gather_object=True), strict=True)
         metric.add_batch(predictions=predictions, references=references)
+        return total
 
 
 def label_map(mask: PILImage.Image, options: SegmentationOptions) -> PILImage.Image:
