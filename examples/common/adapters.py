@@ -120,6 +120,8 @@ def _load_adapter(folder: Path, base: str | None) -> PreTrainedModel:
         path = base or PeftConfig.from_pretrained(folder).base_model_name_or_path
     except CANNOT_READ as error:
         raise SystemExit(f"{folder} is no adapter of an example program: {_first_line(error)}") from None
+    if _is_missing_folder(path):
+        raise SystemExit(f"{path}, the base model of {folder}, is not there. Name its place with --base.")
     try:
         model = base_model(path, config)
     except CANNOT_READ as error:
@@ -147,6 +149,13 @@ def base_model(path: str, config: transformers.PretrainedConfig) -> PreTrainedMo
 def _is_whole(path: str, config: transformers.PretrainedConfig) -> bool:
     """Whether the checkpoint has the head, too, and not the backbone alone."""
     return AutoConfig.from_pretrained(path).model_type == config.model_type
+
+
+def _is_missing_folder(path: str) -> bool:
+    """Whether a path is that of a local folder, by its look or its surroundings, and there is none."""
+    place = Path(path)
+    local = place.is_absolute() or path.startswith(".") or len(place.parts) != 2 or place.parent.is_dir()
+    return not place.is_dir() and local and len(place.parts) > 1
 
 
 def _first_line(error: Exception) -> str:

@@ -61,9 +61,12 @@ def mix(batch: dict[str, Any], mixup: float, cutmix: float, seed: tuple[int, ...
     drawn = np.random.default_rng(seed).random()
     if drawn >= mixup + cutmix:
         return batch
+    kind = "mixup" if drawn < mixup else "cutmix"
     with _seeded(seed):
-        images, labels = _mixing("mixup" if drawn < mixup else "cutmix")(batch["pixel_values"], batch["labels"])
-    return batch | {"pixel_values": images, "labels": labels.view(-1, 3)}
+        images, labels = _mixing(kind)(batch["pixel_values"], batch["labels"])
+    first, second, share = labels.view(-1, 3).unbind(1)
+    share = share if kind == "mixup" else 1 - share  # kornia has that of the first class there, as the paper has
+    return batch | {"pixel_values": images, "labels": torch.stack([first, second, share], 1)}
 
 
 def loss_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -141,7 +142,7 @@ class Card:
         return [*lines, f"from transformers import {', '.join(sorted(named, key=str.lower))}"]
 
     def _loading(self) -> list[str]:
-        lines = [f"folder = {self.folder.as_posix()!r}"]
+        lines = [f"folder = {json.dumps(self.folder.as_posix())}"]
         if self.peft_type is None:
             if self.arguments or not self.has_pipeline:
                 lines.append(f"model = {self.auto_model}.from_pretrained(folder)")
@@ -152,13 +153,13 @@ class Card:
                 f"base = {self.head_on_backbone}(config)",
                 "indices = config.backbone_config.out_indices",
                 "base.backbone = type(base.backbone).from_pretrained(",
-                f'    {self.base!r}, out_indices=indices, dtype="float32"',
+                f'    {json.dumps(self.base)}, out_indices=indices, dtype="float32"',
                 ")",
             ]
         else:
             lines += [
                 f"base = {self.auto_model}.from_pretrained(",
-                f'    {self.base!r}, config=config, ignore_mismatched_sizes=True, dtype="float32"',
+                f'    {json.dumps(self.base)}, config=config, ignore_mismatched_sizes=True, dtype="float32"',
                 ")",
             ]
         return [*lines, "model = PeftModel.from_pretrained(base, folder).merge_and_unload()"]
@@ -172,7 +173,7 @@ class Card:
             )
             return [
                 *extra,
-                f"predict = pipeline({self.task!r}, model={model}, image_processor={processor})",
+                f"predict = pipeline({json.dumps(self.task)}, model={model}, image_processor={processor})",
                 'print(predict("image.png"))',
             ]
         arguments = "".join(f", {name}={value!r}" for name, value in self.arguments.items())

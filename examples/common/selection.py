@@ -31,6 +31,8 @@ def check_selection(options: Options) -> None:
         raise SystemExit(f"--patience is a number of epochs, at least 1, not {options.patience}.")
     if options.ema_decay is not None and not 0 < options.ema_decay < 1:
         raise SystemExit(f"--ema_decay is between 0 and 1, such as 0.99, not {options.ema_decay}.")
+    if options.validation_split and not options.dataset:
+        raise SystemExit("--validation_split names a split of --dataset, which is not given.")
     if options.validation_split and not needs_validation(options):
         raise SystemExit("--validation_split is of use only with --keep_best or --patience.")
 
@@ -64,8 +66,8 @@ def with_validation(task: Task, source: Source, options: Options) -> tuple[Sourc
 
 def _validation_split(options: Options) -> str | None:
     """The split that the options name, or one called validation that is neither trained nor tested on."""
-    if options.embedded or options.train_files:
-        return options.validation_split
+    if not options.dataset:
+        return None
     try:
         names = get_dataset_split_names(options.dataset, options.dataset_config)
     except (ValueError, OSError):  # data that `datasets` alone cannot read
