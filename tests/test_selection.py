@@ -218,7 +218,8 @@ def test_maps_are_held_out_at_random(tmp_path):
     [
         ({"patience": 0}, "--patience"), ({"ema_decay": 1.0}, "--ema_decay"), ({"ema_decay": 0.0}, "--ema_decay"),
         ({"validation_split": "validation"}, "--validation_split"),
-        ({"validation_split": "a", "dataset": "b"}, "--keep_best or --patience"), ({"rand_augment": 30}, "--rand_augment"),
+        ({"validation_split": "a", "dataset": "b"}, "--keep_best or --patience"),
+        ({"rand_augment": 30}, "--rand_augment"),
         ({"mixup": 1.5}, "--mixup"), ({"mixup": 0.6, "cutmix": 0.6}, "--mixup and --cutmix"),
     ],
 )  # fmt: skip

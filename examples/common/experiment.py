@@ -286,8 +286,10 @@ def pretrain(task: Task, options: Options, accelerator: Accelerator) -> tuple[Op
 
     source = example.new()
     if on_main(accelerator, begin):
-        # What chooses weights is for the methods that are compared; this is what they start from.
+        # What chooses weights and augments images is for the methods that are compared; this is what they start from.
         plain = {"keep_best": False, "patience": None, "ema_decay": None}
+        plain |= {"rand_augment": None, "mixup": 0.0, "cutmix": 0.0}
+        plain = {name: value for name, value in plain.items() if hasattr(options, name)}
         settings = dataclasses.replace(options, model=str(untrained), **plain)
         experiment = Experiment(task, settings, accelerator, example.known())
         run = Run(example.label, untrained, example.epochs, example.learning_rate)
