@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     for file in files:
         try:
             image = Image.open(file).convert("RGB")
-        except (OSError, ValueError, Image.DecompressionBombError) as error:
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             print(f"{file} cannot be read as an image: {error}", file=sys.stderr)
             failed += 1
             continue

@@ -58,6 +58,17 @@ restores_modules_to_save = pytest.mark.skipif(
 )
 
 
+@contextlib.contextmanager
+def working_in(folder):
+    """Within, relative paths start from the folder (contextlib.chdir came with Python 3.11)."""
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        yield
+    finally:
+        os.chdir(before)
+
+
 def run_example(folder, task, *flags):
     """An example program with a small part of its own data, in this process and in a folder."""
     small = {
@@ -68,7 +79,7 @@ def run_example(folder, task, *flags):
     known = whole()
     known.train, known.test = known.train.select(range(train)), known.test.select(range(test))
     example = dataclasses.replace(module.EMBEDDED, known=lambda: known, epochs=1)
-    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
+    with pytest.MonkeyPatch.context() as patch, working_in(folder):
         patch.setattr(type(task), "embedded", lambda self: example)
         patch.setattr(sys, "argv", ["example.py", "--output", "out", "--timing_rounds", "1", *flags])
         for name in ("set_verbosity_error", "disable_progress_bar"):  # for the whole process
@@ -112,13 +123,13 @@ def run_card(folder, at):
     """Run the code of a model card where the program ran; return what it printed and its variables."""
     (code,) = re.findall(r"```python\n(.*?)```", (at / folder / "README.md").read_text(), flags=re.DOTALL)
     found, printed = {}, io.StringIO()
-    with contextlib.chdir(at), contextlib.redirect_stdout(printed):
+    with working_in(at), contextlib.redirect_stdout(printed):
         exec(code, found)
     return printed.getvalue(), found, code
 
 
 def predictions(folder, at):
-    with contextlib.chdir(at):
+    with working_in(at):
         predictor = load(Path(folder))
         image = pixels(predictor.processor, Image.open("image.png"))
         with torch.no_grad():
@@ -154,7 +165,7 @@ def test_the_code_of_a_card_predicts(name, classified):
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_transformers_loads_an_adapter_with_its_base(name, classified):
     predictor, expected = predictions(f"out/{name}", classified)
-    with contextlib.chdir(classified):
+    with working_in(classified):
         model = AutoModelForImageClassification.from_pretrained(f"out/{name}")
         assert model.config.id2label[4] == "9"
         image = pixels(predictor.processor, Image.open("image.png"))
@@ -168,7 +179,7 @@ def test_transformers_loads_an_adapter_with_its_base(name, classified):
 def test_transformers_loads_an_adapter_whose_base_has_another_head(name, classified, tmp_path):
     """With the configuration beside the adapter, as for a base model of the hub."""
     _, expected = predictions(f"out/{name}", classified)
-    with contextlib.chdir(classified):
+    with working_in(classified):
         other = AutoModelForImageClassification.from_pretrained("out/pretrained", num_labels=7)
         other.save_pretrained(tmp_path / "base")
         folder = tmp_path / "adapter"
@@ -186,7 +197,7 @@ def test_transformers_loads_an_adapter_whose_base_has_another_head(name, classif
 
 
 def test_transformers_says_how_to_load_a_stack(classified):
-    with contextlib.chdir(classified), pytest.raises(ValueError, match=r"PeftModel.from_pretrained\(base_model"):
+    with working_in(classified), pytest.raises(ValueError, match=r"PeftModel.from_pretrained\(base_model"):
         AutoModelForImageClassification.from_pretrained(f"out/{STACK}")
 
 
@@ -237,7 +248,7 @@ def test_predicting_from_the_command_line(classified, tmp_path, capsys):
     folder.mkdir()
     (folder / "broken.png").write_text("no image")
     Image.open(classified / "image.png").save(folder / "sound.png")
-    with contextlib.chdir(classified):
+    with working_in(classified):
         status = predict.main([f"out/{STACK}", str(folder), "image.png", "--top", "2", "--json", str(tmp_path / "j")])
     said = capsys.readouterr()
     assert status == 1 and re.fullmatch(
@@ -263,7 +274,7 @@ def test_predicting_from_the_command_line(classified, tmp_path, capsys):
     ],
 )
 def test_mistakes_in_predicting_are_named(arguments, said, classified, capsys):
-    with contextlib.chdir(classified), pytest.raises(SystemExit) as stopped:
+    with working_in(classified), pytest.raises(SystemExit) as stopped:
         predict.main(arguments)
     assert re.search(said, f"{stopped.value} {capsys.readouterr().err}")
 
@@ -285,7 +296,7 @@ def test_the_card_of_a_segmentation_model(name, segmented):
 
 
 def test_predicting_maps(segmented, tmp_path, capsys):
-    with contextlib.chdir(segmented):
+    with working_in(segmented):
         assert predict.main([f"out/{MAPS[0]}", "image.png", "--maps", str(tmp_path)]) == 0
     _, logits = predictions(f"out/{MAPS[0]}", segmented)
     expected = nn.functional.interpolate(logits, size=(70, 150), mode="bilinear").argmax(1)[0]
