@@ -15,5 +15,5 @@ from common.experiment import main
 from common.terminal import plain_messages
 
 if __name__ == "__main__":
-    with plain_messages():
+    with plain_messages(training=True):
         main(Classification(), __doc__)

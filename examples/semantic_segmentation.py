@@ -16,5 +16,5 @@ from common.segmentation import Segmentation
 from common.terminal import plain_messages
 
 if __name__ == "__main__":
-    with plain_messages():
+    with plain_messages(training=True):
         main(Segmentation(), __doc__)

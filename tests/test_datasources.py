@@ -248,6 +248,32 @@ def test_broken_images_are_named_before_training(tmp_path, capsys):
     assert all(image.size == (12, 10) for part in (source.train, source.test) for image in part["image"])
 
 
+def test_images_to_validate_on_are_checked_as_the_others(tmp_path):
+    for split, count in (("train", 5), ("test", 1), ("val", 2)):
+        in_classes(tmp_path, {"cat": count, "dog": count}, split)
+    options = options_for(tmp_path, keep_best=True)
+    assert len(images_of(options).validation) == 4 and images_of(options_for(tmp_path)).validation is None
+    message = refusal(options_for(tmp_path, keep_best=True, validation_split="val"))
+    assert message == "--validation_split val: there is no such split; there are: train, validation, test"
+    broken = tmp_path / "val" / "cat" / "1.png"
+    broken.write_text("no image")
+    assert f"1 of 16 images cannot be used: {broken}" in refusal(options)
+    assert len(images_of(options_for(tmp_path, keep_best=True, skip_broken=True)).validation) == 3
+    picture().save(broken)
+    few = images_of(options_for(tmp_path, keep_best=True, test_split="validation", train_images=4, test_images=2))
+    assert (len(few.train), len(few.validation), len(few.test)) == (3, 1, 2)
+
+
+def test_label_maps_to_validate_on(tmp_path):
+    for split, count in (("train", 5), ("test", 1), ("val", 2)):
+        in_pairs(tmp_path / split, count)
+    options = SegmentationOptions(model="m", dataset=str(tmp_path), patience=1)
+    source = images_of(options, Segmentation())
+    assert (len(source.train), len(source.test), len(source.validation)) == (5, 1, 2)
+    (tmp_path / "val" / "masks" / "1.png").write_text("no")
+    assert "masks/1.png (not an image" in refusal(options, Segmentation())
+
+
 def test_broken_jpegs_and_images_in_parquet_files(tmp_path):
     file = tmp_path / "a.jpg"
     picture(size=(200, 200)).save(file)

@@ -40,7 +40,8 @@ def refusal(capsys, *flags):
 @pytest.mark.parametrize("name", [
     "epochs", "batch_size", "eval_batch_size", "gradient_accumulation_steps", "r", "lora_r", "lora_alpha", "block_size",
     "learning_rate", "lora_learning_rate", "held_out", "min_crop", "image_size", "test_images", "train_images",
-    "train_images_per_class", "timing_rounds", "checkpoint_every", "max_grad_norm",
+    "train_images_per_class", "timing_rounds", "checkpoint_every", "max_grad_norm", "patience", "ema_decay",
+    "rand_augment",
 ])  # fmt: skip
 def test_zero_is_refused_where_it_makes_no_sense(name, capsys):
     assert f"--{name} must be" in refusal(capsys, f"--{name}", "0")
@@ -63,6 +64,15 @@ def test_zero_is_refused_where_it_makes_no_sense(name, capsys):
     (["--test_files", "x.parquet"], "--test_files needs --train_files"),
     (["--test_split", "train"], "would test on the training images"),
     (["--train_images", "5", "--train_images_per_class", "5"], "not both"),
+    (["--ema_decay", "2"], "--ema_decay must be above 0 and below 1, not 2"),
+    (["--ema_decay", "nan"], "--ema_decay must be above 0 and below 1"),
+    (["--patience", "1.5"], "invalid int value: '1.5'"),
+    (["--rand_augment", "30"], "--rand_augment must be from 1 to 29, not 30"),
+    (["--mixup", "-1"], "--mixup must be from 0 to 1, not -1"),
+    (["--cutmix", "1.5"], "--cutmix must be from 0 to 1, not 1.5"),
+    (["--mixup", "0.6", "--cutmix", "0.6"], "--mixup and --cutmix are shares of the same batches"),
+    (["--validation_split", "val"], "only with --keep_best or --patience"),
+    (["--validation_spilt", "val"], "did you mean --validation_split?"),
     (["stray"], "unexpected argument 'stray'"),
     (["--learning-rat", "1"], "unknown flag --learning-rat: did you mean --learning_rate?"),
 ])  # fmt: skip
@@ -104,6 +114,8 @@ def test_the_help_says_one_default_for_each_flag(kind):
     ("epoch: 3\n", "unknown option epoch: did you mean epochs?"),
     ("3: 4\n", "unknown option 3"),
     ("batch_size: 4\nepochs: 0\n", "epochs: --epochs must be at least 1, not 0"),
+    ("patience: 0\n", "patience: --patience must be at least 1, not 0"),
+    ("mixup: -1\n", "mixup: --mixup must be from 0 to 1, not -1"),
     ("epochs: many\n", "epochs: invalid int value: 'many'"),
     ("epochs: true\n", "epochs: invalid int value: 'True'"),
     ("epochs: [1, 2]\n", "epochs: unexpected argument '2'"),
@@ -117,6 +129,24 @@ def test_mistakes_in_a_file_of_options(content, expected, tmp_path, capsys):
     file.write_text(content)
     line = refusal(capsys, "--config", str(file))
     assert str(file) in line and expected in line
+
+
+def test_options_that_depend_on_each_other_are_read_from_any_place(tmp_path):
+    file = tmp_path / "my.yaml"
+    file.write_text("validation_split: val\ntest_split: train\nmixup: 0.6\ncutmix: 0.6\n")
+    found = read("--config", str(file), "--patience", "2", "--train_split", "other", "--cutmix", "0.1")
+    assert found.validation_split == "val" and found.needs_validation and not Options().needs_validation
+
+
+def test_validation_splits_are_of_data_sets(capsys):
+    with pytest.raises(SystemExit):
+        parse(ClassificationOptions, Classification.defaults, "", ["--keep_best", "--validation_split", "val"])
+    assert "names a split of --dataset" in capsys.readouterr().err
+
+
+def test_fewer_images_than_the_embedded_example_takes():
+    """Its own option of the same kind is not the user's."""
+    assert parse(ClassificationOptions, Classification.defaults, "", ["--train_images", "5"]).train_images == 5
 
 
 def test_files_of_options_that_cannot_be_read(tmp_path, capsys):

@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Image, Value
+from PIL import Image as PILImage
 from transformers import AutoModelForImageClassification
 
+from .augmentation import check_augmentation, mix, rand_augment
 from .datasources import Source, columns_of, draw, hold_out, load_splits, with_columns
-from .metrics import Accuracy
+from .metrics import Accuracy, Confusion, confusion_matrix
 from .options import DataOptions, Options, option
 from .task import Embedded, Task
 from .views import View
@@ -30,10 +32,31 @@ class ClassificationData(DataOptions):
         None, "Small-data protocol: train on so many images of each class. (default: all)"
     )
 
+    def check_together(self) -> None:
+        super().check_together()
+        if self.train_images and self.train_images_per_class:
+            raise ValueError("give --train_images or --train_images_per_class, not both")
+
 
 @dataclass
 class ClassificationOptions(ClassificationData, Options):
-    pass
+    rand_augment: int | None = option(
+        None,
+        "Augmentation: two random operations of this magnitude, 1 to 29, on each training image (RandAugment). "
+        "(default: none)",
+    )
+    mixup: float = option(0.0, "Augmentation: share of the training batches whose images are mixed in pairs (mixup).")
+    cutmix: float = option(
+        0.0, "Augmentation: share of the training batches whose images get a part of another one (CutMix)."
+    )
+
+    def check_together(self) -> None:
+        super().check_together()
+        if self.mixup + self.cutmix > 1:
+            raise ValueError(
+                f"--mixup and --cutmix are shares of the same batches, together at most 1, not {self.mixup} and "
+                f"{self.cutmix}"
+            )
 
 
 class Classification(Task):
@@ -43,6 +66,9 @@ class Classification(Task):
     auto_model = AutoModelForImageClassification
     metric = Accuracy
     metric_name = "accuracy"
+    pipeline = "image-classification"
+    class_score = "recall"
+    counted = "images"
 
     def embedded(self) -> Embedded:
         from .digits import EMBEDDED
@@ -50,7 +76,7 @@ class Classification(Task):
         return EMBEDDED
 
     def load(self, options: ClassificationData) -> Source:
-        train, test = load_splits(options)
+        train, test, validation = load_splits(options)
         image = options.image_column or next(iter(columns_of(train, Image)), "image")
         if not options.image_column and image not in train.column_names:
             raise SystemExit(
@@ -64,7 +90,9 @@ class Classification(Task):
                 "--label_column"
             )
         names = classes_in(train, label)
-        train, test = (part and with_labels(with_columns(part, image, label), names) for part in (train, test))
+        train, test, validation = (
+            part and with_labels(with_columns(part, image, label), names) for part in (train, test, validation)
+        )
         if test is None:
             train, test = hold_out(train, options, self.classes(train))
         present = sorted(set(self.classes(train)))
@@ -73,7 +101,7 @@ class Classification(Task):
                 f"all {len(train)} images to train on are of the class {names[present[0]]!r}: training needs two or "
                 "more (in folders, DATA/train/CLASS/1.png)"
             )
-        return Source(train, test, names)
+        return Source(train, test, names, validation)
 
     def few(self, source: Source, options: ClassificationData) -> Dataset:
         """So many images of each class, or so many of all classes in proportion."""
@@ -98,9 +126,20 @@ class Classification(Task):
 
     def add_batch(
         self, metric: evaluate.Metric, accelerator: Accelerator, logits: torch.Tensor, labels: Any, options: Options
-    ) -> None:
+    ) -> torch.Tensor | None:
         predictions, references = accelerator.gather_for_metrics((logits.argmax(-1), labels))
         metric.add_batch(predictions=predictions, references=references)
+        classes = logits.shape[1]
+        return confusion_matrix(predictions, references, classes).cpu() if classes <= Confusion.MOST_CLASSES else None
+
+    def augment(self, image: PILImage.Image, seed: tuple[int, ...], options: ClassificationOptions) -> PILImage.Image:
+        return image if options.rand_augment is None else rand_augment(image, options.rand_augment, seed)
+
+    def mix(self, batch: dict[str, Any], seed: tuple[int, ...], options: ClassificationOptions) -> dict[str, Any]:
+        return mix(batch, options.mixup, options.cutmix, seed) if options.mixup or options.cutmix else batch
+
+    def check(self, options: ClassificationOptions) -> None:
+        check_augmentation(options.rand_augment, options.mixup, options.cutmix)
 
     def keep_examples(self, folder: Path, logits: torch.Tensor, labels: Any) -> None:
         """Nothing: a class is nothing to look at."""

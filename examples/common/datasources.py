@@ -21,20 +21,25 @@ SPLITS = {
     "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
     "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
 }  # fmt: skip
+VALIDATION = "validation"  # the split that is validated on, if the options name none
 IMAGE_ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 @dataclass
 class Source:
-    """Images to train on and images to test on, with columns `image` and `label`, and the names of the classes."""
+    """Images to train on and images to test on, with columns `image` and `label`, and the names of the classes.
+
+    Validation images are there only where an option needs them, see selection.py.
+    """
 
     train: Dataset
     test: Dataset
     names: list[str]
+    validation: Dataset | None = None
 
 
-def load_splits(options: DataOptions) -> tuple[Dataset, Dataset | None]:
-    """What the options name to train on and to test on; None where they name nothing to test on.
+def load_splits(options: DataOptions) -> tuple[Dataset, Dataset | None, Dataset | None]:
+    """What the options name to train on, to test on and to validate on, see [`choose_splits`].
 
     Raises:
         SystemExit: there is no such data, or no such split.
@@ -57,37 +62,59 @@ def load_splits(options: DataOptions) -> tuple[Dataset, Dataset | None]:
     return choose_splits(_loaded(options.dataset, str(folder), options.dataset_config), options)
 
 
-def choose_splits(splits: DatasetDict, options: DataOptions) -> tuple[Dataset, Dataset | None]:
-    """The splits to train on and to test on; None where there is none to test on.
+def choose_splits(splits: DatasetDict, options: DataOptions) -> tuple[Dataset, Dataset | None, Dataset | None]:
+    """The splits to train on, to test on and to validate on.
+
+    Returns:
+        None where there is none to test on; and where none to validate on is left or needed.
 
     Raises:
-        SystemExit: a split is missing or empty.
+        SystemExit: a split is missing or empty, or the one to validate on is in other use.
     """
-    for flag, name in (("--train_split", options.train_split), ("--test_split", options.test_split)):
+    train, test = options.train_split, options.test_split
+    validation = options.validation_split if options.needs_validation else None
+    for flag, name in (("--train_split", train), ("--test_split", test), ("--validation_split", validation)):
         if name and name not in splits:
             raise SystemExit(f"{flag} {name}: there is no such split; there are: {_listed(splits)}")
-    others = (name for name in ("test", "validation") if name in splits and name != options.train_split)
-    train, test = splits[options.train_split], options.test_split or next(others, None)
-    for name in filter(None, (options.train_split, test)):
+    test = test or next((name for name in ("test", VALIDATION) if name in splits and name != train), None)
+    if validation and validation in (train, test):
+        raise SystemExit(
+            f"--validation_split {validation}: this split is {'trained' if validation == train else 'tested'} on. Name "
+            "another one, or leave the option out to hold out a part of the training images."
+        )
+    if options.needs_validation and VALIDATION in splits and VALIDATION not in (train, test):
+        validation = validation or VALIDATION
+    for name in filter(None, (train, test, validation)):
         if len(splits[name]) == 0:
             raise SystemExit(f"the split {name} is empty")
-    return train, splits[test] if test else None
+    return splits[train], splits[test] if test else None, splits[validation] if validation else None
 
 
-def hold_out(dataset: Dataset, options: DataOptions, labels: Sequence[int] | None = None) -> tuple[Dataset, Dataset]:
-    """Divide a dataset into a part to train on and one to test on, where only one is given.
+def hold_out(
+    dataset: Dataset, options: DataOptions, labels: Sequence[int] | None = None, purpose: str = "test"
+) -> tuple[Dataset, Dataset]:
+    """Divide a dataset into a part to train on and one for another purpose, where only one is given.
 
     Args:
-        labels: Of its rows; each class is divided alike.
+        labels: Of its rows; each class is divided alike, and at least one row of it is trained on.
+        purpose: `test` or `validation`.
 
     Raises:
         SystemExit: there are too few rows.
     """
-    if len(dataset) < 2:
-        raise SystemExit("there is a single image: training and testing need one each, or more")
-    count = min(max(1, round(options.held_out * len(dataset))), len(dataset) - 1)
-    test = draw(len(dataset), count, options.data_seed, labels)
-    return dataset.select(np.setdiff1d(np.arange(len(dataset)), test)), dataset.select(test)
+    total = len(dataset)
+    order = np.random.default_rng((options.data_seed, total)).permutation(total)
+    own = np.zeros(total, dtype=int) if labels is None else np.asarray(labels)
+    trained = order[np.unique(own[order], return_index=True)[1]]  # one of each class, whatever is drawn
+    rest = np.setdiff1d(np.arange(total), trained)
+    if not len(rest):
+        raise SystemExit(
+            f"{total} images are too few: none can be held out for {purpose}, since each class needs one to train on. "
+            f"Add images, or name a split with --{purpose}_split."
+        )
+    count = min(max(1, round(options.held_out * total)), len(rest))
+    held_out = rest[draw(len(rest), count, options.data_seed, None if labels is None else own[rest])]
+    return dataset.select(np.setdiff1d(np.arange(total), held_out)), dataset.select(held_out)
 
 
 def draw(total: int, wanted: int, seed: int, labels: Sequence[int] | None = None) -> np.ndarray:
@@ -201,13 +228,19 @@ def _paired(images: Path, masks: Path, skip: bool) -> Dataset:
 def _by_name(folder: Path) -> dict[str, Path]:
     """The images in a folder and those inside it, by their paths there without the endings."""
     found: dict[str, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith("."):
-            name = path.relative_to(folder).with_suffix("").as_posix()
-            if name in found:
-                raise SystemExit(f"{found[name]} and {path} have the same name: keep one of them")
-            found[name] = path
+    for path in images_in(folder):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in found:
+            raise SystemExit(f"{found[name]} and {path} have the same name: keep one of them")
+        found[name] = path
     return found
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The image files in a folder and in those inside it, told by their endings, in the order of their names."""
+    return sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".")
+    )
 
 
 def _loaded(what: str, *arguments: str | None, **settings: dict[str, list[str]]) -> DatasetDict:

@@ -43,6 +43,22 @@ class Method:
             return model
         return get_peft_model(model, self.config(head_modules(model, options)))
 
+    def save(self, model: PreTrainedModel | PeftModel, folder: Path) -> dict[str, PreTrainedModel | PeftModel]:
+        """Write the [`parts`] of the trained model into folders of this one, named like them; return the parts."""
+        parts = self.parts(model)
+        for name, part in parts.items():
+            part.save_pretrained(folder / name)
+        return parts
+
+    def parts(self, model: PreTrainedModel | PeftModel) -> dict[str, PreTrainedModel | PeftModel]:
+        """What is saved of an adapted model, by name: `adapter`, and of a stack `stack` beside it.
+
+        Of a stack, `adapter` is a checkpoint of the method beneath, as that method alone would write it: it is for
+        inference, and needs no lbp-peft. To go on training with LBP-WHT takes `stack`.
+        """
+        beneath = getattr(model, "stacked_on", None) if self.config else None
+        return {"adapter": model} if beneath is None else {"adapter": beneath, "stack": model}
+
     def reload(self, base: PreTrainedModel, folder: Path) -> PreTrainedModel | PeftModel:
         """What `save_pretrained` wrote to the folder, on a fresh copy of the base model."""
         if self.config is None:

@@ -25,7 +25,7 @@ LIMITS: list[tuple[str, Callable[[float], bool], tuple[str, ...]]] = [
         (
             "r", "block_size", "lora_r", "lora_alpha", "epochs", "batch_size", "eval_batch_size",
             "gradient_accumulation_steps", "checkpoint_every", "timing_rounds", "test_images", "train_images",
-            "train_images_per_class", "image_size", "images",
+            "train_images_per_class", "image_size", "images", "patience",
         ),
     ),
     ("at least 0", lambda value: value >= 0 and math.isfinite(value), ("workers", "warmup_steps", "weight_decay")),
@@ -35,9 +35,10 @@ LIMITS: list[tuple[str, Callable[[float], bool], tuple[str, ...]]] = [
         lambda value: value > 0 and math.isfinite(value),
         ("learning_rate", "lora_learning_rate", "max_grad_norm"),
     ),
-    ("above 0 and below 1", lambda value: 0 < value < 1, ("held_out",)),
+    ("above 0 and below 1", lambda value: 0 < value < 1, ("held_out", "ema_decay")),
     ("above 0 and at most 1", lambda value: 0 < value <= 1, ("min_crop",)),
-    ("from 0 to 1", lambda value: 0 <= value <= 1, ("warmup_ratio",)),
+    ("from 0 to 1", lambda value: 0 <= value <= 1, ("warmup_ratio", "mixup", "cutmix")),
+    ("from 1 to 29", lambda value: 1 <= value <= 29, ("rand_augment",)),
 ]  # fmt: skip
 # What a method may set for itself: all else is common to the methods that are compared.
 OF_METHODS = (
@@ -102,10 +103,24 @@ class DataOptions:
                         raise ValueError(f"--{name} must be {requirement}, not {each}")
         if self.image_size and len(self.image_size) > 2:
             raise ValueError("--image_size takes one side or two, height and width")
+
+    def check_together(self) -> None:
+        """Refuse options that contradict each other; called where they have been read completely.
+
+        Raises:
+            ValueError: names the options as flags.
+        """
+        if self.test_files and not self.train_files:
+            raise ValueError("--test_files needs --train_files beside it")
         if self.test_split and self.test_split == self.train_split and not self.test_files:
             raise ValueError(
                 f"--test_split {self.test_split} would test on the training images: leave it out to hold some out"
             )
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether something is chosen by the score on validation images."""
+        return False
 
 
 @dataclass
@@ -174,10 +189,34 @@ class Options(DataOptions):
     resume: bool = option(False, "Go on from the checkpoints in --output; ends exactly as an unbroken run does.")
     timing_rounds: int = option(7, "Steps per method over which step times are compared.")
 
+    # Which weights are kept
+    keep_best: bool = option(
+        False,
+        "Keep the weights of the epoch that is best on validation images. (default: those of the last epoch)",
+    )
+    patience: int | None = option(
+        None,
+        "Stop after so many epochs without a better validation score, and keep the best epoch. (default: never stop)",
+    )
+    validation_split: str | None = option(
+        None,
+        "Split for --keep_best and --patience. (default: validation where it is not tested on, else a part of the "
+        "training images, --held_out)",
+    )
+    ema_decay: float | None = option(
+        None,
+        "Keep, and test, a moving average of the weights over the updates with this decay, such as 0.99. "
+        "(default: no average)",
+    )
+
     @property
     def embedded(self) -> bool:
         """Whether to run the example's own data, because no other is named."""
         return not (self.model or self.dataset or self.train_files)
+
+    @property
+    def needs_validation(self) -> bool:
+        return self.keep_best or self.patience is not None
 
     def with_overrides(self, text: str) -> Options:
         """These options with some replaced, as given by `text`: `r=3,learning_rate=1e-4`.
@@ -206,13 +245,18 @@ class Options(DataOptions):
             values = getattr(self, name)
             if len(set(values)) < len(values):
                 raise ValueError(f"--{name} must differ from each other: {' '.join(map(str, values))}")
-        if self.resume and self.overwrite:
-            raise ValueError("--resume goes on with a run and --overwrite replaces it: give one of the two")
         for text in self.metric_options:
             if "=" not in text:
                 raise ValueError(f"--metric_options must be NAME=VALUE, not {text!r}")
-        if self.train_images and getattr(self, "train_images_per_class", None):
-            raise ValueError("give --train_images or --train_images_per_class, not both")
+
+    def check_together(self) -> None:
+        super().check_together()
+        if self.resume and self.overwrite:
+            raise ValueError("--resume goes on with a run and --overwrite replaces it: give one of the two")
+        if self.validation_split and not self.dataset:
+            raise ValueError("--validation_split names a split of --dataset, which is not given")
+        if self.validation_split and not self.needs_validation:
+            raise ValueError("--validation_split is of use only with --keep_best or --patience")
 
 
 class Parser(HfArgumentParser):
@@ -351,8 +395,7 @@ def _read(parser: Parser, arguments: list[str], defaults: Path | None) -> Any:
     if file := getattr(options, "config", None):
         arguments = [*parser.flags_of(Path(file)), *arguments]
         options = parser.options(arguments)
-    if options.test_files and not options.train_files:
-        parser.error("--test_files needs --train_files beside it")
+    options.check_together()
     if defaults and not (options.model or options.dataset or options.train_files):
         return parser.options([*parser.flags_of(defaults), *arguments])
     if not options.model or bool(options.dataset) == bool(options.train_files):

@@ -66,6 +66,9 @@ class Segmentation(Task):
     metric = MeanIoU
     metric_name = "mean IoU"
     whole_image = True
+    pipeline = "image-segmentation"
+    class_score = "iou"
+    counted = "pixels"
 
     def embedded(self) -> Embedded:
         from .scenes import EMBEDDED
@@ -75,7 +78,7 @@ class Segmentation(Task):
     def load(self, options: SegmentationOptions) -> Source:
         folder = local_folder(options.dataset, "--dataset") if options.dataset else None
         pairs = paired_folders(folder, options.skip_broken) if folder else None
-        train, test = load_splits(options) if pairs is None else choose_splits(pairs, options)
+        train, test, validation = load_splits(options) if pairs is None else choose_splits(pairs, options)
         images = columns_of(train, Image)
         image = options.image_column or next((name for name in images if name != options.mask_column), "image")
         mask = options.mask_column or next((name for name in images if name != image), None)
@@ -85,16 +88,18 @@ class Segmentation(Task):
                 "--mask_column, or put images and label maps of the same names into the folders DATA/train/images and "
                 "DATA/train/masks"
             )
-        train, test = (part and as_images(with_columns(part, image, mask), "label", mask) for part in (train, test))
+        train, test, validation = (
+            part and as_images(with_columns(part, image, mask), "label", mask) for part in (train, test, validation)
+        )
         if test is None:
             train, test = hold_out(train, options)
-        names = options.class_names or _numbers([train, test], options)
+        names = options.class_names or _numbers([part for part in (train, test, validation) if part], options)
         if len(names) < 2:
             raise SystemExit(
                 f"the label maps hold the class {names[0]} and nothing else: training needs two or more classes. "
                 f"{options.ignore_index} marks pixels of no class (--ignore_index)"
             )
-        return Source(train, test, names)
+        return Source(train, test, names, validation)
 
     def few(self, source: Source, options: SegmentationOptions) -> Dataset:
         """So many images, whatever is on them."""
@@ -160,16 +165,17 @@ class Segmentation(Task):
         logits: torch.Tensor,
         labels: list[torch.Tensor],
         options: SegmentationOptions,
-    ) -> None:
-        maps = predicted_maps(logits, labels)
+    ) -> torch.Tensor | None:
+        maps, classes = predicted_maps(logits, labels), logits.shape[1]
+        counts = [confusion_matrix(*pair, classes, options.ignore_index) for pair in zip(maps, labels, strict=True)]
+        total = accelerator.gather_for_metrics(torch.stack(counts)).sum(0).cpu()
         if isinstance(metric, MeanIoU):  # counts are much smaller than maps, which may differ in size besides
-            classes = logits.shape[1]
-            counts = [confusion_matrix(*pair, classes, options.ignore_index) for pair in zip(maps, labels, strict=True)]
-            metric.add(confusion=accelerator.gather_for_metrics(torch.stack(counts)).sum(0).cpu().numpy())
-            return
+            metric.add(confusion=total.numpy())
+            return total
         pairs = [(found.cpu().numpy(), label.cpu().numpy()) for found, label in zip(maps, labels, strict=True)]
         predictions, references = zip(*accelerator.gather_for_metrics(pairs, use_gather_object=True), strict=True)
         metric.add_batch(predictions=predictions, references=references)
+        return total
 
 
 def label_map(mask: PILImage.Image, options: SegmentationOptions) -> PILImage.Image:

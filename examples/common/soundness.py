@@ -15,9 +15,8 @@ from tqdm.auto import tqdm
 from .datasources import Source
 from .options import Options
 from .processes import on_main
-from .storedimages import opened
+from .storedimages import opened, why_unreadable
 from .task import Task
-from .terminal import in_one_line
 
 ROWS = 256  # held in memory at a time
 NAMED = 3  # at most, of what is broken
@@ -38,23 +37,25 @@ def sound(accelerator: Accelerator, task: Task, source: Source, options: Options
     Raises:
         SystemExit: names the first of those rows, unless they are to be skipped; or none is left.
     """
-    faults = on_main(
-        accelerator, lambda: [find_faults(part, task, source, options) for part in (source.train, source.test)]
-    )
+    parts = {"train": source.train, "test": source.test}
+    if source.validation is not None:
+        parts["validate"] = source.validation
+    faults = on_main(accelerator, lambda: [find_faults(part, task, source, options) for part in parts.values()])
     found = [fault for part in faults for fault in part]
     if not found:
         return source
-    total = len(source.train) + len(source.test)
+    total = sum(map(len, parts.values()))
     count = f"{len(found)} of {total} images" if len(found) > 1 else f"1 of {total} images"
     named = "; ".join(f"{fault.file} ({fault.reason})" for fault in found[:NAMED])
     named += f"; and {len(found) - NAMED} more" if len(found) > NAMED else ""
     if not options.skip_broken:
         raise SystemExit(f"{count} cannot be used: {named}. Mend or remove them, or leave them out by --skip_broken.")
     accelerator.print(f"Left out {count} that cannot be used: {named}.")
-    train, test = (_without(part, own) for part, own in zip((source.train, source.test), faults, strict=True))
-    if not len(train) or not len(test):
-        raise SystemExit(f"no image to {'train' if not len(train) else 'test'} on is left")
-    return Source(train, test, source.names)
+    left = {use: _without(part, own) for (use, part), own in zip(parts.items(), faults, strict=True)}
+    for use, part in left.items():
+        if not len(part):
+            raise SystemExit(f"no image to {use} on is left")
+    return Source(left["train"], left["test"], source.names, left.get("validate"))
 
 
 def find_faults(dataset: Dataset, task: Task, source: Source, options: Options) -> list[Fault]:
@@ -73,7 +74,7 @@ def find_faults(dataset: Dataset, task: Task, source: Source, options: Options) 
                 images[column] = opened(stored, whole=column != "image")
                 task.examine(column, images, source.names, options)
             except Exception as error:  # Pillow's decoders raise what they like
-                return Fault(index, name, _reason(error))
+                return Fault(index, name, why_unreadable(error))
         return None
 
     with ThreadPoolExecutor() as pool, tqdm(total=len(dataset), desc="reading images", delay=3, leave=False) as bar:
@@ -90,11 +91,6 @@ def _by_parts(dataset: Dataset) -> Iterator[list[tuple[int, dict[str, Any]]]]:
         names = list(part)
         rows = [dict(zip(names, values, strict=True)) for values in zip(*part.values(), strict=True)]
         yield list(enumerate(rows, start))
-
-
-def _reason(error: Exception) -> str:
-    text = in_one_line(error)
-    return "not an image that Pillow can read" if text.startswith("cannot identify image file") else text
 
 
 def _without(dataset: Dataset, faults: list[Fault]) -> Dataset:

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from .terminal import in_one_line
+
 
 def opened(stored: dict[str, Any], whole: bool = True) -> Image.Image:
     """An image from the bytes or the path of a dataset's row, upright as its camera says.
@@ -33,6 +35,12 @@ def opened(stored: dict[str, Any], whole: bool = True) -> Image.Image:
     rotated = (upright.size == image.size[::-1]) and image.getexif().get(0x0112, 1) >= 5
     upright.info["size"] = size[::-1] if rotated else size
     return upright
+
+
+def why_unreadable(error: Exception) -> str:
+    """What [`opened`] raised, in one line."""
+    text = in_one_line(error)
+    return "not an image that Pillow can read" if text.startswith("cannot identify image file") else text
 
 
 def as_rgb(image: Image.Image) -> Image.Image:

@@ -62,6 +62,9 @@ class Task(ABC):
         metric_name: What the report calls it.
         whole_image: Whether the model must see the whole of a test image, or may see the centre that the checkpoint's
             image processor crops.
+        pipeline: What transformers' pipeline for it is called.
+        class_score: Which of [`common.metrics.per_class_scores`] the model card lists.
+        counted: What a confusion matrix counts, images or pixels.
     """
 
     options: ClassVar[type[Options]]
@@ -71,6 +74,9 @@ class Task(ABC):
     metric: ClassVar[type[evaluate.Metric]]
     metric_name: ClassVar[str]
     whole_image: ClassVar[bool] = False
+    pipeline: ClassVar[str]
+    class_score: ClassVar[str]
+    counted: ClassVar[str]
 
     @abstractmethod
     def embedded(self) -> Embedded: ...
@@ -112,8 +118,13 @@ class Task(ABC):
     @abstractmethod
     def add_batch(
         self, metric: evaluate.Metric, accelerator: Accelerator, logits: torch.Tensor, labels: Any, options: Options
-    ) -> None:
-        """Gather what the metric needs of a batch from all processes, and add it."""
+    ) -> torch.Tensor | None:
+        """Gather what the metric needs of a batch from all processes, and add it.
+
+        Returns:
+            How many images or pixels of each class (rows) were taken for each class (columns), int64 on the CPU; None
+            where there are too many classes for that.
+        """
 
     @abstractmethod
     def keep_examples(self, folder: Path, logits: torch.Tensor, labels: Any) -> None:
@@ -126,3 +137,15 @@ class Task(ABC):
     def model(self, path: str, names: list[str], seed: int, options: Options) -> PreTrainedModel:
         """The checkpoint with a head for these classes, new where it does not fit: the same head for equal seeds."""
         return load_model(self.auto_model, path, names, seed)
+
+    def augment(self, image: Image.Image, seed: tuple[int, ...], options: Options) -> Image.Image:
+        """What training sees of an RGB image that was cropped and resized; drawn from the seed."""
+        return image
+
+    def mix(self, batch: dict[str, Any], seed: tuple[int, ...], options: Options) -> dict[str, Any]:
+        """What training sees of a batch; drawn from the seed."""
+        return batch
+
+    def check(self, options: Options) -> None:
+        """Stop with one line where options of this task cannot be followed; called before anything is written."""
+        return None

@@ -14,11 +14,14 @@ from tqdm.auto import tqdm
 
 
 @contextlib.contextmanager
-def plain_messages() -> Iterator[None]:
+def plain_messages(training: bool = False) -> Iterator[None]:
     """Run a program so that its user sees no traceback for a mistake, and no source line in a progress bar.
 
     Warnings are printed once each, on a line of their own. Those about the future of other packages concern who writes
     a program, not who runs it, and are left out.
+
+    Args:
+        training: Whether the program has the options of training, which its messages may then advise.
 
     Raises:
         SystemExit: in the place of an error that is no fault of the program: the message has one line.
@@ -34,14 +37,12 @@ def plain_messages() -> Iterator[None]:
                 raise
             raise SystemExit(in_one_line(stop.code)) from None
         except KeyboardInterrupt:
-            print(
-                "Interrupted. With --checkpoint_every, --resume would go on from the last checkpoint.", file=sys.stderr
-            )
+            advice = " With --checkpoint_every, --resume would go on from the last checkpoint." if training else ""
+            print(f"Interrupted.{advice}", file=sys.stderr)
             raise SystemExit(130) from None
         except (torch.OutOfMemoryError, MemoryError) as error:
-            raise SystemExit(
-                f"Out of memory: give a smaller --batch_size, --eval_batch_size or --image_size. {in_one_line(error)}"
-            ) from None
+            advice = "give a smaller --batch_size, --eval_batch_size or --image_size. " if training else ""
+            raise SystemExit(f"Out of memory: {advice}{in_one_line(error)}") from None
         except OSError as error:
             raise SystemExit(in_one_line(error)) from None
 
