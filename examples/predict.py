@@ -97,8 +97,8 @@ def _predict(predictor: Predictor, image: Image.Image, file: Path, options: Any)
         classes = F.interpolate(logits, size=size, mode="bilinear", align_corners=False).argmax(1)[0]
         options.maps.mkdir(parents=True, exist_ok=True)
         kind = np.uint8 if len(predictor.names) <= 256 else np.uint16
-        # The folder is part of the name, so that equal names in several folders do not meet.
-        name = "-".join(part for part in file.with_suffix(".png").parts if part not in ("/", "..", "."))
+        # Folder and ending are part of the name, so that no map takes the place of another one.
+        name = "-".join(part for part in file.parts if part not in ("/", "..", ".")).removesuffix(".png") + ".png"
         Image.fromarray(classes.numpy().astype(kind)).save(options.maps / name)
         shares = torch.bincount(classes.flatten(), minlength=len(predictor.names)) / classes.numel()
     else:

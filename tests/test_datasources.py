@@ -108,6 +108,18 @@ def test_few_test_and_training_images_of_every_class():
     assert collections.Counter(test["label"]) == {0: 5, 1: 5} and len(train) == 30
 
 
+def test_one_image_of_each_class_is_trained_on_whatever_is_held_out():
+    labels = [0] * 10 + [1] * 5 + [2]
+    features = Features({"label": ClassLabel(names=["a", "b", "c"])})
+    part = Dataset.from_dict({"label": labels}, features=features)
+    for seed in range(5):
+        train, test = hold_out(part, ClassificationOptions(held_out=0.9, data_seed=seed), labels)
+        assert sorted(train["label"]) == [0, 1, 2] and len(test) == 13
+    with pytest.raises(SystemExit, match="of 2 training images none can be held out to test on.*--test_split"):
+        hold_out(part.select([0, 15]), ClassificationOptions(), [0, 2])
+    assert [len(half) for half in hold_out(part.select([0, 1]), ClassificationOptions())] == [1, 1]
+
+
 def test_few_label_maps_are_drawn_by_seed(tmp_path):
     in_pairs(tmp_path / "train", count=8)
     in_pairs(tmp_path / "test", count=8)

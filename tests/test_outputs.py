@@ -277,7 +277,9 @@ def test_predicting_from_the_command_line(classified, tmp_path, capsys):
 def test_mistakes_in_predicting_are_named(arguments, said, classified, capsys):
     with working_in(classified), pytest.raises(SystemExit) as stopped:
         predict.main(arguments)
-    assert re.search(said, f"{stopped.value} {capsys.readouterr().err}")
+    printed = capsys.readouterr()
+    assert re.search(said, f"{stopped.value} {printed.err}") and not printed.out
+    assert printed.err.count("\n") == (1 if stopped.value.code == 2 else 0)  # one line, of argparse or of the caller
 
 
 @pytest.mark.parametrize("name", MAPS)
@@ -298,7 +300,9 @@ def test_the_card_of_a_segmentation_model(name, segmented):
 
 def test_predicting_maps(segmented, tmp_path, capsys):
     with working_in(segmented):
-        assert predict.main([f"out/{MAPS[0]}", "image.png", "--maps", str(tmp_path)]) == 0
+        Image.open("image.png").save("image.bmp")
+        assert predict.main([f"out/{MAPS[0]}", "image.png", "image.bmp", "--maps", str(tmp_path)]) == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["image.bmp.png", "image.png"]
     _, logits = predictions(f"out/{MAPS[0]}", segmented)
     expected = nn.functional.interpolate(logits, size=(70, 150), mode="bilinear").argmax(1)[0]
     assert np.array_equal(np.array(Image.open(tmp_path / "image.png")), expected.numpy())
@@ -306,6 +310,16 @@ def test_predicting_maps(segmented, tmp_path, capsys):
     assert record["classes"] == ["background", *"56789"] and (segmented / "out" / "confusion.png").exists()
     counts = np.array(record["methods"]["LBP-WHT r=3"]["confusion"])
     assert counts.sum() == 2 * 64 * 128
+
+
+def test_prediction_reads_images_as_training_does(classified):
+    """Grey of 16 bits, which Pillow alone would make white."""
+    with working_in(classified):
+        predictor = load(Path(f"out/{ADAPTERS[0]}"))
+    grey = [
+        Image.fromarray(np.full((32, 32), value, kind)) for value, kind in ((128 * 257, np.uint16), (128, np.uint8))
+    ]
+    assert torch.equal(*(pixels(predictor.processor, image) for image in grey))
 
 
 def adapt(folder, task, options, source):

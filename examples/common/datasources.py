@@ -97,7 +97,7 @@ def hold_out(
 
     Args:
         labels: Of its rows; each class is divided alike, and at least one row of it is trained on.
-        purpose: `test` or `validation`.
+        purpose: `test` or `validate`.
 
     Raises:
         SystemExit: there are too few rows.
@@ -108,9 +108,10 @@ def hold_out(
     trained = order[np.unique(own[order], return_index=True)[1]]  # one of each class, whatever is drawn
     rest = np.setdiff1d(np.arange(total), trained)
     if not len(rest):
+        split = {"test": "test_split", "validate": "validation_split"}[purpose]
         raise SystemExit(
-            f"{total} images are too few: none can be held out for {purpose}, since each class needs one to train on. "
-            f"Add images, or name a split with --{purpose}_split."
+            f"of {total} training images none can be held out to {purpose} on, since one of each class is trained on: "
+            f"take more, or name another split of --dataset with --{split}"
         )
     count = min(max(1, round(options.held_out * total)), len(rest))
     held_out = rest[draw(len(rest), count, options.data_seed, None if labels is None else own[rest])]

@@ -31,7 +31,7 @@ def with_validation(task: Task, source: Source, options: Options) -> tuple[Sourc
         split = options.validation_split or VALIDATION
         return source, f"Validation: the {len(source.validation)} images of the split {split!r}."
     labels = task.classes(source.train)
-    train, validation = hold_out(source.train, options, labels, "validation")
+    train, validation = hold_out(source.train, options, labels, "validate")
     stratified = "" if labels is None else ", stratified by class"
     return dataclasses.replace(source, train=train, validation=validation), (
         f"Validation: {len(validation)} images held out of the training images{stratified}; {len(train)} are trained "

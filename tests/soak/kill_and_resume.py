@@ -159,7 +159,10 @@ def run_and_kill(
         if moment == "loading" or (is_saving(output, born) if moment == "saving" else has_saved(output, born)):
             break
         time.sleep(0.002)
-    time.sleep(delay)
+    until = time.monotonic() + delay
+    while (left := until - time.monotonic()) > 0:
+        life.see(output)
+        time.sleep(min(left, 0.02))
     if not all(process.is_alive() for process in running):
         wait(running, log)
         return life
