@@ -13,6 +13,8 @@ from __future__ import annotations
 
 from common.experiment import main
 from common.segmentation import Segmentation
+from common.terminal import plain_messages
 
 if __name__ == "__main__":
-    main(Segmentation(), __doc__)
+    with plain_messages(training=True):
+        main(Segmentation(), __doc__)

@@ -276,7 +276,8 @@ def test_pre_training_that_was_killed_goes_on(tmp_path, monkeypatch):
 
     def pretrained(folder, **changes):
         task, options = options_for(folder, **changes)
-        options, _ = experiment.pretrain(task, options, Accelerator(cpu=True, step_scheduler_with_optimizer=False))
+        accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
+        options = experiment.pretrain(task, options, accelerator, task.embedded().new().names)
         return load_file(Path(options.model) / "model.safetensors")
 
     whole = pretrained(tmp_path / "whole")

@@ -33,6 +33,8 @@ def test_the_default_data_with_two_methods(tmp_path):
     assert len(results["results"]) == 2
     assert (tmp_path / "out" / "plot.png").stat().st_size > 10_000
     assert list((tmp_path / "out").rglob("adapter_model.safetensors"))
+    for noise in ("torchvision", "FutureWarning", ".py:", "warnings.warn"):
+        assert noise not in done.stderr
 
 
 def test_wrong_arguments_are_refused_before_anything_runs(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,7 +85,10 @@ def test_training_on_an_offloaded_base(name, offload, tmp_path):
     found, plain = (gradients(m, z) | {"images": z.grad} for m, z in ((model, x), (expected, same)))
     assert len(found) > 1 or name == "frozen"
     assert largest_difference(found, plain) < 1e-6
-    assert str(layout_report(model)) == str(layout_report(expected))
+    found, plain = (  # offloading adds operations on the way to a layer
+        [replace(ran, known_by="") for ran in layout_report(m).layers.values()] for m in (model, expected)
+    )
+    assert found == plain
     assert all(is_meta(model, "q_proj.base_layer")) == (offload is not dispatch)
     assert not any(is_meta(model, "lbpwht_"))
 

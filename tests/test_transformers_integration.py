@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 from models import disturb, gradients, images, largest_difference, layers_of, outputs, state_of, tiny_vit, train
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import Trainer, TrainerCallback, TrainingArguments, ViTForImageClassification
 
@@ -243,3 +243,13 @@ def test_the_trainer_loads_the_best_model_at_the_end(tmp_path):
     best = run.state.best_model_checkpoint
     loaded = PeftModel.from_pretrained(tiny_vit(), best)
     assert torch.equal(outputs(loaded, images()), outputs(model, images()))
+
+
+def test_transformers_own_methods_say_how_to_load_a_stack(tmp_path):
+    stack = config(train_base_weight=False, modules_to_save=None, stack_on=LoraConfig(target_modules=["q_proj"]))
+    get_peft_model(tiny_vit(), stack).save_pretrained(tmp_path / "stack")
+    remedy = r"a stack, LBP-WHT on LORA .*PeftModel\.from_pretrained.*get_peft_model.*stacked_on\.save_pretrained"
+    with pytest.raises(ValueError, match=remedy):
+        tiny_vit().load_adapter(str(tmp_path / "stack"))
+    with pytest.raises(ValueError, match=remedy):
+        tiny_vit().add_adapter(stack)

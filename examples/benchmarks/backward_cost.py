@@ -93,7 +93,9 @@ def adapted(options: argparse.Namespace, method: str, part: str) -> nn.Module:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--r", type=int, default=21, help="LBP-WHT: bases per block; 21 is the paper's LP_L1-6")
     parser.add_argument("--lora-r", type=int, default=8)
     parser.add_argument("--classes", type=int, default=100)

@@ -123,7 +123,7 @@ def process(rank: int, options: argparse.Namespace, port: int, answer: str) -> N
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=4, help="images of each process")
     parser.add_argument("--image-size", type=int, default=128)

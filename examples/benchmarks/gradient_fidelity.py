@@ -1,6 +1,7 @@
 """How near the gradients of LBP-WHT are to the exact ones: the cosine between them, on one batch of real images.
 
     python examples/benchmarks/gradient_fidelity.py --model dinov2-small-saliency --train-files cifar100/train.parquet
+    python examples/benchmarks/gradient_fidelity.py --model google/vit-base-patch16-224-in21k --dataset my_images/
 
 For each setting: the cosine over the gradients of all adapted weights together, and those of the first, the middle and
 the last block alone, the least of its layers. Settings are those of `LBPWHTConfig`, as in `r=10,grad_input=int8`; what
@@ -9,22 +10,28 @@ examples/benchmarks/methods.py does to a model may follow, as in `compress_activ
 
 from __future__ import annotations
 
-import argparse
+import dataclasses
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 import yaml
 from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from peft import get_peft_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.classification import Classification, ClassificationOptions
-from common.experiment import Experiment
+from common.classification import Classification, ClassificationData, ClassificationOptions
+from common.experiment import Experiment, load
 from common.models import head_modules
+from common.options import option, parse
+from common.places import local_folder
+from common.terminal import plain_messages
 
 from benchmarks.environment import environment, in_words, write_record
 from benchmarks.methods import WORDS
@@ -59,37 +66,65 @@ def least(found: list[Tensor], exact: list[Tensor]) -> float:
     return min(cosine([f], [e]) for f, e in zip(found, exact, strict=True))
 
 
-def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="hub id or folder")
-    parser.add_argument("--train-files", nargs="+", required=True, help="Parquet files of labelled images")
-    parser.add_argument("--image-size", type=int, default=112)
-    parser.add_argument("--images", type=int, default=40)
-    parser.add_argument("--settings", nargs="+", default=SETTINGS)
-    parser.add_argument("--output", type=Path, default=Path("runs", "benchmarks", "fidelity.json"))
-    return parser.parse_args(arguments)
+@dataclass
+class FidelityOptions(ClassificationData):
+    """The data is named as for the example programs; the batch is drawn from what is to be trained on."""
+
+    images: int = option(40, "How many images the batch has.")
+    settings: list[str] = option(SETTINGS, "What to measure. (default: r of 3, 10 and 21 with every precision)")
+    head_modules: list[str] | None = option(None, "Modules that hold the head. (default: all outside the base model)")
+    image_size: list[int] | None = option([112], "Input in pixels: the side of a square, or height and width.")
+    output: str = option("runs/benchmarks/fidelity.json", "File for the figures.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for text in self.settings:
+            in_parts(text)
+
+    def for_experiment(self) -> ClassificationOptions:
+        """The same model and data, in one batch without augmentation."""
+        known = {field.name for field in dataclasses.fields(ClassificationOptions)} - {"output"}
+        shared = {name: value for name, value in vars(self).items() if name in known}
+        if not self.train_images_per_class:
+            shared["train_images"] = min(self.train_images or self.images, self.images)
+        shared["test_images"] = 1  # none is tested on
+        return ClassificationOptions(**shared, batch_size=self.images, min_crop=1.0, horizontal_flip=False)
+
+
+def in_parts(text: str) -> tuple[dict[str, Any], list[str]]:
+    """ "r=10,grad_input=int8+norms-only" -> ({"r": 10, "grad_input": "int8"}, ["norms-only"])
+
+    Raises:
+        ValueError: it cannot be read, or `LBPWHTConfig` refuses it.
+    """
+    pairs, *more = text.split("+")
+    if unknown := [word for word in more if word not in WORDS]:
+        raise ValueError(f"--settings {text}: unknown word {unknown[0]!r}, choose from {', '.join(WORDS)}")
+    try:
+        settings = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs.split(","))}
+        LBPWHTConfig(**settings)
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"--settings {text}: settings are written as r=10,grad_input=int8 ({error})") from None
+    return settings, more
 
 
 def main(arguments: list[str] | None = None) -> None:
-    given = parsed(arguments)
+    given = parse(FidelityOptions, None, __doc__, arguments)
+    file = Path(given.output).expanduser()
+    if file.is_dir():
+        raise SystemExit(f"--output {file}: this is a folder; name a file in it")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    given.model = str(local_folder(given.model, "--model") or given.model)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    task = Classification()
-    options = ClassificationOptions(
-        model=given.model,
-        train_files=given.train_files,
-        image_size=[given.image_size],
-        batch_size=given.images,
-        min_crop=1.0,
-        horizontal_flip=False,
-    )
-    experiment = Experiment(task, options, Accelerator(), task.load(options))
-    batch = next(iter(experiment.loaders(seed=0)[0]))
+    task, options = Classification(), given.for_experiment()
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    experiment = Experiment(task, options, accelerator, load(accelerator, task, options))
+    batch = send_to_device(next(iter(experiment.loaders(seed=0)[0])), accelerator.device)
     rows = []
     for text in tqdm(given.settings, leave=False):
-        pairs, *more = text.split("+")
-        settings = {key: yaml.safe_load(value) for key, value in (pair.split("=") for pair in pairs.split(","))}
-        base = experiment.base(seed=0)
+        settings, more = in_parts(text)
+        base = experiment.base(seed=0).to(accelerator.device)
         model = get_peft_model(base, LBPWHTConfig(modules_to_save=head_modules(base, options), **settings)).train()
         for word in more:
             model = WORDS[word](model, [], {})
@@ -104,9 +139,10 @@ def main(arguments: list[str] | None = None) -> None:
     print(in_words(where))
     lines = [[text, *(f"{value:.4f}" for value in values)] for text, *values in rows]
     print(aligned(["setting", "all layers", "first block", "middle", "last"], lines))
-    write_record(given.output, where, vars(given), rows=rows)
-    print(f"written to {given.output}")
+    write_record(file, where, vars(given), rows=rows)
+    print(f"written to {file}")
 
 
 if __name__ == "__main__":
-    main()
+    with plain_messages():
+        main()

@@ -81,7 +81,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--batch-size", type=int, default=8, help="images")
     parser.add_argument("--r", type=int, nargs="+", default=[3, 6, 10, 15, 21], help="bases per block")
     parser.add_argument("--rounds", type=int, default=15)

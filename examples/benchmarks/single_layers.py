@@ -213,7 +213,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--layers", default="", help="only those whose name contains this, as in vit-b or fc1")
     parser.add_argument("--modes", nargs="+", help="plain, and values of grad_input (default: all known, and r)")
     parser.add_argument("--r", type=int, default=10, help="bases per block for the weight gradient")

@@ -163,7 +163,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def parsed(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", choices=MODELS, default="vit-b")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", default=default_methods())
     parser.add_argument("--batch-size", type=int, default=8)

@@ -18,9 +18,11 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from accelerate import Accelerator, PartialState
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .processes import on_main
@@ -29,8 +31,22 @@ KEPT = 2  # the last, and the one to fall back on
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 
 
-def save_checkpoint(accelerator: Accelerator, folder: Path, number: int, progress: dict[str, Any]) -> None:
-    """Write `folder`/checkpoint-`number`: all that the accelerator prepared, random states, and the progress.
+class Part(Protocol):
+    """What a checkpoint holds beside that: tensors by name, the same on all processes."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> Any: ...
+
+
+def save_checkpoint(
+    accelerator: Accelerator,
+    folder: Path,
+    number: int,
+    progress: dict[str, Any],
+    parts: dict[str, Part] | None = None,
+) -> None:
+    """Write `folder`/checkpoint-`number`: all that the accelerator prepared, random states, the progress, and parts.
 
     All processes take part; they share the folder.
     """
@@ -42,6 +58,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, number: int, progres
                 shutil.rmtree(left_behind)
 
     def finish() -> None:
+        for part, value in (parts or {}).items():
+            save_file({key: tensor.contiguous() for key, tensor in value.state_dict().items()}, _file_of(new, part))
         (new / PROGRESS).write_text(json.dumps(progress))
         write_manifest(new, accelerator.num_processes)
         others = [path for path in checkpoints(folder) if path != name]
@@ -58,8 +76,10 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, number: int, progres
     on_main(accelerator, finish)
 
 
-def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict[str, Any] | None:
-    """Restore the last sound checkpoint into what the accelerator prepared.
+def load_checkpoint(
+    accelerator: Accelerator, folder: Path, parts: dict[str, Part] | None = None
+) -> dict[str, Any] | None:
+    """Restore the last sound checkpoint into what the accelerator prepared, and into the parts.
 
     Returns:
         The progress that was saved with it; None where there is no checkpoint yet.
@@ -71,6 +91,8 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> dict[str, Any] | 
     if path is None:
         return None
     accelerator.load_state(path)
+    for part, value in (parts or {}).items():
+        value.load_state_dict(load_file(_file_of(path, part)))
     return json.loads((path / PROGRESS).read_text())
 
 
@@ -159,6 +181,10 @@ def write_whole(file: Path, text: str) -> None:
     _to_disk(new)
     os.replace(new, file)
     _to_disk(file.parent)
+
+
+def _file_of(checkpoint: Path, part: str) -> Path:
+    return checkpoint / f"{part}.safetensors"
 
 
 def _choose(folder: Path) -> tuple[Path | None, list[str]]:

@@ -2,36 +2,175 @@
 
 from __future__ import annotations
 
+import glob
+import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import datasets
+import numpy as np
 from datasets import Dataset, DatasetDict, Image, load_dataset
 
-from .options import Options
+from .options import DataOptions
+from .places import local_folder, similar
+from .terminal import cause_of, say
+
+# As `datasets` names the splits that it finds in a folder.
+SPLITS = {
+    "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
+    "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+}  # fmt: skip
+VALIDATION = "validation"  # the split that is validated on, if the options name none
+IMAGE_ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
 
 @dataclass
 class Source:
-    """Images to train on and images to test on, with columns `image` and `label`, and the names of the classes."""
+    """Images to train on and images to test on, with columns `image` and `label`, and the names of the classes.
+
+    Validation images are there only where an option needs them, see selection.py.
+    """
 
     train: Dataset
     test: Dataset
     names: list[str]
+    validation: Dataset | None = None
 
 
-def load_splits(options: Options) -> tuple[Dataset, Dataset]:
-    """What the options name to train on and to test on."""
+def load_splits(options: DataOptions) -> tuple[Dataset, Dataset | None, Dataset | None]:
+    """What the options name to train on, to test on and to validate on, see [`choose_splits`].
+
+    Raises:
+        SystemExit: there is no such data, or no such split.
+    """
     if options.train_files:
-        files = {"train": options.train_files} | ({"test": options.test_files} if options.test_files else {})
-        splits = load_dataset("parquet", data_files=files)
-    else:
-        splits = load_dataset(options.dataset, options.dataset_config)
-    return _choose_splits(splits, options)
+        files = {"train": _existing("--train_files", options.train_files)}
+        if options.test_files:
+            files["test"] = _existing("--test_files", options.test_files)
+        return choose_splits(
+            _loaded(_listed([name for part in files.values() for name in part]), "parquet", data_files=files), options
+        )
+    folder = local_folder(options.dataset, "--dataset")
+    if folder is None:
+        near = similar(Path(options.dataset)) if "/" not in options.dataset else ""
+        say(f"There is no folder {options.dataset} here.{near} Looking for a data set of that name on the hub.")
+        return choose_splits(_loaded(options.dataset, options.dataset, options.dataset_config), options)
+    if not any(path.is_file() for path in folder.rglob("*")):
+        raise SystemExit(f"--dataset {folder}: the folder is empty")
+    datasets.disable_progress_bars()  # for what is here already
+    return choose_splits(_loaded(options.dataset, str(folder), options.dataset_config), options)
+
+
+def choose_splits(splits: DatasetDict, options: DataOptions) -> tuple[Dataset, Dataset | None, Dataset | None]:
+    """The splits to train on, to test on and to validate on.
+
+    Returns:
+        None where there is none to test on; and where none to validate on is left or needed.
+
+    Raises:
+        SystemExit: a split is missing or empty, or the one to validate on is in other use.
+    """
+    train, test = options.train_split, options.test_split
+    validation = options.validation_split if options.needs_validation else None
+    for flag, name in (("--train_split", train), ("--test_split", test), ("--validation_split", validation)):
+        if name and name not in splits:
+            raise SystemExit(f"{flag} {name}: there is no such split; there are: {_listed(splits)}")
+    test = test or next((name for name in ("test", VALIDATION) if name in splits and name != train), None)
+    if validation and validation in (train, test):
+        raise SystemExit(
+            f"--validation_split {validation}: this split is {'trained' if validation == train else 'tested'} on. Name "
+            "another one, or leave the option out to hold out a part of the training images."
+        )
+    if options.needs_validation and VALIDATION in splits and VALIDATION not in (train, test):
+        validation = validation or VALIDATION
+    for name in filter(None, (train, test, validation)):
+        if len(splits[name]) == 0:
+            raise SystemExit(f"the split {name} is empty")
+    return splits[train], splits[test] if test else None, splits[validation] if validation else None
+
+
+def hold_out(
+    dataset: Dataset, options: DataOptions, labels: Sequence[int] | None = None, purpose: str = "test"
+) -> tuple[Dataset, Dataset]:
+    """Divide a dataset into a part to train on and one for another purpose, where only one is given.
+
+    Args:
+        labels: Of its rows; each class is divided alike, and at least one row of it is trained on.
+        purpose: `test` or `validate`.
+
+    Raises:
+        SystemExit: there are too few rows.
+    """
+    total = len(dataset)
+    order = np.random.default_rng((options.data_seed, total)).permutation(total)
+    own = np.zeros(total, dtype=int) if labels is None else np.asarray(labels)
+    trained = order[np.unique(own[order], return_index=True)[1]]  # one of each class, whatever is drawn
+    rest = np.setdiff1d(np.arange(total), trained)
+    if not len(rest):
+        split = {"test": "test_split", "validate": "validation_split"}[purpose]
+        raise SystemExit(
+            f"of {total} training images none can be held out to {purpose} on, since one of each class is trained on: "
+            f"take more, or name another split of --dataset with --{split}"
+        )
+    count = min(max(1, round(options.held_out * total)), len(rest))
+    held_out = rest[draw(len(rest), count, options.data_seed, None if labels is None else own[rest])]
+    return dataset.select(np.setdiff1d(np.arange(total), held_out)), dataset.select(held_out)
+
+
+def draw(total: int, wanted: int, seed: int, labels: Sequence[int] | None = None) -> np.ndarray:
+    """Which of `total` rows to take, in ascending order: the same for equal arguments.
+
+    Args:
+        wanted: How many; all where there are not so many.
+        labels: Of the rows. Each class is drawn in proportion to its size, but at least once where `wanted` allows it.
+    """
+    random = np.random.default_rng((seed, total, wanted))
+    order = random.permutation(total)
+    if wanted >= total:
+        return np.arange(total)
+    if labels is None:
+        return np.sort(order[:wanted])
+    own = np.asarray(labels)[order]
+    rows = {label: order[own == label] for label in random.permutation(np.unique(own))}
+    taken = dict.fromkeys(rows, 0)
+    # Seats of a parliament: each goes to the class that has the fewest for its size, the first to the largest.
+    queue = [(-np.inf, -len(own), place, label) for place, (label, own) in enumerate(rows.items())]
+    heapq.heapify(queue)
+    for _ in range(wanted):
+        _, size, place, label = heapq.heappop(queue)
+        taken[label] += 1
+        if taken[label] < -size:
+            heapq.heappush(queue, (size / (2 * taken[label] + 1), size, place, label))
+    return np.sort(np.concatenate([own[: taken[label]] for label, own in rows.items()]))
 
 
 def with_columns(dataset: Dataset, image: str, label: str) -> Dataset:
-    """These two columns, renamed to `image` and `label`."""
+    """These two columns, renamed to `image` and `label`.
+
+    Raises:
+        SystemExit: there is no such column, or no images in the first.
+    """
+    for flag, name in (("--image_column", image), ("the column of labels or label maps", label)):
+        if name not in dataset.column_names:
+            raise SystemExit(f"{flag}: there is no column {name!r}; there are: {_listed(dataset.column_names)}")
+    if image == label:
+        raise SystemExit(f"images and labels cannot both come from the column {image!r}")
     chosen = dataset.select_columns([image, label]).rename_columns({image: "image", label: "label"})
-    return chosen.cast_column("image", Image())
+    return as_images(chosen, "image", image)
+
+
+def as_images(dataset: Dataset, column: str, known_as: str) -> Dataset:
+    """The dataset with a column taken for images, which may be stored as bytes or as paths.
+
+    Raises:
+        SystemExit: it holds something else.
+    """
+    try:
+        return dataset.cast_column(column, Image())
+    except Exception as error:
+        kind = dataset.features[column]
+        raise SystemExit(f"the column {known_as!r} holds no images, but {kind}: {cause_of(error)}") from None
 
 
 def columns_of(dataset: Dataset, kind: type) -> list[str]:
@@ -39,10 +178,102 @@ def columns_of(dataset: Dataset, kind: type) -> list[str]:
     return [name for name, feature in dataset.features.items() if isinstance(feature, kind)]
 
 
-def _choose_splits(splits: DatasetDict, options: Options) -> tuple[Dataset, Dataset]:
-    train = splits[options.train_split]
-    for name in [options.test_split] if options.test_split else ["test", "validation"]:
-        if options.test_split or name in splits:
-            return train, splits[name]
-    parts = train.train_test_split(options.held_out, seed=options.data_seed)
-    return parts["train"], parts["test"]
+def paired_folders(folder: Path, skip: bool) -> DatasetDict | None:
+    """Images and the label maps of the same names beside them: FOLDER/[SPLIT/]images and FOLDER/[SPLIT/]masks.
+
+    Splits may be folders inside `images` and `masks` as well. Names agree where all but their endings does.
+
+    Args:
+        skip: Leave out what has no partner, and say how many.
+
+    Returns:
+        Columns `image` and `mask`; None where the folder has no such parts, or says itself what belongs together.
+
+    Raises:
+        SystemExit: an image has no label map, or the reverse; or there are two of a name.
+    """
+    if any(folder.rglob("metadata.*")):
+        return None
+    named = {SPLITS[inner.name.lower()]: inner for inner in folder.iterdir() if inner.name.lower() in SPLITS}
+    places = {name: (inner / "images", inner / "masks") for name, inner in named.items() if (inner / "images").is_dir()}
+    if (folder / "images").is_dir():
+        images, masks = folder / "images", folder / "masks"
+        inside = [inner.name for inner in images.iterdir() if inner.is_dir() and inner.name.lower() in SPLITS]
+        places |= {SPLITS[name.lower()]: (images / name, masks / name) for name in inside} or {"train": (images, masks)}
+    if not places or not any(masks.is_dir() for _, masks in places.values()):
+        return None
+    return DatasetDict({name: _paired(*pair, skip) for name, pair in places.items()})
+
+
+def _paired(images: Path, masks: Path, skip: bool) -> Dataset:
+    if not masks.is_dir():
+        raise SystemExit(f"{masks} is missing: label maps for the images in {images} belong there")
+    left, right = _by_name(images), _by_name(masks)
+    alone = [left[name] for name in left.keys() - right.keys()] + [right[name] for name in right.keys() - left.keys()]
+    if alone and not skip:
+        first = min(alone)
+        other = masks if first.is_relative_to(images) else images
+        more = f" ({len(alone)} files have no partner)" if len(alone) > 1 else ""
+        raise SystemExit(
+            f"{first} has no partner of the same name in {other}{more}: add it, or give --skip_broken to leave it out"
+        )
+    if alone:
+        say(f"Left out {len(alone)} files of {images.parent} that have no partner.")
+    both = sorted(left.keys() & right.keys())
+    if not both:
+        raise SystemExit(f"no image in {images} has a label map of the same name in {masks}")
+    columns = {"image": [str(left[name]) for name in both], "mask": [str(right[name]) for name in both]}
+    return Dataset.from_dict(columns, features=datasets.Features({"image": Image(), "mask": Image()}))
+
+
+def _by_name(folder: Path) -> dict[str, Path]:
+    """The images in a folder and those inside it, by their paths there without the endings."""
+    found: dict[str, Path] = {}
+    for path in images_in(folder):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in found:
+            raise SystemExit(f"{found[name]} and {path} have the same name: keep one of them")
+        found[name] = path
+    return found
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The image files in a folder and in those inside it, told by their endings, in the order of their names."""
+    return sorted(
+        path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".")
+    )
+
+
+def _loaded(what: str, *arguments: str | None, **settings: dict[str, list[str]]) -> DatasetDict:
+    """What `datasets` loads; its many kinds of failure end in one line."""
+    verbosity = datasets.logging.get_verbosity()
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs comes again with the error
+    try:
+        return load_dataset(*arguments, **settings)
+    except Exception as error:
+        cause = cause_of(error.__cause__ or error)
+        if arguments[0] == what and not Path(what).expanduser().exists():
+            raise SystemExit(
+                f"--dataset {what}: this is neither a local folder nor a data set that could be loaded from the hub "
+                f"({cause}). Check the name, or the connection (HF_HUB_OFFLINE)."
+            ) from None
+        raise SystemExit(f"cannot load {what}: {cause}") from None
+    finally:
+        datasets.logging.set_verbosity(verbosity)
+
+
+def _existing(flag: str, names: list[str]) -> list[str]:
+    """The files, each of which is there or on the web."""
+    for name in names:
+        if "://" in name:
+            continue
+        path = Path(name).expanduser()
+        if path.is_dir():
+            raise SystemExit(f"{flag} {name}: this is a folder, give it to --dataset or name the Parquet files in it")
+        if not (path.is_file() or glob.glob(str(path))):
+            raise SystemExit(f"{flag} {name}: there is no such file.{similar(path)}")
+    return [name if "://" in name else str(Path(name).expanduser()) for name in names]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(map(str, names))

@@ -6,30 +6,43 @@ import dataclasses
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
+from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 
-from .checkpoints import checkpoints, remove_checkpoints, write_whole
-from .datasources import Source
+from .adapters import processor_in_effect, write_beside
+from .checkpoints import KEPT, checkpoints, remove_checkpoints, write_whole
+from .datasources import Source, draw
 from .images import Images, Preprocessor, loader
 from .measuring import Cost, measure_costs
 from .methods import METHODS, Method, chosen_methods
-from .models import forward_arguments, head_modules
+from .metrics import Confusion, load_metric, per_class_scores
+from .model_card import Card, describe_data
+from .models import class_names, forward_arguments, head_modules, trainable_parameters
 from .options import Options, parse
-from .processes import make_accelerator, on_main
-from .report import Row, plot, table, write_json
+from .outputs import OPTIONS, default_output, output_folder, write_somewhere
+from .places import local_folder
+from .processes import SHARDED, make_accelerator, on_main
+from .remaining import Remaining
+from .report import Row, plot, show_confusions, table, write_classes_json, write_json
+from .selection import kept_epoch, with_validation
+from .soundness import sound
 from .task import Task
-from .training import Run, train
+from .terminal import cause_of
+from .training import Run, check_scheduler, train
 
-RECORD = "history.json"  # of a part that is finished
+RECORD, CONFUSION = "history.json", "confusion.json"  # of a part that is finished
+REPORTS = ("table.txt", "results.json", "plot.png", "predictions.png", "classes.json", "confusion.png")
 
 
 @dataclass
@@ -40,12 +53,16 @@ class Experiment:
     options: Options
     accelerator: Accelerator
     source: Source
+    runs: int = 1
 
     def __post_init__(self) -> None:
-        self.output = Path(self.options.output)
+        self.output = Path(self.options.output or "runs")
+        self.places: dict[Path, Path] = {}  # where parts were written that could not be written to their own folders
+        self.remaining = Remaining(self.runs)
         model = self.base(seed=0)
         self.preprocessor = Preprocessor(self.options, model.config, self.task.whole_image)
         self.extra = forward_arguments(model, self.preprocessor.size)
+        self.try_forward(model)
         if self.preprocessor.notice:
             self.accelerator.print(self.preprocessor.notice)
         (height, width), heads = self.preprocessor.size, ", ".join(head_modules(model, self.options))
@@ -57,16 +74,54 @@ class Experiment:
         )
 
     def base(self, seed: int) -> transformers.PreTrainedModel:
-        return self.task.model(self.options.model, self.source.names, seed, self.options)
+        model = self.task.model(self.options.model, self.source.names, seed, self.options)
+        model.name_or_path = self.options.model  # which adapters note; that of a new head on a backbone has none
+        return model
 
-    def loaders(self, seed: int) -> tuple[DataLoader, DataLoader]:
+    def loaders(self, seed: int) -> list[DataLoader]:
+        """Of training images, test images and, if there are any, validation images."""
         how = self.task, self.preprocessor, self.options
-        train_images = Images(self.source.train, *how, train=True, seed=seed)
-        test_images = Images(self.source.test, *how, train=False)
-        return loader(train_images, self.options, self.extra), loader(test_images, self.options, self.extra)
+        images = [Images(self.source.train, *how, train=True, seed=seed)]
+        images += [Images(one, *how, train=False) for one in (self.source.test, self.source.validation) if one]
+        return [loader(one, self.options, self.extra) for one in images]
 
     def folder(self, method: Method, seed: int) -> Path:
-        return part(self.output, method, seed)
+        folder = part(self.output, method, seed)
+        return self.places.get(folder, folder)
+
+    @torch.no_grad()
+    def try_forward(self, model: nn.Module) -> None:
+        """Refuse a size of images that the model cannot take."""
+        height, width = self.preprocessor.size
+        try:
+            model.eval()(torch.zeros(1, 3, height, width), **self.extra)
+        except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+            raise SystemExit(
+                f"{self.options.model} cannot take images of {height} x {width} pixels: {cause_of(error)}. Give "
+                "another --image_size, a multiple of the size of its patches."
+            ) from None
+
+    def rehearse(self, methods: list[Method]) -> int:
+        """Adapt the model by each method once, so that mistakes come out before training.
+
+        Returns:
+            How many bytes the run will write.
+        """
+        largest = total = 0
+        for method in methods:
+            base = self.base(seed=0)
+            frozen = sum(parameter.numel() for parameter in base.parameters())
+            try:
+                model = method.adapt(base, self.options)
+            except (TypeError, ValueError) as error:
+                raise SystemExit(f"{method.label}: {cause_of(error)}") from None
+            trained = trainable_parameters(model)
+            total += 4 * trained * len(method.parts(model)) * len(self.options.seeds)
+            # All weights; of those that are trained two moments of the optimizer, and the best and averaged ones.
+            kept = 2 + self.options.needs_validation + bool(self.options.ema_decay)
+            # The checkpoint being written lies beside those that are kept.
+            largest = max(largest, 4 * (frozen + kept * trained) * (KEPT + 1))
+        return total + (largest if self.options.checkpoint_every else 0)
 
     def adapt(self, method: Method, seed: int) -> list[dict[str, float]]:
         """Train one method with one seed, write its adapter and check that it reloads.
@@ -76,27 +131,111 @@ class Experiment:
         """
         folder = self.folder(method, seed)
         if history := on_main(self.accelerator, self.finished, folder):
+            self.remaining.skip()
             return history
 
         model = method.adapt(self.base(seed), self.options)
         loaders = self.loaders(seed)
         label = method.label if len(self.options.seeds) == 1 else f"{method.label}, seed {seed}"
-        run = Run(label, folder, self.options.epochs, method.learning_rate)
-        model, history = train(self.accelerator, self.task, model, loaders, run, self.options)
+        run = Run(label, folder, self.options.epochs, method.learning_rate, seed, self.remaining)
+        confusion = Confusion()
+        model, history = train(self.accelerator, self.task, model, loaders, run, self.options, confusion)
 
-        def save() -> None:
-            model.save_pretrained(folder / "adapter")
-            # Another seed gives another head: agreement then shows that the head, too, came with the adapter.
-            reloaded = method.reload(self.base(seed + 1), folder / "adapter")
+        def save(folder: Path) -> None:
             batch = next(iter(loaders[1]))
             labels = batch.pop("labels")
-            logits = self.check_same(model, reloaded, batch, label)
+            counts = None if confusion.counts is None else confusion.counts.tolist()
+            for name, part in method.save(model, folder).items():
+                # Another seed gives another head: agreement then shows that the head, too, came with the adapter.
+                reloaded = method.reload(self.base(seed + 1), folder / name)
+                logits = self.check_same(model, reloaded, batch, label)
+                card = self.card(method, seed, part, history, counts, folder / name)
+                write_beside(part, self.preprocessor, card.text(), folder / name)
             self.task.keep_examples(folder, logits, labels)
+            write_whole(folder / CONFUSION, json.dumps(counts))
             write_whole(folder / RECORD, json.dumps(history))
             remove_checkpoints(folder)
 
-        on_main(self.accelerator, save)
+        self.places[folder] = on_main(self.accelerator, write_somewhere, save, folder)
         return history
+
+    def card(
+        self,
+        method: Method,
+        seed: int,
+        model: nn.Module,
+        history: list[dict[str, float]],
+        counts: list[list[int]] | None,
+        folder: Path,
+    ) -> Card:
+        """The model card of what was written to a folder."""
+        options, kept, source = self.options, kept_epoch(history), self.source
+        peft_type = model.active_peft_config.peft_type.value if isinstance(model, PeftModel) else None
+        plain = model.get_base_model() if isinstance(model, PeftModel) else model
+        scores = {"test": history[kept]["score"]}
+        if "validation" in history[kept]:
+            scores["validation"] = history[kept]["validation"]
+        settings = {
+            "method": method.label,
+            "seed": seed,
+            "peak learning rate": method.learning_rate,
+            "schedule": options.scheduler,
+            "epochs": f"{len(history)}, kept: the weights after epoch {kept + 1}",
+            "batch size": options.batch_size * self.accelerator.num_processes * options.gradient_accumulation_steps,
+            "weight decay": options.weight_decay,
+            "precision": self.accelerator.mixed_precision if self.accelerator.mixed_precision != "no" else "float32",
+        }
+        if options.ema_decay:
+            settings["averaged weights, decay"] = options.ema_decay
+        per_class = {}
+        if counts is not None:
+            values = per_class_scores(torch.tensor(counts))[self.task.class_score]
+            per_class = dict(zip(source.names, values, strict=True))
+        images = {"training": len(source.train), "test": len(source.test)}
+        if source.validation:
+            images["validation"] = len(source.validation)
+        processor = processor_in_effect(self.preprocessor)
+        by_pipeline = self.task.pipeline != "image-segmentation" or hasattr(
+            processor, "post_process_semantic_segmentation"
+        )
+        remark = ""
+        if folder.name == "stack":
+            remark = "It is for going on with training; `adapter` beside it, without LBP-WHT, is for inference."
+        elif method.config and peft_type == "LORA" and (folder.parent / "stack").exists():
+            remark = "It was trained with LBP-WHT on top; to go on so, use `stack` beside it."
+        return Card(
+            task=self.task.pipeline,
+            auto_model=self.task.auto_model.__name__,
+            base=options.model,
+            folder=folder,
+            method=method.label,
+            peft_type=peft_type,
+            settings=settings,
+            images=images,
+            names=source.names,
+            metric=self.metric,
+            scores=scores,
+            data=describe_data(options),
+            per_class=per_class,
+            arguments=self.extra,
+            has_pipeline=by_pipeline,
+            head_on_backbone=type(plain).__name__ if getattr(options, "head", None) else None,
+            remark=remark,
+        )
+
+    @property
+    def metric(self) -> str:
+        """What the report calls it."""
+        return Path(self.options.metric or self.task.metric_name).stem
+
+    def confusion(self, method: Method) -> torch.Tensor | None:
+        """What the test images were taken for, all seeds of a method together; None where it was not counted."""
+        total = Confusion()
+        for seed in self.options.seeds:
+            file = self.folder(method, seed) / CONFUSION
+            counts = json.loads(file.read_text()) if file.exists() else None
+            total.add(None if counts is None else torch.tensor(counts))
+        return total.counts
 
     def finished(self, folder: Path) -> list[dict[str, float]] | None:
         """The record of a part that the run to be resumed had finished; None where there is something to train."""
@@ -105,7 +244,8 @@ class Experiment:
             return None
         try:
             epochs = json.loads(file.read_text())
-            history = [{name: float(epoch[name]) for name in ("loss", "score", "seconds")} for epoch in epochs]
+            names = ["loss", "score", *(["validation"] if self.options.needs_validation else []), "seconds"]
+            history = [{name: float(epoch[name]) for name in names} for epoch in epochs]
         except (OSError, ValueError, KeyError, TypeError) as error:
             print(f"Refused: {file} cannot be read ({error}). This part is trained again.")
             return None
@@ -125,6 +265,20 @@ class Experiment:
             )
         return first
 
+    def report_classes(self, methods: list[Method], output: Path) -> None:
+        """Write the scores of each class and the confusion matrices into a folder, as JSON and as a figure."""
+        counts = {method.label: self.confusion(method) for method in methods}
+        counted = {label: matrix for label, matrix in counts.items() if matrix is not None}
+        if not counted:
+            return
+        names = self.source.names
+        record = {
+            label: {"scores": per_class_scores(matrix), "confusion": matrix.tolist()}
+            for label, matrix in counted.items()
+        }
+        write_classes_json(output / "classes.json", names, record)
+        show_confusions(output / "confusion.png", counted, names, self.task.counted)
+
     def costs(self, methods: list[Method]) -> tuple[Cost, list[Cost]]:
         """What a step costs with full fine-tuning, and with each method."""
         seed = self.options.seeds[0]
@@ -141,11 +295,26 @@ class Experiment:
 
 
 def shrink(task: Task, source: Source, options: Options) -> Source:
-    """The small-data protocol: few training images, the first so many test images."""
+    """The small-data protocol: few training images, and few to test on, both drawn by the seed of the data."""
     train, test = task.few(source, options), source.test
     if options.test_images:
-        test = test.select(range(min(options.test_images, len(test))))
-    return Source(train, test, source.names)
+        test = test.select(draw(len(test), options.test_images, options.data_seed, task.classes(test)))
+    return Source(train, test, source.names, source.validation)
+
+
+def load(accelerator: Accelerator, task: Task, options: Options) -> Source:
+    """The data that the options name, as far as it is used, and checked. If that fails, all processes stop."""
+    if options.embedded:
+        source = shrink(task, task.embedded().new(), options)
+    else:
+        loaded: list[Source] = []
+        on_main(accelerator, lambda: loaded.append(task.load(options)))  # the others then find it in the cache
+        source = loaded[0] if loaded else task.load(options)
+        source = sound(accelerator, task, shrink(task, source, options), options)
+    if options.needs_validation:
+        source, notice = with_validation(task, source, options)
+        accelerator.print(notice)
+    return source
 
 
 def pretraining(output: Path) -> tuple[Path, Path, Path]:
@@ -153,8 +322,12 @@ def pretraining(output: Path) -> tuple[Path, Path, Path]:
     return output / "untrained", output / "pretrained.new", output / "pretrained"
 
 
-def pretrain(task: Task, options: Options, accelerator: Accelerator) -> tuple[Options, Source]:
-    """Train the embedded example's small model; return it as the model to adapt, and the data to adapt it to."""
+def pretrain(task: Task, options: Options, accelerator: Accelerator, names: list[str]) -> Options:
+    """Train the embedded example's small model; return the options with it as the model to adapt.
+
+    Args:
+        names: Of the classes that it is to be adapted to.
+    """
     example = task.embedded()
     untrained, new, trained = pretraining(Path(options.output))
 
@@ -168,17 +341,23 @@ def pretrain(task: Task, options: Options, accelerator: Accelerator) -> tuple[Op
         return not trained.exists()
 
     def end(model: transformers.PreTrainedModel) -> None:
+        for name, value in class_names(names).items():  # for those who load an adapter together with its base
+            setattr(model.config, name, value)
         example.save(model, new)
         new.rename(trained)  # so that it is there whole or not at all
         shutil.rmtree(untrained)
 
     if on_main(accelerator, begin):
-        settings = dataclasses.replace(options, model=str(untrained))
+        # What chooses weights and augments images is for the methods that are compared; this is what they start from.
+        plain = {"keep_best": False, "patience": None, "ema_decay": None}
+        plain |= {"rand_augment": None, "mixup": 0.0, "cutmix": 0.0}
+        plain = {name: value for name, value in plain.items() if hasattr(options, name)}
+        settings = dataclasses.replace(options, model=str(untrained), **plain)
         experiment = Experiment(task, settings, accelerator, example.known())
         run = Run(example.label, untrained, example.epochs, example.learning_rate)
         model, _ = train(accelerator, task, experiment.base(seed=0), experiment.loaders(seed=0), run, settings)
         on_main(accelerator, end, model)
-    return dataclasses.replace(options, model=str(trained)), example.new()
+    return dataclasses.replace(options, model=str(trained))
 
 
 def part(output: Path, method: Method, seed: int) -> Path:
@@ -192,18 +371,45 @@ def prepare_output(options: Options, methods: list[Method]) -> None:
     Of a run that starts anew the folder keeps nothing that a later `--resume` could take for its own.
     """
     output = Path(options.output)
-    file = output / "options.yaml"
-    record = dataclasses.asdict(dataclasses.replace(options, config=None, resume=False))
+    file = output / OPTIONS
+    record = dataclasses.asdict(dataclasses.replace(options, config=None, resume=False, overwrite=False))
     if options.resume and file.exists():
-        before = yaml.safe_load(file.read_text())
-        if differing := [name for name in record if record[name] != before.get(name)]:
+        try:
+            before = dict(yaml.safe_load(file.read_text()))
+        except (yaml.YAMLError, UnicodeDecodeError, TypeError, ValueError) as error:
+            raise SystemExit(f"cannot resume {options.output}: {file} cannot be read ({cause_of(error)})") from None
+        if differing := [
+            name for name in record if name != "output" and record[name] != before.get(name, record[name])
+        ]:
             raise SystemExit(f"cannot resume {options.output}: it ran with another {', '.join(differing)}")
     if not options.resume:
         parts = [part(output, method, seed) for method in methods for seed in options.seeds]
         for old in [*parts, *pretraining(output)]:
             shutil.rmtree(old, ignore_errors=True)
-    output.mkdir(parents=True, exist_ok=True)
-    write_whole(file, yaml.safe_dump(record, sort_keys=False))
+        for name in REPORTS:
+            (output / name).unlink(missing_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_whole(file, yaml.safe_dump(record, sort_keys=False))
+    except OSError as error:
+        raise SystemExit(f"--output {output} cannot be written to: {error.strerror or error}") from None
+
+
+def check_space(output: Path, needed: int) -> None:
+    """Stop before training where the disk has no room for what it will write."""
+    free = shutil.disk_usage(output).free
+    if free < needed:
+        raise SystemExit(
+            f"--output {output}: the run writes about {needed / 1e6:.0f} MB, but {free / 1e6:.0f} MB are free there"
+        )
+
+
+def checked(flag: str, function: Callable[..., Any], *values: Any) -> Any:
+    """What the function returns; if a flag's value makes it fail, a line that names the flag."""
+    try:
+        return function(*values)
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        raise SystemExit(f"{flag}: {cause_of(error)}") from None
 
 
 def main(task: Task, description: str) -> None:
@@ -211,19 +417,30 @@ def main(task: Task, description: str) -> None:
     start = time.perf_counter()
     options = parse(task.options, task.defaults, description)
     methods = chosen_methods(options)
-    accelerator = make_accelerator(options)
+    if options.model:
+        options = dataclasses.replace(options, model=str(local_folder(options.model, "--model") or options.model))
+    task.check(options)
+    accelerator = checked("--mixed_precision or --report_to", make_accelerator, options)
+    if accelerator.distributed_type in SHARDED and (options.needs_validation or options.ema_decay):
+        raise SystemExit(
+            "--keep_best, --patience and --ema_decay need whole weights on each process: use DDP for them."
+        )
+    checked("--metric", load_metric, task.metric, options)
+    checked("--scheduler", check_scheduler, options)
+    output = on_main(accelerator, output_folder, options, default_output(task, options))
+    options = dataclasses.replace(options, output=str(output))
+    accelerator.project_configuration.set_directories(str(output))
     # The progress bars and notices of loading would come once for every copy of the model.
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    source = load(accelerator, task, options)
     on_main(accelerator, prepare_output, options, methods)
     accelerator.init_trackers("lbp-peft", {name: str(value) for name, value in dataclasses.asdict(options).items()})
 
     if options.embedded:
-        options, source = pretrain(task, options, accelerator)
-    else:
-        with accelerator.main_process_first():
-            source = task.load(options)
-    experiment = Experiment(task, options, accelerator, shrink(task, source, options))
+        options = pretrain(task, options, accelerator, source.names)
+    experiment = Experiment(task, options, accelerator, source, len(methods) * len(options.seeds))
+    on_main(accelerator, check_space, output, experiment.rehearse(methods))
     histories = [[experiment.adapt(method, seed) for seed in options.seeds] for method in methods]
 
     if accelerator.is_main_process:
@@ -232,16 +449,22 @@ def main(task: Task, description: str) -> None:
             Row(method.label, options.seeds, history, cost)
             for method, history, cost in zip(methods, histories, costs, strict=True)
         ]
-        metric = Path(options.metric or task.metric_name).stem
+        metric = experiment.metric
         report = table(rows, metric)
         seconds = time.perf_counter() - start
-        output = experiment.output
-        (output / "table.txt").write_text(report + "\n")
-        write_json(output / "results.json", rows, options, {"metric": metric, "wall_seconds": seconds})
-        plot(output / "plot.png", rows, reference, metric)
         folders = {method.label: experiment.folder(method, options.seeds[0]) for method in methods}
-        task.picture(output, experiment.source, folders, options)
+
+        def write_report(output: Path) -> None:
+            (output / "table.txt").write_text(report + "\n")
+            write_json(output / "results.json", rows, options, {"metric": metric, "wall_seconds": seconds})
+            plot(output / "plot.png", rows, reference, metric)
+            experiment.report_classes(methods, output)
+            task.picture(output, experiment.source, folders, options)
+
+        output = write_somewhere(write_report, experiment.output)
         print(f"\n{report}\n\nStep time: forward and backward, relative to full fine-tuning.")
+        if options.needs_validation:
+            print(f"The {metric} on test images is that of the epoch which is best on validation images.")
         print(
             f"Adapters reloaded, predictions agree. Table, plot and results.json in {output}. {seconds:.0f} s in all."
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,9 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import AutoImageProcessor, PretrainedConfig, ViTImageProcessor
 
 from .options import Options, as_size
+from .storedimages import as_rgb
 from .task import Task
+from .terminal import cause_of
 from .views import View, random_view
 
 IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
@@ -35,7 +39,10 @@ class Preprocessor:
         size = as_size(options.image_size)
         try:
             self.processor = AutoImageProcessor.from_pretrained(options.model)
-        except OSError:
+        except (OSError, ValueError) as error:
+            file = Path(options.model).expanduser() / "preprocessor_config.json"
+            if file.exists():
+                raise SystemExit(f"{file} cannot be used: {cause_of(error)}") from None
             size = size or as_size(getattr(config, "image_size", None))
             if size is None:
                 raise SystemExit(f"{options.model} says no image size: give --image_size.") from None
@@ -67,11 +74,17 @@ class Preprocessor:
             return {"size": {"shortest_edge": round(min(size) * edge / crop["height"])}, "crop_size": sides}
         return {"size": sides, "do_center_crop": False} if crop else {"size": sides}
 
-    def __call__(self, image: Image.Image, view: View | None = None) -> torch.Tensor:
-        """The pixel values of an image, or of a part of it at the full size."""
-        image, arguments = image.convert("RGB"), self.overrides
+    def __call__(
+        self,
+        image: Image.Image,
+        view: View | None = None,
+        augment: Callable[[Image.Image], Image.Image] | None = None,
+    ) -> torch.Tensor:
+        """The pixel values of an image, or of a part of it at the full size, augmented then."""
+        image, arguments = as_rgb(image), self.overrides
         if view is not None:
             image = view.of(image, self.size, Image.Resampling.BICUBIC)
+            image = augment(image) if augment else image
             crop = {"do_center_crop": False} if hasattr(self.processor, "do_center_crop") else {}
             arguments = arguments | {"do_resize": False} | crop
         return self.processor(images=image, return_tensors="pt", **arguments)["pixel_values"][0]
@@ -98,11 +111,13 @@ class Images(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         row, view = self.dataset[int(index)], None
+        seed = self.seed, self.epoch, int(index)
         if self.train:
-            random = np.random.default_rng((self.seed, self.epoch, index))
+            random = np.random.default_rng(seed)
             view = random_view(row["image"], random, self.options.min_crop, self.options.horizontal_flip)
         label = self.task.label(row["label"], view, self.preprocessor.size, self.options)
-        return {"pixel_values": self.preprocessor(row["image"], view), "labels": label}
+        augment = partial(self.task.augment, seed=seed, options=self.options) if self.train else None
+        return {"pixel_values": self.preprocessor(row["image"], view, augment), "labels": label}
 
 
 class EpochOrder(Sampler[int]):

@@ -19,6 +19,7 @@ from lbp_peft import LBPWHTConfig
 
 from .models import head_modules
 from .options import Options
+from .terminal import cause_of
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,22 @@ class Method:
         if self.config is None:
             return model
         return get_peft_model(model, self.config(head_modules(model, options)))
+
+    def save(self, model: PreTrainedModel | PeftModel, folder: Path) -> dict[str, PreTrainedModel | PeftModel]:
+        """Write the [`parts`] of the trained model into folders of this one, named like them; return the parts."""
+        parts = self.parts(model)
+        for name, part in parts.items():
+            part.save_pretrained(folder / name)
+        return parts
+
+    def parts(self, model: PreTrainedModel | PeftModel) -> dict[str, PreTrainedModel | PeftModel]:
+        """What is saved of an adapted model, by name: `adapter`, and of a stack `stack` beside it.
+
+        Of a stack, `adapter` is a checkpoint of the method beneath, as that method alone would write it: it is for
+        inference, and needs no lbp-peft. To go on training with LBP-WHT takes `stack`.
+        """
+        beneath = getattr(model, "stacked_on", None) if self.config else None
+        return {"adapter": model} if beneath is None else {"adapter": beneath, "stack": model}
 
     def reload(self, base: PreTrainedModel, folder: Path) -> PreTrainedModel | PeftModel:
         """What `save_pretrained` wrote to the folder, on a fresh copy of the base model."""
@@ -118,8 +135,13 @@ def chosen_methods(options: Options) -> list[Method]:
     for text in options.methods:
         name, _, overrides = text.partition(":")
         if name not in METHODS:
-            raise SystemExit(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
-        method = METHODS[name](options.with_overrides(overrides))
+            raise SystemExit(f"--methods: unknown method {name!r}: choose from {', '.join(METHODS)}")
+        try:
+            method = METHODS[name](options.with_overrides(overrides))
+            if method.config:
+                method.config(["head"])  # refuses values that make no sense
+        except (TypeError, ValueError) as error:
+            raise SystemExit(f"--methods {text}: {cause_of(error)}") from None
         ranks = ("r", "lora_r", "grad_input")  # the label has them already
         shown = [part for part in overrides.split(",") if part and part.split("=")[0] not in ranks]
         folder = re.sub(r"[^\w.-]+", "-", text)

@@ -7,6 +7,7 @@ import evaluate
 import numpy as np
 import torch
 import yaml
+from sklearn.metrics import jaccard_score, precision_recall_fscore_support
 
 from .options import Options
 
@@ -43,8 +44,37 @@ class MeanIoU(evaluate.Metric):
         return {"mean_iou": float(np.mean(intersection[union > 0] / union[union > 0]))}
 
 
-def confusion_matrix(predictions: torch.Tensor, labels: torch.Tensor, classes: int, ignore: int) -> torch.Tensor:
-    """How many pixels of each class (rows) are taken for each class (columns); shape (classes, classes), int64.
+class Confusion:
+    """How often each class (rows) was taken for each class (columns), over many batches.
+
+    Attributes:
+        counts: Shape (classes, classes), int64; None where nothing was counted, as with more than `MOST_CLASSES`.
+    """
+
+    MOST_CLASSES = 1000  # the matrix takes 8 MB then
+
+    def __init__(self) -> None:
+        self.counts: torch.Tensor | None = None
+
+    def add(self, counts: torch.Tensor | None) -> None:
+        if counts is not None:
+            self.counts = counts if self.counts is None else self.counts + counts
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        return {} if self.counts is None else {"counts": self.counts}
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        self.counts = state.get("counts")
+
+
+def confusion_matrix(predictions: torch.Tensor, labels: torch.Tensor, classes: int, ignore: int = -100) -> torch.Tensor:
+    """How many images or pixels of each class (rows) are taken for each class (columns).
+
+    Args:
+        ignore: The label of those that are not counted.
+
+    Returns:
+        Shape (classes, classes), int64.
 
     Raises:
         ValueError: a label is neither a class nor the one to ignore.
@@ -67,3 +97,18 @@ def score(metric: evaluate.Metric, options: Options) -> float:
     """The value of the metric over all that was added to it."""
     arguments = {name: yaml.safe_load(value) for name, value in (text.split("=", 1) for text in options.metric_options)}
     return float(next(iter(metric.compute(**arguments).values())))
+
+
+def per_class_scores(counts: torch.Tensor) -> dict[str, list[float]]:
+    """Precision, recall, F1 and intersection over union of each class, and how many images or pixels it has.
+
+    Args:
+        counts: Shape (classes, classes), see [`confusion_matrix`].
+    """
+    labels, predictions = (index.flatten() for index in np.indices(counts.shape))
+    weights = {"sample_weight": counts.flatten().numpy()}
+    every = {"labels": np.arange(len(counts)), "average": None, "zero_division": 0}
+    precision, recall, f1, _ = precision_recall_fscore_support(labels, predictions, **every, **weights)
+    iou = jaccard_score(labels, predictions, **every, **weights)
+    scores = {"precision": precision, "recall": recall, "f1": f1, "iou": iou}
+    return {name: values.tolist() for name, values in scores.items()} | {"count": counts.sum(1).tolist()}

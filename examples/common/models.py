@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,12 +13,40 @@ from torch import nn
 from transformers import PreTrainedModel, set_seed
 
 from .options import Options, as_size
+from .places import local_folder
+from .terminal import cause_of
 
 
 def load_model(auto_model: Any, path: str, names: list[str], seed: int) -> PreTrainedModel:
     """Load the checkpoint with a head for these classes, new where it does not fit: the same head for equal seeds."""
     set_seed(seed)
-    return auto_model.from_pretrained(path, ignore_mismatched_sizes=True, dtype=torch.float32, **class_names(names))
+    with readable(path):
+        return auto_model.from_pretrained(path, ignore_mismatched_sizes=True, dtype=torch.float32, **class_names(names))
+
+
+@contextlib.contextmanager
+def readable(path: str) -> Iterator[None]:
+    """Load a checkpoint; whatever fails about it ends in one line.
+
+    Raises:
+        SystemExit: it is not there, is broken, or is none of a model for the task.
+    """
+    folder = local_folder(path, "--model")
+    try:
+        yield
+    except Exception as error:
+        cause = cause_of(error)
+        if kind := re.search(r"Unrecognized configuration class .*?\.(\w+)Config'", cause):
+            raise SystemExit(
+                f"--model {path}: transformers has no model for this task of the kind {kind[1]}; choose a checkpoint "
+                "of a vision model"
+            ) from None
+        if folder is None:
+            raise SystemExit(
+                f"--model {path}: this is neither a local folder nor a model that could be loaded from the hub "
+                f"({cause}). Check the name, or the connection (HF_HUB_OFFLINE)."
+            ) from None
+        raise SystemExit(f"--model {path}: this checkpoint cannot be loaded: {cause}") from None
 
 
 def class_names(names: list[str]) -> dict[str, Any]:
@@ -30,6 +61,10 @@ def class_names(names: list[str]) -> dict[str, Any]:
 def head_modules(model: PreTrainedModel, options: Options) -> list[str]:
     """The names of the modules that hold the head: those outside the base model, or outside the backbone."""
     if options.head_modules:
+        names = [name for name, _ in model.named_modules()]
+        for head in options.head_modules:
+            if not any(name == head or name.endswith(f".{head}") for name in names):
+                raise SystemExit(f"--head_modules {head}: the model has no such module")
         return options.head_modules
     heads = [
         name
@@ -37,7 +72,7 @@ def head_modules(model: PreTrainedModel, options: Options) -> list[str]:
         if name not in (model.base_model_prefix, "backbone") and any(True for _ in child.parameters())
     ]
     if not heads:
-        raise ValueError(f"cannot tell the head of {type(model).__name__}: name its modules with --head-modules")
+        raise SystemExit(f"cannot tell the head of {type(model).__name__}: name its modules with --head_modules")
     return _without_nesting(model, heads)
 
 

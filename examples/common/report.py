@@ -20,9 +20,12 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 from PIL import Image
+from sklearn.metrics import ConfusionMatrixDisplay
 
 from .measuring import Cost
 from .options import Options
+from .selection import kept_epoch
+from .tables import aligned
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -43,17 +46,19 @@ class Row:
 
     @property
     def scores(self) -> list[float]:
-        return [history[-1]["score"] for history in self.histories]
+        """Of the epoch whose weights are kept, by seed."""
+        return [history[kept_epoch(history)]["score"] for history in self.histories]
 
-    def mean_scores(self) -> list[float]:
-        """The score after each epoch, mean over seeds."""
-        return [statistics.mean(epoch["score"] for epoch in epochs) for epochs in zip(*self.histories, strict=True)]
+    def scores_by_epoch(self) -> list[list[float]]:
+        """After each epoch, the scores of the seeds that came so far: early stopping ends some before others."""
+        longest = max(len(history) for history in self.histories)
+        return [[h[epoch]["score"] for h in self.histories if epoch < len(h)] for epoch in range(longest)]
 
 
 def table(rows: list[Row], metric: str) -> str:
     """One aligned row a method."""
     header = ["method", "trainable", metric, "step time", "saved activations", "backward mult-adds"]
-    lines = [header]
+    lines = []
     for row in rows:
         score = f"{100 * statistics.mean(row.scores):.1f} %"
         if len(row.scores) > 1:
@@ -68,12 +73,7 @@ def table(rows: list[Row], metric: str) -> str:
                 f"{row.cost.backward_multiply_adds / 1e9:.2f} G",
             ]
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
-    text = []
-    for first, *cells in lines:
-        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
-        text.append("  ".join([first.ljust(widths[0]), *aligned]))
-    return "\n".join([text[0], "-" * len(text[0]), *text[1:]])
+    return aligned(header, lines)
 
 
 def write_json(path: Path, rows: list[Row], options: Options, extra: dict[str, Any]) -> None:
@@ -117,13 +117,14 @@ def plot(path: Path, rows: list[Row], reference: Cost, metric: str) -> None:
 
 def _plot_scores(axes: Axes, rows: list[Row], colours: dict[str, str], metric: str) -> None:
     for row, marker in zip(rows, itertools.cycle(MARKERS)):
-        scores = [100 * score for score in row.mean_scores()]
+        by_epoch = row.scores_by_epoch()
+        scores = [100 * statistics.mean(epoch) for epoch in by_epoch]
         times = [row.cost.relative_time * (epoch + 1) for epoch in range(len(scores))]
         axes.plot(
             times, scores, color=colours[row.method], marker=marker, markersize=5, linewidth=1.8, label=row.method
         )
         if len(row.histories) > 1:
-            spread = [100 * statistics.stdev(h[epoch]["score"] for h in row.histories) for epoch in range(len(scores))]
+            spread = [100 * statistics.stdev(epoch) if len(epoch) > 1 else 0.0 for epoch in by_epoch]
             low, high = ([s + sign * d for s, d in zip(scores, spread, strict=True)] for sign in (-1, 1))
             axes.fill_between(times, low, high, color=colours[row.method], alpha=0.15, linewidth=0)
     axes.set(xlabel="time in training steps (1 = an epoch of full fine-tuning)", ylabel=f"test {metric} (%)")
@@ -185,5 +186,47 @@ def show_maps(path: Path, rows: dict[str, list[Image.Image]], names: list[str]) 
     if len(names) <= 20:
         patches = [Patch(color=colours(index), label=name) for index, name in enumerate(names)]
         figure.legend(handles=patches, loc="outside lower center", ncols=10, frameon=False, fontsize=8)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def write_classes_json(path: Path, names: list[str], methods: dict[str, Any]) -> None:
+    """Scores and confusion matrix of each method; rows of a matrix are true classes, columns predicted ones."""
+    parts = [f"  {json.dumps(label)}: {json.dumps(record)}" for label, record in methods.items()]
+    joined = ",\n".join(parts)
+    path.write_text(f'{{"classes": {json.dumps(names)},\n "methods": {{\n{joined}\n}}}}\n')
+
+
+def show_confusions(path: Path, matrices: dict[str, torch.Tensor], names: list[str], counted: str) -> None:
+    """A confusion matrix for each method, each row in shares of its class; few classes with names and numbers."""
+    few = len(names) <= 12
+    columns = min(3, len(matrices))
+    rows = -(-len(matrices) // columns)
+    side = 1.5 + 0.42 * len(names) if few else 5.5
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(side * columns + 1, side * rows + 0.4), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat[len(matrices) :]:
+        axis.set_axis_off()
+    for (title, counts), axis in zip(matrices.items(), axes.flat, strict=False):
+        shares = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+        shown = ConfusionMatrixDisplay(shares.numpy(), display_labels=names if few else None)
+        shown.plot(
+            ax=axis,
+            include_values=few,
+            values_format=".0f",
+            cmap="Blues",
+            colorbar=False,
+            im_kw={"vmin": 0, "vmax": 100},
+        )
+        axis.set_title(textwrap.fill(title, 30), fontsize=10)
+        axis.set(xlabel="predicted", ylabel="true")
+        if few:
+            axis.tick_params(axis="x", rotation=90 if max(map(len, names)) > 3 else 0)
+        else:  # a tick for every class would be unreadable
+            ticks = np.linspace(0, len(names) - 1, 6).round().astype(int)
+            axis.set_xticks(ticks, ticks)
+            axis.set_yticks(ticks, ticks)
+    figure.colorbar(shown.im_, ax=axes, label=f"% of the {counted} of a class", shrink=0.8)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 import time
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,12 +19,17 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
-from .checkpoints import load_checkpoint, save_checkpoint
-from .metrics import load_metric, score
+from .augmentation import loss_of
+from .checkpoints import Part, load_checkpoint, save_checkpoint
+from .metrics import Confusion, load_metric, score
 from .models import train_mode
 from .options import Options
+from .outputs import is_failed_write
 from .processes import freeze_unused, plain_copy, whole_model
+from .remaining import Remaining
+from .selection import Average, Best, is_over, kept_epoch
 from .task import Task
+from .terminal import cause_of
 
 
 @dataclass(frozen=True)
@@ -32,12 +41,16 @@ class Run:
         folder: Where its checkpoint goes.
         epochs: Passes over the training images.
         learning_rate: Peak learning rate.
+        seed: Of what is drawn for a batch.
+        remaining: Estimates the time that this run and those after it take.
     """
 
     label: str
     folder: Path
     epochs: int
     learning_rate: float
+    seed: int = 0
+    remaining: Remaining = field(default_factory=lambda: Remaining(runs=1))
 
 
 @dataclass
@@ -51,9 +64,10 @@ class Progress:
     seconds: float = 0.0
     history: list[dict[str, float]] = field(default_factory=list)
 
-    def next_epoch(self, value: float) -> None:
-        """Close the epoch: its mean loss, its score and the seconds spent on training steps go on record."""
-        self.history.append({"loss": self.loss / self.batch, "score": value, "seconds": self.seconds})
+    def next_epoch(self, value: float, validation: float | None = None) -> None:
+        """Close the epoch: its mean loss, its scores and the seconds spent on training steps go on record."""
+        scores = {"score": value} | ({} if validation is None else {"validation": validation})
+        self.history.append({"loss": self.loss / self.batch, **scores, "seconds": self.seconds})
         self.epoch, self.batch, self.loss, self.seconds = self.epoch + 1, 0, 0.0, 0.0
 
 
@@ -61,14 +75,20 @@ def train(
     accelerator: Accelerator,
     task: Task,
     model: nn.Module,
-    loaders: tuple[DataLoader, DataLoader],
+    loaders: Sequence[DataLoader],
     run: Run,
     options: Options,
+    confusion: Confusion | None = None,
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     """Train the model and test it after every epoch.
 
+    Args:
+        loaders: Of training and test images; with a third one, of validation images, the best epoch by their score is
+            kept.
+        confusion: Is given what the returned model takes the test images for.
+
     Returns:
-        The trained model, free of accelerate's wrappers and, on the main process, whole; and per epoch its loss, score
+        The trained model, free of accelerate's wrappers and, on the main process, whole; and per epoch its loss, scores
         and seconds of training.
     """
     images = loaders[0].dataset
@@ -77,14 +97,20 @@ def train(
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=run.learning_rate, weight_decay=options.weight_decay)
     plain = plain_copy(accelerator, model)
-    model, optimizer, train_loader, test_loader = accelerator.prepare(model, optimizer, *loaders)
+    model, optimizer, train_loader, test_loader, *validation = accelerator.prepare(model, optimizer, *loaders)
     updates = math.ceil(len(train_loader) / options.gradient_accumulation_steps) * run.epochs
     warmup = round(updates * options.warmup_ratio) if options.warmup_steps is None else options.warmup_steps
     scheduler = accelerator.prepare(get_scheduler(options.scheduler, optimizer, warmup, updates))
+    confusion = Confusion() if confusion is None else confusion
+    average = Average(accelerator.unwrap_model(model), options.ema_decay) if options.ema_decay else None
+    best = Best(accelerator.unwrap_model(model)) if validation else None
+    parts: dict[str, Part] = {} if average is None else {"average": average}
+    if best is not None:
+        parts |= {"best": best, "best_confusion": confusion}
 
     def step(batch: dict[str, torch.Tensor]) -> float:
         with accelerator.accumulate(model):
-            loss = model(**batch).loss
+            loss = loss_of(model, batch)
             accelerator.backward(loss)
             if accelerator.sync_gradients and options.max_grad_norm:
                 # Those of the prepared model: sharding put others in the place of `weights`.
@@ -92,48 +118,118 @@ def train(
             optimizer.step()
             if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
                 scheduler.step()
+                if average is not None:
+                    average.update()
             optimizer.zero_grad()
         return accelerator.reduce(loss.detach(), "mean").item()
 
-    progress = Progress(**((load_checkpoint(accelerator, run.folder) if options.resume else None) or {}))
+    def close_epoch() -> None:
+        """Score the weights that the run would end with now, and keep them if they are the best so far."""
+        with average.applied() if average is not None else nullcontext():
+            tested = Confusion()
+            scores = [test(accelerator, task, model, test_loader, options, tested)]
+            scores += [test(accelerator, task, model, loader, options) for loader in validation]
+            progress.next_epoch(*scores)
+            if best is None:
+                confusion.load_state_dict(tested.state_dict())
+            elif kept_epoch(progress.history) == progress.epoch - 1:
+                confusion.load_state_dict(tested.state_dict())
+                best.keep()
+
+    progress = Progress(**((load_checkpoint(accelerator, run.folder, parts) if options.resume else None) or {}))
     length, quiet = len(train_loader), not accelerator.is_main_process
+    run.remaining.begin((progress.epoch * length + progress.batch) / (run.epochs * length))
     with tqdm(total=run.epochs * length, desc=run.label, unit="step", disable=quiet) as bar:
         bar.update(progress.epoch * length + progress.batch)
-        while progress.epoch < run.epochs:
+        while not is_over(progress.history, run.epochs, options.patience if validation else None):
             images.epoch = progress.epoch
             train_mode(model)
             batches = accelerator.skip_first_batches(train_loader, progress.batch) if progress.batch else train_loader
             for batch in batches:
                 start = time.perf_counter()
-                loss = step(batch)
+                drawn = run.seed, progress.epoch, progress.batch, accelerator.process_index
+                loss = step(task.mix(batch, drawn, options))
                 progress.seconds += time.perf_counter() - start
                 progress.loss += loss
                 progress.batch += 1
+                run.remaining.at((progress.epoch * length + progress.batch) / (run.epochs * length))
+                bar.set_postfix_str(shown(progress, run), refresh=False)
                 bar.update()
                 if accelerator.sync_gradients:
                     progress.updates += 1
                     log(accelerator, run, progress, {"loss": loss, "learning rate": scheduler.get_last_lr()[0]})
                     if options.checkpoint_every and progress.updates % options.checkpoint_every == 0:
-                        save_checkpoint(accelerator, run.folder, progress.updates, dataclasses.asdict(progress))
-            progress.next_epoch(test(accelerator, task, model, test_loader, options))
+                        write_checkpoint(accelerator, run.folder, progress, parts)
+            close_epoch()
             done = progress.history[-1]
             log(accelerator, run, progress, {f"epoch {name}": value for name, value in done.items()})
-            bar.set_postfix(loss=f"{done['loss']:.3f}", test=f"{100 * done['score']:.1f} %")
+            bar.set_postfix_str(shown(progress, run))
+    run.remaining.end()
+    if len(progress.history) < run.epochs:
+        accelerator.print(
+            f"{run.label}: stopped after {len(progress.history)} of {run.epochs} epochs, {options.patience} without a "
+            "better validation score."
+        )
+    if best is not None:
+        best.restore()
+    elif average is not None:
+        average.apply()
 
     model = whole_model(accelerator, model, plain)
     accelerator.free_memory()
     return model, progress.history
 
 
+def write_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, parts: dict[str, Part]) -> None:
+    """Save a checkpoint; a single process goes on training where the disk has no room for it."""
+    try:
+        save_checkpoint(accelerator, folder, progress.updates, dataclasses.asdict(progress), parts)
+    except Exception as error:
+        if accelerator.num_processes > 1 or not is_failed_write(error):
+            raise
+        shutil.rmtree(folder / "checkpoint.new", ignore_errors=True)
+        warnings.warn(f"No checkpoint could be written to {folder}: {cause_of(error)}. Training goes on.", stacklevel=2)
+
+
+def check_scheduler(options: Options) -> None:
+    """Build the schedule of an optimizer that is not used.
+
+    Raises:
+        ValueError: transformers has no such schedule.
+        TypeError: it needs arguments that the options do not have.
+    """
+    get_scheduler(options.scheduler, torch.optim.SGD([torch.zeros(1)], lr=1.0), 1, 2)
+
+
 @torch.no_grad()
-def test(accelerator: Accelerator, task: Task, model: nn.Module, loader: DataLoader, options: Options) -> float:
-    """The metric over the test images."""
+def test(
+    accelerator: Accelerator,
+    task: Task,
+    model: nn.Module,
+    loader: DataLoader,
+    options: Options,
+    confusion: Confusion | None = None,
+) -> float:
+    """The metric over the images of the loader; what they are taken for goes into the confusion matrix."""
     metric = load_metric(task.metric, options)
     model.eval()
     for batch in loader:
         labels = batch.pop("labels")
-        task.add_batch(metric, accelerator, model(**batch).logits, labels, options)
+        counts = task.add_batch(metric, accelerator, model(**batch).logits, labels, options)
+        if confusion is not None:
+            confusion.add(counts)
     return score(metric, options)
+
+
+def shown(progress: Progress, run: Run) -> str:
+    """For the progress bar: the mean loss of the epoch so far, the last scores, and the time that is left."""
+    loss = progress.loss / progress.batch if progress.batch else progress.history[-1]["loss"]
+    parts = [f"loss={loss:.3f}"]
+    if progress.history:
+        names = {"validation": "val", "score": "test"}
+        last = progress.history[-1]
+        parts += [f"{short}={100 * last[name]:.1f} %" for name, short in names.items() if name in last]
+    return ", ".join([*parts, *run.remaining.shown()])
 
 
 def log(accelerator: Accelerator, run: Run, progress: Progress, values: dict[str, float]) -> None:

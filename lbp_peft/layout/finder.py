@@ -13,7 +13,7 @@ import threading
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -338,16 +338,20 @@ class LayoutFinder:
         if not torch.compiler.is_dynamo_compiling() and self._current() is not None:
             self.record(name, x, channels_axis)
 
-    def note_output(self, x: Tensor, output: Tensor, channels_axis: int = -1) -> None:
-        """A layer made this of x."""
+    def as_one_operation(self, x: Tensor, run: Callable[[], Tensor], channels_axis: int = -1) -> Tensor:
+        """The result of a function of x that mixes the channels of each token, and is not to be traced in its parts."""
         if torch.compiler.is_dynamo_compiling():
-            return
+            return run()
         one = self._current()
-        if one is not None and one.tracer is not None:
-            with outside_transforms(), torch.no_grad():
-                size = output.shape[channels_axis]
-                positions = with_mixed_channels(one.tracer.positions(x), size, channels_axis)
-            one.tracer.continue_at(output, x, positions)
+        if one is None or one.tracer is None:
+            return run()
+        with one.tracer.paused():
+            output = run()
+        with outside_transforms(), torch.no_grad():
+            size = output.shape[channels_axis]
+            positions = with_mixed_channels(one.tracer.positions(x), size, channels_axis)
+        one.tracer.continue_at(output, x, positions)
+        return output
 
     def is_exact(self, name: str) -> bool:
         """Whether the backward pass of a layer that is being called is to be exact."""

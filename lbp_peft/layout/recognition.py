@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ..bases import TokenLayout, TokenOrder
+from ..bounded import BoundedCache
 from .positions import LOST, NOWHERE
 
 
@@ -56,6 +57,23 @@ def read_layout(positions: Tensor) -> FoundLayout:
     Raises:
         UnknownLayoutError: there is none.
     """
+    key = (positions.shape, positions.cpu().numpy().tobytes())  # most layers of a model have the same
+    found = _read.get(key)
+    if found is None:
+        try:
+            found = _read_layout(positions)
+        except UnknownLayoutError as error:
+            found = error
+        _read[key] = found
+    if isinstance(found, UnknownLayoutError):
+        raise type(found)(str(found))
+    return found
+
+
+_read: BoundedCache[tuple, FoundLayout | UnknownLayoutError] = BoundedCache(16)
+
+
+def _read_layout(positions: Tensor) -> FoundLayout:
     if not bool((positions >= 0).any()):
         raise NoTokensError("none of its tokens is at a place of the input")
     long_axes = [axis for axis, size in enumerate(positions.shape) if size > 1]

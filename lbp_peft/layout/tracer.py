@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,11 +48,21 @@ class PositionTracer(TorchFunctionMode):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.current_name = ""
+        self._is_paused = False
         self._trails: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         # Tensors that depend neither on the input nor on chance, as far as was seen.
         self._constants: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         for tensor in _tensors_of(model):
             self._constants[tensor] = True
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Within, nothing is followed."""
+        before, self._is_paused = self._is_paused, True
+        try:
+            yield
+        finally:
+            self._is_paused = before
 
     def start(self, tensor: Tensor, positions: Tensor | None) -> None:
         """Follow a tensor of the input from here; None: it has no positions, but other tensors depend on it."""
@@ -83,6 +94,8 @@ class PositionTracer(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
+        if self._is_paused:
+            return function(*args, **kwargs)
         name = name_of(function)
         given = list(_tensors_in((args, kwargs)))
         trails = [trail for t in given if (trail := self._trails.get(t)) is not None]

@@ -78,6 +78,8 @@ class BackwardPass:
         kept_for_weight, kept_for_input: k of the L tokens that each gradient is computed from; L: exact.
         why_exact: Empty where at least one of the two is low-rank or in low precision.
         precision: Of the product in the input gradient.
+        known_by: How the layout is known: by how many operations it was followed from the model's input, or from the
+            configuration.
     """
 
     num_tokens: int
@@ -86,6 +88,7 @@ class BackwardPass:
     kept_for_input: int
     why_exact: str = ""
     precision: str = "full"
+    known_by: str = ""
 
 
 class LBPWHTLayer(BaseTunerLayer):
@@ -152,6 +155,14 @@ class LBPWHTLayer(BaseTunerLayer):
         """How to prepare the backward pass; None where it has to be, or may as well be, exact."""
         self._warn_of_slow_dtype(x)
         record = self.finder.record(self.layer_name, x, self._channels_axis(x))
+        plan = self._plan_for(x, base, train_weight, rule, record)
+        if not torch.compiler.is_compiling() and (ran := self.last_backward) is not None:
+            self.last_backward = replace(ran, known_by=_known_by(record, rule, ran))
+        return plan
+
+    def _plan_for(
+        self, x: Tensor, base: nn.Module, train_weight: bool, rule: BackwardRule, record: LayoutRecord
+    ) -> BackwardPlan | None:
         # Within vmap, tensors do not know whether a transform around it differentiates them.
         train_weight, needs_x = (needed or in_transform() for needed in (train_weight, x.requires_grad))
         for_weight = rule.for_weight if train_weight else None
@@ -262,10 +273,9 @@ class LBPWHTLayer(BaseTunerLayer):
         self._check_layout(x, record.layout)
         return record.layout, self.finder.padding(self.layer_name, record, x)
 
-    def _noted(self, x: Tensor, y: Tensor) -> Tensor:
-        """The output of a low-rank layer, which operations that follow it can be traced from."""
-        self.finder.note_output(x, y, self._channels_axis(x))
-        return y
+    def _as_one_operation(self, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
+        """What a function makes of x, which takes each token by itself; tokens are not followed through its parts."""
+        return self.finder.as_one_operation(x, run, self._channels_axis(x))
 
     def _given_layout(self, x: Tensor, record: LayoutRecord, rule: BackwardRule) -> TokenLayout:
         """The layout that the configuration gives, checked against the input."""
@@ -342,6 +352,14 @@ def _dtype_of_layer(x: Tensor) -> torch.dtype:
 
 def _num_tokens(shape: torch.Size) -> int:
     return math.prod(shape[1:-1]) if len(shape) > 2 else 0
+
+
+def _known_by(record: LayoutRecord, rule: BackwardRule, ran: BackwardPass) -> str:
+    if ran.layout is None:
+        return ""
+    if rule.grid_size is not None and not record.text:
+        return "grid_size"
+    return f"{record.steps} operations"
 
 
 def _check_given(layout: TokenLayout, rule: BackwardRule) -> None:

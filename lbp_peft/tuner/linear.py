@@ -107,7 +107,7 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
         plan = None if rule is None else self._plan(x, self.get_base_layer(), weight.requires_grad, rule)
         if plan is None:
             return self._multiply(x, weight, bias)
-        return self._noted(x, self._multiply_low_rank(x, weight, bias, plan))
+        return self._as_one_operation(x, lambda: self._multiply_low_rank(x, weight, bias, plan))
 
     def _run_base_layer(self, x: Tensor, rule: BackwardRule | None) -> Tensor:
         """Where the base layer computes something else, or in another way, than a plain one."""
@@ -127,8 +127,8 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
             return base(x)
         if not self._is_token_wise(base, x, None):
             return base(x)
-        y = low_rank_layer(base, x, plan.layout, plan.for_weight, plan.for_input, padding=plan.padding)
-        return self._noted(x, y)
+        run = functools.partial(low_rank_layer, base, x, plan.layout, plan.for_weight, plan.for_input)
+        return self._as_one_operation(x, lambda: run(padding=plan.padding))
 
     def _parameters_to_put_in(self, base: nn.Module) -> dict[str, Tensor]:
         self.check_base_weight_is_a_parameter()

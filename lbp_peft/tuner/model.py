@@ -61,7 +61,9 @@ class LBPWHTModel(BaseTuner):
         config: Any = peft_config if injected else peft_config[adapter_name]
         self.peft_config: Any
         self.stack = None if injected else stack_beneath(model)
-        if config.stack_on and (injected or self.stack is not None):
+        if config.stack_on and injected:
+            raise ValueError(_no_stack_by_injection(config))
+        if config.stack_on and self.stack is not None:
             raise ValueError(
                 "stack_on brings adapters of its own and needs a plain model. To stack on those of this model, leave "
                 "it out; to put both on a plain model, use get_peft_model."
@@ -312,3 +314,15 @@ class LBPWHTModel(BaseTuner):
 def _stack_of(model: nn.Module) -> Stack | None:
     tuner = getattr(model, "base_model", None)
     return tuner.stack if isinstance(tuner, LBPWHTModel) else None
+
+
+def _no_stack_by_injection(config: Any) -> str:
+    """Why transformers' own `from_pretrained`, `load_adapter`, `add_adapter` and `pipeline` refuse a stack."""
+    beneath = ", ".join(sorted({str(getattr(c.peft_type, "value", c.peft_type)) for c in config.stack_on.values()}))
+    return (
+        f"This adapter is a stack, LBP-WHT on {beneath} (stack_on). transformers' own from_pretrained, load_adapter, "
+        "add_adapter and PEFT's inject_adapter_in_model take one method only. Load a stack into its base model: "
+        "PeftModel.from_pretrained(base_model, folder); create one: get_peft_model(base_model, config). For inference "
+        f"the {beneath} part is enough, which model.stacked_on.save_pretrained(folder) writes as a checkpoint of its "
+        "own that transformers loads."
+    )

@@ -27,7 +27,7 @@ class LayoutReport:
         return {name: ran.why_exact for name, ran in self.layers.items() if ran is not None and ran.why_exact}
 
     def __str__(self) -> str:
-        header = ("layer", "grid", "outside", "tokens", "k for dW", "k for dx", "dx in", "backward")
+        header = ("layer", "grid", "followed through", "outside", "tokens", "k for dW", "k for dx", "dx in", "backward")
         rows = [header, *(_row(name, ran) for name, ran in self.layers.items())]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         return "\n".join(
@@ -37,16 +37,18 @@ class LayoutReport:
 
 def _row(name: str, ran: BackwardPass | None) -> tuple[str, ...]:
     if ran is None:
-        return (name, "-", "-", "-", "-", "-", "-", "not called in training mode yet")
+        return (name, *["-"] * 7, "not called in training mode yet")
     grid = f"{ran.layout.grid[0]} x {ran.layout.grid[1]}" if ran.layout else "-"
     outside = str(ran.layout.num_outside) if ran.layout else "-"
     kept = [str(ran.kept_for_weight), str(ran.kept_for_input)] if not ran.why_exact else ["-", "-"]
     how = f"exact: {ran.why_exact}" if ran.why_exact else "low-rank"
-    return (name, grid, outside, str(ran.num_tokens), *kept, ran.precision, how)
+    return (name, grid, ran.known_by or "-", outside, str(ran.num_tokens), *kept, ran.precision, how)
 
 
 def layout_report(model: nn.Module) -> LayoutReport:
     """List, for each layer with LBP-WHT adapters, its grid, prefix tokens, k of L, and why it is exact where it is.
+
+    The column "followed through" says through how many operations the grid was followed from the model's input.
 
     Args:
         model: Any model with LBP-WHT layers. They report their last forward pass in training mode.

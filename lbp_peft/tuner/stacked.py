@@ -99,18 +99,9 @@ class LBPWHTStacked(nn.Module, Inside, LBPWHTLayer):
             return plain(host, x)
         parts = None if self._on_images else _lora_parts(host, x)
         if parts is not None and (base is host or not _have_to_be_called(base, parts, x)):
-            y = low_rank_linear(
-                x,
-                base.weight,
-                base.bias,
-                plan.layout,
-                plan.for_weight,
-                plan.for_input,
-                _branches(host, x, parts),
-                plan.padding,
-                plan.precision,
-            )
-            return self._noted(x, y)
+            branches = _branches(host, x, parts)
+            given = (plan.layout, plan.for_weight, plan.for_input, branches, plan.padding, plan.precision)
+            return self._as_one_operation(x, lambda: low_rank_linear(x, base.weight, base.bias, *given))
         if parts is not None:
             linears = [base, *(part for lora_parts in parts for part in (lora_parts.down, lora_parts.up))]
             if any(part.weight.is_meta and not is_offloaded(part) for part in linears):
@@ -120,7 +111,7 @@ class LBPWHTStacked(nn.Module, Inside, LBPWHTLayer):
                     "first."
                 )
             if not any(has_own_forward(part) for part in linears):
-                return self._noted(x, eagerly(_call_parts, host, x, linears, plan))
+                return eagerly(_call_parts, self, host, x, linears, plan)
         plan = self._of_full_precision(x, plan)
         if plan is None:
             return plain(host, x)
@@ -132,8 +123,13 @@ class LBPWHTStacked(nn.Module, Inside, LBPWHTLayer):
         state = functools.partial(_state, host)
         if not self._is_token_wise(layer, tokens, (state(), host.training)):
             return plain(host, x)
-        y = low_rank_layer(layer, tokens, plan.layout, plan.for_weight, plan.for_input, state, plan.padding)
-        return self._noted(x, y.movedim(-1, 1) if self._on_images else y)
+        low_rank = functools.partial(low_rank_layer, layer, tokens, plan.layout, plan.for_weight, plan.for_input)
+
+        def run() -> Tensor:
+            y = low_rank(state, plan.padding)
+            return y.movedim(-1, 1) if self._on_images else y
+
+        return self._as_one_operation(x, run)
 
     def _trains_whole_weight(self, base: Any) -> bool:
         return bool(base.weight.requires_grad)
@@ -221,7 +217,7 @@ def _state(host: Any) -> tuple:
     return tuple(str(getattr(host, name, None)) for name in names)
 
 
-def _call_parts(host: Any, x: Tensor, linears: list[Any], plan: BackwardPlan) -> Tensor:
+def _call_parts(layer: LBPWHTStacked, host: Any, x: Tensor, linears: list[Any], plan: BackwardPlan) -> Tensor:
     """The host's own forward pass, each of its linear parts with a low-rank backward pass of its own."""
     base = linears[0]
 
@@ -229,16 +225,10 @@ def _call_parts(host: Any, x: Tensor, linears: list[Any], plan: BackwardPlan) ->
         if z.shape[:-1] != x.shape[:-1]:  # a hook made something else of the tokens
             return F.linear(z, part.weight, part.bias)
         takes_tokens = part.weight.shape[1] == base.weight.shape[1]  # others take r features of each
-        return low_rank_linear(
-            z,
-            part.weight,
-            part.bias,
-            plan.layout,
-            plan.for_weight,
-            plan.for_input if takes_tokens else None,
-            padding=plan.padding,
-            precision=plan.precision if part is base else FULL,
-        )
+        for_input = plan.for_input if takes_tokens else None
+        precision = plan.precision if part is base else FULL
+        given = (plan.layout, plan.for_weight, for_input, (), plan.padding, precision)
+        return layer._as_one_operation(z, lambda: low_rank_linear(z, part.weight, part.bias, *given))
 
     with ExitStack() as stack:
         for part in linears:

@@ -1,0 +1,151 @@
+"""Folders of trained models that others can use: what is written beside the weights, and how to load them again.
+
+    adapter/       the weights, as PEFT or transformers writes them
+      model_config/config.json   configuration of the model with the names of the classes
+      preprocessor_config.json   image processor, at the size that was trained on
+      README.md                  model card, with the lines that load and predict
+
+The configuration has a folder of its own: transformers takes an adapter's folder with a config.json in it for a whole
+model, and would look there for the weights of the base model, too.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub.errors import HFValidationError
+from peft import PeftConfig, PeftModel
+from PIL import Image
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
+from transformers.image_processing_base import ImageProcessingMixin
+
+import lbp_peft  # noqa: F401  registers LBP-WHT with PEFT
+
+from .images import Preprocessor
+from .models import forward_arguments
+from .places import looks_like_path
+from .storedimages import as_rgb
+from .terminal import cause_of
+
+MODEL_CONFIG = "model_config"
+CANNOT_READ = (OSError, ValueError, KeyError, HFValidationError)
+
+
+def processor_in_effect(preprocessor: Preprocessor) -> ImageProcessingMixin:
+    """The checkpoint's image processor, set to the size that the options ask for."""
+    processor = preprocessor.processor
+    if not preprocessor.overrides:
+        return processor
+    return type(processor).from_dict(processor.to_dict() | preprocessor.overrides)
+
+
+def write_beside(model: PreTrainedModel | PeftModel, preprocessor: Preprocessor, card: str, folder: Path) -> None:
+    """Complete a folder that `model.save_pretrained` wrote.
+
+    Args:
+        card: Text of its README.md, in place of PEFT's template.
+    """
+    if isinstance(model, PeftModel):
+        base = model.get_base_model()
+        config = copy.deepcopy(base.config)
+        config.architectures = [type(base).__name__]
+        config.save_pretrained(folder / MODEL_CONFIG)
+    processor_in_effect(preprocessor).save_pretrained(folder)
+    (folder / "README.md").write_text(card)
+
+
+@dataclass
+class Predictor:
+    """A trained model and its image processor.
+
+    Args:
+        model: In eval mode, a plain model of transformers.
+        arguments: Further arguments of its forward pass.
+    """
+
+    model: PreTrainedModel
+    processor: ImageProcessingMixin
+    arguments: dict[str, Any]
+
+    @property
+    def names(self) -> list[str]:
+        """Of the classes."""
+        labels = self.model.config.id2label
+        return [labels[index] for index in range(len(labels))]
+
+    @property
+    def segments(self) -> bool:
+        """Whether it gives each pixel a class, and not each image."""
+        return "Segmentation" in type(self.model).__name__
+
+
+def load(folder: Path, base: str | None = None) -> Predictor:
+    """Load what an example program, or [`write_beside`], has written.
+
+    Args:
+        folder: Of an adapter or of a fully fine-tuned model.
+        base: The base model, where it is no longer where the adapter was trained.
+
+    Raises:
+        SystemExit: something is missing; the message says what.
+    """
+    try:
+        processor = AutoImageProcessor.from_pretrained(folder)
+    except CANNOT_READ as error:
+        raise SystemExit(f"{folder} has no image processor (preprocessor_config.json): {cause_of(error)}") from None
+    model = _load_adapter(folder, base) if (folder / "adapter_config.json").exists() else _load_whole(folder)
+    height, width = pixels(processor, Image.new("RGB", (64, 64))).shape[-2:]
+    return Predictor(model.eval(), processor, forward_arguments(model, (height, width)))
+
+
+def pixels(processor: ImageProcessingMixin, image: Image.Image) -> torch.Tensor:
+    """(1, 3, height, width)."""
+    return processor(images=as_rgb(image), return_tensors="pt")["pixel_values"]
+
+
+def _load_whole(folder: Path) -> PreTrainedModel:
+    try:
+        name = json.loads((folder / "config.json").read_text())["architectures"][0]
+        return getattr(transformers, name).from_pretrained(folder)
+    except (*CANNOT_READ, AttributeError) as error:
+        raise SystemExit(f"{folder} holds neither an adapter nor a model: {cause_of(error)}") from None
+
+
+def _load_adapter(folder: Path, base: str | None) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(folder / MODEL_CONFIG)
+        path = base or PeftConfig.from_pretrained(folder).base_model_name_or_path
+    except CANNOT_READ as error:
+        raise SystemExit(f"{folder} is no adapter of an example program: {cause_of(error)}") from None
+    if looks_like_path(path) and not Path(path).expanduser().is_dir():
+        raise SystemExit(f"{path}, the base model of {folder}, is not there. Name its place with --base.")
+    try:
+        model = base_model(path, config)
+    except CANNOT_READ as error:
+        raise SystemExit(
+            f"{path}, the base model of {folder}, cannot be loaded: {cause_of(error)}. Name its place with --base."
+        ) from None
+    try:
+        adapted = PeftModel.from_pretrained(model, folder)
+    except (*CANNOT_READ, RuntimeError) as error:
+        raise SystemExit(f"{folder} cannot be loaded into {path}: {cause_of(error)}") from None
+    return adapted.merge_and_unload()
+
+
+def base_model(path: str, config: transformers.PretrainedConfig) -> PreTrainedModel:
+    """The base model with the head that the configuration describes, whose weights the adapter brings."""
+    cls = getattr(transformers, config.architectures[0])
+    # Whether the checkpoint has the head, too, and not the backbone alone.
+    is_whole = AutoConfig.from_pretrained(path).model_type == config.model_type
+    if getattr(config, "backbone_config", None) is None or is_whole:
+        return cls.from_pretrained(path, config=config, ignore_mismatched_sizes=True, dtype="float32")
+    model = cls(config)  # a new head that was put on a backbone
+    out_indices = config.backbone_config.out_indices
+    model.backbone = type(model.backbone).from_pretrained(path, out_indices=out_indices, dtype="float32")
+    return model

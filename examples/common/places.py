@@ -1,0 +1,58 @@
+"""Names of local folders and of models and data sets on the hub: a mistyped folder is not looked for on the hub."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+
+FILE_ENDINGS = (
+    ".arrow", ".bin", ".csv", ".gz", ".jpeg", ".jpg", ".json", ".jsonl", ".parquet", ".png", ".pt", ".pth", ".py",
+    ".safetensors", ".tar", ".tsv", ".txt", ".webdataset", ".yaml", ".yml", ".zip",
+)  # fmt: skip
+
+
+def local_folder(name: str, flag: str) -> Path | None:
+    """The local folder of this name; None for a name that is to be looked for on the hub.
+
+    Args:
+        name: As the user gave it.
+        flag: Where the user gave it, for the message.
+
+    Raises:
+        SystemExit: there is no such folder, and the name is that of a path; or it is a file.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise SystemExit(f"{flag} {name}: this is a file, not a folder.{_remedy_for_file(path, flag)}")
+    if looks_like_path(name):
+        raise SystemExit(f"{flag} {name}: there is no such folder.{similar(path)}")
+    return None
+
+
+def looks_like_path(name: str) -> bool:
+    """Whether a name must be that of a file or folder, as no id on the hub looks so or the folder around it exists."""
+    path = Path(name).expanduser()
+    return (
+        not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
+        or name.startswith((".", "~", "/"))
+        or name.lower().endswith(FILE_ENDINGS)
+        or ("/" in name and path.parent.exists())
+    )
+
+
+def similar(path: Path) -> str:
+    """A sentence that names what lies beside a path that is not there, and is spelt much like it; or ""."""
+    parent = path.parent
+    if not parent.is_dir():
+        return f" There is no folder {parent} either."
+    matches = difflib.get_close_matches(path.name, [other.name for other in parent.iterdir()], n=1)
+    return f" Did you mean {parent / matches[0]}?" if matches else ""
+
+
+def _remedy_for_file(path: Path, flag: str) -> str:
+    if flag != "--dataset":
+        return ""
+    return " Give Parquet files to --train_files." if path.suffix == ".parquet" else " Unpack it, or name its folder."

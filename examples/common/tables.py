@@ -1,0 +1,52 @@
+"""Tables for the terminal."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+
+WIDTH = 120
+
+
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], width: int = WIDTH) -> str:
+    """Columns as wide as their widest cell, the first to the left, the others to the right.
+
+    Where a line would be longer than `width`, cells of the first column that are long stand on lines of their own, the
+    others of their row below them; then headings go over several lines.
+    """
+    body = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else [0] * len(header)
+    widths = [max(len(heading), cells) for heading, cells in zip(header, body, strict=True)]
+    gaps = 2 * (len(header) - 1)
+
+    def narrow_the_first(least: int) -> None:
+        widths[0] = max(min(least, widths[0]), min(widths[0], width - gaps - sum(widths[1:])))
+
+    narrow_the_first(least=40)
+    while sum(widths) + gaps > width:  # the widest heading that can still be broken gives way
+        breakable = [
+            (own, index)
+            for index, own in enumerate(widths)
+            if index and own > max(body[index], *map(len, header[index].split()))
+        ]
+        if not breakable:
+            break
+        widths[max(breakable)[1]] -= 1
+    narrow_the_first(least=20)
+    lines = _broken(header, widths)
+    lines.append("-" * (sum(widths) + gaps))
+    for first, *others in rows:
+        if len(first) > widths[0]:
+            lines += textwrap.wrap(first, width)
+            first = ""
+        lines += _broken([first, *others], widths)
+    return "\n".join(lines)
+
+
+def _broken(cells: Sequence[str], widths: Sequence[int]) -> list[str]:
+    """A row of a table as one line, or as several where cells are wider than their columns."""
+    parts = [textwrap.wrap(cell, own) or [""] for cell, own in zip(cells, widths, strict=True)]
+    lines = []
+    for number in range(max(map(len, parts))):
+        line = [part[number] if number < len(part) else "" for part in parts]
+        lines.append("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]))
+    return lines

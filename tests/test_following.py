@@ -1,0 +1,465 @@
+"""Where tokens lie is followed from the image, not guessed from their number: cases in which a guess goes wrong."""
+
+import copy
+import threading
+import warnings
+
+import pytest
+import reference
+import torch
+import transformers
+from models import images, largest_difference, layers_of, tiny_vit
+from peft import get_peft_model
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lbp_peft import LBPWHTConfig, exact_backward, layout_report, verify_layout
+from lbp_peft.layout.inputs import start
+from lbp_peft.layout.positions import column_of, number_of, row_of
+from lbp_peft.layout.tracer import PositionTracer
+
+SIDE = 8  # of the grids below, in patches
+
+
+class Net(nn.Module):
+    """Patches, `arrange`d in some way, through layers that treat every token alike."""
+
+    def __init__(self, arrange=lambda tokens: tokens, width=16):
+        super().__init__()
+        torch.manual_seed(0)
+        self.arrange = arrange
+        self.cut = nn.Conv2d(3, width, 4, 4)
+        self.blocks = nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(width, width)}) for _ in range(2)])
+
+    def forward(self, x):
+        tokens = self.arrange(self.cut(x).flatten(2).transpose(1, 2))
+        for block in self.blocks:
+            tokens = tokens + torch.tanh(block["fc"](tokens))
+        return tokens
+
+
+def adapted(model, **settings):
+    return get_peft_model(model, LBPWHTConfig(**({"r": 3, "grad_input": "full"} | settings))).train()
+
+
+def found(model):
+    """The layouts of all layers that ran, and the warnings' reasons."""
+    return {ran.layout for ran in layout_report(model).layers.values() if ran is not None}
+
+
+def gradients(model, x, **how):
+    model.zero_grad()
+    model(x, **how).sin().square().sum().backward()
+    return {n: p.grad.double().clone() for n, p in model.named_parameters() if p.grad is not None and "lbpwht" in n}
+
+
+def last_layer(model):
+    """The weight gradient of the last layer, and the input and output gradient that it is made of."""
+    layer = list(layers_of(model).values())[-1]
+    seen = {}
+
+    def note(module, args, output):
+        seen["x"] = args[0].detach()
+        output.register_hook(lambda grad: seen.update(g=grad))
+
+    hook = layer.register_forward_hook(note)
+    gradients(model, images())
+    hook.remove()
+    return layer.lbpwht_weight["default"].grad.double(), seen["x"].double(), seen["g"].double()
+
+
+def expected_gradient(x, g, bases):
+    """Of tokens (N, L, C)."""
+    x, g = (torch.einsum("kl,nlc->nkc", bases, t) for t in (x, g))
+    return torch.einsum("nko,nki->oi", g, x)
+
+
+def close(a, b):
+    return bool((a - b).norm() < 1e-5 * b.norm())
+
+
+ARRANGEMENTS = {
+    # how the tokens come: what makes (images, tokens row by row, C) of them
+    "row by row": (lambda t: t, lambda t: t),
+    "sequence first": (lambda t: t.transpose(0, 1), lambda t: t.transpose(0, 1)),
+    "channels last": (lambda t: t.unflatten(1, (SIDE, SIDE)), lambda t: t.flatten(1, 2)),
+    "rows, images, columns": (
+        lambda t: t.unflatten(1, (SIDE, SIDE)).transpose(0, 1), lambda t: t.transpose(0, 1).flatten(1, 2)),
+    "column by column": (lambda t: t.unflatten(1, (SIDE, SIDE)).transpose(1, 2).flatten(1, 2), None),
+    "upside down": (lambda t: t.flip(1), None),
+    "packed": (lambda t: t.flatten(0, 1), lambda t: t.unflatten(0, (2, -1))),
+    "in a fixed order": (lambda t: t[:, torch.arange(SIDE**2).view(2, -1).t().flatten()], None),
+    "rolled": (lambda t: t.unflatten(1, (SIDE, SIDE)).roll((2, 3), (1, 2)).flatten(1, 2), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ARRANGEMENTS)
+def test_tokens_in_any_arrangement_are_projected_on_the_bases_of_their_grid(name):
+    arrange, restore = ARRANGEMENTS[name]
+    model = adapted(Net(arrange))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        gradient, x, g = last_layer(model)
+    bases = reference.orthogonal_bases((SIDE, SIDE), 3)
+    places = arrange(torch.arange(float(SIDE**2)).view(1, -1, 1).expand(2, -1, 1))
+    if restore is None:  # the same bases, their columns in the order of the tokens
+        order = places[0, :, 0].long()
+        rolled = torch.arange(SIDE**2) if name in ("upside down", "column by column", "rolled") else order
+        x, g, bases = x, g, bases[:, rolled]
+    else:
+        x, g = restore(x), restore(g)
+    assert close(gradient, expected_gradient(x, g, bases))
+    assert not layout_report(model).exact and verify_layout(model, {"x": images()}).ok
+
+
+@pytest.mark.parametrize("num_images", [2, SIDE**2])
+def test_as_many_images_as_tokens_are_no_grid(num_images):
+    model = adapted(Net(lambda t: t.transpose(0, 1)))
+    gradients(model, images(num_images))
+    assert {layout.axes for layout in found(model)} == {(0,)}
+
+
+class Mixer(nn.Module):
+    """A layer that mixes 64 patches, for each of 64 features: its 64 "tokens" are features."""
+
+    def __init__(self):
+        super().__init__()
+        self.cut, self.blocks = nn.Conv2d(3, 64, 4, 4), nn.ModuleList([nn.ModuleDict({"mix": nn.Linear(64, 64)})])
+
+    def forward(self, x):
+        x = self.cut(x).flatten(2)
+        return x + self.blocks[0]["mix"](x)
+
+
+def shuffled_by_data(tokens):
+    order = tokens[..., 0].argsort(1)
+    return tokens.gather(1, order[..., None].expand(-1, -1, tokens.shape[2]))
+
+
+def without_one(tokens):
+    return tokens[:, torch.arange(SIDE**2) != 20]
+
+
+LOST = {
+    "a mixer's features": Mixer,
+    "shuffled by their values": lambda: Net(shuffled_by_data),
+    "shuffled by chance": lambda: Net(lambda t: t[:, torch.randperm(SIDE**2)]),
+    "picked by their values": lambda: Net(lambda t: t[:, t[0, :, 0].topk(49).indices]),
+    "one is missing": lambda: Net(without_one),
+    "by an operation that is not known": lambda: Net(lambda t: torch.fft.fft(t, dim=1).real),
+    "two images in a row": lambda: Net(lambda t: torch.cat((t, t.flip(0)), 1)[:, : 2 * SIDE**2 - 3]),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_what_is_not_known_is_exact_with_one_warning(name):
+    model = adapted(LOST[name]())
+    with pytest.warns(UserWarning, match=r"uses exact backpropagation.*grid_size") as caught:
+        torch.manual_seed(1)
+        low = gradients(model, images())
+    assert len([w for w in caught if "exact backpropagation" in str(w.message)]) == 1
+    assert found(model) == {None}
+    torch.manual_seed(1)
+    with exact_backward(model):
+        assert largest_difference(low, gradients(model, images())) == 0
+
+
+def test_the_warning_names_the_operation_that_lost_the_tokens():
+    model = adapted(Net(lambda t: torch.fft.fft(t, dim=1).real))
+    with pytest.warns(UserWarning, match="blocks.0.fc .*positions were lost in 'fft_fft'"):
+        gradients(model, images())
+
+
+def test_images_picked_by_chance_keep_their_grid():
+    """Stochastic depth that runs a block on some of the images."""
+
+    class OnSome(Net):
+        def forward(self, x):
+            tokens = self.cut(x).flatten(2).transpose(1, 2)
+            for block in self.blocks:
+                some = torch.randperm(len(tokens))[: int(0.7 * len(tokens))]
+                tokens = tokens.index_add(0, some, block["fc"](tokens[some]))
+            return tokens
+
+    model = adapted(OnSome())
+    for _ in range(2):
+        gradients(model, images(8))
+    assert {layout.grid for layout in found(model)} == {(SIDE, SIDE)}
+
+
+class TwoEmbeddings(nn.Module):
+    """8 x 8 patches of one stream and 16 x 4 of another, 64 tokens each, embedded before either is encoded."""
+
+    def __init__(self, shared=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.square, self.flat = nn.Conv2d(3, 16, 4, 4), nn.Conv2d(3, 16, (2, 8), (2, 8))
+        self.blocks = nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(16, 16)}) for _ in range(1 if shared else 2)])
+
+    def forward(self, x, way=None):
+        streams = [cut(x).flatten(2).transpose(1, 2) for cut in (self.square, self.flat)]
+        outputs = []
+        for index, tokens in enumerate(streams):
+            tokens.requires_grad_()  # or use_reentrant=True would train nothing
+            block = self.blocks[index % len(self.blocks)]["fc"]
+            run = block if way is None else lambda t, block=block: checkpoint(block, t, use_reentrant=way)
+            outputs.append(run(tokens))
+        return outputs[0] * outputs[1]
+
+
+def test_each_stream_has_its_own_grid():
+    model = adapted(TwoEmbeddings())
+    gradients(model, images())
+    assert [ran.layout.grid for ran in layout_report(model).layers.values()] == [(8, 8), (16, 4)]
+
+
+@pytest.mark.parametrize("way", [True, False])
+@pytest.mark.parametrize("shared", [False, True])
+def test_each_call_of_a_layer_that_is_run_again_has_its_own_grid(shared, way):
+    model = adapted(TwoEmbeddings(shared), grad_input=3)
+    expected = gradients(model, images())
+    assert largest_difference(gradients(model, images(), way=way), expected) < 1e-6
+
+
+def test_a_replaced_patch_embedding_is_seen():
+    model = adapted(Net())
+    gradients(model, images())
+    net = model.base_model.model
+    net.cut = nn.Conv2d(3, 16, (2, 8), (2, 8))
+    gradients(model, images())
+    assert {layout.grid for layout in found(model)} == {(16, 4)}
+
+
+def test_a_text_that_comes_sequence_first():
+    torch.manual_seed(0)
+    size = {"vocab_size": 50, "d_model": 16, "n_layer": 1, "n_head": 2, "d_inner": 32}
+    model = adapted(transformers.XLNetForSequenceClassification(transformers.XLNetConfig(**size)))
+    model(input_ids=torch.randint(1, 50, (24, 32))).logits.sum().backward()
+    assert {(layout.grid, layout.axes) for layout in found(model)} == {((1, 32), (0,))}
+
+
+def test_a_mask_belongs_to_its_own_pass():
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    model = transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=50, **size))
+    model = adapted(model, r=20)
+    ids, mask, other = torch.randint(1, 50, (2, 24)), *torch.ones(2, 2, 24, dtype=torch.long)
+    mask[0, 15:], other[1, 3:] = 0, 0
+    embeds = torch.randn(2, 24, 16)
+    for inputs in ({"input_ids": ids, "attention_mask": mask}, {"inputs_embeds": embeds},
+                   {"inputs_embeds": embeds, "attention_mask": other}):  # fmt: skip
+        model(**inputs).logits.sum().backward()
+    assert {layout.grid for layout in found(model)} == {(1, 24)}
+
+
+# Passes and their reruns
+
+
+def checkpointed(model, reentrant):
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    return model
+
+
+def gradients_of(model, run):
+    model.zero_grad()
+    run(model).backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def loss_at(model, height, width, count=2):
+    return model(images(count, height, width), interpolate_pos_encoding=True).logits.square().sum()
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_exact_backward_reaches_layers_that_are_run_again(reentrant):
+    def run(model):
+        with exact_backward(model):
+            return model(images()).logits.square().sum()
+
+    expected = gradients_of(adapted(tiny_vit(), grad_input=6), run)
+    found = gradients_of(checkpointed(adapted(tiny_vit(), grad_input=6), reentrant), run)
+    assert largest_difference(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_one_exact_pass_and_one_low_rank_pass_before_one_backward(reentrant):
+    def run(model):
+        low = model(images()).logits.square().sum()
+        with exact_backward(model):
+            return low + model(images(seed=5)).logits.square().sum()
+
+    expected = gradients_of(adapted(tiny_vit(), grad_input=6), run)
+    found = gradients_of(checkpointed(adapted(tiny_vit(), grad_input=6), reentrant), run)
+    assert largest_difference(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("passes", [((32, 32, 4), (32, 32, 3)), ((32, 64, 2), (64, 32, 2)), ((16, 64, 2), (32, 32, 1))])
+def test_batches_of_other_sizes_before_one_backward(passes, reentrant):
+    def run(model):
+        return sum(loss_at(model, *sizes) for sizes in passes)
+
+    expected = gradients_of(adapted(tiny_vit(), grad_input=6), run)
+    found = gradients_of(checkpointed(adapted(tiny_vit(), grad_input=6), reentrant), run)
+    assert largest_difference(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_an_evaluation_between_two_steps_changes_nothing(reentrant):
+    model = checkpointed(adapted(tiny_vit(), grad_input=6), reentrant)
+    expected = gradients_of(model, lambda m: loss_at(m, 32, 64))
+    model.eval()
+    with torch.no_grad():
+        loss_at(model, 64, 32)
+    assert largest_difference(gradients_of(model.train(), lambda m: loss_at(m, 32, 64)), expected) < 1e-6
+
+
+def test_two_threads_with_images_of_two_sizes():
+    """As with the replicas of nn.DataParallel."""
+    model = adapted(tiny_vit())
+    sizes, seen = ((32, 64), (64, 32)), {}
+
+    def run(size):
+        for _ in range(5):
+            copied = copy.copy(model)
+            loss_at(copied, *size)
+            seen.setdefault(size, []).append(torch.autograd.grad(loss_at(copied, *size), wanted))
+
+    wanted = [p for n, p in model.named_parameters() if p.requires_grad and "fc1" in n]
+    expected = {size: torch.autograd.grad(loss_at(model, *size), wanted) for size in sizes}
+    threads = [threading.Thread(target=run, args=(size,)) for size in sizes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for size in sizes:
+        assert len(seen[size]) == 5
+        for found in seen[size]:
+            assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(found, expected[size], strict=True))
+
+
+def test_what_is_kept_does_not_grow_with_image_sizes_and_batches():
+    model = adapted(tiny_vit(image_size=8))
+    finder = next(iter(layers_of(model).values())).finder
+    for step in range(150):
+        loss_at(model, 8 + 4 * (step % 12), 8 + 4 * (step // 12)).backward()
+    assert len(finder._traces) <= 64 and len(finder._kinds) <= 65
+    assert sum(len(passes) for passes in finder._history._passes.values()) <= 128
+    assert all(one.tracer is None for passes in finder._history._passes.values() for _, one in passes)
+
+
+def test_only_the_first_pass_with_inputs_of_a_kind_is_traced(monkeypatch):
+    traced = []
+    trace = PositionTracer.__init__
+    monkeypatch.setattr(PositionTracer, "__init__", lambda self, model: traced.append(model) or trace(self, model))
+    model = adapted(tiny_vit())
+    for _ in range(3):
+        loss_at(model, 32, 32).backward()
+        loss_at(model, 64, 32).backward()
+    assert len(traced) == 2
+    model.eval()
+    loss_at(model, 48, 32)
+    assert len(traced) == 2
+
+
+def test_tracing_changes_neither_outputs_nor_random_numbers():
+    torch.manual_seed(3)
+    plain, model = tiny_vit().train(), adapted(tiny_vit())
+    for _ in range(2):
+        torch.manual_seed(4)
+        expected = plain(images()).logits, torch.rand(1)
+        torch.manual_seed(4)
+        found = model(images()).logits, torch.rand(1)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+# Operations
+
+
+def traced(operation, shape=(2, 3, 8, 12)):
+    """Number, row and column (in pixels) of the elements of what an operation makes of images."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    tracer = PositionTracer(nn.Module())
+    start(tracer, {"x": x})
+    with tracer:
+        y = operation(x)
+    positions = tracer.positions(y)
+    assert positions is None or positions.shape == y.shape
+    return positions, tracer.trail(y)
+
+
+def rows_and_columns(positions):
+    return [(int(row_of(p)) // 4, int(column_of(p)) // 4) for p in positions.flatten()]
+
+
+conv = nn.functional.conv2d
+OPERATIONS = {
+    # name: an operation on (2, 3, 8, 12), and the (row, column) of every element of what it makes of the second image
+    "slice": (lambda x: x[1, 0, 2:4, 5], [(2, 5), (3, 5)]),
+    "mean over channels": (lambda x: x.mean(1)[1, 3, 4:6], [(3, 4), (3, 5)]),
+    "a reshaped transpose": (lambda x: x[1, 0].t().reshape(-1)[:3], [(0, 0), (1, 0), (2, 0)]),
+    "stride": (lambda x: conv(x, torch.ones(1, 3, 1, 1), stride=4)[1, 0].flatten(), [
+        (0, 0), (0, 4), (0, 8), (4, 0), (4, 4), (4, 8)]),
+    "a padded window's centre": (lambda x: conv(x, torch.ones(1, 3, 3, 3), padding=1)[1, 0, 0, :2], [(0, 0), (0, 1)]),
+    "a window's centre": (lambda x: conv(x, torch.ones(1, 3, 3, 3))[1, 0, 0, :2], [(1, 1), (1, 2)]),
+    "twice as fine": (lambda x: nn.functional.interpolate(x, scale_factor=2)[1, 0, 2, 2:5], [(1, 1), (1, 1), (1, 2)]),
+    "pooled": (lambda x: nn.functional.max_pool2d(x, 2)[1, 0, 1, :2], [(2, 0), (2, 2)]),
+    "written into a new tensor": (lambda x: _written(x)[1, 0, 0, 1:4], [(0, 1), (0, 2), (0, 3)]),
+    "einsum": (lambda x: torch.einsum("nchw,dc->nhwd", x, torch.ones(5, 3))[1, 2, 3, :1], [(2, 3)]),
+    "attention": (lambda x: _attend(x)[1, 13:15, 0], [(1, 1), (1, 2)]),
+    "transposed attention": (lambda x: _attend(x, by_hand=True)[1, 13:15, 0], [(1, 1), (1, 2)]),
+    "in place through a view": (lambda x: _in_place(x)[1, 0, 1, :2], [(1, 0), (1, 1)]),
+    "stacked and unbound": (lambda x: torch.stack((x, x), 2).unbind(2)[1][1, 0, 4, :1], [(4, 0)]),
+    "complex": (lambda x: torch.view_as_complex(x.unflatten(3, (6, 2)))[1, 0, 4, :2], [(4, 0), (4, 2)]),
+}  # fmt: skip
+
+
+def _written(x):
+    y = x.new_zeros(2, 3, 8, 12)
+    y[:, :, :4], y[:, :, 4:] = x[:, :, :4], x[:, :, 4:]
+    return y
+
+
+def _in_place(x):
+    y = x.clone()
+    y[:, :, 1:] += y[:, :, :1].mean()
+    return y.mul_(2)
+
+
+def _attend(x, by_hand=False):
+    tokens = x.flatten(2).transpose(1, 2)
+    if by_hand:
+        return (tokens @ tokens.transpose(1, 2)).softmax(-1) @ tokens
+    return nn.functional.scaled_dot_product_attention(tokens[:, None], tokens[:, None], tokens[:, None])[:, 0]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations(name):
+    operation, expected = OPERATIONS[name]
+    positions, _ = traced(operation)
+    assert rows_and_columns(positions) == expected
+    assert {int(number_of(p)) for p in positions.flatten()} == {1}
+
+
+UNKNOWN = {
+    "fft_fft": lambda x: torch.fft.fft(x).real,
+    "sort": lambda x: x.sort(3).values,
+    "cumsum": lambda x: x.cumsum(2),
+    "as_strided": lambda x: x.as_strided((2, 3), (1, 2)),
+    "argsort": lambda x: x.gather(3, x.argsort(3)),
+    "__getitem__": lambda x: x[x > 0],
+    "grid_sample": lambda x: nn.functional.grid_sample(x, torch.rand(2, 4, 4, 2), align_corners=False),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_has_no_rule_loses_positions(name):
+    positions, trail = traced(UNKNOWN[name])
+    assert positions is None and trail.lost_by == name
+
+
+def test_a_mean_over_all_pixels_has_no_position():
+    positions, _ = traced(lambda x: x.mean((2, 3)))
+    assert bool((positions < 0).all())
+    positions, _ = traced(lambda x: x * x.mean((2, 3), keepdim=True))
+    assert rows_and_columns(positions[0, 0, :1, :2]) == [(0, 0), (0, 1)]
