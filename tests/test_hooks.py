@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -174,7 +175,10 @@ def test_the_backward_pass_stays_low_rank_under_hooks(way):
     assert len(told) == len(exact) == (way == "DoRA"), (told, exact)
     if way != "DoRA":
         assert largest_difference(found, expected) < (0.05 if "int8" in way else 1e-5)
-        assert str(report) == str(layout_report(plain))
+        ran, ran_plain = (  # hooks add operations on the way to a layer
+            [one and replace(one, known_by="") for one in layout_report(m).layers.values()] for m in (watched, plain)
+        )
+        assert ran == ran_plain
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -154,6 +154,8 @@ def test_an_incomplete_checkpoint_is_not_loaded_silently(tmp_path, caplog):
     # transformers loads by a path of its own, which reports what is missing instead of refusing.
     import transformers
 
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_warning()
     transformers.logging.enable_propagation()
     try:
         loaded.load_adapter(str(tmp_path))
@@ -163,6 +165,7 @@ def test_an_incomplete_checkpoint_is_not_loaded_silently(tmp_path, caplog):
         assert "lbpwht_bias" in caplog.text
     finally:
         transformers.logging.disable_propagation()
+        transformers.logging.set_verbosity(verbosity)
     assert all(torch.isfinite(t).all() for t in state_of(loaded).values())
 
 
