@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import transformers
@@ -24,7 +25,10 @@ sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "tests")]
 import architectures  # noqa: E402
 import checks  # noqa: E402
 import timm_architectures  # noqa: E402
+import vlm_architectures  # noqa: E402
 from models import layers_of  # noqa: E402
+
+from lbp_peft import TokenLayout  # noqa: E402
 
 BEGIN, END = "<!-- written by models_table.py: begin -->", "<!-- end -->"
 
@@ -42,11 +46,14 @@ def main() -> None:
         f"and torch {torch.__version__.split('+')[0]}, {datetime.date.today()}."
     )
     header = ("adapted", "low-rank", "exact")
+    with_grids = ("built by", "adapted", "low-rank", "grids found", "exact")
     tables = [
         "## transformers",
         _table(("model type", "built by", *header), _rows(architectures.ARCHITECTURES)),
         "Not checked:",
         _table(("model type", "why"), sorted(architectures.LEFT_OUT.items())),
+        "## Vision-language and encoder-decoder models",
+        _table(("model type", *with_grids), _rows(vlm_architectures.ARCHITECTURES, with_grids=True)),
         "## timm",
         _table(("model", *header), _rows(timm_architectures.ARCHITECTURES)),
         made,
@@ -54,24 +61,26 @@ def main() -> None:
     page.write_text("\n\n".join([before + BEGIN, *tables, END]) + rest.split(END)[1])
 
 
-def _rows(models: Iterable[Any]) -> Iterator[tuple[str, ...]]:
+def _rows(models: Iterable[Any], with_grids: bool = False) -> Iterator[tuple[str, ...]]:
     for architecture in sorted(models, key=lambda architecture: architecture.name):
         print(architecture.name, flush=True)
         built_by = [f"`{architecture.task}`"] if hasattr(architecture, "task") else []
-        yield (architecture.name, *built_by, *_counts(architecture))
+        adapted, low_rank, grids, exact = _counts(architecture)
+        yield (architecture.name, *built_by, adapted, low_rank, *([grids] if with_grids else []), exact)
 
 
-def _counts(architecture: Any) -> tuple[str, str, str]:
-    """How many layers are adapted, low-rank, and exact for which reasons."""
+def _counts(architecture: Any) -> tuple[str, str, str, str]:
+    """How many layers are adapted and low-rank; on which grids; how many are exact for which reasons."""
     base = architecture.build()
     model = checks.adapted(base, r=checks.R)
     record = checks.Record(base, list(layers_of(model)))
     batch = architecture.batch()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(), mock.patch("lbp_peft.tuner.layer.low_rank_pays", lambda *_: True):
+        warnings.simplefilter("ignore")  # and layers this narrow are not left exact, as in the tests
         for each in (base, model):
             checks.tensors(each, batch)
     whys: Counter[str] = Counter()
+    grids: dict[str, None] = {}  # in their order
     report = checks.report_of(model)
     for name, ran in report.items():
         if ran is None:
@@ -80,8 +89,19 @@ def _counts(architecture: Any) -> tuple[str, str, str]:
             layout = checks.layout_of(architecture, name, record.layers[name], record.inputs[name][-1])
             few = "a grid of few tokens" if "as many rows as there are tokens" in ran.why_exact else ran.why_exact
             whys[layout if isinstance(layout, str) else few] += 1
+        if ran is not None and ran.layout is not None:
+            grids[_words_for(ran.layout)] = None
     exact = "; ".join(f"{count}: {why}" for why, count in whys.most_common())
-    return str(len(report)), str(len(report) - whys.total()), exact
+    return str(len(report)), str(len(report) - whys.total()), "; ".join(grids), exact
+
+
+def _words_for(layout: TokenLayout) -> str:
+    """A layout, such as "8 x 12 after 1 token, 2 images in a row"."""
+    parts = [f"{layout.grid[0]} x {layout.grid[1]}"]
+    for word, count in (("after", layout.num_prefix_tokens), ("before", layout.num_suffix_tokens)):
+        parts += [f"{word} {count} token{'s' if count > 1 else ''}"] if count else []
+    parts += ["in another order"] if layout.order is not None else []
+    return " ".join(parts) + (f", {layout.packed} images in a row" if layout.packed > 1 else "")
 
 
 def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -335,7 +335,7 @@ ARCHITECTURES = [
         "hidden_size": 32, "num_hidden_layers": 2, "num_global_layers": 1, "attention_heads": 2,
         "intermediate_size": 64, "image_size": 64, "patch_size": 8, "max_num_tiles": 1,
         "supported_aspect_ratios": [[1, 1]], "intermediate_layers_indices": [0], "vision_output_dim": 64},
-        {"": "tiles of an image, each padded to a multiple of eight tokens"}, (64, 64), lambda x: {
+        {"": (8, 8, 1, 7)}, (64, 64), lambda x: {
             "pixel_values": x[:, None, None], "aspect_ratio_ids": torch.tensor([[1], [1]]),
             "aspect_ratio_mask": torch.ones(2, 1, 1, dtype=torch.long)}, config_type="mllama_vision_model"),
     Architecture("align", "AutoModelForZeroShotImageClassification", {

@@ -2,6 +2,7 @@
 
 import pytest
 import timm_architectures
+import vlm_architectures
 from architectures import ARCHITECTURES, LEFT_OUT, mapped_types
 from checks import check
 from models import ROOT
@@ -30,5 +31,6 @@ def test_the_tables_in_the_docs_are_of_these_lists():
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
     rows = [row for row in rows if row[0] not in ("model type", "model", "---")]
     assert [row[0] for row in rows if len(row) == 5] == sorted(architecture.name for architecture in ARCHITECTURES)
+    assert [row[0] for row in rows if len(row) == 6] == sorted(a.name for a in vlm_architectures.ARCHITECTURES)
     assert [row for row in rows if len(row) == 2] == [list(item) for item in sorted(LEFT_OUT.items())]
     assert [row[0] for row in rows if len(row) == 4] == sorted(a.name for a in timm_architectures.ARCHITECTURES)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from architectures import Unrolled, spread
+from architectures import Elsewhere, Unrolled, spread
 from torch import Tensor, nn
 
 
@@ -48,11 +48,13 @@ FOUR = {"depths": (1, 1, 1, 1), "dims": (16, 32, 32, 32)}
 FLAT = {"depth": 2, "embed_dim": 48, "num_heads": 3}
 SWIN = {"embed_dim": 24, "depths": (2, 2, 2, 2), "num_heads": (1, 2, 2, 2)}
 ATTENTION_MAPS = "attention maps"
+# Of attention maps (N, queries, keys, heads), the queries of each key.
+QUERIES_OF_MAPS = Elsewhere(8, 8, 0, lambda x: x.transpose(1, 2).flatten(0, 1))
 
 ARCHITECTURES = [
     TimmArchitecture("beit_base_patch16_224", FLAT | {"img_size": 96}, 96, {"": (6, 6, 1)}),
     TimmArchitecture("cait_xxs24_224", FLAT | {"img_size": 128, "patch_size": 16}, 128, {
-        "": (8, 8), r"proj_[lw]$": ATTENTION_MAPS, r"token_only.*attn\.[kv]$": (8, 8, 1)}),
+        "": (8, 8), r"proj_[lw]$": QUERIES_OF_MAPS, r"token_only.*attn\.[kv]$": (8, 8, 1)}),
     TimmArchitecture("convnext_tiny", FOUR, 96, _stages(96)),
     TimmArchitecture("convnextv2_atto", FOUR, 96, _stages(96)),
     TimmArchitecture("davit_tiny", {
@@ -60,7 +62,8 @@ ARCHITECTURES = [
         _stages(224) | {r"\.0\.0\.attn": (7, 7)}),
     TimmArchitecture("deit3_small_patch16_224", FLAT | {"img_size": 96}, 96, {"": (6, 6, 1)}),
     TimmArchitecture("deit_tiny_distilled_patch16_224", FLAT | {"img_size": 96}, 96, {"": (6, 6, 2)}),
-    TimmArchitecture("edgenext_xx_small", {"depths": (1, 1, 2, 1)}, 128, _stages(128)),
+    TimmArchitecture("edgenext_xx_small", {"depths": (1, 1, 2, 1)}, 128, _stages(128) | {
+        "pos_embd": "made of the grid alone, not of the image"}),
     TimmArchitecture("efficientformer_l1", {"depths": (1, 1, 1, 2)}, 224, _stages(224)),
     TimmArchitecture("efficientformer_l7", {"depths": (1, 1, 1, 2), "num_vit": 1}, 224, _stages(224)),
     TimmArchitecture("efficientformerv2_s0", {"depths": (1, 1, 1, 2)}, 224, {"talking_head": ATTENTION_MAPS}),

@@ -28,7 +28,7 @@ from . import compiled
 from .inputs import FIRST_TEXT, named_inputs, positions_of_images, signature, start
 from .operations import with_mixed_channels
 from .positions import mixed
-from .recognition import NoTokensError, UnknownLayoutError, read_layout
+from .recognition import NoTokensError, SingleTokenError, UnknownLayoutError, read_layout
 from .reruns import PassHistory, calls_to_rerun, current_hook, forget_rerun, next_number
 from .tracer import PositionTracer
 
@@ -482,7 +482,8 @@ def _read(one: ForwardPass, x: Tensor, channels_axis: int) -> LayoutRecord:
     assert one.tracer is not None
     trail, shape = one.tracer.trail(x), token_shape(x, channels_axis)
     if trail is None:
-        return LayoutRecord(None, "its tokens do not come from the model's input", 0, "", shape, is_surprising=False)
+        why = "its tokens do not come from the model's input"
+        return LayoutRecord(None, why, 0, "", shape, is_surprising=x.dim() > 2)
     lost = f" (positions were lost in {trail.lost_by!r})" if trail.lost_by else ""
     if trail.positions is None:
         return LayoutRecord(None, f"it is not known where its tokens lie{lost}", trail.steps, "", shape)
@@ -503,7 +504,8 @@ def _read_positions(positions: Tensor, x: Tensor, channels_axis: int) -> LayoutR
         try:
             found = read_layout(mixed(positions, channels_axis).squeeze(channels_axis))
         except UnknownLayoutError as error:
-            is_surprising = not isinstance(error, NoTokensError)
+            benign = (SingleTokenError, NoTokensError) if x.dim() == 2 else SingleTokenError
+            is_surprising = not isinstance(error, benign)
             return LayoutRecord(None, str(error), shape=shape, is_surprising=is_surprising, remedy=error.remedy)
     return LayoutRecord(found.layout, shape=shape, source=found.source)
 

@@ -31,7 +31,11 @@ class SeveralImagesError(UnknownLayoutError):
 
 
 class NoTokensError(UnknownLayoutError):
-    """There are no tokens to speak of: none from a place of the input, or one for each image."""
+    """None of the tokens comes from a place of the input."""
+
+
+class SingleTokenError(UnknownLayoutError):
+    """There is one token of each image, so that there is nothing to gain."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ def _read_layout(positions: Tensor) -> FoundLayout:
         raise NoTokensError("none of its tokens is at a place of the input")
     long_axes = [axis for axis, size in enumerate(positions.shape) if size > 1]
     if not long_axes:
-        raise NoTokensError("its input has a single token")
+        raise SingleTokenError("its input has a single token")
     found, errors = [], []
     for count in range(1, len(long_axes) + 1):
         for token_axes in itertools.combinations(long_axes, count):
@@ -92,7 +96,7 @@ def _read_layout(positions: Tensor) -> FoundLayout:
                 continue
             found.append((grid, token_axes))
     if not found:
-        raise max(errors, key=lambda error: not isinstance(error, NoTokensError))
+        raise max(errors, key=lambda error: not isinstance(error, (NoTokensError, SingleTokenError)))
     usual = tuple(range(1, positions.dim()))
 
     def preference(item: tuple[_Grid, tuple[int, ...]]) -> tuple:
@@ -137,7 +141,7 @@ def _read_rows(rows: np.ndarray) -> _Grid:
         parts.reverse()
     for part, ends in parts:
         if part.shape[1] < 2:
-            raise NoTokensError("its input has a single token")
+            raise SingleTokenError("its input has a single token")
         _check_same_image(part)
         if (part == LOST).any():
             why = "it is not known where some of its tokens lie"
@@ -165,7 +169,7 @@ def _num_packed(rows: np.ndarray) -> int:
         return 1
     length = rows.shape[1] // count
     if length == 1:
-        raise NoTokensError("its input has a single token of each image")
+        raise SingleTokenError("its input has a single token of each image")
     expected = np.arange(1, rows.shape[1]) % length == 0
     return count if (changes == expected).all() else 1
 

@@ -24,8 +24,8 @@ from ..transforms import in_forward_mode, in_transform
 _USUAL_BATCH = 8
 
 
-class NoTokenAxisError(LayoutError):
-    """An input of shape (N, C): nothing to warn of."""
+class NothingToGainError(LayoutError):
+    """An input of shape (N, C), or with one token of each image: nothing to warn of."""
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class LBPWHTLayer(BaseTunerLayer):
         try:
             layout, padding = self._layout(x, record, rule)
             kept_for_weight, kept_for_input = num_kept(layout, for_weight), num_kept(layout, for_input)
-        except NoTokenAxisError as error:
+        except NothingToGainError as error:
             self._note(x, error.why)
             return None
         except LayoutError as error:
@@ -262,8 +262,8 @@ class LBPWHTLayer(BaseTunerLayer):
 
     def _layout(self, x: Tensor, record: LayoutRecord, rule: BackwardRule) -> tuple[TokenLayout, Tensor | None]:
         """Where the tokens of the input lie, and which of them are only padding, shape (N, L)."""
-        if x.dim() == 2 and record.layout is None and not record.is_surprising:
-            raise NoTokenAxisError("its input has no token axis", "")
+        if record.layout is None and not record.is_surprising and rule.grid_size is None:
+            raise NothingToGainError("its input has no token axis" if x.dim() == 2 else record.why_unknown, "")
         if rule.grid_size is not None and not record.text and x.dim() > 2:
             return self._given_layout(x, record, rule), None
         if record.layout is None:
