@@ -98,8 +98,9 @@ def _counts(architecture: Any) -> tuple[str, str, str, str]:
 def _words_for(layout: TokenLayout) -> str:
     """A layout, such as "8 x 12 after 1 token, 2 images in a row"."""
     parts = [f"{layout.grid[0]} x {layout.grid[1]}"]
-    for word, count in (("after", layout.num_prefix_tokens), ("before", layout.num_suffix_tokens)):
-        parts += [f"{word} {count} token{'s' if count > 1 else ''}"] if count else []
+    sides = (("after", layout.num_prefix_tokens), ("before", layout.num_suffix_tokens))
+    beside = [f"{word} {count} token{'s' if count > 1 else ''}" for word, count in sides if count]
+    parts += [" and ".join(beside)] if beside else []
     parts += ["in another order"] if layout.order is not None else []
     return " ".join(parts) + (f", {layout.packed} images in a row" if layout.packed > 1 else "")
 

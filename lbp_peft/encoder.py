@@ -17,6 +17,7 @@ _AFTER_THE_ENCODER = re.compile(r"Decoder|Head$")
 # Arguments that hold images, or the sizes of packed ones; and that hold sound.
 _IMAGES = ("pixel_values", "flattened_patches", "image_patches", "grid_thw")
 _SOUND = ("input_features", "input_values")
+_MOST_CHANNELS_OF_IMAGES = 4
 
 
 def is_plain_linear(module: nn.Module) -> bool:
@@ -115,13 +116,11 @@ def _modalities(module: nn.Module) -> frozenset[str]:
     return frozenset(kinds)
 
 
-def embeds_images(module: nn.Module) -> bool:
-    """Whether a convolution in a module cuts images or videos into patches, or merges patches."""
-    return any(_cuts_patches(part) for part in module.modules())
-
-
 def _cuts_patches(module: nn.Module) -> TypeGuard[nn.Conv2d | nn.Conv3d]:
-    return isinstance(module, (nn.Conv2d, nn.Conv3d)) and max(module.stride) > 1
+    """Whether a module cuts images or videos into patches, rather than features of a head into larger ones."""
+    if not isinstance(module, (nn.Conv2d, nn.Conv3d)):
+        return False
+    return max(module.stride) > 1 and module.in_channels <= _MOST_CHANNELS_OF_IMAGES
 
 
 def _after_the_encoder(model: nn.Module, name: str, kinds: frozenset[str]) -> bool:

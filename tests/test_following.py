@@ -104,7 +104,7 @@ def test_tokens_in_any_arrangement_are_projected_on_the_bases_of_their_grid(name
     places = arrange(torch.arange(float(SIDE**2)).view(1, -1, 1).expand(2, -1, 1))
     if restore is None:  # the same bases, their columns in the order of the tokens
         order = places[0, :, 0].long()
-        rolled = torch.arange(SIDE**2) if name in ("upside down", "column by column", "rolled") else order
+        rolled = torch.arange(SIDE**2) if name in ("upside down", "column by column") else order
         x, g, bases = x, g, bases[:, rolled]
     else:
         x, g = restore(x), restore(g)

@@ -6,6 +6,7 @@ What is asked here is answered by ordinary Python while the compiler traces, and
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -18,48 +19,88 @@ if TYPE_CHECKING:
     from .finder import LayoutFinder, LayoutRecord
 
 FINDERS: weakref.WeakValueDictionary[int, LayoutFinder] = weakref.WeakValueDictionary()
-_inputs: dict[int, dict[str, tuple[tuple[int, ...], torch.dtype]]] = {}
+# By finder, the arguments that its model is compiled for: tensors as (shape without batch, dtype), others as they are.
+_inputs: dict[int, dict[str, Any]] = {}
 _BATCH = 2
 
 
 def note_inputs(key: int, args: tuple, kwargs: dict[str, Any]) -> None:
     """The model is called with these while the compiler traces it."""
+    _forget_inputs(key)
     for index, value in enumerate(args):
-        if isinstance(value, Tensor):
-            _note_input(key, str(index), value.dtype, *(int(n) for n in value.shape[1:]))
+        _note(key, str(index), value)
     for name, value in kwargs.items():
-        if isinstance(value, Tensor):
-            _note_input(key, name, value.dtype, *(int(n) for n in value.shape[1:]))
+        _note(key, name, value)
+
+
+def _note(key: int, name: str, value: Any) -> None:
+    if isinstance(value, Tensor):
+        _note_tensor(key, name, value.dtype, *(int(n) for n in value.shape[1:]))
+    elif value is None or isinstance(value, (bool, int, float, str)):
+        _note_value(key, name, value)
 
 
 @torch.compiler.assume_constant_result
-def _note_input(key: int, name: str, dtype: torch.dtype, *shape: int) -> int:
-    _inputs.setdefault(key, {})[name] = (shape, dtype)
+def _forget_inputs(key: int) -> int:
+    _inputs[key] = {}
     return 0
 
 
-def record(key: int, name: str, x: Tensor, channels_axis: int) -> LayoutRecord:
-    """What is known of the input of a layer."""
+@torch.compiler.assume_constant_result
+def _note_tensor(key: int, name: str, dtype: torch.dtype, *shape: int) -> int:
+    _inputs[key][name] = (shape, dtype)
+    return 0
+
+
+@torch.compiler.assume_constant_result
+def _note_value(key: int, name: str, value: Any) -> int:
+    _inputs[key][name] = value
+    return 0
+
+
+def record(key: int, name: str, x: Tensor, channels_axis: int, layouts: str) -> LayoutRecord:
+    """What is known of the input of a layer.
+
+    Args:
+        key, name: Of the finder and of the layer.
+        x, channels_axis: The input, and which of its axes runs over channels.
+        layouts: Of the eager pass that the compiled part belongs to, if there is one. The compiler guards on it.
+    """
     from .finder import LayoutRecord
 
     shape = list(x.shape)
     del shape[channels_axis]
-    known, *grid, before, after, order, axes, packed, why, text = _plain_record(key, name, *(int(n) for n in shape[1:]))
+    sizes = (int(n) for n in shape[1:])
+    known, *grid, before, after, order, axes, packed, why, text = _plain_record(key, name, layouts, *sizes)
     if not known:
         return LayoutRecord(why_unknown=why)
     return LayoutRecord(TokenLayout((grid[0], grid[1]), before, after, order, axes, packed), text=text)
 
 
 @torch.compiler.assume_constant_result
-def _plain_record(key: int, name: str, *shape: int) -> tuple:
+def _plain_record(key: int, name: str, layouts: str, *shape: int) -> tuple:
     """The only layout that is known of a layer's inputs of a shape (N, ...), as plain values."""
-    finder = FINDERS[key]
-    found = _found(finder, name, shape)
-    if not found and key in _inputs:
-        _run_eagerly(finder.model(), _inputs[key])
-        found = _found(finder, name, shape)
+    finder, inputs = FINDERS[key], _inputs.get(key, {})
+    found = _found(finder, name, shape, inputs)
+    if not found and inputs:
+        try:
+            _run_eagerly(finder.model(), inputs)
+        except Exception as error:  # whatever a model makes of zeros
+            warnings.warn(
+                f"To find where its tokens lie, the model was run on zeros before it was compiled, and that failed "
+                f"({type(error).__name__}: {error}). Its layers use exact backpropagation. Run it before compiling.",
+                stacklevel=2,
+            )
+        found = _found(finder, name, shape, inputs)
     if len(found) != 1:
         why = "its tokens lay otherwise in different passes" if found else "the model has not run eagerly yet"
+        if name not in finder.told:
+            finder.told.add(name)
+            warnings.warn(
+                f"{name} uses exact backpropagation in a compiled model: {why}. Run the model once with such inputs "
+                "before compiling it, or set grid_size.",
+                stacklevel=2,
+            )
         return (False, 0, 0, 0, 0, None, None, 1, why, "")
     (layout, why, text), *_ = found
     if layout is None:
@@ -69,22 +110,28 @@ def _plain_record(key: int, name: str, *shape: int) -> tuple:
     return (True, *layout.grid, *outside, order, layout.axes, layout.packed, "", text)
 
 
-def _found(finder: LayoutFinder, name: str, shape: tuple[int, ...]) -> list[tuple[TokenLayout | None, str, str]]:
+def _found(
+    finder: LayoutFinder, name: str, shape: tuple[int, ...], inputs: dict[str, Any]
+) -> list[tuple[TokenLayout | None, str, str]]:
     from .finder import fits
 
-    records = [r for r in finder.known(name) if r.shape[1:] == shape and fits(r, r.shape)]
+    shapes = {input_name: value[0] for input_name, value in inputs.items() if isinstance(value, tuple)}
+    records = [r for r in finder.known(name, shapes) if r.shape[1:] == shape and fits(r, r.shape)]
     return list({(r.layout, r.why_unknown, r.text): None for r in records})
 
 
 @torch.compiler.disable
-def _run_eagerly(model: nn.Module | None, inputs: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
+def _run_eagerly(model: nn.Module | None, inputs: dict[str, Any]) -> None:
     """One forward pass, of which nothing remains but what was traced."""
     if model is None:
         return
     device = next(model.parameters()).device
-    tensors = {name: torch.zeros(_BATCH, *shape, dtype=dtype, device=device) for name, (shape, dtype) in inputs.items()}
-    args = [tensor for name, tensor in tensors.items() if name.isdigit()]
-    kwargs = {name: tensor for name, tensor in tensors.items() if not name.isdigit()}
+    given = {
+        name: torch.zeros(_BATCH, *value[0], dtype=value[1], device=device) if isinstance(value, tuple) else value
+        for name, value in inputs.items()
+    }
+    args = [value for name, value in given.items() if name.isdigit()]
+    kwargs = {name: value for name, value in given.items() if not name.isdigit()}
     state = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad(), torch.compiler.set_stance("force_eager"):

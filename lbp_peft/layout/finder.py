@@ -25,9 +25,9 @@ from ..bases import LayoutError, TokenLayout
 from ..bounded import BoundedCache
 from ..transforms import outside_transforms
 from . import compiled
-from .inputs import FIRST_TEXT, named_inputs, positions_of_images, signature, start
+from .inputs import named_inputs, positions_of_images, signature, start, tensors_in
 from .operations import with_mixed_channels
-from .positions import mixed
+from .positions import FIRST_TEXT, mixed
 from .recognition import NoTokensError, SingleTokenError, UnknownLayoutError, read_layout
 from .reruns import PassHistory, calls_to_rerun, current_hook, forget_rerun, next_number
 from .tracer import PositionTracer
@@ -76,6 +76,16 @@ class Trace:
 
     records: dict[str, list[LayoutRecord]] = field(default_factory=dict)
     is_complete: bool = True
+    input_shapes: tuple[tuple[int, ...], ...] = ()
+    layouts: str = ""
+
+    def has_inputs(self, shapes: list[tuple[int, ...]]) -> bool:
+        """Whether its inputs had these shapes, without their axis of images, in any order."""
+        return sorted(self.input_shapes) == sorted(shapes)
+
+    def summary(self) -> str:
+        """The same for traces with the same layouts."""
+        return str(hash(tuple((name, *(r.layout for r in found)) for name, found in sorted(self.records.items()))))
 
 
 @dataclass(frozen=True)
@@ -104,7 +114,8 @@ class ForwardPass:
     Attributes:
         trace: What is known of it.
         exact: Names of the layers whose backward pass is to be exact.
-        masks: Attention masks that the model was given, by name.
+        paddings: Of the texts that the model was given, by the names of their masks: True for words that are only
+            padding.
         tracer: While it is being traced.
         texts: Names of the texts, while it is being traced.
         calls: Of layers, so far.
@@ -114,7 +125,7 @@ class ForwardPass:
 
     trace: Trace
     exact: frozenset[str]
-    masks: dict[str, Tensor]
+    paddings: dict[str, Tensor]
     tracer: PositionTracer | None = None
     texts: dict[int, str] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
@@ -138,10 +149,10 @@ class ForwardPass:
 
     def is_like(self, other: ForwardPass) -> bool:
         """Whether layers that are run again get the same in both."""
-        same_masks = self.masks.keys() == other.masks.keys() and all(
-            mask is other.masks[name] for name, mask in self.masks.items()
+        same_paddings = self.paddings.keys() == other.paddings.keys() and all(
+            _same(padding, other.paddings[name]) for name, padding in self.paddings.items()
         )
-        return self.trace is other.trace and self.exact == other.exact and same_masks
+        return self.trace is other.trace and self.exact == other.exact and same_paddings
 
 
 class _Thread(threading.local):
@@ -156,7 +167,9 @@ class LayoutFinder:
 
     def __init__(self) -> None:
         self.exact: frozenset[str] = frozenset()
-        self.compiled_masks: dict[str, Tensor] = {}
+        self.compiled_paddings: dict[str, Tensor] = {}
+        self.layouts = ""  # of the eager pass under way
+        self.told: set[str] = set()
         self._warned: set[str] = set()
         self._hooks: list[Any] = []
         self._merge_size = 1
@@ -179,7 +192,7 @@ class LayoutFinder:
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles know the hooks and what was warned of, but none of the passes."""
         kept = ("exact", "_warned", "_hooks", "_merge_size")
-        return {"compiled_masks": {}} | {name: self.__dict__[name] for name in kept}
+        return {"compiled_paddings": {}, "layouts": "", "told": set()} | {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -225,6 +238,7 @@ class LayoutFinder:
         if _in_backward() and module is not self.model():  # a part of the model is run again
             return
         one = self._begin(module, args, kwargs)
+        self.layouts = one.trace.layouts
         thread.passes.append((module, one))
         if one.tracer is not None:
             one.contexts.enter_context(torch.compiler.set_stance("force_eager"))  # for parts that are compiled apart
@@ -239,6 +253,9 @@ class LayoutFinder:
         if not thread.passes or thread.passes[-1][0] is not module:
             return
         _, one = thread.passes.pop()
+        if one.tracer is not None:
+            one.trace.layouts = one.trace.summary()
+        self.layouts = ""
         one.end()
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ForwardPass:
@@ -251,7 +268,7 @@ class LayoutFinder:
             forget_rerun()
         inputs = named_inputs(module, args, kwargs)
         key = (_structure(module), signature(inputs))
-        masks = {name: value for name, value in inputs.items() if _is_mask(name, value)}
+        paddings = {name: value == 0 for name, value in inputs.items() if _is_mask(name, value)}
         with self._lock:
             trace = self._traces.get(key)
             is_new = trace is None or not trace.is_complete
@@ -264,9 +281,11 @@ class LayoutFinder:
             assert trace is not None
             if key in self._traces:
                 self._traces.move_to_end(key)
-            one = ForwardPass(trace, exact, masks)
+            one = ForwardPass(trace, exact, paddings)
             if is_new:
                 trace.is_complete = True
+                tensors = [value for _, value in tensors_in(inputs) if isinstance(value, Tensor)]
+                trace.input_shapes = tuple(tuple(tensor.shape[1:]) for tensor in tensors)
                 one.tracer = PositionTracer(module)
                 with outside_transforms():
                     one.texts = start(one.tracer, inputs, self._merge_size)
@@ -279,9 +298,16 @@ class LayoutFinder:
         """The model that is watched."""
         return None if self._model is None else self._model()
 
-    def known(self, name: str) -> list[LayoutRecord]:
-        """All that was found of a layer's inputs so far, in whichever traced pass."""
-        return [record for trace in self._traces.values() for record in trace.records.get(name, [])]
+    def known(self, name: str, shapes: dict[str, tuple[int, ...]]) -> list[LayoutRecord]:
+        """All that was found of a layer's inputs so far.
+
+        It is that of the pass under way, where a part of the model is compiled by itself; else of all passes whose
+        inputs had these shapes, by name or number, without their axis of images.
+        """
+        if (one := self._current()) is not None:
+            return one.trace.records.get(name, [])
+        traces = [trace for trace in self._traces.values() if shapes and trace.has_inputs(list(shapes.values()))]
+        return [record for trace in traces for record in trace.records.get(name, [])]
 
     @contextmanager
     def keeping_positions(self) -> Iterator[dict[str, list[Tensor | None]]]:
@@ -304,7 +330,7 @@ class LayoutFinder:
             channels_axis: Which of its axes runs over channels.
         """
         if torch.compiler.is_dynamo_compiling():
-            return compiled.record(self.key, name, x, channels_axis)
+            return compiled.record(self.key, name, x, channels_axis, self.layouts)
         one, shape = self._current(), token_shape(x, channels_axis)
         if one is None:
             return self._record_to_rerun(name, shape) if _in_backward() else self._record_alone(x, channels_axis)
@@ -329,7 +355,10 @@ class LayoutFinder:
         if record is None:
             with outside_transforms():
                 positions = positions_of_images("", x, [], 1)
-            record = CALLED_ALONE if positions is None or x.dim() < 4 else _read_positions(positions, x, channels_axis)
+            is_image = x.dim() == 4 and channels_axis == 1
+            record = CALLED_ALONE
+            if positions is not None and is_image:
+                record = _read_positions(positions, x, channels_axis)
             self._alone[key] = record
         return record
 
@@ -367,15 +396,15 @@ class LayoutFinder:
         if not record.text:
             return None
         if torch.compiler.is_dynamo_compiling():
-            mask = mask_of(self.compiled_masks, record.text)
-            return None if mask is None or mask.shape != x.shape[: mask.dim()] else mask == 0
+            padding = mask_of(self.compiled_paddings, record.text)
+            return None if padding is None or padding.shape != x.shape[: padding.dim()] else padding
         one = self._current()
         passes = [one] if one is not None else self._passes_to_rerun() if _in_backward() else []
-        masks = [mask_of(other.masks, record.text) for other in passes]
-        masks = [None if m is None or m.shape != x.shape[: m.dim()] else m for m in masks]
-        if not all(_same(m, masks[0]) for m in masks):
+        paddings = [mask_of(other.paddings, record.text) for other in passes]
+        paddings = [None if p is None or p.shape != x.shape[: p.dim()] else p for p in paddings]
+        if not all(_same(p, paddings[0]) for p in paddings):
             raise RuntimeError(_cannot_be_told_apart(name, "attention masks"))
-        return None if not masks or masks[0] is None else masks[0] == 0
+        return paddings[0] if paddings else None
 
     def warn_once(self, cause: str, message: str) -> None:
         """Warn, unless a layer of this model has been warned about for the same cause."""
@@ -415,7 +444,9 @@ class _Before:
         elif self.names is not None:
             compiled.note_inputs(self.finder.key, args, kwargs)
             inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
-            self.finder.compiled_masks = {name: value for name, value in inputs.items() if _is_mask(name, value)}
+            self.finder.compiled_paddings = {
+                name: value == 0 for name, value in inputs.items() if _is_mask(name, value)
+            }
 
 
 class _After:
@@ -429,7 +460,7 @@ class _After:
         if not torch.compiler.is_dynamo_compiling():
             self.finder.after(module)
         elif self.is_root:
-            self.finder.compiled_masks = {}
+            self.finder.compiled_paddings = {}
 
 
 def given_layout(
@@ -467,15 +498,17 @@ def given_layout(
 
 
 def mask_of(masks: dict[str, Tensor], text: str) -> Tensor | None:
-    """The mask that belongs to a text, by name: decoder_attention_mask to decoder_input_ids."""
+    """The mask, or the padding, that belongs to a text, by name: decoder_attention_mask to decoder_input_ids."""
     for ending in ("input_ids", "inputs_embeds"):
         if text.endswith(ending) and (mask := masks.get(f"{text.removesuffix(ending)}attention_mask")) is not None:
-            return mask if mask.dim() == 2 else None
+            return mask
     return None
 
 
 def _is_mask(name: str, value: Any) -> bool:
-    return "mask" in name and isinstance(value, Tensor)
+    """Whether an argument is an attention mask (N, L) of ones and zeros; those of floating point may be summands."""
+    is_mask = name.endswith("attention_mask") and isinstance(value, Tensor) and value.dim() == 2
+    return is_mask and (not value.is_floating_point() or not value.requires_grad)
 
 
 def _read(one: ForwardPass, x: Tensor, channels_axis: int) -> LayoutRecord:
@@ -485,6 +518,9 @@ def _read(one: ForwardPass, x: Tensor, channels_axis: int) -> LayoutRecord:
         why = "its tokens do not come from the model's input"
         return LayoutRecord(None, why, 0, "", shape, is_surprising=x.dim() > 2)
     lost = f" (positions were lost in {trail.lost_by!r})" if trail.lost_by else ""
+    if not trail.is_certain and channels_axis == -1:
+        why = "its input may have its channels along either of two axes"
+        return LayoutRecord(None, why, trail.steps, "", shape)
     if trail.positions is None:
         return LayoutRecord(None, f"it is not known where its tokens lie{lost}", trail.steps, "", shape)
     record = _read_positions(trail.positions, x, channels_axis)
@@ -544,12 +580,21 @@ def token_shape(x: Tensor, channels_axis: int) -> tuple[int, ...]:
 
 
 def _structure(module: nn.Module) -> int:
-    """Changes when modules are put in or taken out. Replicas, made for one pass, count by their kinds."""
+    """Changes when modules, hooks, strides or forward methods do. Replicas, made for one pass, count by their kinds."""
     is_replica = getattr(module, "_is_replica", False)
-    found, left = [], [module]
+    found: list[Hashable] = []
+    left = [module]
     while left:  # module.modules() takes five times as long
         one = left.pop()
-        found.append(id(type(one)) if is_replica else id(one))
+        attributes = one.__dict__
+        found.append(
+            (
+                id(type(one)) if is_replica else id(one),
+                attributes.get("stride"),
+                id(attributes.get("forward")),
+                len(one._forward_pre_hooks) + len(one._forward_hooks),
+            )
+        )
         left.extend(child for child in one._modules.values() if child is not None)
     return hash(tuple(found))
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .positions import encode
+from .positions import FIRST_TEXT, encode, moved_to, number_of
 from .tracer import PositionTracer
 
 # Numbers of inputs, see [`lbp_peft.layout.positions.encode`]. All images are one: those of several inputs go together.
-IMAGES, FIRST_TEXT = 0, 8
+IMAGES = 0
 # Inputs with two axes of places and no channels: (N, time, frequency).
 _SPECTROGRAMS = ("input_values", "input_features", "spectrogram")
-_EMBEDDED = ("embeds", "hidden_states")
+_EMBEDDED = ("embeds",)
+# Which arguments may hold the sizes of images; the values of others are not looked at.
+_SIZES = re.compile(r"grid|shape|size|thw|_hw")
 _MOST_VALUES = 4096
 
 
@@ -36,7 +39,7 @@ def tensors_in(inputs: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """The innermost values of nested inputs, with the name of the argument that each is in."""
     if isinstance(inputs, dict) or hasattr(inputs, "items"):
         for key, value in inputs.items():
-            yield from tensors_in(value, name or str(key))
+            yield from tensors_in(value, f"{name}.{key}" if name else str(key))
     elif isinstance(inputs, (list, tuple)):
         for value in inputs:
             yield from tensors_in(value, name)
@@ -50,17 +53,18 @@ def signature(inputs: dict[str, Any]) -> tuple:
     for name, value in tensors_in(inputs):
         if isinstance(value, Tensor):
             parts.append((name, value.shape, value.dtype, value.device))
-            if _holds_sizes(value):
+            if _holds_sizes(name, value):
                 parts.append(tuple(value.flatten().tolist()))
         else:
-            parts.append((name, value if isinstance(value, (bool, int, str, type(None))) else type(value)))
+            parts.append((name, value if isinstance(value, (bool, int, float, str, type(None))) else type(value)))
     return tuple(parts)
 
 
-def _holds_sizes(tensor: Tensor) -> bool:
+def _holds_sizes(name: str, tensor: Tensor) -> bool:
     """Whether a tensor gives sizes of images, (images, 2) or with the number of frames before, (images, 3)."""
     is_integer = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
-    return is_integer and tensor.dim() == 2 and tensor.shape[1] in (2, 3) and 0 < tensor.numel() <= _MOST_VALUES
+    is_small = tensor.dim() == 2 and tensor.shape[1] in (2, 3) and 0 < tensor.numel() <= _MOST_VALUES
+    return is_integer and is_small and _SIZES.search(name) is not None
 
 
 def start(tracer: PositionTracer, inputs: dict[str, Any], merge_size: int = 1) -> dict[int, str]:
@@ -75,24 +79,45 @@ def start(tracer: PositionTracer, inputs: dict[str, Any], merge_size: int = 1) -
         The name of each text, by the number that its positions have.
     """
     texts: dict[int, str] = {}
-    by_shape: dict[torch.Size, int] = {}
+    by_kind: dict[str, int] = {}
+    num_images = 0
     tensors = [(name, value) for name, value in tensors_in(inputs) if isinstance(value, Tensor)]
-    sizes = [value for _, value in tensors if _holds_sizes(value)]
+    sizes = [value for name, value in tensors if _holds_sizes(name, value)]
     for name, tensor in tensors:
         if any(tensor is given for given in sizes):
             continue
         positions = None
         if tensor.is_floating_point():
             positions = positions_of_images(name, tensor, sizes, merge_size)
+            if positions is not None:  # those of another input are other images, which may come in the same row
+                count = int(number_of(positions.flatten()[-1])) + 1
+                positions, num_images = moved_to(positions, num_images), num_images + count
         text_shape = _text_shape(name, tensor)
         if positions is None and text_shape is not None:
-            source = by_shape.setdefault(text_shape, min(FIRST_TEXT + len(by_shape), 15))
+            source = by_kind.setdefault(_kind_of_text(name), FIRST_TEXT + len(by_kind))
             texts.setdefault(source, name)
-            positions = _of_text(source, tensor, text_shape)
-        tracer.start(tensor, positions)
+            positions = _of_text(source, tensor, text_shape) if source < 16 else None
+        tracer.start(tensor, positions, is_certain=_is_certain(tensor, positions))
     for given in sizes:
         tracer.start_constant(given)
     return texts
+
+
+def _kind_of_text(name: str) -> str:
+    """One for all arguments that describe the same words: those of a decoder are others than those of an encoder."""
+    for ending in ("input_ids", "inputs_embeds", "token_type_ids", "position_ids", "attention_mask"):
+        if name.endswith(ending):
+            return name.removesuffix(ending)
+    return f"{name} "
+
+
+def _is_certain(tensor: Tensor, positions: Tensor | None) -> bool:
+    """Whether the shape alone tells which axis runs over channels; else the first convolution will."""
+    if positions is None or not tensor.is_floating_point() or tensor.dim() not in (3, 4):
+        return True
+    if tensor.dim() == 3:  # one image, or tokens
+        return tensor.shape[0] not in (1, 3) or bool((positions[0] != positions[-1]).any())
+    return tensor.shape[1] <= 4 or tensor.shape[3] in (1, 3)
 
 
 def _text_shape(name: str, tensor: Tensor) -> torch.Size | None:

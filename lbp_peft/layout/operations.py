@@ -13,7 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .positions import LOST, NOWHERE, compact, merged, mixed, place_in_image, resampled, sampled
+from .positions import (
+    FIRST_TEXT,
+    LOST,
+    NOWHERE,
+    compact,
+    merged,
+    mixed,
+    place_in_image,
+    resampled,
+    sampled,
+    source_of,
+)
 
 RULES: dict[str, Callable[..., Any]] = {}
 
@@ -55,7 +66,17 @@ DATA_INDEPENDENT = frozenset(
 RANDOM = frozenset(
     _names("""
         rand randn randint randperm normal bernoulli multinomial poisson rand_like randn_like randint_like uniform
-        random exponential geometric cauchy log_normal gumbel_softmax rrelu
+        random exponential geometric cauchy log_normal gumbel_softmax rrelu dropout
+        dropout1d dropout2d dropout3d alpha_dropout feature_dropout
+    """)
+)
+
+
+# Operations that tell channels from rows and columns: (N, C, H, W).
+SPATIAL = frozenset(
+    _names("""
+        conv1d conv2d conv3d conv_transpose2d max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d im2col
+        interpolate pixel_unshuffle pixel_shuffle batch_norm instance_norm group_norm
     """)
 )
 
@@ -270,17 +291,25 @@ def _index_select(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     return getattr(torch, name)(positions, *args, **{k: v for k, v in kwargs.items() if k != "sparse_grad"})
 
 
-@rule("index_add", "index_copy", "index_fill", "index_put", "index_reduce", "masked_fill", "masked_scatter")
-@rule("scatter", "scatter_add", "scatter_reduce")
+@rule("index_add", "index_fill", "index_reduce", "masked_fill", "scatter_add")
 def _changed_in_places(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Some elements take other values and stay where they are."""
+    return tracer.positions(x)
+
+
+@rule("index_copy", "index_put", "masked_scatter", "scatter", "scatter_reduce")
+def _copied_to_places(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Elements of a source take the places of others; in a text, as what an image says does, they become its words."""
     positions = tracer.positions(x)
-    if positions is not None or tracer.current_name != "index_copy":
+    sources = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and tracer.trail(t) is not None]
+    if positions is not None and (not sources or bool((source_of(compact(positions)) >= FIRST_TEXT).any())):
         return positions
+    if tracer.current_name != "index_copy" or len(args) != 3:
+        return None
     axis, index, source = args
     moved = _or_nowhere(tracer, source)
-    result = torch.full(x.shape, NOWHERE, device=x.device)
-    return result.index_copy(axis, index, moved) if tracer.is_constant(index) or _same_along(moved, [axis]) else None
+    fixed = tracer.is_constant(index) or _same_along(moved, [axis])
+    return _or_nowhere(tracer, x).index_copy(axis, index, moved) if fixed else None
 
 
 # Element-wise operations
@@ -306,6 +335,16 @@ for _name in _names("""
 def _like_the_first(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """The elements stay where they are, whatever the other arguments."""
     return tracer.positions(x)
+
+
+@rule("where")
+def _where(tracer: Any, condition: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Each element is one of two, so that both have to be known."""
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    trails = [trail for x in tensors if (trail := tracer.trail(x)) is not None]
+    if not trails or any(t.positions is None or bool((compact(t.positions) == LOST).any()) for t in trails):
+        return None
+    return _element_wise(tracer, condition, *args, **kwargs) if tensors else None
 
 
 for _name in _names("""

@@ -18,6 +18,9 @@ NOWHERE = -1
 # An element whose place is not known, or that comes from many places at once.
 LOST = -2
 
+# Inputs from this number on are texts, those before it images.
+FIRST_TEXT = 8
+
 _UNITS_PER_PIXEL = 4
 _BITS = 20
 _MASK = 2**_BITS - 1
@@ -32,6 +35,11 @@ def encode(source: int, image: Tensor, row: Tensor, column: Tensor) -> Tensor:
         row, column: In pixels, or in tokens of a text, below 2**18.
     """
     return ((source << 18) + image << 2 * _BITS) + (row * _UNITS_PER_PIXEL << _BITS) + column * _UNITS_PER_PIXEL
+
+
+def moved_to(positions: Tensor, first: int) -> Tensor:
+    """Positions in images that are numbered from another number on."""
+    return torch.where(positions < 0, positions, positions + (first << 2 * _BITS)) if first else positions
 
 
 def image_of(positions: Tensor) -> Tensor:

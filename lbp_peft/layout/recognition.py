@@ -153,6 +153,8 @@ def _read_rows(rows: np.ndarray) -> _Grid:
             if (shape := _grid_of(ordered)) is not None:
                 return _Grid(shape, *ends, TokenOrder(order.tolist()), _spacing(ordered), source)
             why = "several of its tokens lie at the same place"
+        elif (shape := _grid_of(part, rotated=True)) is not None:  # windows that were shifted over the border
+            return _Grid(shape, *ends, None, _spacing(part), source)
         else:
             why = "its tokens do not lie in the same order in all images"
     raise UnknownLayoutError(why)
@@ -193,7 +195,7 @@ def _check_same_image(rows: np.ndarray) -> None:
         raise SeveralImagesError("tokens of several images or frames, not all of one grid, lie in one row")
 
 
-def _grid_of(rows: np.ndarray) -> tuple[int, int] | None:
+def _grid_of(rows: np.ndarray, rotated: bool = False) -> tuple[int, int] | None:
     """(H, W) if in each row the tokens lie row by row on a grid of this shape; its rows may be the image's columns."""
     count, known = rows.shape[1], rows >= 0
     for row_axis, column_axis in ((2, 1), (1, 2)):
@@ -202,7 +204,7 @@ def _grid_of(rows: np.ndarray) -> tuple[int, int] | None:
             shape = (len(rows), height, count // height)
             down, across = ((rows >> bits & 2**20 - 1).reshape(shape) for bits in (20, 0))
             k = known.reshape(shape)
-            if _is_axis(down, k, row_axis) and _is_axis(across, k, column_axis):
+            if _is_axis(down, k, row_axis, rotated) and _is_axis(across, k, column_axis, rotated):
                 fitting.append(shape[1:])
         if len(fitting) > 1:  # where many places are unknown
             fitting = [shape for shape in fitting if shape[0] == shape[1]]
@@ -211,27 +213,33 @@ def _grid_of(rows: np.ndarray) -> tuple[int, int] | None:
     return None
 
 
-def _is_axis(value: np.ndarray, known: np.ndarray, constant_axis: int) -> bool:
+def _is_axis(value: np.ndarray, known: np.ndarray, constant_axis: int, rotated: bool) -> bool:
     """Whether values (rows, H, W) are the same along one axis and differ, in one direction, along the other.
 
-    Where windows are shifted, the direction is kept but for one step back, from the last row to the first.
+    Rotated: there may be a step back from the last place to the first.
     """
     low = np.where(known, value, 2**20).min(axis=constant_axis)
     high = np.where(known, value, -1).max(axis=constant_axis)
     if (high > low).any():
         return False
-    line = np.where(high < 0, -1, high)  # (rows, length); -1: unknown
-    if line.shape[1] == 1:
+    if high.shape[1] == 1:
         return True
-    if (line >= 0).all():
-        steps = np.diff(line, axis=1)
-        up, down = (steps > 0).sum(axis=1), (steps < 0).sum(axis=1)
-        return bool(((up + down == steps.shape[1]) & ((up <= 1) | (down <= 1))).all())
-    for one in line:
-        steps = np.diff(one[one >= 0])
-        if (steps == 0).any() or ((steps > 0).sum() > 1 and (steps < 0).sum() > 1):
-            return False
-    return bool((line >= 0).any())
+    if not (high >= 0).all():
+        return bool((high >= 0).any()) and all(_is_in_one_direction(one[one >= 0][None], rotated) for one in high)
+    return _is_in_one_direction(high, rotated)
+
+
+def _is_in_one_direction(lines: np.ndarray, rotated: bool) -> bool:
+    """Whether each of several lines (lines, length) rises, or each falls, from place to place."""
+    steps = np.diff(lines, axis=1)
+    up, down = (steps > 0).sum(axis=1), (steps < 0).sum(axis=1)
+    strictly = (up == steps.shape[1]) | (down == steps.shape[1])
+    if not rotated:
+        return bool(strictly.all())
+    back = lines[:, 0] - lines[:, -1] if lines.shape[1] else np.zeros(len(lines))
+    rises = (up == steps.shape[1] - 1) & (down == 1) & (back > 0)
+    falls = (down == steps.shape[1] - 1) & (up == 1) & (back < 0)
+    return bool((strictly | rises | falls).all())
 
 
 def _common_order(rows: np.ndarray) -> np.ndarray | None:

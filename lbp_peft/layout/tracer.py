@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..transforms import in_transform, outside_transforms
-from .operations import DATA_INDEPENDENT, RANDOM, RULES, RULES_BY_RESULT, name_of
+from .operations import DATA_INDEPENDENT, RANDOM, RULES, RULES_BY_RESULT, SPATIAL, name_of
 from .positions import LOST, compact
 
 
@@ -25,11 +25,13 @@ class Trail:
         positions: Of its elements, in its shape; None where no element has one.
         steps: Operations since the input.
         lost_by: Name of the operation behind which positions were no longer known; "" if there was none.
+        is_certain: Whether it is sure which axis of the input runs over channels. A convolution makes it sure.
     """
 
     positions: Tensor | None
     steps: int = 0
     lost_by: str = ""
+    is_certain: bool = True
 
 
 class PositionTracer(TorchFunctionMode):
@@ -64,9 +66,9 @@ class PositionTracer(TorchFunctionMode):
         finally:
             self._is_paused = before
 
-    def start(self, tensor: Tensor, positions: Tensor | None) -> None:
+    def start(self, tensor: Tensor, positions: Tensor | None, is_certain: bool = True) -> None:
         """Follow a tensor of the input from here; None: it has no positions, but other tensors depend on it."""
-        self._trails[tensor] = Trail(positions)
+        self._trails[tensor] = Trail(positions, is_certain=is_certain)
         self._constants.pop(tensor, None)
 
     def start_constant(self, tensor: Tensor) -> None:
@@ -90,7 +92,7 @@ class PositionTracer(TorchFunctionMode):
     def continue_at(self, output: Tensor, x: Tensor, positions: Tensor | None) -> None:
         """Follow what a layer made of x, whose operations could not be seen."""
         before = self._trails.get(x) or Trail(None)
-        self._trails[output] = Trail(positions, before.steps + 1, before.lost_by)
+        self._trails[output] = Trail(positions, before.steps + 1, before.lost_by, before.is_certain)
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -101,6 +103,8 @@ class PositionTracer(TorchFunctionMode):
         trails = [trail for t in given if (trail := self._trails.get(t)) is not None]
         if not trails:
             result = function(*args, **kwargs)
+            if (isinstance(result, Tensor) and given and result is given[0]) or name in ("__setitem__", "__set__"):
+                self._forget_constants(given[0])  # changed in place, and perhaps otherwise in the next pass
             if name in RANDOM:
                 self._note(result, name, args, kwargs, None, trails)
             elif (given or name in DATA_INDEPENDENT) and all(t in self._constants for t in given):
@@ -111,11 +115,35 @@ class PositionTracer(TorchFunctionMode):
         positions = None
         if has_positions and name in RULES:  # first, since an operation in place changes what the rule reads
             positions = self._apply(RULES[name], name, *args, **kwargs)
+        before = self._trails.get(given[0])
         result = function(*args, **kwargs)
+        if name == "__set__":  # x.data = y
+            positions = self.positions(given[-1])
         if has_positions and name in RULES_BY_RESULT:
             positions = self._apply(RULES_BY_RESULT[name], name, result, *args, **kwargs)
         self._note(result, name, args, kwargs, positions, trails)
+        if result is given[0] or name == "__set__":
+            self._note_change_in_place(given[0], before)
         return result
+
+    def _note_change_in_place(self, tensor: Tensor, before: Trail | None) -> None:
+        """What shares the memory of a tensor whose elements have moved is not known any more."""
+        after = self._trails[tensor]
+        old, new = None if before is None else before.positions, after.positions
+        if old is not None and new is not None and (old is new or torch.equal(old, new)):
+            return
+        for other in self._sharing_memory(tensor, self._trails):
+            self._trails[other] = Trail(None, after.steps, after.lost_by or "a change in place")
+
+    def _forget_constants(self, tensor: Tensor) -> None:
+        for other in [tensor, *self._sharing_memory(tensor, self._constants)]:
+            self._constants.pop(other, None)
+
+    def _sharing_memory(self, tensor: Tensor, tensors: WeakTensorKeyDictionary) -> list[Tensor]:
+        address = _address(tensor)
+        if address is None:
+            return []
+        return [other for other in list(tensors.keys()) if other is not tensor and _address(other) == address]
 
     def _apply(self, rule: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         self.current_name = name
@@ -131,18 +159,26 @@ class PositionTracer(TorchFunctionMode):
     def _note(
         self, result: Any, name: str, args: tuple, kwargs: dict[str, Any], positions: Any, trails: list[Trail]
     ) -> None:
-        outputs = [args[0]] if name == "__setitem__" else list(_tensors_in(result))
+        outputs = [args[0]] if name in ("__setitem__", "__set__") else list(_tensors_in(result))
         found = list(positions) if isinstance(positions, (tuple, list)) else [positions]
         found += [None] * (len(outputs) - len(found))
         steps = max((trail.steps for trail in trails), default=0) + 1
         lost_by = next((trail.lost_by for trail in trails if trail.lost_by), "")
         had_positions = any(trail.positions is not None for trail in trails)
+        is_certain = name in SPATIAL or all(trail.is_certain for trail in trails)
         for output, p in zip(outputs, found, strict=False):
             if p is not None and p.shape != output.shape:  # an operation that is not what its name says
                 p = None
             newly_lost = had_positions and not lost_by and (p is None or bool((compact(p) == LOST).any()))
-            self._trails[output] = Trail(p, steps, name if newly_lost else lost_by)
+            self._trails[output] = Trail(p, steps, name if newly_lost else lost_by, is_certain)
             self._constants.pop(output, None)
+
+
+def _address(tensor: Tensor) -> int | None:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # wrappers of torch.func have none
+        return None
 
 
 def _tensors_in(values: Any) -> Iterator[Tensor]:
