@@ -249,7 +249,7 @@ def rescaled_product(left: Rounded, right: Rounded) -> Tensor:
     assert left.scales is not None and right.scales is not None
     if left.values.dtype != torch.int8:
         return _fp8_product(left.values, right.values, left.scales, right.scales)
-    return torch.mul(_int_product(left.values, right.values), left.scales).mul_(right.scales)
+    return torch.mul(_int_product(left.values, right.values), right.scales).mul_(left.scales)
 
 
 def _fp8_product(left: Tensor, right: Tensor, of_rows: Tensor, of_columns: Tensor) -> Tensor:
@@ -295,7 +295,7 @@ def _int8_product_by_parts(rows: Tensor, rotation: int, right: Rounded) -> Tenso
         else:
             scaled_to_range(wide, largest, torch.int8, out=values[:n]).round_()
             _sum_exactly(values[:n], weight, sums[:n], scaled)
-        scaled.mul_(largest / 127).mul_(right.scales)
+        scaled.mul_(right.scales).mul_(largest / 127)  # the sums of large gradients would leave float32's range
         if not is_wide:
             found.copy_(scaled)
     return product

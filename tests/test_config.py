@@ -167,6 +167,7 @@ def test_defaults_survive_json(tmp_path):
     ({"boundary": None}, "boundary must be one of"),
     ({"compress_activations": True}, 'compress_activations must be "int8" or None, got True'),
     ({"base_model_name_or_path": 5}, "base_model_name_or_path must be a string or None, got 5"),
+    ({"peft_version": ["0.21.0"]}, r"peft_version must be a string or None, got \['0.21.0'\]"),
     ({"peft_type": "LORA"}, "The peft_type of an LBPWHTConfig is LBPWHT, got 'LORA'"),
     ({"grid_size": 14}, "grid_size must be two positive ints"),
     ({"num_prefix_tokens": True}, "num_prefix_tokens must be an int of at least 0, got True"),

@@ -283,6 +283,25 @@ def test_exact_backward_reaches_layers_that_are_run_again(reentrant):
     assert largest_difference(found, expected) < 1e-5
 
 
+def test_blocks_of_exact_backward_may_end_in_any_order():
+    """As those of two threads, or of a model and of a part of it, do."""
+    model = adapted(tiny_vit(), grad_input=6)
+    low = gradients_of(model, lambda m: m(images()).logits.square().sum())
+    with exact_backward(model):
+        exact_loss = model(images()).logits.square().sum()
+    exact = gradients_of(model, lambda m: exact_loss)
+
+    first, second = exact_backward(model), exact_backward(model)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    within = gradients_of(model, lambda m: m(images()).logits.square().sum())
+    second.__exit__(None, None, None)
+    after = gradients_of(model, lambda m: m(images()).logits.square().sum())
+    assert largest_difference(within, exact) < 1e-5 and largest_difference(after, low) < 1e-5
+    assert largest_difference(exact, low) > 1e-2
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_one_exact_pass_and_one_low_rank_pass_before_one_backward(reentrant):
     def run(model):

@@ -170,6 +170,17 @@ def test_int8_products_are_the_same_at_every_scale_of_the_gradient(dtype, rotati
         assert relative(result, expected) < 0.02, exponent
 
 
+@pytest.mark.parametrize("found", [Instructions(), Instructions(int8=True)])
+@pytest.mark.parametrize("compiling", [True, False])
+def test_int8_products_overflow_only_where_their_results_do(found, compiling, monkeypatch):
+    monkeypatch.setattr(instructions, "of_cpu", lambda: found)
+    monkeypatch.setattr(torch, "_int_mm", exactly)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    g, weight = draw(20, 48), draw(48, 32, seed=1) * 0.02
+    result = product(g * 2.0**124, weight, Precision("int8")).double()
+    assert relative(result, (g.double() @ weight.double()) * 2.0**124) < 0.02
+
+
 def test_int8_products_are_the_same_at_every_scale_of_the_weight():
     g, weight = draw(20, 48), of_few_bits(48, 32, dtype=torch.float32)
     expected = product(g, weight, Precision("int8"))

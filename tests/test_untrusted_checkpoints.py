@@ -105,6 +105,7 @@ def test_no_module_is_imported_because_a_checkpoint_names_it(stack):
 ENDLESS = [
     "(a+)+$", "(.*)*x", "(a|aa)+$", r"(\w+\.?)+X", "(?:a|a)*b", ".*.*.*.*.*x", "(a?){40}a{40}", "a?" * 30 + "a" * 30,
     "(.|.)" * 30, "(?=(a+)+)x", "(.*a){20}", r"(.+\.)+.+\d$", "(?i:(a+)+)b", "(x+x+)+y",
+    "([ab]?(?i:A))+c", "(?:(?i:A)?a)*c", "(?:.*.*.*)?" * 6 + "x", "(?:.*.*|a)" * 8 + "x", "(?=.*.*.*)" * 6 + "x",
 ]  # fmt: skip
 HARMLESS = [
     r".*layers\.(0|1)\..*", r"vit\.layers\.\d+\.(attention\.[qkvo]_proj|mlp\.fc[12])", r"(?:.*\.)?fc[12]",

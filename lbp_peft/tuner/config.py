@@ -168,7 +168,7 @@ class LBPWHTConfig(PeftConfig):
             raise ValueError(f"The adapter_config.json of {where} cannot be used: {error}") from error
 
     def _check_inherited(self) -> None:
-        for name in ("base_model_name_or_path", "revision"):
+        for name in ("base_model_name_or_path", "revision", "peft_version"):
             value = getattr(self, name)
             if isinstance(value, os.PathLike):
                 setattr(self, name, os.fspath(value))

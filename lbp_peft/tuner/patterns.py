@@ -6,6 +6,7 @@ nested repetition can keep a program busy for years.
 
 from __future__ import annotations
 
+import math
 import re
 import reprlib
 from collections.abc import Iterator
@@ -43,7 +44,8 @@ def check_pattern(field: str, pattern: Any, template: str = "{}") -> None:
     try:
         tree = parser.parse(pattern)
         re.compile(template.replace("{}", pattern))
-        slow = _is_slow(tree, repeated=False)
+        ignores_case = bool(tree.state.flags & re.IGNORECASE) or _ignores_case(tree)
+        slow = _num_steps(tree, False, ignores_case) > _MAX_STEPS
     except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"{field} is not a valid regular expression ({error}), got {show(pattern)}.") from error
     if slow:
@@ -60,33 +62,42 @@ def show(value: Any) -> str:
     return short.repr(value)
 
 
-def _is_slow(tree: Any, repeated: bool) -> bool:
-    """Whether matching a part of an expression may take too many steps.
+def _num_steps(tree: Any, repeated: bool, ignores_case: bool) -> float:
+    """How many steps matching a part of an expression may take, roughly; infinite where they are more than allowed.
 
-    Steps multiply along parts that leave a choice. A literal character in between ends that: it occurs few times in a
-    name.
+    Steps multiply along parts that leave a choice, and with those of the expressions inside these parts. A literal
+    character in between ends that: it occurs few times in a name.
 
     Args:
         tree: As parsed.
         repeated: Whether the part stands inside a repetition, where each choice multiplies with itself.
+        ignores_case: Whether any part of the expression does. Which characters a literal matches is not known then.
     """
     items = list(_items(tree))
-    steps = 1
+    steps: float = 1
+    most: float = 1
     for index, (kind, value) in enumerate(items):
         if kind is constants.LITERAL:
             steps = 1
             continue
         choices = _num_choices(kind, value)
         ends = items[(index + 1) % len(items)]
-        if repeated and choices > 1 and not _ends_at(kind, value, ends):
-            return True
-        steps *= choices
-        if steps > _MAX_STEPS:
-            return True
+        if repeated and choices > 1 and (ignores_case or not _ends_at(kind, value, ends)):
+            return math.inf
         again = repeated or (kind in _REPEATS and value[1] > 1)
-        if any(_is_slow(part, again) for part in _parts(value)):
-            return True
-    return False
+        steps *= choices * max((_num_steps(part, again, ignores_case) for part in _parts(value)), default=1)
+        most = max(most, steps)
+        if most > _MAX_STEPS:
+            return math.inf
+    return most
+
+
+def _ignores_case(tree: Any) -> bool:
+    """Whether a group in an expression has the flag, as in (?i:...)."""
+    return any(
+        (kind is constants.SUBPATTERN and bool(value[1] & re.IGNORECASE)) or any(map(_ignores_case, _parts(value)))
+        for kind, value in tree
+    )
 
 
 def _items(tree: Any) -> Iterator[tuple[Any, Any]]:

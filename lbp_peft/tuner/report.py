@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import threading
+import weakref
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from torch import nn
 
+from ..layout import LayoutFinder
 from .layer import BackwardPass, LBPWHTLayer
 
 
@@ -71,12 +75,23 @@ def exact_backward(model: nn.Module) -> Iterator[None]:
         ...     loss = model(**batch).loss
         >>> loss.backward()
     """
-    layers = [module for module in model.modules() if isinstance(module, LBPWHTLayer)]
-    before = {layer.finder: layer.finder.exact for layer in layers}
-    for layer in layers:
-        layer.finder.exact |= {layer.layer_name}
+    layers = [(module.finder, module.layer_name) for module in model.modules() if isinstance(module, LBPWHTLayer)]
+    _count_blocks(layers, 1)
     try:
         yield
     finally:
-        for finder, names in before.items():
-            finder.exact = names
+        _count_blocks(layers, -1)
+
+
+# How many blocks of exact_backward hold each layer at the moment. Blocks of several threads, or of parts of a model,
+# may end in another order than they began in.
+_num_blocks: weakref.WeakKeyDictionary[LayoutFinder, Counter[str]] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
+
+
+def _count_blocks(layers: list[tuple[LayoutFinder, str]], change: int) -> None:
+    with _lock:
+        for finder, name in layers:
+            _num_blocks.setdefault(finder, Counter())[name] += change
+        for finder in dict.fromkeys(finder for finder, _ in layers):
+            finder.exact = frozenset(+_num_blocks[finder])
