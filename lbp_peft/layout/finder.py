@@ -83,6 +83,14 @@ class Trace:
         """Whether its inputs had these shapes, without their axis of images, in any order."""
         return sorted(self.input_shapes) == sorted(shapes)
 
+    def is_ambiguous(self) -> bool:
+        """Whether inputs of one shape, of one layer, lay otherwise in different calls."""
+        return any(
+            one.shape[1:] == other.shape[1:] and one.layout != other.layout
+            for records in self.records.values()
+            for one, other in itertools.pairwise(records)
+        )
+
     def summary(self) -> str:
         """The same for traces with the same layouts."""
         return str(hash(tuple((name, *(r.layout for r in found)) for name, found in sorted(self.records.items()))))
@@ -255,6 +263,8 @@ class LayoutFinder:
         _, one = thread.passes.pop()
         if one.tracer is not None:
             one.trace.layouts = one.trace.summary()
+            if one.trace.is_ambiguous():  # calls may come in another order, so each pass is traced
+                one.trace.is_complete = False
         self.layouts = ""
         one.end()
 
