@@ -77,6 +77,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"{options.folder} is not a folder")
     if options.top < 1:
         parser.error("--top must be at least 1")
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
     if missing := [str(path) for path in options.images if not path.exists()]:
         parser.error(f"there is no {', '.join(missing)}")
     return options

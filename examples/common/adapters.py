@@ -98,6 +98,9 @@ def load(folder: Path, base: str | None = None) -> Predictor:
     try:
         processor = AutoImageProcessor.from_pretrained(folder)
     except CANNOT_READ as error:
+        inner = next((file.parent for file in sorted(folder.rglob("preprocessor_config.json"))), None)
+        if inner is not None and not (folder / "adapter_config.json").exists():
+            raise SystemExit(f"{folder} holds no model itself. Name a folder in it, such as {inner}.") from None
         raise SystemExit(f"{folder} has no image processor (preprocessor_config.json): {cause_of(error)}") from None
     model = _load_adapter(folder, base) if (folder / "adapter_config.json").exists() else _load_whole(folder)
     height, width = pixels(processor, Image.new("RGB", (64, 64))).shape[-2:]

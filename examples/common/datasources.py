@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import heapq
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +56,9 @@ def load_splits(options: DataOptions) -> tuple[Dataset, Dataset | None, Dataset 
     if folder is None:
         near = similar(Path(options.dataset)) if "/" not in options.dataset else ""
         say(f"There is no folder {options.dataset} here.{near} Looking for a data set of that name on the hub.")
-        return choose_splits(_loaded(options.dataset, options.dataset, options.dataset_config), options)
+        splits = _loaded(options.dataset, options.dataset, options.dataset_config)
+        _check_origin(options.dataset, splits)
+        return choose_splits(splits, options)
     if not any(path.is_file() for path in folder.rglob("*")):
         raise SystemExit(f"--dataset {folder}: the folder is empty")
     datasets.disable_progress_bars()  # for what is here already
@@ -260,6 +263,23 @@ def _loaded(what: str, *arguments: str | None, **settings: dict[str, list[str]])
         raise SystemExit(f"cannot load {what}: {cause}") from None
     finally:
         datasets.logging.set_verbosity(verbosity)
+
+
+def _check_origin(name: str, splits: DatasetDict) -> None:
+    """Refuse what `datasets` loads by a name without the hub.
+
+    Where the hub has no data set of this name, or cannot be reached, `datasets` takes one from its cache, even one that
+    was made of a local folder of this name elsewhere. Names of its own loaders, such as "imagefolder", search the
+    working directory. The cache has a data set of the hub in a folder named after its commit, which tells these apart.
+
+    Raises:
+        SystemExit: the data set is not from the hub.
+    """
+    files = [file["filename"] for split in splits.values() for file in split.cache_files]
+    if not all(re.fullmatch("[0-9a-f]{40}", Path(file).parent.name) for file in files):
+        raise SystemExit(
+            f"--dataset {name}: no data set of this name was found on the hub. For a local folder, give its whole path."
+        )
 
 
 def _existing(flag: str, names: list[str]) -> list[str]:
