@@ -1,7 +1,7 @@
-"""Layouts while torch.compile traces a model: positions cannot be followed then, so they come from an eager pass.
+"""Provides layouts while torch.compile traces a model. They come from an eager pass: positions cannot be followed then.
 
-Where the model has not run eagerly yet, it does once, on inputs of zeros in the shapes that are being compiled for.
-What is asked here is answered by ordinary Python while the compiler traces, and taken for a constant of the graph.
+If the model has not run eagerly yet, it runs once, on zeros of the shapes that are being compiled. The compiler calls
+these functions as ordinary Python while it traces, and treats their results as constants of the graph.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _BATCH = 2
 
 
 def note_inputs(key: int, args: tuple, kwargs: dict[str, Any]) -> None:
-    """The model is called with these while the compiler traces it."""
+    """Record the shapes and dtypes of the inputs with which the model is called while the compiler traces it."""
     for index, value in enumerate(args):
         if isinstance(value, Tensor):
             _note_input(key, str(index), value.dtype, *(int(n) for n in value.shape[1:]))
@@ -39,7 +39,7 @@ def _note_input(key: int, name: str, dtype: torch.dtype, *shape: int) -> int:
 
 
 def record(key: int, name: str, x: Tensor, channels_axis: int) -> LayoutRecord:
-    """What is known of the input of a layer."""
+    """The record of the input of a layer."""
     from .finder import LayoutRecord
 
     shape = list(x.shape)
@@ -52,7 +52,7 @@ def record(key: int, name: str, x: Tensor, channels_axis: int) -> LayoutRecord:
 
 @torch.compiler.assume_constant_result
 def _plain_record(key: int, name: str, *shape: int) -> tuple:
-    """The only layout that is known of a layer's inputs of a shape (N, ...), as plain values."""
+    """The layout of a layer's inputs of shape (N, ...) as plain values, if exactly one is known."""
     finder = FINDERS[key]
     found = _found(finder, name, shape)
     if not found and key in _inputs:
@@ -78,7 +78,7 @@ def _found(finder: LayoutFinder, name: str, shape: tuple[int, ...]) -> list[tupl
 
 @torch.compiler.disable
 def _run_eagerly(model: nn.Module | None, inputs: dict[str, tuple[tuple[int, ...], torch.dtype]]) -> None:
-    """One forward pass, of which nothing remains but what was traced."""
+    """Run one forward pass that leaves nothing behind but its trace."""
     if model is None:
         return
     device = next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""Reads off positions how the tokens of a layer's input lie: which axes, which grid, in which order."""
+"""Derives the layout of a layer's input from its positions: the axes of the tokens, their grid and their order."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from .positions import LOST
 
 
 class UnknownLayoutError(ValueError):
-    """The tokens do not lie on one grid, as far as their positions tell. Its text is the reason."""
+    """The positions of the tokens do not form one grid. The message gives the reason."""
 
 
 class NoTokensError(UnknownLayoutError):
-    """There are no tokens to speak of: none from a place of the input, or one for each image."""
+    """There is no grid of tokens to find: no token comes from the input, or there is one for each image."""
 
 
 @dataclass(frozen=True)
 class FoundLayout:
-    """Where the tokens of an input lie.
+    """The layout of a layer's input, and where its tokens come from.
 
     Attributes:
-        layout: Of each item of the batch.
-        source: Number of the input that they come from.
+        layout: The layout of each item of the batch.
+        source: The number of the model's input that the tokens come from.
     """
 
     layout: TokenLayout
@@ -39,13 +39,13 @@ def read_layout(positions: Tensor) -> FoundLayout:
     """The layout of tokens.
 
     Args:
-        positions: Of all tokens of a layer's input, in its shape without the axis of channels. Some axes run over
+        positions: The positions of all tokens of a layer's input, in its shape without channels. Some axes run over
             tokens, the others over images, windows or heads.
 
     Raises:
-        UnknownLayoutError: there is none.
+        UnknownLayoutError: the tokens do not form one grid.
     """
-    key = (positions.shape, positions.cpu().numpy().tobytes())  # most layers of a model have the same
+    key = (positions.shape, positions.cpu().numpy().tobytes())  # shared by most layers of a model
     found = _read.get(key)
     if found is None:
         try:
@@ -84,7 +84,7 @@ def _read_layout(positions: Tensor) -> FoundLayout:
     usual = tuple(range(1, positions.dim()))
 
     def preference(item: tuple[_Grid, tuple[int, ...]]) -> tuple:
-        """In their order rather than in another, and neighbours in the image rather than far apart."""
+        """Prefer row-by-row order, unpacked images, the usual axes, and tokens that are neighbours in the image."""
         grid, token_axes = item
         return grid.order is not None, grid.packed > 1, token_axes != usual, grid.spacing, -grid.num_tokens
 
@@ -156,7 +156,7 @@ def _num_packed(rows: np.ndarray) -> int:
 
 
 def _of_one_source(rows: np.ndarray) -> tuple[np.ndarray, int]:
-    """Tokens of other inputs than the one that most come from count as tokens from nowhere."""
+    """Keep the tokens of one input, images before texts, and treat those of other inputs as NOWHERE."""
     sources = rows[rows >= 0] >> 58
     if len(sources) == 0:
         raise NoTokensError("none of its tokens is at a place of the input")
@@ -175,7 +175,7 @@ def _check_same_image(rows: np.ndarray) -> None:
 
 
 def _grid_of(rows: np.ndarray) -> tuple[int, int] | None:
-    """(H, W) if in each row the tokens lie row by row on a grid of this shape; its rows may be the image's columns."""
+    """(H, W) if the tokens of each row form a grid of this shape, row by row; the image may be transposed."""
     count, known = rows.shape[1], rows >= 0
     for row_axis, column_axis in ((2, 1), (1, 2)):
         fitting = []
@@ -193,9 +193,9 @@ def _grid_of(rows: np.ndarray) -> tuple[int, int] | None:
 
 
 def _is_axis(value: np.ndarray, known: np.ndarray, constant_axis: int) -> bool:
-    """Whether values (rows, H, W) are the same along one axis and differ, in one direction, along the other.
+    """Whether values (rows, H, W) are constant along one axis and monotonic along the other.
 
-    Where windows are shifted, the direction is kept but for one step back, from the last row to the first.
+    In shifted windows, one step in the other direction is allowed, from the image's last row to its first.
     """
     low = np.where(known, value, 2**20).min(axis=constant_axis)
     high = np.where(known, value, -1).max(axis=constant_axis)
@@ -216,7 +216,7 @@ def _is_axis(value: np.ndarray, known: np.ndarray, constant_axis: int) -> bool:
 
 
 def _common_order(rows: np.ndarray) -> np.ndarray | None:
-    """Of each token, its place when all are put row by row; None if it is not the same in all rows."""
+    """The index of each token in row-by-row order; None if it differs between rows."""
     places = rows & 2**40 - 1
     sorted_by = np.argsort(places, axis=1, kind="stable")
     if (sorted_by != sorted_by[0]).any():
@@ -225,7 +225,7 @@ def _common_order(rows: np.ndarray) -> np.ndarray | None:
 
 
 def _spacing(rows: np.ndarray) -> int:
-    """The smallest distance of neighbouring tokens along either axis of the image."""
+    """The smallest distance between successive tokens along either axis of the image."""
     both = (rows[:, 1:] >= 0) & (rows[:, :-1] >= 0)
     smallest = []
     for bits in (20, 0):
