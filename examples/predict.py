@@ -2,8 +2,8 @@
 
     python examples/predict.py runs/digits/lbp-wht/seed-0/adapter image.png more_images/
 
-The folder is that of an adapter (`adapter` or `stack`) or of a fully fine-tuned model. For each image the likeliest
-classes are printed; of a segmentation model the share of each class, and the label map is written as a PNG.
+The folder is that of an adapter (`adapter` or `stack`) or of a fully fine-tuned model. The program prints the likeliest
+classes of each image. With a segmentation model it prints the share of each class, and writes the label map as a PNG.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     for file in files:
         try:
             image = opened({"path": str(file)})
-        except Exception as error:  # Pillow's decoders raise what they like
+        except Exception as error:  # Pillow's decoders raise exceptions of many types
             print(f"{file} cannot be used: {why_unreadable(error)}", file=sys.stderr)
             failed += 1
             continue
@@ -77,6 +77,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"{options.folder} is not a folder")
     if options.top < 1:
         parser.error("--top must be at least 1")
+    if options.json and not options.json.parent.is_dir():
+        parser.error(f"--json {options.json}: there is no folder {options.json.parent}")
     if missing := [str(path) for path in options.images if not path.exists()]:
         parser.error(f"there is no {', '.join(missing)}")
     return options
@@ -97,7 +99,7 @@ def _predict(predictor: Predictor, image: Image.Image, file: Path, options: Any)
         classes = F.interpolate(logits, size=size, mode="bilinear", align_corners=False).argmax(1)[0]
         options.maps.mkdir(parents=True, exist_ok=True)
         kind = np.uint8 if len(predictor.names) <= 256 else np.uint16
-        # Folder and ending are part of the name, so that no map takes the place of another one.
+        # The name contains the folder and the ending, so that no map overwrites another.
         name = "-".join(part for part in file.parts if part not in ("/", "..", ".")).removesuffix(".png") + ".png"
         Image.fromarray(classes.numpy().astype(kind)).save(options.maps / name)
         shares = torch.bincount(classes.flatten(), minlength=len(predictor.names)) / classes.numel()

@@ -1,4 +1,4 @@
-"""A cache that cannot grow without bound."""
+"""A cache of bounded size."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _lock = threading.Lock()
 
 
 class BoundedCache(dict[Key, Value]):
-    """A dictionary that drops its oldest entry when it would hold more than `limit`.
+    """A dictionary that drops its oldest entry when it would exceed `limit` entries.
 
-    Looking an entry up costs what it costs in any dictionary. Copies and pickles keep the limit.
+    A look-up costs the same as in any dictionary. Copies and pickles keep the limit.
 
     Args:
-        limit: Most entries to hold.
+        limit: The largest number of entries.
     """
 
     limit = 64

@@ -1,7 +1,7 @@
-"""A loss that depends on padding is noticed, also where the backward pass is compiled.
+"""Refuses a loss that depends on padding, also where the backward pass is compiled.
 
-Python's `if` on values of a tensor does not survive `torch.compile`. There the check is an operator of its own, whose
-result is used, so that no compiler drops it.
+`torch.compile` cannot trace a Python `if` on the values of a tensor. The check is a custom operator there, and its
+result is used, so that the compiler does not remove it.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from .transforms import in_transform
 
 
 def zero_if_unused(grad: Tensor, padding: Tensor) -> Tensor | float:
-    """Zero, to fill padding with. To use it is to have the check done.
+    """Check that padding has no gradient, and return the zero to fill it with; the check only runs if that is used.
 
     Args:
-        grad: Shape (N, L, C), the gradient of tokens.
-        padding: Shape (N, L), True where a token is only padding.
+        grad: Shape (N, L, C), the gradient of the tokens.
+        padding: Shape (N, L), True where a token is padding.
 
     Returns:
         0, or a tensor of shape () and the dtype of `grad`.
 
     Raises:
-        RuntimeError: some padding has a gradient.
+        RuntimeError: a padding token has a gradient.
     """
     if torch.compiler.is_compiling():
         return torch.ops.lbp_peft.zero_if_unused(grad, padding)
-    if in_transform():  # vmap has no values to ask for; those beneath are of all its samples
+    if in_transform():  # within vmap, values can only be read of all samples together
         is_used = torch.func.debug_unwrap(((grad != 0) & padding[:, :, None]).any())
     else:
         is_used = grad[padding]
@@ -44,7 +44,7 @@ def _raise_if_any(is_used: Tensor) -> None:
         )
 
 
-# A CUDA graph could not wait for the answer.
+# A CUDA graph cannot contain the check, which waits for a value of the device.
 _TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
 
 

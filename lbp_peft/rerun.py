@@ -1,10 +1,10 @@
-"""Running a layer again in the backward pass, as it was in the forward pass.
+"""Runs a layer again in the backward pass in the state that it had in the forward pass.
 
-In between anybody may change the layer: its scaling, its mode, its frozen weights, the tensors that
-`torch.func.functional_call` had put into it. A gradient computed with the layer of then would be wrong in silence. So
-the forward pass records the layer. Its tensors go through `ctx.save_for_backward`, where autograd notices when they are
-changed in place, as it does for plain layers; everything else is copied. The backward pass puts all of it back while
-the layer runs.
+The layer may change in between: its scaling, its mode, its frozen weights, or the tensors that
+`torch.func.functional_call` had put into it. A gradient computed with the changed layer would be silently wrong, so the
+forward pass records the state of the layer. Its tensors are saved by `ctx.save_for_backward`, with which autograd
+detects changes in place as it does for plain layers; everything else is copied. The backward pass restores this state
+while the layer runs.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What every module has and computes nothing with (hooks, for the most part) is left as the backward pass finds it.
+# Attributes that every module has and that no result depends on, mostly hooks; they are not restored.
 _LEFT_ALONE = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
 _CONSTANTS = frozenset({bool, int, float, str, type(None)})
 _MAPPINGS = (dict, OrderedDict, defaultdict)
 
 
 class LayerRecord:
-    """A layer as it is when the record is made: the attributes of all its modules.
+    """The state of a layer when the record is made: the attributes of the layer and of all modules inside it.
 
-    Lists, tuples, sets and dictionaries among the attributes are copied. Of other objects, which layer they belong to
-    is recorded but not what they hold.
+    Lists, tuples, sets and dictionaries among the attributes are copied. Other objects are recorded by reference:
+    changes inside them are not undone.
 
     Args:
-        layer: Its modules are recorded, however deep they lie.
+        layer: The layer to record.
 
     Attributes:
-        layer: The same.
+        layer: The recorded layer.
     """
 
     def __init__(self, layer: nn.Module):
@@ -56,13 +56,13 @@ class LayerRecord:
     def take_tensors(self) -> list[Tensor]:
         """All tensors that the layer holds (parameters, buffers, other attributes), each once.
 
-        The record keeps them no longer: they are to be arguments of an autograd function, which saves them.
+        The record gives them up: the caller passes them to an autograd function, which saves them.
         """
         tensors, self._tensors = self._tensors, []
         return tensors
 
     def leaves(self, tensors: Sequence[Tensor], trained: Sequence[bool]) -> list[Tensor]:
-        """The saved tensors as the layer is to have them, cut off from any graph; those trained require gradients."""
+        """The saved tensors as leaves, detached from any graph; only the trained ones require gradients."""
         return [
             _leaf(tensor, is_parameter, needed)
             for tensor, is_parameter, needed in zip(tensors, self._are_parameters, trained, strict=True)
@@ -70,9 +70,9 @@ class LayerRecord:
 
     @contextmanager
     def put_back(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """Within, the layer is as it was, but for its tensors, which are these.
+        """Restore the recorded state within the block, with these tensors in place of the recorded ones.
 
-        What the layer changes in itself when it runs is dropped in the end: it has done so in the forward pass.
+        Changes that the layer makes to itself within the block are discarded, since the forward pass made them already.
         """
         memo: dict[int, Any] = {}
         found = []
@@ -90,7 +90,7 @@ class LayerRecord:
                 object.__setattr__(module, "__dict__", now)
 
     def _recorded(self, value: Any, memo: dict[int, Any]) -> Any:
-        """A copy of an attribute, with a slot for each tensor. One object is copied once, wherever it is found."""
+        """A copy of an attribute in which slots stand for tensors. An object that occurs repeatedly is copied once."""
         if isinstance(value, Tensor):
             if id(value) not in memo:
                 memo[id(value)] = _Slot(len(self._tensors))
@@ -120,7 +120,7 @@ class _Slot:
 
 
 def _restored(value: Any, tensors: Sequence[Tensor], memo: dict[int, Any]) -> Any:
-    """The reverse of [`LayerRecord._recorded`], with a tensor in each slot. The record itself stays as it is."""
+    """The inverse of [`LayerRecord._recorded`]: fill the slots with tensors. The record itself is not changed."""
     kind = type(value)
     if kind in _CONSTANTS:
         return value
@@ -140,10 +140,10 @@ def _restored(value: Any, tensors: Sequence[Tensor], memo: dict[int, Any]) -> An
 
 
 def to_save(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """What to pass to `ctx.save_for_backward`.
+    """The tensors to pass to `ctx.save_for_backward`: aliases of plain tensors, and all others unchanged.
 
-    Aliases, which share version counters: `tensor.data = ...` then no more reaches what was saved than a copy would.
-    Tensors of other classes may lose attributes that way, and ZeRO-3 takes the data out of its own in between.
+    An alias shares its tensor's version counter, but `tensor.data = ...` does not affect it. Tensors of other classes
+    may lose attributes when they are detached, and ZeRO-3 needs its own, whose data it releases in between.
     """
     plain = (Tensor, nn.Parameter)
     return [t.detach() if type(t) in plain and not hasattr(t, "ds_status") else t for t in tensors]
@@ -151,13 +151,13 @@ def to_save(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _leaf(tensor: Tensor, is_parameter: bool, trained: bool) -> Tensor:
     if type(tensor) not in (Tensor, nn.Parameter) and not trained:
-        return tensor  # as of quantised weights
+        return tensor  # such as a quantised weight
     if is_parameter:
         return nn.Parameter(tensor.detach(), requires_grad=trained)
     return tensor.detach().requires_grad_(trained)
 
 
 def same_autocast(device_type: str) -> Any:
-    """Makes the autocast context that is in force now: the backward pass runs outside it."""
+    """A function that creates the autocast context that is in force now, since the backward pass runs outside it."""
     enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
     return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)

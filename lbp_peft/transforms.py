@@ -1,4 +1,4 @@
-"""What follows the operations as they run, so that they have to be written another way."""
+"""Tells whether `torch.compile` or a transform of `torch.func` is at work, and what then has to be done otherwise."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.autograd import forward_ad
 
 
 def in_transform() -> bool:
-    """Whether a transform of `torch.func` (grad, vjp, vmap, ...) is under way, outside of `torch.compile`.
+    """Whether a transform of `torch.func` (grad, vjp, vmap, ...) is active, outside `torch.compile`.
 
-    What is compiled is transformed by the compiler's own means.
+    Within `torch.compile` the compiler handles the transforms itself.
     """
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
@@ -24,24 +24,24 @@ def must_be_functional() -> bool:
 
 
 def outside_transforms() -> AbstractContextManager:
-    """Within, transforms of `torch.func` that are under way see nothing of what happens."""
+    """Hide all operations within the block from the active transforms of `torch.func`."""
     return temporarily_clear_interpreter_stack() if in_transform() else nullcontext()
 
 
 def in_forward_mode() -> bool:
-    """Whether forward-mode differentiation (`torch.func.jvp`, `jacfwd`, `hessian`) is under way."""
+    """Whether forward-mode differentiation (`torch.func.jvp`, `jacfwd`, `hessian`) is active."""
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
 @contextmanager
 def backward_pass() -> Iterator[None]:
-    """Around the backward pass of an autograd function: `torch.no_grad()`, but where a transform may go on from it.
+    """Context for the backward pass of an autograd function: `torch.no_grad()`, except within a transform.
 
-    There its results have to depend on what they are computed from, or a second derivative would be zero in silence
-    where it is to be refused.
+    A transform may differentiate the results again. They must stay connected to their inputs then, because otherwise a
+    second derivative would silently be zero instead of being refused.
 
     Raises:
-        RuntimeError: autograd asks for several backward passes at once, by `is_grads_batched=True`.
+        RuntimeError: autograd runs several backward passes at once (`is_grads_batched=True`).
     """
     try:
         with nullcontext() if in_transform() else torch.no_grad():
@@ -56,5 +56,8 @@ def backward_pass() -> Iterator[None]:
 
 
 def tracked_by_transforms() -> AbstractContextManager:
-    """For what an autograd function saves: likewise. Autograd disables gradients for all transforms around it, too."""
+    """Context for tensors that an autograd function saves: within a transform, they stay connected to the inputs.
+
+    Autograd disables gradients in its functions, and so for all transforms around them too.
+    """
     return torch.enable_grad() if in_transform() else nullcontext()

@@ -243,6 +243,14 @@ def test_a_mistyped_folder_is_named_beside_the_one_that_is_there(tmp_path, monke
     assert "Did you mean my_images?" in capsys.readouterr().out
 
 
+def test_data_that_is_not_from_the_hub_is_never_taken_for_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    in_classes(tmp_path / "elsewhere" / "shapes", {"cat": 4, "dog": 4})
+    images_of(options_for(tmp_path / "elsewhere" / "shapes"))  # it is in the cache from now on, by the name "shapes"
+    assert "whole path" in refusal(options_for("shapes"))
+    assert "whole path" in refusal(options_for("imagefolder"))  # a loader's name, which finds elsewhere/shapes
+
+
 # Images
 
 
@@ -417,8 +425,10 @@ def test_what_a_model_or_a_method_cannot_do_comes_out_before_training(tmp_path):
         an_experiment(tmp_path, image_size=[2])
     with pytest.raises(SystemExit, match="--head_modules head: the model has no such module"):
         head_modules(tiny_vit(), ClassificationOptions(head_modules=["head"]))
+    with pytest.raises(SystemExit, match=r"Did you mean classifier\?"):
+        head_modules(tiny_vit(), ClassificationOptions(head_modules=["clasifier"]))
     found = an_experiment(tmp_path, methods=["lora"], lora_target_modules=["nothing"])
-    with pytest.raises(SystemExit, match="LoRA r=8: "):
+    with pytest.raises(SystemExit, match=r"LoRA r=8: .*\. Check --lora_target_modules nothing"):
         found.rehearse(chosen_methods(found.options))
     found = an_experiment(tmp_path, methods=["full", "lora"], checkpoint_every=5)
     needed = found.rehearse(chosen_methods(found.options))

@@ -13,6 +13,7 @@ pytest.importorskip("evaluate", reason="the examples need evaluate")
 
 from benchmarks import gradient_fidelity
 from common.classification import Classification, ClassificationOptions
+from common.experiment import prepare_output
 from common.methods import chosen_methods
 from common.options import Options, Parser, parse
 from common.outputs import default_output, output_folder, write_somewhere
@@ -209,6 +210,11 @@ def test_without_a_name_every_run_has_a_folder_of_its_own(tmp_path):
     assert output_folder(Options(resume=True), default) == output_folder(Options(overwrite=True), default) == found
     assert default_output(Classification(), ClassificationOptions()) == Path("runs/digits")
     assert default_output(Segmentation(), SegmentationOptions(model="m")) == Path("runs/semantic_segmentation")
+
+
+def test_a_run_that_is_not_there_to_be_resumed_is_said_to_start(tmp_path, capsys):
+    prepare_output(Options(output=str(tmp_path / "mistyped"), resume=True), [])
+    assert "There is no run in" in capsys.readouterr().out
 
 
 def test_results_that_cannot_be_written_go_elsewhere(tmp_path, monkeypatch, capsys):

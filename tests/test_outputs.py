@@ -267,7 +267,11 @@ def test_predicting_from_the_command_line(classified, tmp_path, capsys):
     "arguments, said",
     [
         (["nowhere", "image.png"], "nowhere is not a folder"),
-        (["out", "image.png"], "no image processor"),
+        (["out", "image.png"], "out holds no model itself. Name a folder in it, such as out/"),
+        (
+            [f"out/{STACK}", "image.png", "--json", "nowhere/j.json"],
+            "--json .*: there is no folder nowhere",
+        ),
         ([f"out/{STACK}", "nowhere.png"], "there is no nowhere.png"),
         ([f"out/{STACK}", "image.png", "--base", "out/nowhere"], "out/nowhere, the base model of .*--base"),
         ([f"out/{STACK}", "image.png", "--top", "0"], "--top"),
@@ -280,6 +284,11 @@ def test_mistakes_in_predicting_are_named(arguments, said, classified, capsys):
     printed = capsys.readouterr()
     assert re.search(said, f"{stopped.value} {printed.err}") and not printed.out
     assert printed.err.count("\n") == (1 if stopped.value.code == 2 else 0)  # one line, of argparse or of the caller
+
+
+def test_a_folder_without_an_image_processor_is_named(classified, tmp_path):
+    with pytest.raises(SystemExit, match="has no image processor"):
+        predict.main([str(tmp_path), str(classified / "image.png")])
 
 
 @pytest.mark.parametrize("name", MAPS)

@@ -1,12 +1,12 @@
-"""Folders of trained models that others can use: what is written beside the weights, and how to load them again.
+"""Writes folders of trained models that others can use, and loads them again.
 
     adapter/       the weights, as PEFT or transformers writes them
       model_config/config.json   configuration of the model with the names of the classes
       preprocessor_config.json   image processor, at the size that was trained on
       README.md                  model card, with the lines that load and predict
 
-The configuration has a folder of its own: transformers takes an adapter's folder with a config.json in it for a whole
-model, and would look there for the weights of the base model, too.
+The configuration has a folder of its own because transformers takes an adapter's folder with a config.json for a whole
+model, and would look for the base model's weights there.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def processor_in_effect(preprocessor: Preprocessor) -> ImageProcessingMixin:
 
 
 def write_beside(model: PreTrainedModel | PeftModel, preprocessor: Preprocessor, card: str, folder: Path) -> None:
-    """Complete a folder that `model.save_pretrained` wrote.
+    """Add configuration, image processor and model card to a folder that `model.save_pretrained` wrote.
 
     Args:
-        card: Text of its README.md, in place of PEFT's template.
+        card: The text of the README.md, which replaces PEFT's template.
     """
     if isinstance(model, PeftModel):
         base = model.get_base_model()
@@ -65,8 +65,8 @@ class Predictor:
     """A trained model and its image processor.
 
     Args:
-        model: In eval mode, a plain model of transformers.
-        arguments: Further arguments of its forward pass.
+        model: A plain transformers model in eval mode.
+        arguments: Further arguments of the model's forward pass.
     """
 
     model: PreTrainedModel
@@ -75,13 +75,13 @@ class Predictor:
 
     @property
     def names(self) -> list[str]:
-        """Of the classes."""
+        """The names of the classes."""
         labels = self.model.config.id2label
         return [labels[index] for index in range(len(labels))]
 
     @property
     def segments(self) -> bool:
-        """Whether it gives each pixel a class, and not each image."""
+        """Whether the model predicts a class for each pixel instead of one for each image."""
         return "Segmentation" in type(self.model).__name__
 
 
@@ -89,15 +89,18 @@ def load(folder: Path, base: str | None = None) -> Predictor:
     """Load what an example program, or [`write_beside`], has written.
 
     Args:
-        folder: Of an adapter or of a fully fine-tuned model.
-        base: The base model, where it is no longer where the adapter was trained.
+        folder: The folder of an adapter or of a fully fine-tuned model.
+        base: The base model, if it is no longer where it was during training.
 
     Raises:
-        SystemExit: something is missing; the message says what.
+        SystemExit: something is missing; the message names it.
     """
     try:
         processor = AutoImageProcessor.from_pretrained(folder)
     except CANNOT_READ as error:
+        inner = next((file.parent for file in sorted(folder.rglob("preprocessor_config.json"))), None)
+        if inner is not None and not (folder / "adapter_config.json").exists():
+            raise SystemExit(f"{folder} holds no model itself. Name a folder in it, such as {inner}.") from None
         raise SystemExit(f"{folder} has no image processor (preprocessor_config.json): {cause_of(error)}") from None
     model = _load_adapter(folder, base) if (folder / "adapter_config.json").exists() else _load_whole(folder)
     height, width = pixels(processor, Image.new("RGB", (64, 64))).shape[-2:]
@@ -105,7 +108,7 @@ def load(folder: Path, base: str | None = None) -> Predictor:
 
 
 def pixels(processor: ImageProcessingMixin, image: Image.Image) -> torch.Tensor:
-    """(1, 3, height, width)."""
+    """The preprocessed image, shape (1, 3, height, width)."""
     return processor(images=as_rgb(image), return_tensors="pt")["pixel_values"]
 
 
@@ -122,14 +125,15 @@ def _load_adapter(folder: Path, base: str | None) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(folder / MODEL_CONFIG)
         path = base or PeftConfig.from_pretrained(folder).base_model_name_or_path
     except CANNOT_READ as error:
-        raise SystemExit(f"{folder} is no adapter of an example program: {cause_of(error)}") from None
+        raise SystemExit(f"{folder} is not an adapter that an example program wrote: {cause_of(error)}") from None
     if looks_like_path(path) and not Path(path).expanduser().is_dir():
-        raise SystemExit(f"{path}, the base model of {folder}, is not there. Name its place with --base.")
+        raise SystemExit(f"{path}, the base model of {folder}, does not exist. Give its folder or hub id with --base.")
     try:
         model = base_model(path, config)
     except CANNOT_READ as error:
         raise SystemExit(
-            f"{path}, the base model of {folder}, cannot be loaded: {cause_of(error)}. Name its place with --base."
+            f"{path}, the base model of {folder}, cannot be loaded: {cause_of(error)}. Give its folder "
+            "or hub id with --base."
         ) from None
     try:
         adapted = PeftModel.from_pretrained(model, folder)
@@ -141,7 +145,7 @@ def _load_adapter(folder: Path, base: str | None) -> PreTrainedModel:
 def base_model(path: str, config: transformers.PretrainedConfig) -> PreTrainedModel:
     """The base model with the head that the configuration describes, whose weights the adapter brings."""
     cls = getattr(transformers, config.architectures[0])
-    # Whether the checkpoint has the head, too, and not the backbone alone.
+    # Whether the checkpoint contains a head, and not only the backbone.
     is_whole = AutoConfig.from_pretrained(path).model_type == config.model_type
     if getattr(config, "backbone_config", None) is None or is_whole:
         return cls.from_pretrained(path, config=config, ignore_mismatched_sizes=True, dtype="float32")

@@ -1,7 +1,7 @@
-"""Stronger augmentation of images of classes, by kornia: RandAugment on an image, mixup and CutMix on a batch.
+"""Augmentation for image classification by kornia: RandAugment on an image, mixup and CutMix on a batch.
 
-All that is drawn depends on a seed alone, and the random numbers that dropout draws from are left as they were, so a
-resumed run sees the images that an unbroken one sees.
+The augmentations depend on a seed only, and leave the random number generator of dropout unchanged, so a resumed run
+sees the same images as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ OPERATIONS = 2  # of RandAugment on an image, as in the paper (arXiv 1909.13719)
 
 
 def check_augmentation(rand_augment: int | None, mixup: float, cutmix: float) -> None:
-    """Stop with one line, before anything is written, where kornia is needed and missing."""
+    """Stop with a one-line message, before anything is written, if kornia is needed but missing."""
     if rand_augment is None and not mixup and not cutmix:
         return
     try:
@@ -43,14 +43,15 @@ def rand_augment(image: Image.Image, magnitude: int, seed: tuple[int, ...]) -> I
 
 
 def mix(batch: dict[str, Any], mixup: float, cutmix: float, seed: tuple[int, ...]) -> dict[str, Any]:
-    """The batch with its images mixed in pairs: by mixup in so many of all batches, by CutMix in so many others.
+    """The batch, perhaps with its images mixed in pairs.
 
     Args:
         batch: `pixel_values` (N, C, H, W) and `labels` (N,), the indices of classes.
+        mixup, cutmix: The probabilities that the batch is mixed by mixup or by CutMix.
 
     Returns:
-        A batch whose `labels`, where images were mixed, have shape (N, 3), float: the index of either class and the
-        share of the second. [`loss_of`] knows both kinds.
+        The batch. If its images were mixed, `labels` has shape (N, 3), float: the indices of both classes and the share
+        of the second. [`loss_of`] supports both forms.
     """
     drawn = np.random.default_rng(seed).random()
     if drawn >= mixup + cutmix:
@@ -59,12 +60,12 @@ def mix(batch: dict[str, Any], mixup: float, cutmix: float, seed: tuple[int, ...
     with _seeded(seed):
         images, labels = _mixing(kind)(batch["pixel_values"], batch["labels"])
     first, second, share = labels.view(-1, 3).unbind(1)
-    share = share if kind == "mixup" else 1 - share  # kornia has that of the first class there, as the paper has
+    share = share if kind == "mixup" else 1 - share  # kornia gives the first class's share, as the paper does
     return batch | {"pixel_values": images, "labels": torch.stack([first, second, share], 1)}
 
 
 def loss_of(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """The model's own loss, or for mixed images the cross-entropy of both classes by their shares."""
+    """The model's own loss, or for mixed images the cross-entropies of both classes, weighted by their shares."""
     if not batch["labels"].is_floating_point():
         return model(**batch).loss
     inputs = {name: value for name, value in batch.items() if name != "labels"}
@@ -91,7 +92,7 @@ def _mixing(kind: str) -> nn.Module:
 
 @contextmanager
 def _seeded(seed: tuple[int, ...]) -> Iterator[None]:
-    """Within, random numbers on the CPU, of which kornia draws its own, start from the seed; then they go on."""
+    """Seed the CPU's random numbers, which kornia uses, within the block, and restore their state afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(int(np.random.default_rng(seed).integers(2**63)))
         yield

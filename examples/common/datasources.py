@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import heapq
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class Source:
 
 
 def load_splits(options: DataOptions) -> tuple[Dataset, Dataset | None, Dataset | None]:
-    """What the options name to train on, to test on and to validate on, see [`choose_splits`].
+    """The splits that the options name for training, testing and validation, see [`choose_splits`].
 
     Raises:
         SystemExit: there is no such data, or no such split.
@@ -55,21 +56,23 @@ def load_splits(options: DataOptions) -> tuple[Dataset, Dataset | None, Dataset 
     if folder is None:
         near = similar(Path(options.dataset)) if "/" not in options.dataset else ""
         say(f"There is no folder {options.dataset} here.{near} Looking for a data set of that name on the hub.")
-        return choose_splits(_loaded(options.dataset, options.dataset, options.dataset_config), options)
+        splits = _loaded(options.dataset, options.dataset, options.dataset_config)
+        _check_origin(options.dataset, splits)
+        return choose_splits(splits, options)
     if not any(path.is_file() for path in folder.rglob("*")):
         raise SystemExit(f"--dataset {folder}: the folder is empty")
-    datasets.disable_progress_bars()  # for what is here already
+    datasets.disable_progress_bars()  # local data need none
     return choose_splits(_loaded(options.dataset, str(folder), options.dataset_config), options)
 
 
 def choose_splits(splits: DatasetDict, options: DataOptions) -> tuple[Dataset, Dataset | None, Dataset | None]:
-    """The splits to train on, to test on and to validate on.
+    """The splits for training, testing and validation.
 
     Returns:
-        None where there is none to test on; and where none to validate on is left or needed.
+        The three splits; None for testing if there is no such split, and None for validation if none is left or needed.
 
     Raises:
-        SystemExit: a split is missing or empty, or the one to validate on is in other use.
+        SystemExit: a split is missing or empty, or the validation split is also used for training or testing.
     """
     train, test = options.train_split, options.test_split
     validation = options.validation_split if options.needs_validation else None
@@ -93,10 +96,10 @@ def choose_splits(splits: DatasetDict, options: DataOptions) -> tuple[Dataset, D
 def hold_out(
     dataset: Dataset, options: DataOptions, labels: Sequence[int] | None = None, purpose: str = "test"
 ) -> tuple[Dataset, Dataset]:
-    """Divide a dataset into a part to train on and one for another purpose, where only one is given.
+    """Divide a dataset into a training part and a part that is held out for another purpose.
 
     Args:
-        labels: Of its rows; each class is divided alike, and at least one row of it is trained on.
+        labels: The labels of the rows; each class is divided alike, and at least one of its rows is trained on.
         purpose: `test` or `validate`.
 
     Raises:
@@ -119,11 +122,13 @@ def hold_out(
 
 
 def draw(total: int, wanted: int, seed: int, labels: Sequence[int] | None = None) -> np.ndarray:
-    """Which of `total` rows to take, in ascending order: the same for equal arguments.
+    """A random choice of rows, in ascending order; equal arguments give the same rows.
 
     Args:
-        wanted: How many; all where there are not so many.
-        labels: Of the rows. Each class is drawn in proportion to its size, but at least once where `wanted` allows it.
+        total: The number of rows.
+        wanted: The number of rows to choose; all are chosen if there are fewer.
+        labels: The labels of the rows. Each class is drawn in proportion to its size, but at least once where `wanted`
+            allows it.
     """
     random = np.random.default_rng((seed, total, wanted))
     order = random.permutation(total)
@@ -134,7 +139,8 @@ def draw(total: int, wanted: int, seed: int, labels: Sequence[int] | None = None
     own = np.asarray(labels)[order]
     rows = {label: order[own == label] for label in random.permutation(np.unique(own))}
     taken = dict.fromkeys(rows, 0)
-    # Seats of a parliament: each goes to the class that has the fewest for its size, the first to the largest.
+    # As seats are apportioned in a parliament (Sainte-Lague): each row goes to the class with the fewest for its size,
+    # after the first row of each class, which go to the largest classes first.
     queue = [(-np.inf, -len(own), place, label) for place, (label, own) in enumerate(rows.items())]
     heapq.heapify(queue)
     for _ in range(wanted):
@@ -164,7 +170,7 @@ def as_images(dataset: Dataset, column: str, known_as: str) -> Dataset:
     """The dataset with a column taken for images, which may be stored as bytes or as paths.
 
     Raises:
-        SystemExit: it holds something else.
+        SystemExit: the column holds something else.
     """
     try:
         return dataset.cast_column(column, Image())
@@ -181,16 +187,17 @@ def columns_of(dataset: Dataset, kind: type) -> list[str]:
 def paired_folders(folder: Path, skip: bool) -> DatasetDict | None:
     """Images and the label maps of the same names beside them: FOLDER/[SPLIT/]images and FOLDER/[SPLIT/]masks.
 
-    Splits may be folders inside `images` and `masks` as well. Names agree where all but their endings does.
+    Splits may also be folders inside `images` and `masks`. Names are compared without their endings.
 
     Args:
-        skip: Leave out what has no partner, and say how many.
+        skip: Leave out files that have no partner, and say how many.
 
     Returns:
-        Columns `image` and `mask`; None where the folder has no such parts, or says itself what belongs together.
+        Datasets with the columns `image` and `mask`; None if the folder has no such parts, or has a metadata file that
+        pairs images and label maps.
 
     Raises:
-        SystemExit: an image has no label map, or the reverse; or there are two of a name.
+        SystemExit: an image has no label map, or the reverse; or two files have the same name.
     """
     if any(folder.rglob("metadata.*")):
         return None
@@ -227,7 +234,7 @@ def _paired(images: Path, masks: Path, skip: bool) -> Dataset:
 
 
 def _by_name(folder: Path) -> dict[str, Path]:
-    """The images in a folder and those inside it, by their paths there without the endings."""
+    """The images in a folder and its subfolders, by their relative paths without endings."""
     found: dict[str, Path] = {}
     for path in images_in(folder):
         name = path.relative_to(folder).with_suffix("").as_posix()
@@ -238,16 +245,16 @@ def _by_name(folder: Path) -> dict[str, Path]:
 
 
 def images_in(folder: Path) -> list[Path]:
-    """The image files in a folder and in those inside it, told by their endings, in the order of their names."""
+    """The image files in a folder and its subfolders, recognised by their endings and sorted by name."""
     return sorted(
         path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_ENDINGS and not path.name.startswith(".")
     )
 
 
 def _loaded(what: str, *arguments: str | None, **settings: dict[str, list[str]]) -> DatasetDict:
-    """What `datasets` loads; its many kinds of failure end in one line."""
+    """Load a dataset; errors of any type end in a one-line message."""
     verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it logs comes again with the error
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error repeats what it would log
     try:
         return load_dataset(*arguments, **settings)
     except Exception as error:
@@ -262,8 +269,25 @@ def _loaded(what: str, *arguments: str | None, **settings: dict[str, list[str]])
         datasets.logging.set_verbosity(verbosity)
 
 
+def _check_origin(name: str, splits: DatasetDict) -> None:
+    """Refuse what `datasets` loads by a name without the hub.
+
+    Where the hub has no data set of this name, or cannot be reached, `datasets` takes one from its cache, even one that
+    was made of a local folder of this name elsewhere. Names of its own loaders, such as "imagefolder", search the
+    working directory. The cache has a data set of the hub in a folder named after its commit, which tells these apart.
+
+    Raises:
+        SystemExit: the data set is not from the hub.
+    """
+    files = [file["filename"] for split in splits.values() for file in split.cache_files]
+    if not all(re.fullmatch("[0-9a-f]{40}", Path(file).parent.name) for file in files):
+        raise SystemExit(
+            f"--dataset {name}: no data set of this name was found on the hub. For a local folder, give its whole path."
+        )
+
+
 def _existing(flag: str, names: list[str]) -> list[str]:
-    """The files, each of which is there or on the web."""
+    """The files, after checking that each one exists or is on the web."""
     for name in names:
         if "://" in name:
             continue

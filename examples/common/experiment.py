@@ -38,7 +38,7 @@ from .report import Row, plot, show_confusions, table, write_classes_json, write
 from .selection import kept_epoch, with_validation
 from .soundness import sound
 from .task import Task
-from .terminal import cause_of
+from .terminal import cause_of, say
 from .training import Run, check_scheduler, train
 
 RECORD, CONFUSION = "history.json", "confusion.json"  # of a part that is finished
@@ -114,7 +114,9 @@ class Experiment:
             try:
                 model = method.adapt(base, self.options)
             except (TypeError, ValueError) as error:
-                raise SystemExit(f"{method.label}: {cause_of(error)}") from None
+                names = self.options.lora_target_modules
+                advice = f". Check --lora_target_modules {' '.join(names)}" if names else ""
+                raise SystemExit(f"{method.label}: {cause_of(error)}{advice}") from None
             trained = trainable_parameters(model)
             total += 4 * trained * len(method.parts(model)) * len(self.options.seeds)
             # All weights; of those that are trained two moments of the optimizer, and the best and averaged ones.
@@ -381,7 +383,12 @@ def prepare_output(options: Options, methods: list[Method]) -> None:
         if differing := [
             name for name in record if name != "output" and record[name] != before.get(name, record[name])
         ]:
-            raise SystemExit(f"cannot resume {options.output}: it ran with another {', '.join(differing)}")
+            raise SystemExit(
+                f"cannot resume {options.output}: it ran with another {', '.join(differing)}. Give the same options as "
+                f"before ({file} lists them), or --overwrite to start anew"
+            )
+    elif options.resume:
+        say(f"There is no run in {output} to resume; a new one starts.")
     if not options.resume:
         parts = [part(output, method, seed) for method in methods for seed in options.seeds]
         for old in [*parts, *pretraining(output)]:
@@ -392,7 +399,9 @@ def prepare_output(options: Options, methods: list[Method]) -> None:
         output.mkdir(parents=True, exist_ok=True)
         write_whole(file, yaml.safe_dump(record, sort_keys=False))
     except OSError as error:
-        raise SystemExit(f"--output {output} cannot be written to: {error.strerror or error}") from None
+        raise SystemExit(
+            f"--output {output} cannot be written to ({error.strerror or error}): give another folder"
+        ) from None
 
 
 def check_space(output: Path, needed: int) -> None:

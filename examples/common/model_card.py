@@ -17,25 +17,25 @@ MOST_CLASSES_LISTED = 50
 
 @dataclass
 class Card:
-    """What a model card is filled with.
+    """The contents of a model card.
 
     Args:
-        task: Of the hub: image-classification or image-segmentation.
+        task: The hub's name of the task: image-classification or image-segmentation.
         auto_model: Name of the Auto class that loads the base model.
         base: The base model: hub id or folder.
-        folder: Where the weights are.
-        method: What the report calls it.
-        peft_type: LORA or LBPWHT; none of a fully fine-tuned model.
-        settings: Of the method and of training, by name.
-        images: How many there are to train on, to validate on and to test on.
-        names: Of the classes.
-        metric: What the scores are.
-        scores: By the name of the images they are on, from 0 to 1.
-        per_class: A score of each class, by its name.
+        folder: The folder of the weights.
+        method: The method's name in the report.
+        peft_type: LORA or LBPWHT; None for a fully fine-tuned model.
+        settings: The settings of the method and of the training, by name.
+        images: The numbers of images for training, validation and test.
+        names: The names of the classes.
+        metric: The name of the scores' metric.
+        scores: The scores, from 0 to 1, by the name of the images.
+        per_class: A score for each class, by the class's name.
         arguments: Further arguments of the forward pass.
-        has_pipeline: Whether transformers' pipeline for the task takes the image processor.
-        head_on_backbone: Name of the class that put a new head on a backbone; none where the base model has a head.
-        remark: A sentence on what this folder is for.
+        has_pipeline: Whether transformers' pipeline for the task supports the image processor.
+        head_on_backbone: The class that puts a new head on a backbone; None if the base model has a head.
+        remark: A sentence on the purpose of this folder.
     """
 
     task: str
@@ -57,7 +57,7 @@ class Card:
     remark: str = ""
 
     def text(self) -> str:
-        """In Markdown, with the header that the hub reads."""
+        """The card in Markdown, with the header that the hub reads."""
         shown = self.names if len(self.names) <= MOST_CLASSES_LISTED else [*self.names[:MOST_CLASSES_LISTED], "..."]
         counts = ", ".join(f"{count} {kind}" for kind, count in self.images.items())
         sections = [
@@ -191,7 +191,7 @@ class Card:
 
 
 def describe_data(options: Options) -> str:
-    """Where the images are from, in words."""
+    """A description of the source of the images."""
     if options.train_files:
         return ", ".join([*options.train_files, *(options.test_files or [])])
     if options.dataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import inspect
 import re
 from collections.abc import Iterator
@@ -64,7 +65,10 @@ def head_modules(model: PreTrainedModel, options: Options) -> list[str]:
         names = [name for name, _ in model.named_modules()]
         for head in options.head_modules:
             if not any(name == head or name.endswith(f".{head}") for name in names):
-                raise SystemExit(f"--head_modules {head}: the model has no such module")
+                near = difflib.get_close_matches(head, [name.rpartition(".")[2] for name in names] + names, n=1)
+                outermost = ", ".join(name for name, _ in model.named_children())
+                advice = f"Did you mean {near[0]}?" if near else f"Its outermost modules are {outermost}."
+                raise SystemExit(f"--head_modules {head}: the model has no such module. {advice}")
         return options.head_modules
     heads = [
         name

@@ -1,4 +1,4 @@
-"""The output folder: which it is, and what becomes of results that cannot be written to it."""
+"""Chooses the output folder, and saves results elsewhere if they cannot be written to it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def output_folder(options: Options, default: Path) -> Path:
     """The folder for the results. It is not made here.
 
     Args:
-        default: Where the options name none. If it holds a run, `default`-2, `default`-3, ... are tried: the first free
-            one is taken, or to resume or overwrite a run, the last that holds one.
+        default: The folder if the options name none. If it holds a run, `default`-2, `default`-3, ... are tried, and
+            the first free one is taken; to resume or overwrite a run, the last one that holds a run is taken.
 
     Raises:
         SystemExit: the folder holds a run, and the options do not say what should become of it; or it is a file.
@@ -55,16 +55,16 @@ def holds_run(path: Path) -> bool:
 
 
 def write_somewhere(write: Callable[[Path], None], folder: Path) -> Path:
-    """Write results to a folder or, where that fails, to one among the temporary files, so that they are not lost.
+    """Write results to a folder or, if that fails, to a temporary folder, so that they are not lost.
 
     Args:
-        write: Writes everything to the folder that it is given.
+        write: A function that writes the results to the folder that it is given.
 
     Returns:
-        The folder that they are in.
+        The folder that holds the results.
 
     Raises:
-        SystemExit: they could not be written anywhere.
+        SystemExit: the results could not be written to either folder.
     """
     try:
         write(folder)

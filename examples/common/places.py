@@ -1,4 +1,4 @@
-"""Names of local folders and of models and data sets on the hub: a mistyped folder is not looked for on the hub."""
+"""Tells names of local folders from names on the hub, so that a mistyped folder is not looked up on the hub."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ FILE_ENDINGS = (
 
 
 def local_folder(name: str, flag: str) -> Path | None:
-    """The local folder of this name; None for a name that is to be looked for on the hub.
+    """The local folder of this name; None if the name is to be looked up on the hub.
 
     Args:
-        name: As the user gave it.
-        flag: Where the user gave it, for the message.
+        name: The name that the user gave.
+        flag: The flag that the user gave it with, for the message.
 
     Raises:
-        SystemExit: there is no such folder, and the name is that of a path; or it is a file.
+        SystemExit: the name looks like a path, but there is no such folder; or it is that of a file.
     """
     path = Path(name).expanduser()
     if path.is_dir():
@@ -33,7 +33,7 @@ def local_folder(name: str, flag: str) -> Path | None:
 
 
 def looks_like_path(name: str) -> bool:
-    """Whether a name must be that of a file or folder, as no id on the hub looks so or the folder around it exists."""
+    """Whether a name must be a path, because it is not a valid id on the hub, or because its parent folder exists."""
     path = Path(name).expanduser()
     return (
         not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)
@@ -44,7 +44,7 @@ def looks_like_path(name: str) -> bool:
 
 
 def similar(path: Path) -> str:
-    """A sentence that names what lies beside a path that is not there, and is spelt much like it; or ""."""
+    """A sentence that suggests a similarly spelt name in the folder of a path that does not exist; or ""."""
     parent = path.parent
     if not parent.is_dir():
         return f" There is no folder {parent} either."

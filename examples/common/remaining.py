@@ -8,45 +8,45 @@ from tqdm.auto import tqdm
 
 
 class Remaining:
-    """Estimates the remaining time from what this process has done so far, in runs, and how long that took.
+    """Estimates the remaining time from the number of runs that this process has finished and the time they took.
 
     Args:
-        runs: Training runs in all; each counts the same.
+        runs: The number of training runs in all; each counts the same.
     """
 
     def __init__(self, runs: int):
         self.runs = runs
         self.finished = 0  # runs
-        self.fraction = 0.0  # of the present run
+        self.fraction = 0.0  # of the current run
         self._done_before = 0.0  # by another process, which this one resumes
         self._start = time.monotonic()
 
     def skip(self) -> None:
-        """A run was finished before this process started."""
+        """Count a run that was finished before this process started."""
         self.finished += 1
         self._done_before += 1
 
     def begin(self, fraction: float) -> None:
-        """A run begins, a fraction of which was done before this process started."""
+        """Begin a run, a fraction of which was done before this process started."""
         self.fraction = fraction
         self._done_before += fraction
 
     def at(self, fraction: float) -> None:
-        """So much of the present run is done."""
+        """Set the fraction of the current run that is done."""
         self.fraction = fraction
 
     def end(self) -> None:
-        """The present run is finished."""
+        """Count the current run as finished."""
         self.finished, self.fraction = self.finished + 1, 0.0
 
     def seconds(self) -> float | None:
-        """Those still to come, None while nothing is done."""
+        """The estimated remaining seconds; None while nothing is done."""
         done = self.finished + self.fraction
         own = done - self._done_before
         return (time.monotonic() - self._start) * (self.runs - done) / own if own > 0 else None
 
     def shown(self) -> list[str]:
-        """For a progress bar: which run this is and the time that is left; nothing where there is one run only."""
+        """Text for a progress bar: the number of the run and the remaining time; empty if there is only one run."""
         seconds = self.seconds()
         if self.runs == 1 or seconds is None:
             return []

@@ -209,7 +209,10 @@ def upernet(path: str, names: list[str], seed: int) -> UperNetForSemanticSegment
     with readable(path):
         config = AutoConfig.from_pretrained(path)
     if not hasattr(config, "stage_names"):
-        raise SystemExit(f"transformers has no backbone of the kind of {path} ({config.model_type})")
+        raise SystemExit(
+            f"transformers has no backbone of the type {config.model_type}, which {path} is, to put an UperNet head "
+            "on: take another --model, such as facebook/dinov2-small, or leave out --head"
+        )
     depths = len(config.stage_names) - 1  # without the stem
     config.out_indices = [round(depths * quarter / 4) for quarter in (1, 2, 3, 4)]
     with readable(path):

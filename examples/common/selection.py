@@ -1,6 +1,6 @@
-"""Which weights are kept: those of the epoch that is best on validation images, or an average over the updates.
+"""Chooses the weights to keep: those of the best epoch on validation images, or an average over the updates.
 
-Validation images are neither trained on nor tested on, so that the test score stays an honest one.
+Validation images are used neither for training nor for testing, so the test score is unbiased.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def with_validation(task: Task, source: Source, options: Options) -> tuple[Sourc
         The source, and a sentence that says where the validation images come from.
 
     Raises:
-        SystemExit: there are too few images to hold some out.
+        SystemExit: there are too few images to hold some out for validation.
     """
     if source.validation is not None:
         split = options.validation_split or VALIDATION
@@ -87,8 +87,8 @@ class Average:
     """An exponential moving average of the trained weights over the updates.
 
     Args:
-        model: As it is on its device.
-        decay: Of the average; it remembers about 1 / (1 - decay) updates.
+        model: The model, on its device already.
+        decay: The decay of the average, which covers about 1 / (1 - decay) updates.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -96,7 +96,7 @@ class Average:
         self.averaged = AveragedModel(self.live, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
     def update(self) -> None:
-        """Take in the weights after an update."""
+        """Update the average with the current weights."""
         self.averaged.update_parameters(self.live)
 
     @torch.no_grad()
@@ -107,7 +107,7 @@ class Average:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within, the model has the averaged weights; afterwards its own again, to the bit."""
+        """Give the model the averaged weights within the block, and its own back afterwards, bit for bit."""
         own = [parameter.detach().clone() for parameter in self.live]
         self.apply()
         yield

@@ -1,4 +1,4 @@
-"""Images and label maps are read once before training, so that none stops it when it is under way."""
+"""Reads all images and label maps once before training, so that a broken one does not stop it later."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .storedimages import opened, why_unreadable
 from .task import Task
 
 ROWS = 256  # held in memory at a time
-NAMED = 3  # at most, of what is broken
+NAMED = 3  # how many broken images a message names
 
 
 @dataclass
@@ -35,7 +35,7 @@ def sound(accelerator: Accelerator, task: Task, source: Source, options: Options
     """The data without the rows that cannot be used.
 
     Raises:
-        SystemExit: names the first of those rows, unless they are to be skipped; or none is left.
+        SystemExit: some rows cannot be used and are not to be skipped (the message names the first), or none is left.
     """
     parts = {"train": source.train, "test": source.test}
     if source.validation is not None:
@@ -49,12 +49,14 @@ def sound(accelerator: Accelerator, task: Task, source: Source, options: Options
     named = "; ".join(f"{fault.file} ({fault.reason})" for fault in found[:NAMED])
     named += f"; and {len(found) - NAMED} more" if len(found) > NAMED else ""
     if not options.skip_broken:
-        raise SystemExit(f"{count} cannot be used: {named}. Mend or remove them, or leave them out by --skip_broken.")
+        raise SystemExit(
+            f"{count} cannot be used: {named}. Repair or remove them, or give --skip_broken to leave them out."
+        )
     accelerator.print(f"Left out {count} that cannot be used: {named}.")
     left = {use: _without(part, own) for (use, part), own in zip(parts.items(), faults, strict=True)}
     for use, part in left.items():
         if not len(part):
-            raise SystemExit(f"no image to {use} on is left")
+            raise SystemExit(f"no image to {use} on is left: add images that can be read")
     return Source(left["train"], left["test"], source.names, left.get("validate"))
 
 
@@ -73,7 +75,7 @@ def find_faults(dataset: Dataset, task: Task, source: Source, options: Options) 
             try:
                 images[column] = opened(stored, whole=column != "image")
                 task.examine(column, images, source.names, options)
-            except Exception as error:  # Pillow's decoders raise what they like
+            except Exception as error:  # Pillow's decoders raise exceptions of many types
                 return Fault(index, name, why_unreadable(error))
         return None
 

@@ -13,13 +13,13 @@ from .terminal import in_one_line
 
 
 def opened(stored: dict[str, Any], whole: bool = True) -> Image.Image:
-    """An image from the bytes or the path of a dataset's row, upright as its camera says.
+    """The image from the bytes or the path in a row of a dataset, rotated as its EXIF data says.
 
     Args:
-        whole: At its full size; otherwise all of the file is read, but JPEG decodes a smaller image, which is faster.
+        whole: Whether to decode it at full size; otherwise a JPEG is decoded at a smaller size, which is faster.
 
     Raises:
-        Exception: it cannot be read.
+        Exception: the image cannot be read.
     """
     if stored.get("bytes") is None and not stored.get("path"):
         raise ValueError("there is no image")
@@ -38,13 +38,13 @@ def opened(stored: dict[str, Any], whole: bool = True) -> Image.Image:
 
 
 def why_unreadable(error: Exception) -> str:
-    """What [`opened`] raised, in one line."""
+    """The reason why [`opened`] raised an error, in one line."""
     text = in_one_line(error)
     return "not an image that Pillow can read" if text.startswith("cannot identify image file") else text
 
 
 def as_rgb(image: Image.Image) -> Image.Image:
-    """The image in 8 bits and three channels; grey of 16 bits is scaled, where Pillow would cut it off at 255."""
+    """The image in 8 bits and three channels. 16-bit grey values are scaled, since Pillow would clip them at 255."""
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.float64)
         if image.mode != "I" or values.max() > 255:

@@ -9,10 +9,10 @@ WIDTH = 120
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], width: int = WIDTH) -> str:
-    """Columns as wide as their widest cell, the first to the left, the others to the right.
+    """A table whose columns are as wide as their widest cell; the first is left-aligned, the others right-aligned.
 
-    Where a line would be longer than `width`, cells of the first column that are long stand on lines of their own, the
-    others of their row below them; then headings go over several lines.
+    If a line would exceed `width`, long cells of the first column are put on lines of their own, above the rest of
+    their row, and headings are broken into several lines.
     """
     body = [max(map(len, column)) for column in zip(*rows, strict=True)] if rows else [0] * len(header)
     widths = [max(len(heading), cells) for heading, cells in zip(header, body, strict=True)]

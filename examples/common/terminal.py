@@ -1,4 +1,4 @@
-"""What a program shows on the terminal beside its report: mistakes in one line each, warnings on lines of their own."""
+"""Messages on the terminal: errors in one line each, and warnings on lines of their own."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from tqdm.auto import tqdm
 
 @contextlib.contextmanager
 def plain_messages(training: bool = False) -> Iterator[None]:
-    """Run a program so that its user sees no traceback for a mistake, and no source line in a progress bar.
+    """Run a program so that the user's mistakes cause no tracebacks, and warnings show no source lines.
 
-    Warnings are printed once each, on a line of their own. Those about the future of other packages concern who writes
-    a program, not who runs it, and are left out.
+    Each warning is printed once, on a line of its own. Warnings about future changes of other packages are left out,
+    since they concern developers and not users.
 
     Args:
-        training: Whether the program has the options of training, which its messages may then advise.
+        training: Whether the program has training options, which messages may then recommend.
 
     Raises:
-        SystemExit: in the place of an error that is no fault of the program: the message has one line.
+        SystemExit: an error that is not the program's fault occurred; the message has one line.
     """
     with warnings.catch_warnings():
         for category in (FutureWarning, DeprecationWarning, PendingDeprecationWarning):
@@ -48,7 +48,7 @@ def plain_messages(training: bool = False) -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """Print a line, once where several processes run the program."""
+    """Print a line; if several processes run the program, only the first prints it."""
     if _first_process():
         print(text)
 
@@ -59,7 +59,7 @@ def in_one_line(message: object) -> str:
 
 
 def cause_of(error: BaseException) -> str:
-    """The first paragraph of what an error says, in one line; its type where it says nothing."""
+    """The first paragraph of an error's message, in one line; the error's type if it has no message."""
     paragraphs = [text for text in str(error).split("\n\n") if text.strip()]
     return in_one_line(paragraphs[0]).rstrip(".") if paragraphs else type(error).__name__
 

@@ -1,4 +1,4 @@
-"""Where the tokens of a layer's input lie, followed from the model's input through every operation."""
+"""Finds where the tokens of a layer's input lie, by following them from the model's input through every operation."""
 
 from .finder import NOT_TRACED, GridMismatchError, LayoutFinder, LayoutRecord, given_layout
 

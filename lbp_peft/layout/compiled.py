@@ -1,7 +1,7 @@
-"""Layouts while torch.compile traces a model: positions cannot be followed then, so they come from an eager pass.
+"""Provides layouts while torch.compile traces a model. They come from an eager pass: positions cannot be followed then.
 
-Where the model has not run eagerly yet, it does once, on inputs of zeros in the shapes that are being compiled for.
-What is asked here is answered by ordinary Python while the compiler traces, and taken for a constant of the graph.
+If the model has not run eagerly yet, it runs once, on zeros of the shapes that are being compiled. The compiler calls
+these functions as ordinary Python while it traces, and treats their results as constants of the graph.
 """
 
 from __future__ import annotations

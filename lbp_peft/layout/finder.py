@@ -1,7 +1,7 @@
-"""Where do the tokens of a layer lie, in the forward pass that is under way, or that is run again?
+"""Finds the layout of each layer's input in the current forward pass, or in one that is run again.
 
-The first forward pass with inputs of new shapes is traced, and what is found is kept. Later ones look it up. Layers
-that gradient checkpointing runs again in the backward pass take what their own forward pass took, see `reruns.py`.
+The first forward pass with inputs of new shapes is traced, and the layouts are kept; later passes look them up. Layers
+that gradient checkpointing runs again in the backward pass use the layouts of their own forward pass, see `reruns.py`.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _MOST_TRACES = 64
 
 
 class GridMismatchError(ValueError):
-    """A `grid_size` or `num_prefix_tokens` given by hand does not fit the tokens that arrive."""
+    """A `grid_size` or `num_prefix_tokens` from the configuration does not fit the number of tokens."""
 
 
 @dataclass(frozen=True)
 class LayoutRecord:
-    """What was found of the input of one call of a layer.
+    """What the tracer found about the input of one call of a layer.
 
     Attributes:
         layout: Where its tokens lie; None where that is not known.
@@ -72,7 +72,7 @@ CALLED_ALONE = LayoutRecord(why_unknown="it was called by itself, so that its in
 
 @dataclass
 class Trace:
-    """What was found in a traced forward pass: of each layer, by name, its calls in their order."""
+    """The result of tracing a forward pass: the records of each layer's calls in order, by the layer's name."""
 
     records: dict[str, list[LayoutRecord]] = field(default_factory=dict)
     is_complete: bool = True
@@ -101,11 +101,12 @@ class Call:
     """A call of a layer.
 
     Attributes:
-        name: Of the layer.
-        record: What it took.
-        number: Of the next node of autograd's graph at that moment.
-        had_grad: Whether autograd was on; it is not in what gradient checkpointing with use_reentrant=True runs.
-        region: Number of the part of the pass that gradient checkpointing, else, will run again; 0: none.
+        name: The layer's name.
+        record: The record that the layer used.
+        number: The number of the next node of autograd's graph at that moment.
+        had_grad: Whether autograd was on; it is off within gradient checkpointing with use_reentrant=True.
+        region: The number of the part of the pass that gradient checkpointing with use_reentrant=False will run again;
+            0 outside of such parts.
     """
 
     name: str
@@ -117,7 +118,7 @@ class Call:
 
 @dataclass(eq=False)
 class ForwardPass:
-    """A forward pass of the model under way, or one of which layers may be run again.
+    """A forward pass of the model that is running, or a past one whose layers may be run again.
 
     Attributes:
         trace: What is known of it.
@@ -143,7 +144,7 @@ class ForwardPass:
     _region: int = 0
 
     def note(self, name: str, record: LayoutRecord) -> None:
-        """A layer was called."""
+        """Record a call of a layer."""
         if (hook := current_hook()) is not None and hook is not self._hook:
             self._region += 1
         self._hook = hook
@@ -151,7 +152,7 @@ class ForwardPass:
         self.calls.append(Call(name, record, next_number(), torch.is_grad_enabled(), region))
 
     def end(self) -> None:
-        """It is over, and holds on to nothing that was needed on the way."""
+        """End the pass, and release what only a running pass needs."""
         self.contexts.close()
         self.tracer = self._hook = None
 
@@ -164,7 +165,7 @@ class ForwardPass:
 
 
 class _Thread(threading.local):
-    """What one thread is doing."""
+    """The forward passes that one thread is running."""
 
     def __init__(self) -> None:
         self.passes: list[tuple[nn.Module, ForwardPass]] = []
@@ -192,13 +193,13 @@ class LayoutFinder:
         self._kept: dict[str, list[Tensor | None]] | None = None
         self._history = PassHistory()
         self._alone: BoundedCache[Hashable, LayoutRecord] = BoundedCache(_MOST_TRACES)
-        # One pass of each kind, for layers whose own pass cannot be found.
+        # One pass for each distinct trace, setting and mask, for layers whose own pass cannot be found.
         self._kinds: list[ForwardPass] = []
         self.key = next(_keys)
         compiled.FINDERS[self.key] = self
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles know the hooks and what was warned of, but none of the passes."""
+        """Copies and pickles keep the hooks and the causes that were warned about, but none of the passes."""
         kept = ("exact", "_warned", "_hooks", "_merge_size")
         return {"compiled_paddings": {}, "layouts": "", "told": set()} | {name: self.__dict__[name] for name in kept}
 
@@ -209,11 +210,11 @@ class LayoutFinder:
     # Watching a model
 
     def watch(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
-        """Follow this model's forward passes from now on, by hooks. Once more when its modules have changed.
+        """Follow this model's forward passes from now on, by hooks. To be called again when its modules have changed.
 
         Args:
             model: The model.
-            layers: Its adapted layers, by name.
+            layers: The model's adapted layers, by name.
         """
         self.detach()
         self._model = weakref.ref(model)
@@ -239,11 +240,11 @@ class LayoutFinder:
         self._hooks.clear()
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        """A module that holds adapted layers is called."""
+        """Begin a pass: a module that contains adapted layers is called."""
         thread = self._thread
         if thread.passes or not self._is_training(module):
             return
-        if _in_backward() and module is not self.model():  # a part of the model is run again
+        if _in_backward() and module is not self.model():  # a part of the model is run again, which begins no pass
             return
         one = self._begin(module, args, kwargs)
         self.layouts = one.trace.layouts
@@ -256,7 +257,7 @@ class LayoutFinder:
         return module.training or any(layer.training for layer in self._layers)
 
     def after(self, module: nn.Module) -> None:
-        """It returns, or raises."""
+        """End the pass, if the module that returns or raises is the one that began it."""
         thread = self._thread
         if not thread.passes or thread.passes[-1][0] is not module:
             return
@@ -270,7 +271,7 @@ class LayoutFinder:
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ForwardPass:
         exact = self.exact
-        if _in_backward():  # all of it is run again
+        if _in_backward():  # the whole model is run again
             exact = (
                 _the_only([other.exact for other in self._passes_to_rerun()], "the model", "exact_backward") or exact
             )
@@ -282,7 +283,7 @@ class LayoutFinder:
         with self._lock:
             trace = self._traces.get(key)
             is_new = trace is None or not trace.is_complete
-            if is_new and not torch.is_grad_enabled():  # nothing is asked before it is run again, if it ever is
+            if is_new and not torch.is_grad_enabled():  # no layer needs its layout unless the pass is run again
                 trace, is_new = Trace(is_complete=False), False
             elif is_new:
                 trace = self._traces[key] = trace or Trace()
@@ -305,7 +306,7 @@ class LayoutFinder:
         return one
 
     def model(self) -> nn.Module | None:
-        """The model that is watched."""
+        """The model that is followed; None if it no longer exists."""
         return None if self._model is None else self._model()
 
     def known(self, name: str, shapes: dict[str, tuple[int, ...]]) -> list[LayoutRecord]:
@@ -321,7 +322,7 @@ class LayoutFinder:
 
     @contextmanager
     def keeping_positions(self) -> Iterator[dict[str, list[Tensor | None]]]:
-        """Within, forward passes are traced anew. Yields the positions of the tokens of each layer, call by call."""
+        """Trace passes anew within the block, and yield a dictionary that collects the positions of layers' tokens."""
         self._traces.clear()
         self._kept = {}
         try:
@@ -332,12 +333,12 @@ class LayoutFinder:
     # What a layer asks
 
     def record(self, name: str, x: Tensor, channels_axis: int = -1) -> LayoutRecord:
-        """What is known of the input of a layer that is being called.
+        """The record of the input of a layer that is being called.
 
         Args:
-            name: Of the layer.
-            x: Its input.
-            channels_axis: Which of its axes runs over channels.
+            name: The layer's name.
+            x: The layer's input.
+            channels_axis: The axis of the channels in x.
         """
         if torch.compiler.is_dynamo_compiling():
             return compiled.record(self.key, name, x, channels_axis, self.layouts)
@@ -359,7 +360,7 @@ class LayoutFinder:
         return record
 
     def _record_alone(self, x: Tensor, channels_axis: int) -> LayoutRecord:
-        """Of a layer that is called by itself: its input may be images as they are."""
+        """The record for a layer that is not called by the model: its input may be images."""
         key = (x.shape, channels_axis)
         record = self._alone.get(key)
         if record is None:
@@ -373,12 +374,12 @@ class LayoutFinder:
         return record
 
     def note_call(self, name: str, x: Tensor, channels_axis: int = -1) -> None:
-        """A layer is called while autograd is off: perhaps by gradient checkpointing, to be run again later."""
+        """Record a call that needs no layout now: gradient checkpointing may run the layer again later."""
         if not torch.compiler.is_dynamo_compiling() and self._current() is not None:
             self.record(name, x, channels_axis)
 
     def as_one_operation(self, x: Tensor, run: Callable[[], Tensor], channels_axis: int = -1) -> Tensor:
-        """The result of a function of x that mixes the channels of each token, and is not to be traced in its parts."""
+        """Run a function of x that only mixes the channels of each token; it is traced as a single operation."""
         if torch.compiler.is_dynamo_compiling():
             return run()
         one = self._current()
@@ -402,7 +403,7 @@ class LayoutFinder:
         return name in (self.exact if one is None else one.exact)
 
     def padding(self, name: str, record: LayoutRecord, x: Tensor) -> Tensor | None:
-        """Shape (N, L), True where a word of a text is only padding; None where no mask says so."""
+        """A mask of shape (N, L), True where a word is padding; None if the model was given no attention mask."""
         if not record.text:
             return None
         if torch.compiler.is_dynamo_compiling():
@@ -417,7 +418,7 @@ class LayoutFinder:
         return paddings[0] if paddings else None
 
     def warn_once(self, cause: str, message: str) -> None:
-        """Warn, unless a layer of this model has been warned about for the same cause."""
+        """Warn, unless there was a warning for the same cause about any layer of this model."""
         if cause not in self._warned and not torch.compiler.is_dynamo_compiling():
             self._warned.add(cause)
             warnings.warn(message, stacklevel=2)
@@ -429,7 +430,7 @@ class LayoutFinder:
         return passes[-1][1] if passes else None
 
     def _passes_to_rerun(self) -> list[ForwardPass]:
-        """The passes, of one kind if it can be told, that what is run again now may belong to."""
+        """The passes that the code that is run again now may belong to."""
         return self._history.of_current_node() or self._kinds
 
     def _record_to_rerun(self, name: str, shape: tuple[int, ...]) -> LayoutRecord:
@@ -476,10 +477,10 @@ class _After:
 def given_layout(
     num_tokens: int, record: LayoutRecord, grid_size: tuple[int, int], before: int | None, after: int | None
 ) -> TokenLayout:
-    """The layout of a grid that was given by hand.
+    """The layout for a grid given in the configuration.
 
     Raises:
-        GridMismatchError: it does not fit.
+        GridMismatchError: the grid does not fit the number of tokens.
     """
     rest = num_tokens - grid_size[0] * grid_size[1]
     if before is None and after is None:
@@ -564,7 +565,7 @@ def _put(records: list[LayoutRecord], number: int, record: LayoutRecord) -> None
 
 
 def fitting(records: list[LayoutRecord], number: int, shape: tuple[int, ...]) -> LayoutRecord:
-    """The record of the same call in the traced pass; of another call if its number of tokens alone fits."""
+    """The record of the same call in the traced pass, or else the only record with this number of tokens."""
     if number < len(records) and fits(records[number], shape):
         return records[number]
     others = {(r.layout, r.text): r for r in records if r.layout is not None and fits(r, shape)}
@@ -572,13 +573,13 @@ def fitting(records: list[LayoutRecord], number: int, shape: tuple[int, ...]) ->
 
 
 def fits(record: LayoutRecord, shape: tuple[int, ...]) -> bool:
-    """Whether an input has as many tokens as a record says; its shape is without the axis of channels."""
+    """Whether an input has the number of tokens in a record; its shape is given without channels."""
     layout = record.layout
     return layout is None or num_tokens(shape, layout.axes) == layout.num_tokens * layout.packed
 
 
 def num_tokens(shape: tuple[int, ...], axes: tuple[int, ...] | None = None) -> int:
-    """Tokens of an input along some axes of its shape without channels; None: all but the first."""
+    """The number of tokens along some axes of a shape without channels; None: along all axes but the first."""
     return math.prod(shape[1:] if axes is None else (shape[axis] for axis in axes if axis < len(shape)))
 
 
@@ -615,10 +616,10 @@ def _merge_size(module: nn.Module) -> int:
 
 
 def _the_only(answers: list[Any], name: str, what: str, values: list[Any] | None = None) -> Any:
-    """What all answers say, or the value that stands for it; None where there is none.
+    """The common answer, or the first of the values that go with the answers; None if there are no answers.
 
     Raises:
-        RuntimeError: they differ.
+        RuntimeError: the answers differ.
     """
     if any(answer != answers[0] for answer in answers):
         raise RuntimeError(_cannot_be_told_apart(name, what))
@@ -638,7 +639,7 @@ def _cannot_be_told_apart(name: str, what: str) -> str:
 
 
 def _in_backward() -> bool:
-    """Whether autograd is in a backward pass: a forward pass now is gradient checkpointing's second."""
+    """Whether a backward pass is running, so that a forward pass now is a rerun by gradient checkpointing."""
     return torch._C._current_graph_task_id() != -1
 
 

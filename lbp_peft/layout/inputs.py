@@ -1,4 +1,4 @@
-"""The places of a model's input: where its images have rows and columns, and its texts have words."""
+"""Assigns positions to a model's inputs: to the rows and columns of images, and to the words of texts."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ _MOST_VALUES = 4096
 
 
 def named_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by their names in the module's forward method."""
+    """The arguments of a call, by their names in the module's forward method."""
     try:
         bound = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments
-    except (TypeError, ValueError):  # the call itself will say what is wrong
+    except (TypeError, ValueError):  # the call itself will raise
         return {**{str(i): value for i, value in enumerate(args)}, **kwargs}
     for parameter in inspect.signature(module.forward).parameters.values():
         if parameter.kind is parameter.VAR_KEYWORD:
@@ -36,7 +36,7 @@ def named_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict
 
 
 def tensors_in(inputs: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """The innermost values of nested inputs, with the name of the argument that each is in."""
+    """The innermost values of nested inputs, each with the name of its argument."""
     if isinstance(inputs, dict) or hasattr(inputs, "items"):
         for key, value in inputs.items():
             yield from tensors_in(value, f"{name}.{key}" if name else str(key))
@@ -48,7 +48,7 @@ def tensors_in(inputs: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def signature(inputs: dict[str, Any]) -> tuple:
-    """What a trace depends on: shapes, kinds, and the values of what gives the sizes of images."""
+    """A key of all that a trace depends on: shapes, dtypes, types, and the values of tensors that give image sizes."""
     parts: list[Any] = []
     for name, value in tensors_in(inputs):
         if isinstance(value, Tensor):
@@ -68,15 +68,15 @@ def _holds_sizes(name: str, tensor: Tensor) -> bool:
 
 
 def start(tracer: PositionTracer, inputs: dict[str, Any], merge_size: int = 1) -> dict[int, str]:
-    """Give every tensor among the inputs its positions.
+    """Assign positions to every tensor among the inputs.
 
     Args:
-        tracer: Follows them from now on.
-        inputs: By the name of the argument.
-        merge_size: Where packed patches come in units of so many rows and columns, as Qwen-VL's.
+        tracer: The tracer that follows the tensors from now on.
+        inputs: The inputs, by the name of the argument.
+        merge_size: The rows and columns of the units in which packed patches are ordered, as in Qwen-VL; 1 without.
 
     Returns:
-        The name of each text, by the number that its positions have.
+        The name of each text, by its number as an input.
     """
     texts: dict[int, str] = {}
     by_kind: dict[str, int] = {}
@@ -133,7 +133,7 @@ def _of_text(source: int, tensor: Tensor, shape: torch.Size) -> Tensor:
 
 
 def positions_of_images(name: str, tensor: Tensor, sizes: list[Tensor], merge_size: int) -> Tensor | None:
-    """Positions of the elements of an input, if it holds images."""
+    """Positions of the elements of an input, or None if it does not hold images."""
     for given in sizes:
         if (packed := _of_patches(tensor, given.tolist(), merge_size)) is not None:
             return packed
@@ -157,7 +157,7 @@ def positions_of_images(name: str, tensor: Tensor, sizes: list[Tensor], merge_si
 
 
 def _image_axes(tensor: Tensor) -> tuple[int, ...] | None:
-    """The axes that run over images (or frames), rows and columns; the one that is left runs over channels."""
+    """The axes of images (or frames), rows and columns; the remaining axis, if any, is that of the channels."""
     shape = tensor.shape
     if tensor.dim() == 3:
         return (0, 1, 2)
@@ -171,7 +171,7 @@ def _image_axes(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def _of_patches(tensor: Tensor, sizes: list[list[int]], merge_size: int) -> Tensor | None:
-    """Of patches that were cut before: (N, L, features), or those of all images in turn, (total, features)."""
+    """Positions of images that were cut into patches before: (N, L, features), or packed, (total, features)."""
     counts = [size[-2] * size[-1] * (size[0] if len(size) == 3 else 1) for size in sizes]
     places: list[Tensor] = []
     for size in sizes:

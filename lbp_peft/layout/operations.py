@@ -1,7 +1,7 @@
-"""What each operation of PyTorch does to positions: one rule for each, by name.
+"""Rules for how each operation of PyTorch changes positions, by the operation's name.
 
-A rule takes the operation's own arguments and returns the positions of its result. To teach the tracer another
-operation, add a rule here. An operation without a rule loses all positions, which costs speed, never correctness.
+A rule takes the operation's own arguments and returns the positions of the result. To support another operation, add a
+rule here. Positions are lost in an operation without a rule, which costs speed but never correctness.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _PLAIN_NAMES = {
 } | {"__neg__": "neg", "__invert__": "bitwise_not", "__abs__": "abs", "__eq__": "eq", "__ne__": "ne", "__lt__": "lt",
      "__le__": "le", "__gt__": "gt", "__ge__": "ge"}  # fmt: skip
 
-# Operations that make tensors of nothing but numbers, none of them by chance or from values that came from elsewhere.
+# Operations that create tensors without any tensor as an argument and without random numbers.
 DATA_INDEPENDENT = frozenset(
     _names("""
         arange zeros ones full eye empty linspace logspace range tril_indices triu_indices new_zeros new_ones
@@ -82,7 +82,7 @@ SPATIAL = frozenset(
 
 
 def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a rule: (tracer, the operation's arguments) -> positions, or a list of them, or None."""
+    """Register a rule: (tracer, the operation's arguments) -> positions, a list of positions, or None if lost."""
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         for name in names:
@@ -127,7 +127,7 @@ _moves(
 def _view(tracer: Any, x: Tensor, *shape: Any, **kwargs: Any) -> Any:
     if kwargs or (shape and isinstance(shape[0], torch.dtype)):
         return None
-    positions = tracer.positions(x)  # which may lie otherwise in memory than what they describe
+    positions = tracer.positions(x)  # their strides may differ from those of the tensor, so that view would fail
     return None if positions is None else positions.reshape(*shape)
 
 
@@ -145,7 +145,7 @@ def _cat(tracer: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _or_nowhere(tracer: Any, x: Tensor) -> Tensor:
-    """Positions of any tensor: nowhere if it does not depend on the input, lost if they are not known."""
+    """Positions of any tensor: NOWHERE if it does not depend on the input, LOST if they are not known."""
     trail = tracer.trail(x)
     if trail is None:
         return torch.full((), NOWHERE, device=x.device).expand(x.shape)
@@ -161,7 +161,7 @@ def _pad(tracer: Any, x: Tensor, pad: Any, mode: str = "constant", value: Any = 
 
 
 def _by_index(positions: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """What an operation that takes no integers, and fills with zeros, does to positions."""
+    """Apply an operation to positions that does not support integers and fills with zeros."""
     index = torch.arange(1, positions.numel() + 1, dtype=torch.float64, device=positions.device).view(positions.shape)
     return torch.cat((positions.new_tensor([NOWHERE]), positions.flatten()))[function(index).long()]
 
@@ -211,7 +211,7 @@ def _view_as_real(tracer: Any, x: Tensor) -> Any:
     return positions[..., None].expand(*positions.shape, 2)
 
 
-# Operations that pick by an index. What is picked by the values of the input, or by chance, is elsewhere each time.
+# Operations that pick elements by an index. An index from values of the input, or a random one, differs each time.
 
 
 @rule("__getitem__")
@@ -224,7 +224,7 @@ def _getitem(tracer: Any, x: Tensor, index: Any) -> Any:
 
 
 def _picked_axes(index: Any, num_axes: int, tracer: Any) -> list[int]:
-    """The axes along which an index picks places that are not certain to be the same each time."""
+    """The axes along which an index may pick other places in the next pass."""
     parts = list(index) if isinstance(index, tuple) else [index]
     consumed = sum(_num_consumed(part) for part in parts)
     axis = 0
@@ -250,7 +250,7 @@ def _num_consumed(part: Any) -> int:
 
 
 def _same_along(positions: Tensor, axes: list[int]) -> bool:
-    """Whether elements that differ in these axes alone are at the same place, if of different images."""
+    """Whether elements that differ in these axes only have the same place, though perhaps in different images."""
     places = place_in_image(positions)
     for axis in axes:
         small = compact(places)
@@ -262,7 +262,7 @@ def _same_along(positions: Tensor, axes: list[int]) -> bool:
 @rule("__setitem__")
 def _setitem(tracer: Any, x: Tensor, index: Any, value: Any) -> Any:
     positions = _or_nowhere(tracer, x)
-    if not isinstance(value, Tensor):  # a number in the place of some elements does not move them
+    if not isinstance(value, Tensor):  # replacing elements by a number does not move them
         return positions
     new = _or_nowhere(tracer, value)
     picked = _picked_axes(index, x.dim(), tracer)
@@ -333,7 +333,7 @@ for _name in _names("""
 
 
 def _like_the_first(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The elements stay where they are, whatever the other arguments."""
+    """The positions of the first argument, whatever the others are."""
     return tracer.positions(x)
 
 
@@ -418,7 +418,7 @@ def _linear(tracer: Any, x: Tensor, weight: Tensor, bias: Any = None) -> Any:
 
 
 def with_mixed_channels(positions: Tensor | None, size: int, axis: int = -1) -> Tensor | None:
-    """Positions where every output channel is a mixture of all input channels."""
+    """Positions of a result in which every output channel is a mixture of all input channels."""
     if positions is None:
         return None
     shape = list(positions.shape)
@@ -428,7 +428,7 @@ def with_mixed_channels(positions: Tensor | None, size: int, axis: int = -1) -> 
 
 @rule("matmul", "bmm", "mm", "mv", "dot")
 def _matmul(tracer: Any, a: Tensor, b: Tensor) -> Any:
-    """Where rows of a have positions, these; else, where columns of b have them, these."""
+    """The positions of the rows of a, if they have any, or else those of the columns of b."""
     if a.dim() < 2 or b.dim() < 2:
         return None
     shape = (*torch.broadcast_shapes(a.shape[:-2], b.shape[:-2]), a.shape[-2], b.shape[-1])
@@ -492,7 +492,7 @@ def _multi_head_attention(tracer: Any, query: Tensor, *args: Any, **kwargs: Any)
     return [with_mixed_channels(tracer.positions(query), query.shape[-1])]
 
 
-# Convolutions, pooling, resizing: an output is where the centre of its window is.
+# Convolutions, pooling, resizing: an output has the position of the centre of its window.
 
 
 @rule("conv1d", "conv2d", "conv3d")
@@ -595,7 +595,7 @@ def _transposed_convolution(tracer: Any, result: Tensor, x: Tensor, weight: Tens
     return positions.expand(result.shape)
 
 
-# Rules that look at the result first: for its shape alone.
+# Rules that also get the result, whose shape they need.
 RULES_BY_RESULT: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("interpolate", "upsample", "upsample_bilinear", "upsample_nearest"), _resized_like_result),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed_convolution),

@@ -1,11 +1,12 @@
-"""Positions: where in a model's input each element of a tensor comes from.
+"""Positions: integers that say where in a model's input each element of a tensor comes from.
 
-A position is one integer: which input, which image (or text) of the batch, and the row and column in it. A tensor of
-positions has the shape of the tensor it describes. Whatever moves data (reshape, permute, cat, roll, slices, ...) can
-then be applied to the positions as it is, and no rule for axes is needed. Rows and columns are counted in quarters of a
+A position encodes the input, the image (or text) of the batch, and the row and column in it. A tensor of positions has
+the shape of the tensor it describes, so any operation that moves data (reshape, permute, cat, roll, slices, ...) can be
+applied to the positions unchanged. Rows and columns are counted in quarters of a
 pixel, so that upsampled feature maps have positions of their own.
 
-Tensors of positions are mostly expanded views: all channels of a token have the same position, which takes no memory.
+Tensors of positions are mostly expanded views, since all channels of a token have the same position; expanding takes no
+memory.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# An element that comes from no place in the input: a learned token, or padding.
+# The position of an element that does not come from the input, such as a learned token or padding.
 NOWHERE = -1
-# An element whose place is not known, or that comes from many places at once.
+# The position of an element whose place is not known, or that comes from many places at once.
 LOST = -2
 
 # Inputs from this number on are texts, those before it images.
@@ -30,9 +31,9 @@ def encode(source: int, image: Tensor, row: Tensor, column: Tensor) -> Tensor:
     """Positions of elements, int64.
 
     Args:
-        source: Number of the input, 0 to 15.
-        image: Number of the image in the batch, below 2**18.
-        row, column: In pixels, or in tokens of a text, below 2**18.
+        source: The number of the input, 0 to 15.
+        image: The number of the image in the batch, below 2**18.
+        row, column: The row and column in pixels, or in tokens of a text, below 2**18.
     """
     return ((source << 18) + image << 2 * _BITS) + (row * _UNITS_PER_PIXEL << _BITS) + column * _UNITS_PER_PIXEL
 
@@ -68,12 +69,12 @@ def column_of(positions: Tensor) -> Tensor:
 
 
 def place_in_image(positions: Tensor) -> Tensor:
-    """Row and column as one integer; what is not known stays negative."""
+    """Row and column as one integer; negative positions stay as they are."""
     return torch.where(positions < 0, positions, positions & 2 ** (2 * _BITS) - 1)
 
 
 def spacing(first: Tensor, second: Tensor) -> int:
-    """The smallest distance along either axis between pairs of positions, 0 left out; in quarters of a pixel."""
+    """The smallest nonzero distance along either axis between pairs of positions, in quarters of a pixel."""
     known = (first >= 0) & (second >= 0)
     steps = torch.cat([(of(first) - of(second)).abs()[known].flatten() for of in (row_of, column_of)])
     steps = steps[steps > 0]
@@ -81,7 +82,7 @@ def spacing(first: Tensor, second: Tensor) -> int:
 
 
 def compact(positions: Tensor) -> Tensor:
-    """One element in place of all along each axis along which the tensor is an expanded view."""
+    """The tensor with every expanded axis reduced to a single element."""
     for axis, (size, stride) in enumerate(zip(positions.shape, positions.stride(), strict=True)):
         if size > 1 and stride == 0:
             positions = positions.narrow(axis, 0, 1)
@@ -91,8 +92,8 @@ def compact(positions: Tensor) -> Tensor:
 def mixed(positions: Tensor, axis: int) -> Tensor:
     """Positions of mixtures of all elements along an axis, which has size 1 afterwards.
 
-    A mixture of elements of one image is where the first row and the first column of them are: the corner of a patch.
-    Mixtures that would all lie at the same place of their image, as after pooling, have no position.
+    A mixture of elements of one image gets the smallest row and the smallest column of them: the corner of a patch. If
+    all mixtures have the same place in their images, as after global pooling, they are LOST.
     """
     if positions.shape[axis] == 0:
         return positions.new_full(
@@ -125,13 +126,13 @@ def mixed(positions: Tensor, axis: int) -> Tensor:
 
 
 def merged(operands: list[Tensor], shape: torch.Size) -> Tensor:
-    """Positions of an element-wise function of several tensors, of which the positions are known, in its shape.
+    """Positions of an element-wise function of several operands with known positions, in the shape of its result.
 
-    An operand that is broadcast says nothing of the axes along which it is, so one that is not decides. Where one
-    operand has a position and another has none, it is that one's. Where two have different ones, it is that of the
-    operand that tells more places apart. Where they tell as many, as other images' tokens do, or feature maps of other
-    resolutions once they are resized, it is the first one's if the elements are at the same place of their images, next
-    to it, or in the same order, and lost if not.
+    Operands that are broadcast are ignored if there is one that is not, since they say nothing about the axes along
+    which they are broadcast. If only one operand has a position, the result has that one. If two have different
+    positions, the operand with more distinct positions wins. If both have equally many (tokens of different images, or
+    resized feature maps of different resolutions), the first one wins, provided that the elements are at the same or at
+    neighbouring places of their images or in the same order; otherwise the position is LOST.
     """
     whole = [p for p in operands if _covers(p, shape)]
     if not whole:
@@ -181,7 +182,7 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _step(positions: Tensor) -> int:
-    """The smallest distance of two rows or two columns that occur."""
+    """The smallest distance between two rows, or two columns, that occur."""
     steps = []
     for of in (row_of, column_of):
         values = of(positions[positions >= 0]).unique()
@@ -191,7 +192,7 @@ def _step(positions: Tensor) -> int:
 
 
 def sampled(positions: Tensor, axis: int, places: Tensor) -> Tensor:
-    """The positions at some places along an axis; those before its start or behind its end are the first or last."""
+    """The positions at some indices along an axis; indices out of range are clamped."""
     places = places.clamp(0, positions.shape[axis] - 1)
     if positions.stride(axis) == 0:
         return positions.narrow(axis, 0, 1).expand(
@@ -201,7 +202,7 @@ def sampled(positions: Tensor, axis: int, places: Tensor) -> Tensor:
 
 
 def resampled(positions: Tensor, axis: int, size: int) -> Tensor:
-    """The positions of an axis that is resized: between those of neighbours, or beyond the last by as much."""
+    """The positions after an axis is resized: a sample of them if it shrinks, linear interpolation if it grows."""
     old = positions.shape[axis]
     if old == size or old == 1:
         return sampled(positions, axis, torch.zeros(size, dtype=torch.int64) if old == 1 else torch.arange(size))
@@ -219,7 +220,7 @@ def resampled(positions: Tensor, axis: int, size: int) -> Tensor:
 
 
 def _on_compact(positions: Tensor, axis: int, function: object) -> Tensor:
-    """Apply a function of one axis to what is not expanded, and expand again."""
+    """Apply a function along one axis without the expansion of the other axes, and expand the result again."""
     shape = list(positions.shape)
     small = positions
     for d in range(positions.dim()):

@@ -1,4 +1,4 @@
-"""Reads off positions how the tokens of a layer's input lie: which axes, which grid, in which order."""
+"""Derives the layout of a layer's input from its positions: the axes of the tokens, their grid and their order."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ class SingleTokenError(UnknownLayoutError):
 
 @dataclass(frozen=True)
 class FoundLayout:
-    """Where the tokens of an input lie.
+    """The layout of a layer's input, and where its tokens come from.
 
     Attributes:
-        layout: Of each item of the batch.
-        source: Number of the input that they come from.
+        layout: The layout of each item of the batch.
+        source: The number of the model's input that the tokens come from.
     """
 
     layout: TokenLayout
@@ -55,13 +55,13 @@ def read_layout(positions: Tensor) -> FoundLayout:
     """The layout of tokens.
 
     Args:
-        positions: Of all tokens of a layer's input, in its shape without the axis of channels. Some axes run over
+        positions: The positions of all tokens of a layer's input, in its shape without channels. Some axes run over
             tokens, the others over images, windows or heads.
 
     Raises:
-        UnknownLayoutError: there is none.
+        UnknownLayoutError: the tokens do not form one grid.
     """
-    key = (positions.shape, positions.cpu().numpy().tobytes())  # most layers of a model have the same
+    key = (positions.shape, positions.cpu().numpy().tobytes())  # shared by most layers of a model
     found = _read.get(key)
     if found is None:
         try:
@@ -100,7 +100,7 @@ def _read_layout(positions: Tensor) -> FoundLayout:
     usual = tuple(range(1, positions.dim()))
 
     def preference(item: tuple[_Grid, tuple[int, ...]]) -> tuple:
-        """In their order rather than in another, and neighbours in the image rather than far apart."""
+        """Prefer row-by-row order, unpacked images, the usual axes, and tokens that are neighbours in the image."""
         grid, token_axes = item
         return grid.order is not None, grid.packed > 1, token_axes != usual, grid.spacing, -grid.num_tokens
 
@@ -177,7 +177,7 @@ def _num_packed(rows: np.ndarray) -> int:
 
 
 def _of_one_source(rows: np.ndarray) -> tuple[np.ndarray, int]:
-    """Tokens of other inputs than the one that most come from count as tokens from nowhere."""
+    """Keep the tokens of one input, images before texts, and treat those of other inputs as NOWHERE."""
     sources = rows[rows >= 0] >> 58
     if len(sources) == 0:
         raise NoTokensError("none of its tokens is at a place of the input")
@@ -243,7 +243,7 @@ def _is_in_one_direction(lines: np.ndarray, rotated: bool) -> bool:
 
 
 def _common_order(rows: np.ndarray) -> np.ndarray | None:
-    """Of each token, its place when all are put row by row; None if it is not the same in all rows."""
+    """The index of each token in row-by-row order; None if it differs between rows."""
     places = rows & 2**40 - 1
     sorted_by = np.argsort(places, axis=1, kind="stable")
     if (sorted_by != sorted_by[0]).any():
@@ -252,7 +252,7 @@ def _common_order(rows: np.ndarray) -> np.ndarray | None:
 
 
 def _spacing(rows: np.ndarray) -> int:
-    """The smallest distance of neighbouring tokens along either axis of the image."""
+    """The smallest distance between successive tokens along either axis of the image."""
     both = (rows[:, 1:] >= 0) & (rows[:, :-1] >= 0)
     smallest = []
     for bits in (20, 0):

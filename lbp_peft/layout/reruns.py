@@ -1,7 +1,7 @@
-"""Which forward pass does a layer belong to that gradient checkpointing runs again in the backward pass?
+"""Finds the forward pass that a layer belongs to when gradient checkpointing runs it again in the backward pass.
 
-Autograd numbers the nodes of its graph in the order in which a thread makes them. The node that is at work when a layer
-is run again was made in the layer's own forward pass, so its number tells which pass that was, and which part of it.
+Autograd numbers the nodes of its graph in the order in which a thread creates them. The node that is executing when a
+layer is run again was created in the layer's own forward pass, so its number identifies that pass and the part of it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _MOST_PASSES = 128
 
 
 class PassHistory:
-    """The last forward passes of a model, by the number of the first node that each may have made."""
+    """The most recent forward passes of a model, by the number of the first node that each may have created."""
 
     def __init__(self) -> None:
         self._passes: dict[int, deque[tuple[int, ForwardPass]]] = {}
@@ -27,7 +27,7 @@ class PassHistory:
         self._lock = threading.Lock()
 
     def add(self, one: ForwardPass) -> None:
-        """A pass begins, or goes on as it is run again."""
+        """Record that a pass begins, or continues in a rerun."""
         thread, start = threading.get_ident(), next_number()
         with self._lock:
             passes = self._passes.setdefault(thread, deque())
@@ -39,7 +39,7 @@ class PassHistory:
                 self._forgotten[thread] = passes[0][0]
 
     def of_current_node(self) -> list[ForwardPass] | None:
-        """The passes that may have made the node at work; None where they may have been forgotten."""
+        """The passes that may have created the executing node; None if they may have been forgotten."""
         number = current_number()
         if number is None:
             return None
@@ -59,7 +59,7 @@ class PassHistory:
 
 
 class _Rerun(threading.local):
-    """Which calls the layers of one thread have been run again for."""
+    """The number of reruns of each layer, by name, for the node that one thread is executing."""
 
     node: Any = None
     counts: dict[str, int]
@@ -69,12 +69,12 @@ _rerun = _Rerun()
 
 
 def forget_rerun() -> None:
-    """Let go of the node of the last backward pass."""
+    """Release the node of the last backward pass."""
     _rerun.node = None
 
 
 def calls_to_rerun(one: ForwardPass, name: str) -> list[LayoutRecord]:
-    """What a layer took in the part of a pass that is run again; more than one where its call is not certain."""
+    """The records of a layer in the part of a pass that is run again; several if the call cannot be identified."""
     records = [call.record for call in one.calls if call.name == name]
     distinct = list(dict.fromkeys(records))
     if len(distinct) <= 1:
@@ -84,7 +84,7 @@ def calls_to_rerun(one: ForwardPass, name: str) -> list[LayoutRecord]:
     if _rerun.node is not node:
         _rerun.node, _rerun.counts = node, {}
     count = _rerun.counts[name] = _rerun.counts.get(name, 0) + 1
-    # With use_reentrant=True, the part was run by the node at work, and made no others.
+    # With use_reentrant=True, the executing node ran this part in the forward pass, without creating further nodes.
     part = [call for call in one.calls if call.number == number + 1 and not call.had_grad]
     if not part:
         before = [index for index, call in enumerate(one.calls) if call.number <= number and call.had_grad]
@@ -96,18 +96,18 @@ def calls_to_rerun(one: ForwardPass, name: str) -> list[LayoutRecord]:
 
 
 def next_number() -> int:
-    """The number of the next node that this thread makes."""
+    """The number of the next node that this thread creates."""
     number: int = torch.autograd._get_sequence_nr()
     return number
 
 
 def current_number() -> int | None:
-    """The number of the node at work in a backward pass."""
+    """The number of the node that is executing in a backward pass; None outside of one."""
     node = torch._C._current_autograd_node()
     return None if node is None else node._sequence_nr()
 
 
 def current_hook() -> Any:
-    """What packs saved tensors now: another one in each part of a pass that is not to be kept but run again."""
+    """The current hook on saved tensors: gradient checkpointing sets a new one for each part that it runs again."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks[0] if hooks else None

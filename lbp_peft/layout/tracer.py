@@ -19,7 +19,7 @@ from .positions import LOST, compact
 
 @dataclass(frozen=True)
 class Trail:
-    """What is known of a tensor that depends on the input.
+    """What the tracer knows about a tensor that depends on the input.
 
     Attributes:
         positions: Of its elements, in its shape; None where no element has one.
@@ -35,16 +35,17 @@ class Trail:
 
 
 class PositionTracer(TorchFunctionMode):
-    """Within this context, positions follow the tensors through every operation.
+    """Context in which the positions of tensors are followed through every operation.
 
-    Operations that move data are applied to the positions; for others `operations.py` has a rule. Behind an operation
+    Operations that move data are applied to the positions; for others `operations.py` has a rule. After an operation
     without a rule there are no positions.
 
     Args:
-        model: Its parameters and buffers do not depend on the input, so an index among them picks the same each time.
+        model: The model. Its parameters and buffers count as constants, so an index among them picks the same elements
+            in each pass.
 
     Attributes:
-        current_name: Of the operation whose rule is at work.
+        current_name: The name of the operation whose rule is being applied.
     """
 
     def __init__(self, model: nn.Module):
@@ -52,14 +53,14 @@ class PositionTracer(TorchFunctionMode):
         self.current_name = ""
         self._is_paused = False
         self._trails: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        # Tensors that depend neither on the input nor on chance, as far as was seen.
+        # Tensors known to depend neither on the input nor on random numbers.
         self._constants: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         for tensor in _tensors_of(model):
             self._constants[tensor] = True
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within, nothing is followed."""
+        """Stop following positions within the block."""
         before, self._is_paused = self._is_paused, True
         try:
             yield
@@ -72,25 +73,25 @@ class PositionTracer(TorchFunctionMode):
         self._constants.pop(tensor, None)
 
     def start_constant(self, tensor: Tensor) -> None:
-        """Take a tensor of the input for a constant: what is found is found for its values alone."""
+        """Treat a tensor of the input as a constant: the trace is then valid for its values only."""
         self._constants[tensor] = True
 
     def trail(self, tensor: Tensor) -> Trail | None:
-        """What is known of a tensor; None where nothing shows that it depends on the input."""
+        """The trail of a tensor; None if it is not known to depend on the input."""
         trail: Trail | None = self._trails.get(tensor)
         return trail
 
     def positions(self, tensor: Any) -> Tensor | None:
-        """Positions of the elements of a tensor, in its shape, where there are any."""
+        """The positions of a tensor's elements, in its shape; None if there are none."""
         trail = self._trails.get(tensor) if isinstance(tensor, Tensor) else None
         return None if trail is None else trail.positions
 
     def is_constant(self, tensor: Tensor) -> bool:
-        """Whether a tensor is sure to be the same in each forward pass."""
+        """Whether a tensor is certain to be the same in each forward pass."""
         return tensor in self._constants
 
     def continue_at(self, output: Tensor, x: Tensor, positions: Tensor | None) -> None:
-        """Follow what a layer made of x, whose operations could not be seen."""
+        """Follow the output of a layer with input x that was traced as a single operation."""
         before = self._trails.get(x) or Trail(None)
         self._trails[output] = Trail(positions, before.steps + 1, before.lost_by, before.is_certain)
 
@@ -113,7 +114,7 @@ class PositionTracer(TorchFunctionMode):
             return result
         has_positions = any(trail.positions is not None for trail in trails)
         positions = None
-        if has_positions and name in RULES:  # first, since an operation in place changes what the rule reads
+        if has_positions and name in RULES:  # before the operation, which may change its arguments in place
             positions = self._apply(RULES[name], name, *args, **kwargs)
         before = self._trails.get(given[0])
         result = function(*args, **kwargs)
@@ -167,7 +168,7 @@ class PositionTracer(TorchFunctionMode):
         had_positions = any(trail.positions is not None for trail in trails)
         is_certain = name in SPATIAL or all(trail.is_certain for trail in trails)
         for output, p in zip(outputs, found, strict=False):
-            if p is not None and p.shape != output.shape:  # an operation that is not what its name says
+            if p is not None and p.shape != output.shape:  # another operation of the same name
                 p = None
             newly_lost = had_positions and not lost_by and (p is None or bool((compact(p) == LOST).any()))
             self._trails[output] = Trail(p, steps, name if newly_lost else lost_by, is_certain)

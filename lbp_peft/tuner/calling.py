@@ -1,7 +1,7 @@
-"""Calling modules such that all that others attached to them runs: hooks, and what is wrapped around their forward.
+"""Calls modules so that everything attached to them runs: their hooks, and wrappers around their forward methods.
 
-An adapted layer can compute what the modules inside it would, without calling them. Where somebody watches them
-or has offloaded their weights, they have to be called all the same.
+An adapted layer can compute the results of the modules inside it without calling them. If these modules have hooks, or
+if their weights are offloaded, they must be called nevertheless.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from torch.nn.modules import module as module_hooks
 
 _before_all, _after_all = module_hooks._global_forward_pre_hooks, module_hooks._global_forward_hooks
 _before_all_backward, _after_all_backward = module_hooks._global_backward_pre_hooks, module_hooks._global_backward_hooks
-# DeepSpeed's hooks bring parameters from where they are, as reading these does too. PyTorch's own global hooks, such as
-# those of its FLOP counter, only note which module runs.
+# DeepSpeed's hooks only gather parameters, which reading the parameters does too. PyTorch's own global hooks, such as
+# those of its FLOP counter, only record which module runs. Neither kind needs the module to be called.
 _ONLY_BRING_PARAMETERS = "deepspeed."
 _ONLY_NOTE = "torch."
 
 
-# Why a layer that would be run again in the backward pass is exact, and what can be done about it.
+# The reason why a layer that would be run again in the backward pass is exact, and the remedy.
 WATCHED = (
     "modules inside it have hooks or replaced forward methods, which would run once more in the backward pass",
     "Put the hooks on the layer itself, or remove them for training.",
@@ -32,7 +32,7 @@ WATCHED = (
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody may see, or change, what goes in and out of a module when it is called."""
+    """Whether a module has hooks that may read or change its inputs, its outputs or their gradients."""
     own = (
         module._forward_pre_hooks,
         module._forward_hooks,
@@ -51,7 +51,7 @@ def _all_from(package: str, hooks: dict[int, Any]) -> bool:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether somebody replaced the forward method of this one instance; accelerate's wrapper does not count."""
+    """Whether the forward method was replaced on this instance; accelerate's wrapper does not count."""
     attributes = vars(module)
     forward = attributes.get("_old_forward") or attributes.get("forward")
     if forward is None or isinstance(forward, _StandIn):
@@ -61,37 +61,37 @@ def has_own_forward(module: nn.Module) -> bool:
 
 
 def has_to_be_called(module: nn.Module) -> bool:
-    """Whether a call does anything beside the forward method of the module's class."""
+    """Whether calling the module does more than run the forward method of its class."""
     return "forward" in vars(module) or has_hooks(module)
 
 
 def has_to_be_called_for(module: Any, x: Tensor) -> bool:
-    """The same for a module with a weight, where accelerate has nothing to do if the weight is where x is."""
+    """As [`has_to_be_called`], for a module with a weight: accelerate's wrapper does nothing if x is on its device."""
     if "_old_forward" not in vars(module) or has_own_forward(module):
         return has_to_be_called(module)
     return has_hooks(module) or _offloads(module) or module.weight.device != x.device
 
 
 def parts_are_watched(module: nn.Module) -> bool:
-    """Whether somebody would notice if the modules inside a module were run once more than they are called."""
+    """Whether an additional run of the modules inside a module would have an effect, through hooks or offloading."""
     parts = (part for part in module.modules() if part is not module)
     return any(has_hooks(part) or has_own_forward(part) or _is_trained_offloaded(part) for part in parts)
 
 
 def _is_trained_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate would put its own parameters in the place of those that a module is run again with."""
+    """Whether accelerate would replace the parameters with which a module is run again by its own."""
     return is_offloaded(module) and any(p.requires_grad for p in module.parameters(recurse=False))
 
 
 def call_with(module: nn.Module, forward: Callable[..., Any], x: Tensor) -> Any:
-    """Call a module, with another forward method inside its hooks and inside accelerate's wrapper."""
+    """Call a module with another forward method; its hooks and accelerate's wrapper run around that method."""
     with forward_replaced(module, forward):
         return module(x)
 
 
 @contextmanager
 def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within the block, calls of a module from this thread run another forward method; other threads run its own."""
+    """Replace a module's forward method within the block, for calls from this thread only."""
     attributes = vars(module)
     name = "_old_forward" if "_old_forward" in attributes else "forward"  # what accelerate's wrapper calls
     thread = threading.get_ident()
@@ -121,18 +121,18 @@ _lock = threading.Lock()
 
 
 def eagerly(function: Callable[..., Any], *args: Any) -> Any:
-    """Call a function outside of any graph that is being compiled."""
+    """Call a function outside any graph that is being compiled."""
     return torch.compiler.disable(function)(*args) if torch.compiler.is_compiling() else function(*args)
 
 
 class _StandIn:
-    """In the place of a module's forward method while any thread wants another one.
+    """Takes the place of a module's forward method while any thread replaces that method.
 
     Attributes:
-        module: Whose method it replaces.
-        replaced: The instance's own method, None where it had none but that of its class.
-        forwards: What to run instead, by thread.
-        users: How many want it at the moment.
+        module: The module whose method it replaces.
+        replaced: The instance's own method; None if the instance only had that of its class.
+        forwards: The function that runs instead, by thread.
+        users: The number of replacements in force.
     """
 
     def __init__(self, module: nn.Module, replaced: Callable[..., Any] | None):
@@ -158,7 +158,7 @@ def _offloads(module: nn.Module) -> bool:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate has offloaded a module's own parameters, and they are not in memory now."""
+    """Whether accelerate has offloaded a module's own parameters and they are not loaded now."""
     if "_hf_hook" not in vars(module) or not _offloads(module):
         return False
     return any(p.device.type == "meta" for p in module.parameters(recurse=False))
@@ -166,7 +166,7 @@ def is_offloaded(module: nn.Module) -> bool:
 
 @contextmanager
 def onloaded(*modules: nn.Module) -> Iterator[None]:
-    """Within the block, the modules' own parameters are on the device they are used on, as in a call of the modules."""
+    """Load the modules' own parameters to the device of execution within the block, as a call of the modules does."""
     offloaded: list[Any] = [module for module in modules if is_offloaded(module)]
     for module in offloaded:
         module._hf_hook.pre_forward(module)

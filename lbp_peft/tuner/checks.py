@@ -95,15 +95,15 @@ def check_modules_to_save(model: nn.Module, config: PeftConfig) -> None:
 
 
 def check_layers(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -> None:
-    """Refuse indices in `layers_to_transform` that are of no block; PEFT ignores them as long as one is.
+    """Refuse indices in `layers_to_transform` without a block; PEFT ignores them as long as one has a block.
 
     Args:
-        tuner: Tells whether a configuration targets a module.
-        config: With its targets as names, or as ends of names.
-        model: To be adapted.
+        tuner: The tuner that decides whether a configuration targets a module.
+        config: The configuration, whose targets are names or ends of names.
+        model: The model to be adapted.
 
     Raises:
-        ValueError: the message lists the indices that there are.
+        ValueError: an index has no block; the message lists the indices that exist.
     """
     if config.layers_to_transform is None:
         return
@@ -125,12 +125,12 @@ def check_layers(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -> No
 
 
 def warn_of_unknown_names(model: nn.Module, config: LBPWHTConfig, excludes_any: bool) -> None:
-    """Warn of names in `target_modules` and `exclude_modules` that are of no module, where PEFT does not.
+    """Warn about names in `target_modules` and `exclude_modules` that match no module, unless PEFT does.
 
     Args:
-        model: To be adapted.
-        config: As given.
-        excludes_any: Whether any module is excluded. PEFT warns, or raises, where none is, or none is targeted.
+        model: The model to be adapted.
+        config: The configuration as the user gave it.
+        excludes_any: Whether any module is excluded. If none is excluded or targeted, PEFT itself warns or raises.
     """
     for field, is_checked in (("target_modules", True), ("exclude_modules", excludes_any)):
         names = getattr(config, field)

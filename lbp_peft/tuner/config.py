@@ -117,7 +117,7 @@ class LBPWHTConfig(PeftConfig):
         self.check()
 
     def check(self) -> None:
-        """Check all values, and give those that may be written in several ways the type they are used in.
+        """Check all values, and convert those that may be written in several ways to the type in use.
 
         Raises:
             ValueError: a value is of a wrong type or out of its range.
@@ -158,7 +158,7 @@ class LBPWHTConfig(PeftConfig):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
-        """As PEFT's, with the checkpoint's name in the message where a value of its file is refused."""
+        """As PEFT's method; if a value in the file is refused, the message names the checkpoint."""
         try:
             return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         except (TypeError, ValueError) as error:
@@ -325,7 +325,7 @@ def _is_int(value: Any) -> bool:
 
 
 def _as_int(value: Any) -> Any:
-    """An int of what counts as one, such as NumPy's; anything else as it is."""
+    """An int if the value is an integer of any type, such as NumPy's; otherwise the value unchanged."""
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
 
@@ -338,11 +338,11 @@ def _are_names(value: Any) -> bool:
 
 
 def _config_beneath(name: str, given: PeftConfig | dict[str, Any]) -> PeftConfig:
-    """The configuration of an adapter beneath, which a checkpoint holds as a dict.
+    """The configuration of an adapter that LBP-WHT is stacked on; a checkpoint holds it as a dict.
 
     Raises:
-        ValueError: it is none, or not one of a method that LBP-WHT can be stacked on, or holds what must not come out
-            of a file.
+        ValueError: the configuration is invalid, or of a method that LBP-WHT cannot be stacked on, or has a value that
+            must not come from a file.
     """
     field = f"stack_on[{name!r}]"
     kind = given.get("peft_type") if isinstance(given, dict) else given.peft_type
@@ -376,7 +376,7 @@ def _config_beneath(name: str, given: PeftConfig | dict[str, Any]) -> PeftConfig
 
 
 def _check_patterns_beneath(field: str, config: PeftConfig) -> None:
-    """Refuse regular expressions that PEFT would match for ever, and names that it would read as such."""
+    """Refuse regular expressions that could take forever to match, and names that PEFT would read as expressions."""
     for name in ("target_modules", "exclude_modules", "feedforward_modules"):
         if isinstance(value := getattr(config, name, None), str) and value:
             check_pattern(f"{field}.{name}", value)

@@ -1,4 +1,4 @@
-"""A head that was initialised at random and that nothing trains."""
+"""Warns of a head that was initialised at random and stays frozen."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from ..encoder import encoder_linears
 
 
 def warn_of_frozen_heads(model: nn.Module) -> None:
-    """Warn, once for all of them, of layers after the encoder that are as they were initialised and stay frozen.
+    """Warn, in one warning, of layers after the encoder that still have their initial weights and stay frozen.
 
     Args:
-        model: With its adapters.
+        model: The model with its adapters.
     """
     loaded = any(_was_loaded(parameter) for parameter in model.parameters())
     found = [name for name, module in _layers_of_heads(model) if _is_frozen(module) and _is_fresh(module, loaded)]
@@ -26,14 +26,14 @@ def warn_of_frozen_heads(model: nn.Module) -> None:
     names = list(dict.fromkeys(_outermost(model, name) for name in found))
     several = len(names) > 1
     warnings.warn(
-        f"{', '.join(names)} {'are' if several else 'is'} freshly initialised and frozen, so the answers stay random. "
+        f"{', '.join(names)} {'are' if several else 'is'} freshly initialised and frozen, so predictions stay random. "
         f"Train {'them' if several else 'it'} with modules_to_save={names}, or load a model whose head is trained.",
         stacklevel=2,
     )
 
 
 def _layers_of_heads(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Layers with a weight matrix that come after the encoder, but for what an adapter trains or holds."""
+    """Layers with a weight matrix that come after the encoder, except those that an adapter trains or contains."""
     base = getattr(model, getattr(model, "base_model_prefix", None) or "", None)
     modules = list(model.named_modules())
     if isinstance(base, nn.Module) and base is not model:
@@ -54,7 +54,7 @@ def _layers_of_heads(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _outermost(model: nn.Module, name: str) -> str:
-    """The largest module around one, or itself, without an adapted layer inside."""
+    """The name of the outermost module that contains this one and no adapted layer; its own name if there is none."""
     parts = name.split(".")
     around = [".".join(parts[:length]) for length in range(1, len(parts))]
     free = (one for one in around if not any(isinstance(m, BaseTunerLayer) for m in model.get_submodule(one).modules()))
@@ -68,11 +68,11 @@ def _is_frozen(module: nn.Module) -> bool:
 def _is_fresh(module: nn.Module, others_loaded: bool) -> bool:
     """Whether a layer's parameters are certainly those of its initialisation.
 
-    transformers and timm start biases at zero, which no training leaves them at. PyTorch draws weights within a bound
-    that training soon leaves; that alone is no proof, so the rest of the model must have come from a checkpoint.
+    transformers and timm initialise biases to zero, and training changes that. PyTorch draws weights within bounds that
+    training soon exceeds; that alone is no proof, so the rest of the model must have come from a checkpoint.
 
     Args:
-        module: Has a weight with features as its rows.
+        module: A layer whose weight has one row per output feature.
         others_loaded: Whether transformers loaded other parameters of the model from a checkpoint.
     """
     parameters = list(module.parameters(recurse=False))
@@ -89,5 +89,5 @@ def _is_fresh(module: nn.Module, others_loaded: bool) -> bool:
 
 
 def _was_loaded(parameter: nn.Parameter) -> bool:
-    """Whether transformers took it from a checkpoint, which leaves this mark on it."""
+    """Whether transformers loaded the parameter from a checkpoint, which it marks by this attribute."""
     return bool(getattr(parameter, "_is_hf_initialized", False))

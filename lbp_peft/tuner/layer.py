@@ -1,4 +1,4 @@
-"""What every layer with LBP-WHT adapters knows: whether and how its backward pass is to be low-rank."""
+"""The base class of layers with LBP-WHT adapters: it decides whether and how the backward pass is low-rank."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class NothingToGainError(LayoutError):
 
 @dataclass(frozen=True)
 class BackwardRule:
-    """How an adapter wants the backward pass of one layer done.
+    """The settings of an adapter for the backward pass of one layer.
 
     Attributes:
         for_weight: Bases of the weight gradient.
         for_input: Bases of the input gradient; None: exact.
-        precision: Of the product in the input gradient.
+        precision: Precision of the product in the input gradient.
         compress: Whether activation functions and norms around the layer keep their inputs in 8 bits.
         grid_size, num_prefix_tokens, num_suffix_tokens: As given in the configuration.
     """
@@ -51,14 +51,14 @@ class BackwardRule:
 
 @dataclass(frozen=True)
 class BackwardPlan:
-    """What a backward pass that is not exact needs to know.
+    """The plan of a backward pass that is not exact.
 
     Attributes:
-        layout: Where the tokens lie; None where no bases are asked for.
+        layout: Where the tokens lie; None if no bases are used.
         for_weight, for_input: Bases; None: exact, or not needed.
-        padding: Shape (N, L), True where a token is only padding.
-        precision: Of the product in the input gradient, and of what is kept for the weight gradient. The latter is why
-            a first layer, whose input gradient is not needed, has it too: checkpointing makes it need one.
+        padding: Shape (N, L), True where a token is padding.
+        precision: Precision of the product in the input gradient, and of the rows kept for the weight gradient. A first
+            layer has it too, although it needs no input gradient: under checkpointing it does.
     """
 
     layout: TokenLayout | None = None
@@ -73,13 +73,13 @@ class BackwardPass:
     """How the last training forward of a layer prepared its backward pass.
 
     Attributes:
-        num_tokens: L; 0 where the input has no token axis.
-        layout: Where they lie, if it is known.
+        num_tokens: L; 0 if the input has no token axis.
+        layout: Where the tokens lie, if that is known.
         kept_for_weight, kept_for_input: k of the L tokens that each gradient is computed from; L: exact.
-        why_exact: Empty where at least one of the two is low-rank or in low precision.
-        precision: Of the product in the input gradient.
-        known_by: How the layout is known: by how many operations it was followed from the model's input, or from the
-            configuration.
+        why_exact: The reason why both are exact; "" if at least one is low-rank or in low precision.
+        precision: Precision of the product in the input gradient.
+        known_by: The source of the layout: the number of operations through which it was followed from the model's
+            input, or the configuration.
     """
 
     num_tokens: int
@@ -92,11 +92,11 @@ class BackwardPass:
 
 
 class LBPWHTLayer(BaseTunerLayer):
-    """The rules that the adapters of one layer have for its backward pass.
+    """A layer with adapters, each of which has a rule for the layer's backward pass.
 
     Args:
-        finder: Knows where tokens lie; shared by all layers of the model.
-        layer_name: Of the layer in the model, for messages.
+        finder: Finds where tokens lie; shared by all layers of the model.
+        layer_name: The name of the layer in the model, for messages.
     """
 
     other_param_names = ("lbpwht_rule",)
@@ -118,23 +118,23 @@ class LBPWHTLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._why_not_token_wise: BoundedCache[Hashable, str] = BoundedCache(16)
 
-    # How to go backward
+    # How to run the backward pass
 
     def rules_in_effect(self) -> list[BackwardRule]:
-        """Those of the active adapters; none where the backward pass is to be exact whatever they say."""
+        """The rules of the active adapters; none if the backward pass has to be exact."""
         if self.disable_adapters or self.merged or self.finder.is_exact(self.layer_name):
             return []
         return [self.lbpwht_rule[name] for name in self.active_adapters if name in self.lbpwht_rule]
 
     def _active_rule(self, x: Tensor) -> BackwardRule | None:
-        """The rule of the coming backward pass; None where there is none to come, or it is to be exact."""
+        """The rule for the coming backward pass; None if there will be none, or if it is to be exact."""
         rule = self._choose_rule(x) if self.training and torch.is_grad_enabled() else None
         if rule is None:
             self._note_call(x)
         return rule
 
     def _note_call(self, x: Tensor) -> None:
-        """The layer is called, and is not going to make a plan: a traced pass, or a rerun, has to know of all calls."""
+        """Record a call without a plan, since tracing and reruns need to know about all calls."""
         self.finder.note_call(self.layer_name, x, self._channels_axis(x))
 
     def _choose_rule(self, x: Tensor) -> BackwardRule | None:
@@ -144,7 +144,7 @@ class LBPWHTLayer(BaseTunerLayer):
             self._fall_back(x, why, "Use lbp_peft.exact_backward(model) or model.eval() to silence this.", cause=why)
             return None
         if len(rules) > 1:
-            rules = {replace(rule, compress=False) for rule in rules}  # that is about others than this layer
+            rules = {replace(rule, compress=False) for rule in rules}  # that concerns other layers than this one
         if len(rules) > 1:
             why = f"the active adapters {', '.join(self.active_adapters)} ask for different ranks or layouts"
             self._fall_back(x, why, "Give them equal settings, or activate one at a time.", cause="rules")
@@ -152,7 +152,7 @@ class LBPWHTLayer(BaseTunerLayer):
         return rules.pop() if rules else None
 
     def _plan(self, x: Tensor, base: nn.Module, train_weight: bool, rule: BackwardRule) -> BackwardPlan | None:
-        """How to prepare the backward pass; None where it has to be, or may as well be, exact."""
+        """The plan of the backward pass; None if it has to be exact, or if nothing is gained otherwise."""
         self._warn_of_slow_dtype(x)
         record = self.finder.record(self.layer_name, x, self._channels_axis(x))
         plan = self._plan_for(x, base, train_weight, rule, record)
@@ -163,7 +163,7 @@ class LBPWHTLayer(BaseTunerLayer):
     def _plan_for(
         self, x: Tensor, base: nn.Module, train_weight: bool, rule: BackwardRule, record: LayoutRecord
     ) -> BackwardPlan | None:
-        # Within vmap, tensors do not know whether a transform around it differentiates them.
+        # Within vmap, requires_grad does not tell whether an outer transform differentiates a tensor.
         train_weight, needs_x = (needed or in_transform() for needed in (train_weight, x.requires_grad))
         for_weight = rule.for_weight if train_weight else None
         for_input = rule.for_input if needs_x else None
@@ -197,7 +197,7 @@ class LBPWHTLayer(BaseTunerLayer):
     def _of_precision(
         self, x: Tensor, base: Any, plan: BackwardPlan, kept_for_weight: int = 0, kept_for_input: int = 0
     ) -> BackwardPlan | None:
-        """The plan, with "auto" settled for this shape."""
+        """The plan with a precision chosen for this shape, if it is "auto"."""
         shape = self._shape_of_tokens(x)
         num_tokens = plan.layout.num_tokens if plan.layout else _num_tokens(shape)
         kept_for_weight, kept_for_input = kept_for_weight or num_tokens, kept_for_input or num_tokens
@@ -205,9 +205,9 @@ class LBPWHTLayer(BaseTunerLayer):
             features = (base.weight.numel() // int(shape[-1]), int(shape[-1]))
             dtype = _dtype_of_layer(x)
             on_images = x.dim() == 4 and shape != x.shape
-            # What is compiled shall serve batches of all sizes.
+            # A compiled graph has to serve batches of all sizes.
             num_images = _USUAL_BATCH if torch.compiler.is_compiling() else math.prod(shape[:-1]) // num_tokens
-            # Of factors alone low-rank gradients save the memory of x, and in 16 bits little time: not what is weighed.
+            # Where only factors are trained, low-rank gradients are used to save the memory of x, and less for time.
             weighed = dtype if self._trains_whole_weight(base) else torch.float32
             given = (num_images, num_tokens, kept_for_weight, *features, weighed, x.device, on_images)
             if kept_for_weight < num_tokens and not low_rank_pays(*given):
@@ -222,7 +222,7 @@ class LBPWHTLayer(BaseTunerLayer):
         return plan
 
     def _trains_whole_weight(self, base: Any) -> bool:
-        """Whether the layer, if anything of it is trained, trains a matrix of its size."""
+        """Whether training this layer means training its whole weight matrix, and not only factors."""
         return True
 
     def _leave_exact(self, x: Tensor, layout: TokenLayout | None) -> None:
@@ -237,7 +237,7 @@ class LBPWHTLayer(BaseTunerLayer):
         )
 
     def _warn_of_slow_dtype(self, x: Tensor) -> None:
-        """Say it where the whole model, forward pass included, takes far longer than in float32."""
+        """Warn if the whole model, including the forward pass, is far slower than in float32."""
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return
         dtype = _dtype_of_layer(x)
@@ -251,7 +251,7 @@ class LBPWHTLayer(BaseTunerLayer):
             )
 
     def _of_full_precision(self, x: Tensor, plan: BackwardPlan | None) -> BackwardPlan | None:
-        """The plan for a layer whose product g W is not ours to round, since it is run again as it is."""
+        """The plan for a layer that is run again in the backward pass, so that its product g W cannot be rounded."""
         if plan is None or plan.precision.name == "full" or self.last_backward is None:
             return plan
         ran = self.last_backward = replace(self.last_backward, precision="full")
@@ -274,7 +274,7 @@ class LBPWHTLayer(BaseTunerLayer):
         return record.layout, self.finder.padding(self.layer_name, record, x)
 
     def _as_one_operation(self, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
-        """What a function makes of x, which takes each token by itself; tokens are not followed through its parts."""
+        """Run a function of x that treats each token by itself; the tracer takes it for a single operation."""
         return self.finder.as_one_operation(x, run, self._channels_axis(x))
 
     def _given_layout(self, x: Tensor, record: LayoutRecord, rule: BackwardRule) -> TokenLayout:
@@ -291,10 +291,10 @@ class LBPWHTLayer(BaseTunerLayer):
         return given_layout(int(shape[1]), record, grid, rule.num_prefix_tokens, rule.num_suffix_tokens)
 
     def _check_layout(self, x: Tensor, layout: TokenLayout) -> None:
-        """Raise LayoutError where the layer cannot serve a layout."""
+        """Raise LayoutError if the layer does not support a layout."""
 
     def _channels_axis(self, x: Tensor) -> int:
-        """Which axis of the input runs over channels."""
+        """The axis of the channels in the input."""
         return -1
 
     def _shape_of_tokens(self, x: Tensor) -> torch.Size:
@@ -302,7 +302,7 @@ class LBPWHTLayer(BaseTunerLayer):
         return x.shape
 
     def _is_token_wise(self, layer: nn.Module, x: Tensor, state: Hashable) -> bool:
-        """Whether a layer that is no plain linear one can go backward on few rows; tried out once in each state."""
+        """Whether the backward pass of a layer other than a plain linear one can use few rows; tried once per state."""
         if torch.compiler.is_compiling():
             return False
         if in_transform():

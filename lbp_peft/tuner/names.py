@@ -1,4 +1,4 @@
-"""Names of adapters and modules: which are accepted, and what a mistyped one may have meant."""
+"""Checks names of adapters and modules, and suggests corrections of mistyped ones."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ _OF_TASKS = {
 
 
 def check_adapter_name(name: Any, field: str) -> None:
-    """Refuse names that are more than a name: PEFT saves an adapter in a folder of its name, and splits keys at dots.
+    """Refuse names that are unsafe for a folder: PEFT saves an adapter in a folder of its name and splits keys at dots.
 
     Args:
-        name: Of an adapter.
-        field: Where the name stands, for the message.
+        name: The name of an adapter.
+        field: The field that holds the name, for the message.
 
     Raises:
-        ValueError: `name` is no string, is empty or long, or, on some operating system, leads to another folder.
+        ValueError: `name` is not a string, is empty or too long, or leads to another folder on some operating system.
     """
     if (
         not isinstance(name, str)
@@ -48,31 +48,31 @@ def check_adapter_name(name: Any, field: str) -> None:
 
 
 def is_free_in_dictionaries(name: str) -> bool:
-    """Whether PyTorch's dictionaries of modules and parameters, which hold adapters, take a name as a key."""
+    """Whether PyTorch's dictionaries of modules and parameters, which hold the adapters, accept a name as a key."""
     taken = hasattr(nn.ParameterDict, name) or hasattr(nn.ModuleDict, name) or name == "training"
     return bool(name) and "." not in name and not taken
 
 
 def is_module_name(name: Any) -> bool:
-    """Whether it can be a module's name, or the end of one. PEFT reads some of these names as regular expressions."""
+    """Whether `name` can be a module's name or the end of one. PEFT reads some of these as regular expressions."""
     return isinstance(name, str) and re.fullmatch(r"[\w.\-]+", name) is not None
 
 
 def unknown_names(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Those that are neither the name of a module nor, after a dot, the end of one."""
+    """The names that are neither a module's name nor the part of one that follows a dot."""
     known = [f".{name}" for name, _ in model.named_modules(remove_duplicate=False)]
     return sorted(name for name in names if not any(one.endswith(f".{name}") for one in known))
 
 
 def unmatched_modules_to_save(model: nn.Module, names: Iterable[str], task_type: str | None) -> list[str]:
-    """Those that end no module's name, save for what PEFT itself adds for a task."""
+    """The names with which no module's name ends, except those that PEFT itself adds for a task."""
     known = [name for name, _ in model.named_modules(remove_duplicate=False)]
     added = _OF_TASKS.get(str(getattr(task_type, "value", task_type)), set())
     return [name for name in names if name not in added and not any(one.endswith(name) for one in known)]
 
 
 def did_you_mean(model: nn.Module, name: str) -> str:
-    """A sentence naming the modules whose names are close, to go on a message; "" if none is."""
+    """A sentence, to be appended to a message, that suggests similar module names; "" for a model without modules."""
     ends: dict[str, None] = {}
     for known, _ in model.named_modules():
         parts = known.split(".")

@@ -1,7 +1,7 @@
-"""Regular expressions that a configuration holds: which of them are accepted.
+"""Checks the regular expressions in a configuration.
 
-A configuration may come from a file that somebody else wrote, and Python's `re` has no time limit: one expression with
-nested repetition can keep a program busy for years.
+A configuration may come from somebody else's file, and Python's `re` has no time limit: a single expression with nested
+repetition can keep a program busy for years.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ _REPEATS = {constants.MAX_REPEAT, constants.MIN_REPEAT, getattr(constants, "POSS
 
 
 def check_pattern(field: str, pattern: Any, template: str = "{}") -> None:
-    """Refuse what is no regular expression, and those whose matching could take forever.
+    """Refuse values that are not regular expressions, and expressions that could take forever to match.
 
     Args:
-        field: Where the expression stands, for the message.
-        pattern: What stands there.
-        template: How PEFT embeds the expression in its own; "{}" stands for it.
+        field: The field that holds the expression, for the message.
+        pattern: The expression.
+        template: PEFT's own expression, in which "{}" stands for this one.
 
     Raises:
-        ValueError: `pattern` is no string, is empty, is no valid expression, or repeats what is itself of variable
-            length.
+        ValueError: `pattern` is not a string, is empty, is not a valid expression, or repeats a part that itself has
+            variable length.
     """
     if not isinstance(pattern, str) or not pattern:
         raise ValueError(f"{field} must be a regular expression, got {show(pattern)}.")
@@ -56,7 +56,7 @@ def check_pattern(field: str, pattern: Any, template: str = "{}") -> None:
 
 
 def show(value: Any) -> str:
-    """A value as it is shown in a message: however large it is, the message stays short."""
+    """A value as text for a message, shortened if it is long."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 200
     return short.repr(value)
@@ -69,7 +69,7 @@ def _num_steps(tree: Any, repeated: bool, ignores_case: bool) -> float:
     character in between ends that: it occurs few times in a name.
 
     Args:
-        tree: As parsed.
+        tree: The parsed part.
         repeated: Whether the part stands inside a repetition, where each choice multiplies with itself.
         ignores_case: Whether any part of the expression does. Which characters a literal matches is not known then.
     """
@@ -101,7 +101,7 @@ def _ignores_case(tree: Any) -> bool:
 
 
 def _items(tree: Any) -> Iterator[tuple[Any, Any]]:
-    """The parts of a sequence, those in plain groups included."""
+    """The parts of a sequence, including those in plain groups."""
     for kind, value in tree:
         if kind is constants.SUBPATTERN:
             yield from _items(value[-1])

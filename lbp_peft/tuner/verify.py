@@ -1,4 +1,4 @@
-"""A self-check: do the tokens lie where the layout report says?"""
+"""Checks that the tokens lie where the layout report says."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from ..lowrank import as_tokens
 from ..projection import Projection
 from .layer import LBPWHTLayer
 
-# Where images are changed: fractions of their height and width, off the borders of patches.
+# The places where images are changed, as fractions of height and width, away from the borders of patches.
 _PLACES = ((0.03, 0.03), (0.03, 0.97), (0.97, 0.03), (0.53, 0.28))
 
 
 @dataclass(frozen=True)
 class LayoutCheck:
-    """What [`verify_layout`] found; print it for a list.
+    """The result of [`verify_layout`]; print it for a summary.
 
     Attributes:
-        confirmed: Layers of which tokens changed just where the image did.
-        after_mixing: Layers of which most tokens change with any part of the image, since attention or the like comes
+        confirmed: Layers in which the tokens changed where the image did, and nowhere else.
+        after_mixing: Layers in which most tokens change with any part of the image, because attention or the like comes
             before them: their layout follows from that of the layers before.
-        unknown: Layers without a known layout, which go backward exactly.
-        problems: What contradicts the layouts, in words; empty if all is well.
+        unknown: Layers without a known layout; their backward pass is exact.
+        problems: Descriptions of contradictions to the layouts; empty if there are none.
     """
 
     confirmed: tuple[str, ...]
@@ -48,16 +48,16 @@ class LayoutCheck:
 
 
 def verify_layout(model: nn.Module, batch: Mapping[str, Any]) -> LayoutCheck:
-    """Change an image in a few places and look which tokens of the adapted layers change.
+    """Change an image in a few places and check which tokens of the adapted layers change.
 
-    Tokens that change by far the most have to be those whose recorded place is the one that was changed. Projecting the
-    inputs of all layers onto all bases of their layouts, and lifting them back, has to give the same inputs, so that
-    gradients at full rank are the exact ones.
+    The tokens that change must be those recorded at the changed place. Also, projecting the inputs of each layer onto
+    all bases of its layout and lifting them back must reproduce the inputs, so that gradients at full rank are exact.
 
     Args:
-        model: With LBP-WHT layers. It is run in training mode, five times, without gradients; its random numbers and
-            buffers are left as they were.
-        batch: Its keyword arguments, with images as a tensor of floating point, such as `pixel_values` (N, C, H, W).
+        model: A model with LBP-WHT layers. Five forward passes are run in training mode; the modes, the buffers and the
+            state of the random number generators are restored.
+        batch: The model's keyword arguments, with images as a floating-point tensor, such as `pixel_values`
+            (N, C, H, W).
 
     Raises:
         ValueError: there are no LBP-WHT layers, or the batch has no images.
@@ -84,7 +84,7 @@ def verify_layout(model: nn.Module, batch: Mapping[str, Any]) -> LayoutCheck:
 
 
 def _inputs(model: nn.Module, layers: dict[str, LBPWHTLayer], batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
-    """What each layer is given in one forward pass, the same random numbers in each."""
+    """The inputs of each layer in one forward pass, with the same random numbers in each pass."""
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
     hosts = {id(m): m for m in model.modules()}
     with ExitStack() as stack:
@@ -96,7 +96,7 @@ def _inputs(model: nn.Module, layers: dict[str, LBPWHTLayer], batch: Mapping[str
 
             stack.callback(host.register_forward_pre_hook(note).remove)
         torch.manual_seed(0)
-        with torch.enable_grad():  # as in training: some models do otherwise without
+        with torch.enable_grad():  # as in training, since some models take another path without
             model(**batch)
     return seen
 
@@ -130,7 +130,11 @@ def _compare(
 
 
 def _state(x: Tensor, y: Tensor, places: Tensor, channels_axis: int, pixel: tuple[int, int]) -> str:
-    """Whether the tokens that differ are at the place that was changed."""
+    """Compare the places of the tokens that differ with the pixel that was changed.
+
+    Returns:
+        "confirmed", "mixed" (most tokens differ), "unchanged", or a description of the contradiction.
+    """
     change = (y - x).abs().amax(channels_axis)
     differing = (change > 1e-3 * change.max()) & (change > 0)
     if not bool(differing.any()):
@@ -145,11 +149,11 @@ def _state(x: Tensor, y: Tensor, places: Tensor, channels_axis: int, pixel: tupl
     if bool((nearest & differing).any()):
         return "confirmed"
     row, column = (int(of(places[differing])[0]) // 4 for of in (row_of, column_of))
-    return f"the pixel {pixel} was changed, and tokens changed whose place is said to be ({row}, {column})"
+    return f"the pixel {pixel} was changed, but the tokens that changed are recorded at ({row}, {column})"
 
 
 def _why_not_identity(layer: LBPWHTLayer, inputs: list[Tensor]) -> str:
-    """Why all bases of the recorded layout do not give back the input; "" if they do."""
+    """Why projecting onto all bases of the recorded layout does not reproduce the input; "" if it does."""
     ran = layer.last_backward
     rule = next(iter(layer.lbpwht_rule.values()))
     if ran is None or ran.layout is None or ran.why_exact:
@@ -161,7 +165,7 @@ def _why_not_identity(layer: LBPWHTLayer, inputs: list[Tensor]) -> str:
         return "" if bases.boundary != "orthogonal" else "its input does not have the recorded number of tokens"
     whole = Projection(ran.layout, bases, torch.float64, tokens.device)
     error = (whole.lift(whole.project(tokens)) - tokens).norm() / tokens.norm().clamp(min=1e-30)
-    return "" if error < 1e-6 else f"all bases together change its input by {float(error):.1e}"
+    return "" if error < 1e-6 else f"projecting its input onto all bases changes it by {float(error):.1e}"
 
 
 @contextmanager

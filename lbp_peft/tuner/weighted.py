@@ -1,4 +1,4 @@
-"""An adapter that is a linear combination of others."""
+"""Creates an adapter that is a linear combination of others."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def add_weighted_adapter(
     """See [`LBPWHTModel.add_weighted_adapter`].
 
     Args:
-        tuner: Holds the adapters.
-        configs: Of the LBP-WHT adapters, by name; the new one is added.
-        svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method: LoRA's method has them for
-            its other types of combination; here they must be left out.
+        tuner: The tuner that holds the adapters.
+        configs: The configurations of the LBP-WHT adapters, by name; that of the new one is added.
+        svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method: Arguments of LoRA's method
+            for other types of combination; they must be left out here.
     """
     for_other_types = {
         "svd_rank": svd_rank is not None,
@@ -71,8 +71,8 @@ def _check_combination(combination_type: str, others: list[str]) -> None:
     if combination_type != "linear" or others:
         asked = " with ".join([f"combination_type={show(combination_type)}", *others])
         raise ValueError(
-            f'LBP-WHT adapters are combined with combination_type="linear" alone, got {asked}. Their weights are full '
-            "matrices, of which it makes the exact weighted sum."
+            f'LBP-WHT adapters can only be combined with combination_type="linear", got {asked}. Their weights are '
+            "full matrices, and this is their exact weighted sum."
         )
 
 
@@ -101,7 +101,7 @@ def _check_adapters(tuner: BaseTuner, configs: Any, adapters: list[str], adapter
 
 
 def _combined_config(tuner: BaseTuner, configs: list[LBPWHTConfig], adapters: list[str]) -> LBPWHTConfig:
-    """The first's, for the layers and modules_to_save of all."""
+    """The first adapter's configuration, extended to the layers and modules_to_save of all."""
     names = [name for name, _ in tuner.model.named_modules()]
     layers = {
         name
@@ -123,10 +123,10 @@ def _combined_config(tuner: BaseTuner, configs: list[LBPWHTConfig], adapters: li
 
 
 def _wrappers(model: nn.Module, adapters: list[str]) -> dict[str, ModulesToSaveWrapper]:
-    """Those that hold a copy of any of the adapters.
+    """The wrappers of modules_to_save that hold a copy for any of the adapters, by name.
 
     Raises:
-        ValueError: their copies have buffers that differ, such as running statistics, which are not to be summed.
+        ValueError: the copies differ in a buffer, such as running statistics, which cannot be summed.
     """
     found = {}
     for name, module in model.named_modules():
