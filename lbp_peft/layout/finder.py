@@ -81,7 +81,8 @@ class Trace:
 
     def has_inputs(self, shapes: list[tuple[int, ...]]) -> bool:
         """Whether its inputs had these shapes, without their axis of images, in any order."""
-        return sorted(self.input_shapes) == sorted(shapes)
+        given, own = (sorted(shape for shape in several if shape) for several in (shapes, self.input_shapes))
+        return given == own  # labels and numbers decide no layout
 
     def is_ambiguous(self) -> bool:
         """Whether inputs of one shape, of one layer, lay otherwise in different calls."""
