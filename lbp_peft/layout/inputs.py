@@ -89,9 +89,7 @@ def start(tracer: PositionTracer, inputs: dict[str, Any], merge_size: int = 1) -
         positions = None
         if tensor.is_floating_point():
             positions = positions_of_images(name, tensor, sizes, merge_size)
-            if (
-                positions is not None and positions.numel()
-            ):  # those of another input are other images, which may come in the same row
+            if positions is not None and positions.numel():  # images of several inputs may come in one row
                 count = int(number_of(positions.flatten()[-1])) + 1
                 positions, num_images = moved_to(positions, num_images), num_images + count
         text_shape = _text_shape(name, tensor)
