@@ -33,8 +33,7 @@ def in_forward_mode() -> bool:
     return not torch.compiler.is_compiling() and forward_ad._current_level >= 0
 
 
-@contextmanager
-def backward_pass() -> Iterator[None]:
+def backward_pass() -> AbstractContextManager:
     """Context for the backward pass of an autograd function: `torch.no_grad()`, except within a transform.
 
     A transform may differentiate the results again. They must stay connected to their inputs then, because otherwise a
@@ -43,6 +42,12 @@ def backward_pass() -> Iterator[None]:
     Raises:
         RuntimeError: autograd runs several backward passes at once (`is_grads_batched=True`).
     """
+    # torch.compile leaves autograd off for good behind a generator's context in a backward pass (torch 2.14.1).
+    return torch.no_grad() if torch.compiler.is_compiling() else _eager_backward_pass()
+
+
+@contextmanager
+def _eager_backward_pass() -> Iterator[None]:
     try:
         with nullcontext() if in_transform() else torch.no_grad():
             yield

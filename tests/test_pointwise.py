@@ -184,3 +184,14 @@ def test_other_methods_on_convolutions_are_made_cheap(config, rank):
     assert {name.rsplit(".")[-1] for name in report.layers} == {"fc1", "fc2"}
     if rank == 36:
         assert not report.exact and {ran.layout.grid for ran in report.layers.values()} == {(8, 12)}
+
+
+@pytest.mark.parametrize("needs_input_grad", [False, True])
+def test_compiling_leaves_autograd_on(needs_input_grad):
+    weight = torch.randn(5, 4, 1, 1, requires_grad=True)
+    torch._dynamo.reset()
+    run = torch.compile(lambda x: low_rank_pointwise_conv(x, weight, None, BasisSet(3)), backend="aot_eager")
+    run(torch.randn(2, 4, 16, 16).requires_grad_(needs_input_grad))
+    is_on = torch.is_grad_enabled()
+    torch.set_grad_enabled(True)  # for the tests that follow
+    assert is_on
