@@ -75,7 +75,7 @@ def _counts(architecture: Any) -> tuple[str, str, str, str]:
     model = checks.adapted(base, r=checks.R)
     record = checks.Record(base, list(layers_of(model)))
     batch = architecture.batch()
-    with warnings.catch_warnings(), mock.patch("lbp_peft.tuner.layer.low_rank_pays", lambda *_: True):
+    with warnings.catch_warnings(), mock.patch("lbp_peft.tuner.layers.base.low_rank_pays", lambda *_: True):
         warnings.simplefilter("ignore")  # and layers this narrow are not left exact, as in the tests
         for each in (base, model):
             checks.tensors(each, batch)

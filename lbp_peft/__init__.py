@@ -9,12 +9,12 @@ Importing the package registers the method with PEFT:
 """
 
 from . import tuner  # noqa: F401  first: it registers the method
-from .bases import BasisSet, LayoutError, TokenLayout
+from .bases.basis_set import BasisSet, LayoutError, TokenLayout
 from .layout import GridMismatchError
-from .lowrank import low_rank_linear
+from .ops.linear import low_rank_linear
 from .tuner.config import LBPWHTConfig
-from .tuner.layer import LBPWHTLayer
-from .tuner.linear import LBPWHTLinear
+from .tuner.layers.base import LBPWHTLayer
+from .tuner.layers.linear import LBPWHTLinear
 from .tuner.model import LBPWHTModel
 from .tuner.report import LayoutReport, exact_backward, layout_report
 from .tuner.verify import LayoutCheck, verify_layout

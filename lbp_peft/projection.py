@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from . import kernels
-from .bases import BasisSet, TokenLayout, bases_along, check_side, grid_bases, num_bases
+from .bases.basis_set import BasisSet, TokenLayout, bases_along, check_side, grid_bases, num_bases
 from .bounded import BoundedCache
-from .cost import one_matrix_pays, two_images_at_once_pay
+from .heuristics import one_matrix_pays, two_images_at_once_pay
 from .instructions import product_dtype
-from .padding_check import zero_if_unused
+from .ops.padding_check import zero_if_unused
 from .transforms import in_transform, must_be_functional
 
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import lbp_peft.projection
-import lbp_peft.tuner.layer
+import lbp_peft.tuner.layers.base
 from lbp_peft import LBPWHTConfig, exact_backward, layout_report
 from lbp_peft.encoder import is_pointwise_conv
 
@@ -110,7 +110,7 @@ def check_gradients_at_full_rank(base, batch, monkeypatch):
 
     model = adapted(base, r=64, grad_input=64)
     with monkeypatch.context() as patched:
-        for module in (lbp_peft.projection, lbp_peft.tuner.layer):
+        for module in (lbp_peft.projection, lbp_peft.tuner.layers.base):
             patched.setattr(module, "num_kept", one_less)
         loss(model, batch).backward()
     found = gradients_of(model)

@@ -17,8 +17,8 @@ def every_layer_pays(request, monkeypatch):
     Here all pay, with exact products, but for tests of that choice, marked `own_choice`.
     """
     if "own_choice" not in request.keywords:
-        monkeypatch.setattr("lbp_peft.tuner.layer.low_rank_pays", lambda *_: True)
-        monkeypatch.setattr("lbp_peft.tuner.layer.fastest_precision", lambda *_: "full")
+        monkeypatch.setattr("lbp_peft.tuner.layers.base.low_rank_pays", lambda *_: True)
+        monkeypatch.setattr("lbp_peft.tuner.layers.base.fastest_precision", lambda *_: "full")
 
 
 @pytest.fixture(params=["Projection", "OneMatrix"])

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from lbp_peft import LBPWHTConfig, LBPWHTLayer
-from lbp_peft.tuner.stacked import CHILD
+from lbp_peft.tuner.patches.forward_patch import PATCH_ATTR
 
 torch.set_num_threads(1)  # models this small only lose by more, and bits must not depend on the machine
 
@@ -222,9 +222,9 @@ def layers_of(model: nn.Module) -> dict[str, LBPWHTLayer]:
     return {name: module for name, module in model.named_modules() if isinstance(module, LBPWHTLayer)}
 
 
-def standing_around(model: nn.Module, kind: type) -> dict[str, Any]:
+def patches_of(model: nn.Module, kind: type) -> dict[str, Any]:
     """What stands inside modules that are no adapted layers, by the name of its host."""
-    inside = {name: getattr(module, CHILD, None) for name, module in model.named_modules()}
+    inside = {name: getattr(module, PATCH_ATTR, None) for name, module in model.named_modules()}
     return {name: one for name, one in inside.items() if isinstance(one, kind)}
 
 

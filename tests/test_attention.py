@@ -6,17 +6,19 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
-from models import forward, gradients, images, largest_difference, standing_around, tiny_vit
+from models import forward, gradients, images, largest_difference, patches_of, tiny_vit
 from peft import LoraConfig, get_peft_model
 from test_precision import cosine
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
-from lbp_peft import LBPWHTConfig, attention, cost, exact_backward
-from lbp_peft.tuner import attending
-from lbp_peft.tuner.attending import LBPWHTAttending
-from lbp_peft.tuner.stacked import CHILD
+from lbp_peft import LBPWHTConfig, exact_backward
+from lbp_peft import heuristics as cost
+from lbp_peft.ops import attention
+from lbp_peft.tuner.patches import attention_patch as attending
+from lbp_peft.tuner.patches.attention_patch import LBPWHTAttending
+from lbp_peft.tuner.patches.forward_patch import PATCH_ATTR
 
 SHAPES = [  # N, heads, L, S, d, d_v
     (2, 3, 65, 65, 16, 16),
@@ -206,7 +208,7 @@ def in_bf16(model):
 
 
 def those_inside(model):
-    return standing_around(model, LBPWHTAttending)
+    return patches_of(model, LBPWHTAttending)
 
 
 def test_the_blocks_of_an_adapted_model_use_it(used, monkeypatch):
@@ -349,7 +351,7 @@ def test_copies_work_on_their_own(how, used):
 def test_it_goes_with_the_adapter(take_out, used):
     base = getattr(adapted(), take_out)()
     assert [type(m) for m in base.modules()] == [type(m) for m in tiny_vit().modules()]
-    assert not any(hasattr(m, CHILD) for m in base.modules())
+    assert not any(hasattr(m, PATCH_ATTR) for m in base.modules())
     in_bf16(base.train().requires_grad_(True))
     assert not used
 

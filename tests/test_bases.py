@@ -6,9 +6,9 @@ import reference
 import torch
 
 from lbp_peft import BasisSet, LayoutError, TokenLayout
-from lbp_peft.bases import axis_blocks, grid_bases, num_bases
+from lbp_peft.bases.basis_set import axis_blocks, grid_bases, num_bases
+from lbp_peft.bases.walsh import basis_order, walsh_functions
 from lbp_peft.projection import OneMatrix, Projection, num_kept, projection
-from lbp_peft.walsh import basis_order, walsh_functions
 
 GRIDS = [(8, 8), (16, 16), (14, 14), (7, 7), (4, 12), (9, 17), (3, 5), (2, 2), (1, 24), (6, 10)]
 RANKS = [1, 3, 7, 10, 36, 64]
@@ -48,7 +48,7 @@ def test_ties_are_broken_as_documented():
 
 @pytest.mark.parametrize("selection", ["lp_l1", "lp_linf"])
 def test_selections_keep_simpler_functions_first(selection):
-    """What makes orthonormalising along each axis enough (see lbp_peft.bases)."""
+    """What makes orthonormalising along each axis enough (see lbp_peft.bases.basis_set)."""
     order = basis_order(selection, range(8), range(8))
     place = {pair: index for index, pair in enumerate(order)}
     assert all(place[a, b] <= place[i, j] for i, j in order for a in range(i + 1) for b in range(j + 1))

@@ -19,10 +19,10 @@ from common.timing import interleaved, quartiles, ratios, rounds_within
 from models import tiny_vit
 from torch import nn
 
-from lbp_peft.bases import TokenLayout
+from lbp_peft.bases.basis_set import TokenLayout
 from lbp_peft.measure import multiply_adds
-from lbp_peft.tuner.compressed import LBPWHTCompressed
-from lbp_peft.tuner.stacked import CHILD
+from lbp_peft.tuner.patches.activation_patch import LBPWHTCompressed
+from lbp_peft.tuner.patches.forward_patch import PATCH_ATTR
 
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 CPU = torch.device("cpu")
@@ -273,7 +273,7 @@ def _half_of_it():
 @pytest.mark.parametrize(("word", "number"), [("norms-only", 2 * 2), ("functions-only", 2)])
 def test_one_kind_of_compressed_activations_alone(word, number):
     model = adapted(tiny_vit(), f"lbp-wht:r=3,compress_activations=int8+{word}", ["classifier"])
-    hosts = [module for module in model.modules() if isinstance(getattr(module, CHILD, None), LBPWHTCompressed)]
+    hosts = [module for module in model.modules() if isinstance(getattr(module, PATCH_ATTR, None), LBPWHTCompressed)]
     assert len(hosts) == number
     assert all(isinstance(host, torch.nn.LayerNorm) == (word == "norms-only") for host in hosts)
 

@@ -12,10 +12,12 @@ import reference
 import torch
 from peft import LoKrConfig, get_peft_model
 
-from lbp_peft import LBPWHTConfig, bases, precision, projection
-from lbp_peft.bases import BasisSet, TokenLayout, TokenOrder
+from lbp_peft import LBPWHTConfig, projection
+from lbp_peft.bases import basis_set as bases
+from lbp_peft.bases.basis_set import BasisSet, TokenLayout, TokenOrder
 from lbp_peft.bounded import BoundedCache
-from lbp_peft.tuner.stacked import _hosting
+from lbp_peft.formats import products as precision
+from lbp_peft.tuner.stacking.layer import _patched_class
 
 
 def test_the_oldest_entry_goes():
@@ -89,7 +91,7 @@ KINDS = (projection.Projection, projection.OneMatrix)
 
 @pytest.mark.parametrize("function", [
     bases.axis_blocks, bases.num_bases, bases.grid_bases, precision._weights_of_rows,
-    _hosting,
+    _patched_class,
 ])  # fmt: skip
 def test_what_functions_remember_is_bounded(function):
     assert function.cache_info().maxsize is not None

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import forward, images, standing_around, tiny_vit
+from models import forward, images, patches_of, tiny_vit
 from peft import LoraConfig, get_peft_model
 from test_pointwise import ConvMLP
 from test_precision import cosine
@@ -10,8 +10,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lbp_peft import LBPWHTConfig, layout_report
-from lbp_peft.tuner import layer
-from lbp_peft.tuner.compressed import LBPWHTCompressed
+from lbp_peft.tuner.layers import base as layer
+from lbp_peft.tuner.patches.activation_patch import LBPWHTCompressed
 
 
 class Convolutions(ConvMLP):
@@ -106,4 +106,4 @@ def test_gradients_are_near_those_of_an_input_gradient_in_full(kind, way, regime
         ran = layout_report(model).layers.values()
         assert {"compressed": "full", "bf16": "bf16"}.get(way, "int8") in {r.precision for r in ran if not r.why_exact}
     if "compress_activations" in WAYS[way]:
-        assert standing_around(model, LBPWHTCompressed)
+        assert patches_of(model, LBPWHTCompressed)

@@ -6,16 +6,16 @@ import warnings
 
 import pytest
 import torch
-from models import forward, gradients, images, largest_difference, standing_around, tiny_vit, train
+from models import forward, gradients, images, largest_difference, patches_of, tiny_vit, train
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_precision import cosine
 from torch import nn
 from transformers.activations import ACT2FN
 
 from lbp_peft import LBPWHTConfig, exact_backward, layout_report
-from lbp_peft.compress import compressed_layer, restored, rounded_in_groups
 from lbp_peft.measure import multiply_adds, saved_activations
-from lbp_peft.tuner.compressed import LBPWHTCompressed, is_compressible
+from lbp_peft.ops.activation import compressed_layer, restored, rounded_in_groups
+from lbp_peft.tuner.patches.activation_patch import LBPWHTCompressed, is_compressible
 
 
 def draw(*shape, seed=0):
@@ -112,7 +112,7 @@ def adapted(base=tiny_vit, **settings):
 
 
 def compressed(model):
-    return list(standing_around(model, LBPWHTCompressed))
+    return list(patches_of(model, LBPWHTCompressed))
 
 
 def test_gradients_are_near_and_much_less_is_saved():
@@ -180,7 +180,7 @@ def test_a_copy_that_is_trained_beside_the_adapter_belongs_to_the_same_block():
     model.add_adapter("other", LBPWHTConfig(r=10, compress_activations="int8", **settings))
     model.set_adapter("other")
     blocks = set(model.base_model.model.vit.layers)
-    inside = standing_around(model, LBPWHTCompressed)
+    inside = patches_of(model, LBPWHTCompressed)
     assert any("modules_to_save.other" in name for name in inside)
     assert {one.block for one in inside.values()} == blocks
 

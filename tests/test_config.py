@@ -15,8 +15,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from lbp_peft import LBPWHTConfig, layout_report
-from lbp_peft.precision import FULL, Precision
-from lbp_peft.tuner.registration import check_peft_version, register
+from lbp_peft.formats.products import FULL, Precision
+from lbp_peft.tuner.compat.registration import check_peft_version, register
 
 ROOT = Path(__file__).resolve().parents[1]
 ENCODER = {
@@ -470,13 +470,13 @@ def test_registering_again_changes_nothing():
 
 
 RELOAD = """
-import importlib, lbp_peft, lbp_peft.tuner, lbp_peft.tuner.registration
+import importlib, lbp_peft, lbp_peft.tuner, lbp_peft.tuner.compat.registration
 import lbp_peft as again
-importlib.reload(lbp_peft.tuner.registration)
+importlib.reload(lbp_peft.tuner.compat.registration)
 importlib.reload(lbp_peft.tuner)
 importlib.reload(lbp_peft)
-lbp_peft.tuner.registration.add_peft_type()
-lbp_peft.tuner.registration.register()
+lbp_peft.tuner.compat.registration.add_peft_type()
+lbp_peft.tuner.compat.registration.register()
 """
 
 OTHER = """

@@ -11,8 +11,8 @@ from models import gradients, images, tiny_vit
 from peft import LoraConfig, get_peft_model
 
 from lbp_peft import LBPWHTConfig, instructions, layout_report
-from lbp_peft.bases import BasisSet, TokenLayout
-from lbp_peft.cost import (
+from lbp_peft.bases.basis_set import BasisSet, TokenLayout
+from lbp_peft.heuristics import (
     attention_by_products_pays,
     faster_formats,
     fastest_precision,
@@ -22,7 +22,7 @@ from lbp_peft.cost import (
 )
 from lbp_peft.instructions import Instructions, multiplies_bf16, multiplies_int8, product_dtype
 from lbp_peft.projection import InFloat32, OneMatrix, Projection, projection
-from lbp_peft.tuner import layer
+from lbp_peft.tuner.layers import base as layer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 NONE = Instructions()
@@ -299,7 +299,7 @@ def test_auto_compiles_without_a_break():
     """In a process of its own, in which nothing is patched."""
     program = """
 import torch
-from lbp_peft.cost import attention_by_products_pays, fastest_precision, low_rank_pays, one_matrix_pays
+from lbp_peft.heuristics import attention_by_products_pays, fastest_precision, low_rank_pays, one_matrix_pays
 def chosen(x):
     shape = (8, 197, 41, 768, 768, x.dtype, x.device)
     choices = (fastest_precision(1576, 768, 768, x.dtype, x.device), low_rank_pays(*shape),

@@ -218,7 +218,7 @@ def test_global_hooks_see_the_plain_layer(way):
     finally:
         handle.remove()
     assert sum(m is layer for m in seen) == 1
-    assert {type(m).__name__ for m in seen}.isdisjoint({"Plain", "_ChannelsLast"})
+    assert {type(m).__name__ for m in seen}.isdisjoint({"UnpatchedForward", "_ChannelsLast"})
 
 
 @alone_and_stacked

@@ -11,8 +11,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lbp_peft import LBPWHTConfig, layout_report
-from lbp_peft.attention import AttentionByProducts
-from lbp_peft.compress import compressed_layer
+from lbp_peft.ops.activation import compressed_layer
+from lbp_peft.ops.attention import AttentionByProducts
 
 
 class Net(nn.Module):
@@ -143,7 +143,7 @@ def test_of_a_compressed_layer_whose_output_is_a_view():
 
 
 def test_of_attention(monkeypatch):
-    monkeypatch.setattr("lbp_peft.attention.attention_by_products_pays", lambda *_: True)
+    monkeypatch.setattr("lbp_peft.ops.attention.attention_by_products_pays", lambda *_: True)
     tensors = [torch.randn(2, 2, 9, 4, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     found = []
     for copies in (False, True):

@@ -16,8 +16,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from lbp_peft import BasisSet, TokenLayout, kernels, low_rank_linear
-from lbp_peft.bases import TokenOrder
-from lbp_peft.precision import Precision, _rounded_rows, product
+from lbp_peft.bases.basis_set import TokenOrder
+from lbp_peft.formats.products import Precision, _rounded_rows, product
 from lbp_peft.projection import Projection
 
 triton = pytest.importorskip("triton")

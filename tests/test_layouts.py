@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from test_lowrank import problem, relative
 
 from lbp_peft import BasisSet, TokenLayout, low_rank_linear
-from lbp_peft.bases import TokenOrder
+from lbp_peft.bases.basis_set import TokenOrder
 
 pytestmark = pytest.mark.usefixtures("way")
 

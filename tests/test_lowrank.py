@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from lbp_peft import BasisSet, TokenLayout, instructions, low_rank_linear
+from lbp_peft.formats.products import Precision
 from lbp_peft.instructions import Instructions
-from lbp_peft.lowrank import Branch, shared_projections
-from lbp_peft.pointwise import low_rank_pointwise_conv
-from lbp_peft.precision import Precision
+from lbp_peft.ops.conv1x1 import low_rank_pointwise_conv
+from lbp_peft.ops.linear import Branch, shared_projections
 
 GRIDS = [(8, 8), (16, 16), (14, 14), (7, 7), (4, 12), (24, 32)]
 PREFIXES = [0, 1, 2, 5]
@@ -97,7 +97,7 @@ def test_other_blocks_and_selections(selection, block_size):
 @pytest.mark.parametrize("grid", [*GRIDS, (9, 17), (5, 3), (6, 10)])
 def test_full_rank_is_exact_backpropagation(grid, prefix, way):
     """Through the projections themselves, not through the shortcut that skips them at full rank."""
-    from lbp_peft.lowrank import _How, _LowRankLinear
+    from lbp_peft.ops.linear import _How, _LowRankLinear
 
     x, weight, bias, grad = problem(grid, prefix)
     full = way(TokenLayout(grid, prefix), BasisSet(64), torch.float64, x.device)

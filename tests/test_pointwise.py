@@ -11,9 +11,9 @@ from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from lbp_peft import BasisSet, LBPWHTConfig, layout_report
-from lbp_peft.pointwise import low_rank_pointwise_conv
-from lbp_peft.precision import Precision
-from lbp_peft.tuner.pointwise import LBPWHTPointwiseConv
+from lbp_peft.formats.products import Precision
+from lbp_peft.ops.conv1x1 import low_rank_pointwise_conv
+from lbp_peft.tuner.layers.conv1x1 import LBPWHTPointwiseConv
 
 
 def bases(rank):

@@ -14,9 +14,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lbp_peft import LBPWHTConfig, exact_backward, instructions, layout_report, precision
+from lbp_peft import LBPWHTConfig, exact_backward, instructions, layout_report
+from lbp_peft.formats import products as precision
+from lbp_peft.formats.products import FULL, Precision, Rounded, outer, product, rescaled_product, rotated, rounded
 from lbp_peft.instructions import Instructions
-from lbp_peft.precision import FULL, Precision, Rounded, outer, product, rescaled_product, rotated, rounded
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
@@ -635,7 +636,7 @@ def test_projected_inputs_are_kept_in_bfloat16_beside_a_product_in_low_precision
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_weight_gradient_is_of_its_factors_in_bfloat16_whatever_multiplies_them(fast, monkeypatch):
-    monkeypatch.setattr("lbp_peft.precision.multiplies_bf16", lambda device: fast)
+    monkeypatch.setattr("lbp_peft.formats.products.multiplies_bf16", lambda device: fast)
     torch.manual_seed(0)
     grad, x = torch.randn(2, 11, 24), torch.randn(2, 11, 16)
     found = outer(grad, x.to(torch.bfloat16))

@@ -6,9 +6,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lbp_peft import BasisSet, TokenLayout, instructions, low_rank_linear
-from lbp_peft.bases import TokenOrder
+from lbp_peft.bases.basis_set import TokenOrder
+from lbp_peft.formats.products import Precision
 from lbp_peft.instructions import Instructions, product_dtype
-from lbp_peft.precision import Precision
 from lbp_peft.projection import InFloat32, OneMatrix, Projection, num_kept, projection
 
 CPU = torch.device("cpu")

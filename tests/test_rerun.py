@@ -15,9 +15,9 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 from lbp_peft import BasisSet, LBPWHTConfig, TokenLayout, layout_report
-from lbp_peft.compress import compressed_layer
-from lbp_peft.rerun import LayerRecord
-from lbp_peft.tokenwise import low_rank_layer
+from lbp_peft.ops.activation import compressed_layer
+from lbp_peft.ops.layer_state import LayerRecord
+from lbp_peft.ops.recompute import low_rank_layer
 
 KINDS = {
     "dora": lora(use_dora=True),

@@ -36,8 +36,8 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from lbp_peft import LBPWHTConfig, layout_report
-from lbp_peft.tuner.linear import LBPWHTLinear
-from lbp_peft.tuner.stacked import LBPWHTStacked
+from lbp_peft.tuner.layers.linear import LBPWHTLinear
+from lbp_peft.tuner.stacking.layer import LBPWHTStacked
 
 WEIGHTS = "adapter_model.safetensors"
 X = images()

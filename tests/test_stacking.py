@@ -16,8 +16,8 @@ from torch import nn
 from transformers import BitsAndBytesConfig, ViTForImageClassification
 
 from lbp_peft import LBPWHTConfig, exact_backward, layout_report
-from lbp_peft.tokenwise import why_not_token_wise
-from lbp_peft.tuner import stacked
+from lbp_peft.ops.recompute import why_not_token_wise
+from lbp_peft.tuner.stacking import layer as stacked
 
 C_IN, C_OUT = 8, 12
 GRID, PREFIX = (8, 8), 1

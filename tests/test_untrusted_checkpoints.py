@@ -11,8 +11,8 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from lbp_peft import LBPWHTConfig
-from lbp_peft.tuner.names import check_adapter_name
-from lbp_peft.tuner.patterns import check_pattern
+from lbp_peft.tuner.validation.names import check_adapter_name
+from lbp_peft.tuner.validation.patterns import check_pattern
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

@@ -11,8 +11,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from lbp_peft.bases import BasisSet, grid_bases
-from lbp_peft.walsh import basis_order
+from lbp_peft.bases.basis_set import BasisSet, grid_bases
+from lbp_peft.bases.walsh import basis_order
 
 KEPT = 10
 

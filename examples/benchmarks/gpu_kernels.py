@@ -29,8 +29,8 @@ from benchmarks.environment import environment, in_words, write_record
 from benchmarks.floors import measure_rates
 from benchmarks.tables import aligned, number
 from lbp_peft import kernels
-from lbp_peft.bases import BasisSet, TokenLayout
-from lbp_peft.precision import rotated, rounded
+from lbp_peft.bases.basis_set import BasisSet, TokenLayout
+from lbp_peft.formats.products import rotated, rounded
 from lbp_peft.projection import Projection
 
 DTYPES = {"bf16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -27,8 +27,8 @@ from transformers import PreTrainedModel
 
 from lbp_peft import LBPWHTConfig
 from lbp_peft.encoder import encoder_linears
-from lbp_peft.tuner.compressed import LBPWHTCompressed, is_norm
-from lbp_peft.tuner.stacked import CHILD, leave
+from lbp_peft.tuner.patches.activation_patch import LBPWHTCompressed, is_norm
+from lbp_peft.tuner.patches.forward_patch import PATCH_ATTR, detach
 
 # Those that this version of LBP-WHT does not know are left out, see `default_methods`.
 DEFAULT_METHODS = (
@@ -143,9 +143,9 @@ def functions_only(model: nn.Module, heads: list[str], settings: Settings) -> nn
 
 
 def _uncompressed(model: nn.Module, condition: Callable[[nn.Module], bool]) -> nn.Module:
-    hosts = [m for m in model.modules() if isinstance(getattr(m, CHILD, None), LBPWHTCompressed) and condition(m)]
+    hosts = [m for m in model.modules() if isinstance(getattr(m, PATCH_ATTR, None), LBPWHTCompressed) and condition(m)]
     for host in hosts:
-        leave(host)
+        detach(host)
     return model
 
 

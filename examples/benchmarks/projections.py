@@ -3,7 +3,7 @@
     python examples/benchmarks/projections.py
     python examples/benchmarks/projections.py --batch-size 64 --r 3 10 21 36
 
-`lbp_peft.cost.one_matrix_pays` chooses between the two by k; its bounds were read off this table.
+`lbp_peft.heuristics.one_matrix_pays` chooses between the two by k; its bounds were read off this table.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from common.timing import interleaved, now, quartiles, ratios
 
 from benchmarks.environment import environment, in_words, write_record
 from benchmarks.tables import aligned, number
-from lbp_peft.bases import BasisSet, TokenLayout
-from lbp_peft.cost import one_matrix_pays
+from lbp_peft.bases.basis_set import BasisSet, TokenLayout
+from lbp_peft.heuristics import one_matrix_pays
 from lbp_peft.projection import OneMatrix, Projection, num_kept
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}

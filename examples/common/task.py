@@ -56,7 +56,7 @@ class Task(ABC):
     Attributes:
         options: The dataclass of the program's options.
         defaults: YAML file of the options of the embedded example.
-        folder: Inside `runs`, where the results go unless the options say so.
+        folder: ForwardPatch `runs`, where the results go unless the options say so.
         auto_model: The Auto class of transformers that loads its models.
         metric: The metric that is built in.
         metric_name: What the report calls it.

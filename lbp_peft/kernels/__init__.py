@@ -16,7 +16,7 @@ import os
 import torch
 from torch import Tensor
 
-from ..bases import BasisSet, TokenLayout
+from ..bases.basis_set import BasisSet, TokenLayout
 
 VARIABLE = "LBP_PEFT_KERNELS"
 _asked_for = os.environ.get(VARIABLE, "")
@@ -70,7 +70,7 @@ def lift_coefficients(coefficients: Tensor, layout: TokenLayout, bases: BasisSet
 
 
 def round_rows(rows: Tensor, rotation: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(M, K) -> values (M, K) of 8 bits, scales (M, 1), as rounding after rotating in [`lbp_peft.precision`]."""
+    """(M, K) -> values (M, K) of 8 bits, scales (M, 1), as rounding after rotating in [`lbp_peft.formats.products`]."""
     return torch.ops.lbp_peft.round_rows(rows, rotation, dtype)
 
 

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..bases import AxisBlock, BasisSet, TokenLayout, axis_blocks, bases_along, num_bases
-from ..walsh import basis_order
+from ..bases.basis_set import AxisBlock, BasisSet, TokenLayout, axis_blocks, bases_along, num_bases
+from ..bases.walsh import basis_order
 
 # The operators' arguments after the tensor, see `described`.
 SCHEMA = "int[] grid, int prefix, int suffix, int r, int block_size, str selection, str boundary"

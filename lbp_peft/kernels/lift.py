@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import blocks
-from .launch import copy_outside, locate, num_parts, on_device_of, product, product_precision, tuned_over
+from .common import copy_outside, locate, num_parts, on_device_of, product, product_precision, tuned_over
 
 
 @triton.autotune(

@@ -11,11 +11,11 @@ import triton.language as tl
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..walsh import walsh_functions
-from .launch import on_device_of, product, product_precision, tuned_over
+from ..bases.walsh import walsh_functions
+from .common import on_device_of, product, product_precision, tuned_over
 
 _MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-# As in `lbp_peft.precision`: the factor of a row is applied in two steps, neither of which leaves the range of float32.
+# As in `lbp_peft.formats.products`, the factor of a row is applied in two steps that stay in the range of float32.
 _SECOND_FACTOR = {torch.int8: 32.0, torch.float8_e4m3fn: 128.0}
 _SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 _UNROTATED = 128  # columns of the tile that a row is laid out in

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..bases import TokenLayout, TokenOrder
+from ..bases.basis_set import TokenLayout, TokenOrder
 
 if TYPE_CHECKING:
     from .finder import LayoutFinder, LayoutRecord

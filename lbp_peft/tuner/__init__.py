@@ -2,7 +2,7 @@
 
 import peft
 
-from .registration import add_peft_type, check_peft_version, register
+from .compat.registration import add_peft_type, check_peft_version, register
 
 check_peft_version(peft.__version__)
 add_peft_type()

@@ -14,11 +14,11 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType
 
-from ..bases import BOUNDARIES, BasisSet
-from ..precision import AUTO, FULL, PRECISIONS, Precision
-from ..walsh import SELECTIONS, is_power_of_two
-from .names import check_adapter_name, is_module_name
-from .patterns import check_pattern, show
+from ..bases.basis_set import BOUNDARIES, BasisSet
+from ..bases.walsh import SELECTIONS, is_power_of_two
+from ..formats.products import AUTO, FULL, PRECISIONS, Precision
+from .validation.names import check_adapter_name, is_module_name
+from .validation.patterns import check_pattern, show
 
 _MAX_BLOCK_SIZE = 128  # its Walsh functions are block_size**2 numbers, its bases block_size**4
 # How PEFT embeds regular expressions in its own.
@@ -48,7 +48,7 @@ class LBPWHTConfig(PeftConfig):
             rounding. None: they save what they always do.
         block_size: Order of the two-dimensional Walsh-Hadamard transform, a power of two, 128 at most.
         selection: Which bases (i, j) come first: "lp_l1" by i + j, "lp_linf" by max(i, j). Ties: see
-            [`lbp_peft.walsh.basis_order`].
+            [`lbp_peft.bases.walsh.basis_order`].
         boundary: On grids that are no multiple of block_size. "orthogonal": a true projection, exact at full rank.
             "reflect": as the paper's reference code, which counts border patches twice.
         train_base_weight: True: the adapter is a trained copy of each target's weight and bias. False: it has no

@@ -10,19 +10,26 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from ..encoder import encoder_linears, is_pointwise_conv, is_transposed_linear
+from ..formats.products import forget
 from ..layout import LayoutFinder
-from ..precision import forget
-from .attending import attend_by_products
-from .calling import has_own_forward, onloaded
-from .checks import check_layers, check_modules_to_save, check_targets, is_adapted_linear, warn_of_unknown_names
-from .compressed import compress_activations
 from .config import LBPWHTConfig
-from .layer import BackwardRule, LBPWHTLayer
-from .linear import LBPWHTLinear
-from .pointwise import LBPWHTPointwiseConv
-from .stack import has_other_adapters
-from .stacked import CHILD, Inside, LBPWHTStacked, leave, stand_inside
-from .transposed import LBPWHTTransposedLinear
+from .layers.base import BackwardRule, LBPWHTLayer
+from .layers.calling import has_own_forward, onloaded
+from .layers.conv1d import LBPWHTTransposedLinear
+from .layers.conv1x1 import LBPWHTPointwiseConv
+from .layers.linear import LBPWHTLinear
+from .patches.activation_patch import compress_activations
+from .patches.attention_patch import patch_attention
+from .patches.forward_patch import PATCH_ATTR, ForwardPatch, attach, detach
+from .stacking.layer import LBPWHTStacked
+from .stacking.stack import has_other_adapters
+from .validation.checks import (
+    check_layers,
+    check_modules_to_save,
+    check_targets,
+    is_adapted_linear,
+    warn_of_unknown_names,
+)
 
 
 def prepare(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -> None:
@@ -83,14 +90,14 @@ def create_and_replace(
         num_prefix_tokens=config.num_prefix_tokens,
         num_suffix_tokens=config.num_suffix_tokens,
     )
-    inside = getattr(target, CHILD, None)
+    inside = getattr(target, PATCH_ATTR, None)
     if isinstance(inside, LBPWHTStacked):
         inside.lbpwht_rule[adapter_name] = rule
     elif isinstance(target, LBPWHTLinear):
         target.update_layer(adapter_name, rule, config.train_base_weight, config.inference_mode)
     elif isinstance(target, BaseTunerLayer) or _trained_by_others(target, tuner.model):
         inside = LBPWHTStacked(layout_finder(tuner.model), current_key, {adapter_name: rule})
-        stand_inside(target, inside.train(target.training))
+        attach(target, inside.train(target.training))
         if has_own_forward(target):
             inside.finder.warn_once(
                 "own forward",
@@ -113,15 +120,15 @@ def _layer_class(target: nn.Module) -> type[LBPWHTLinear]:
     return LBPWHTTransposedLinear if is_transposed_linear(target) else LBPWHTLinear
 
 
-def leave_all(model: nn.Module) -> set[LayoutFinder]:
+def detach_all(model: nn.Module) -> set[LayoutFinder]:
     """Go from inside all layers; the grid finders of all LBP-WHT layers, to be detached when these are gone too.
 
     What the layers kept beside the model's own weights goes as well.
     """
     finders = {module.finder for module in model.modules() if isinstance(module, LBPWHTLayer)}
     for module in list(model.modules()):
-        if isinstance(getattr(module, CHILD, None), Inside):
-            leave(module)
+        if isinstance(getattr(module, PATCH_ATTR, None), ForwardPatch):
+            detach(module)
     forget(model.parameters())
     return finders
 
@@ -131,9 +138,9 @@ def _trained_by_others(target: nn.Module, model: nn.Module) -> bool:
     return has_other_adapters(model) and any(p.requires_grad for p in target.parameters())
 
 
-def look_around(model: nn.Module) -> None:
+def patch_blocks(model: nn.Module) -> None:
     """Have the layers of a model learn on what grids their tokens lie, and what is around them do its part."""
-    attend_by_products(model)
+    patch_attention(model)
     compress_activations(model)
     layers: dict[str, nn.Module] = {
         name: module for name, module in model.named_modules() if isinstance(module, LBPWHTLayer)

@@ -13,15 +13,15 @@ from peft.tuners.tuners_utils import BaseTuner, set_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .checks import adapter_keys, check_modules_to_save, check_state_dict
 from .config import LBPWHTConfig
-from .heads import warn_of_frozen_heads
-from .inject import create_and_replace, leave_all, look_around, prepare
-from .layer import LBPWHTLayer
-from .linear import LBPWHTLinear
-from .names import is_free_in_dictionaries
+from .inject import create_and_replace, detach_all, patch_blocks, prepare
+from .layers.base import LBPWHTLayer
+from .layers.linear import LBPWHTLinear
 from .report import LayoutReport, layout_report
-from .stack import KEYS, Stack, has_other_adapters, left_as_they_are, stack_beneath
+from .stacking.stack import KEYS, Stack, has_other_adapters, left_as_they_are, stack_beneath
+from .validation.checks import adapter_keys, check_modules_to_save, check_state_dict
+from .validation.heads import warn_of_frozen_heads
+from .validation.names import is_free_in_dictionaries
 from .weighted import add_weighted_adapter
 
 
@@ -131,7 +131,7 @@ class LBPWHTModel(BaseTuner):
             )
         with left_as_they_are(model) if has_other_adapters(model) else nullcontext():
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        look_around(model)
+        patch_blocks(model)
         if not self.peft_config[adapter_name].inference_mode:
             warn_of_frozen_heads(model)
 
@@ -260,7 +260,7 @@ class LBPWHTModel(BaseTuner):
         super().delete_adapter(adapter_name)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        finders = leave_all(self.model)
+        finders = detach_all(self.model)
         holder = self.stacked_on
         tuner: Any = holder.base_model if isinstance(holder, PeftModel) else super()
         model: nn.Module = tuner._unload_and_optionally_merge(*args, **kwargs)

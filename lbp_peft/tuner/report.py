@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..layout import LayoutFinder
-from .layer import BackwardPass, LBPWHTLayer
+from .layers.base import BackwardPass, LBPWHTLayer
 
 
 @dataclass(frozen=True)

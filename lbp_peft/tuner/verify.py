@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..layout.positions import column_of, row_of
-from ..lowrank import as_tokens
+from ..ops.linear import as_tokens
 from ..projection import Projection
-from .layer import LBPWHTLayer
+from .layers.base import LBPWHTLayer
 
 # The places where images are changed, as fractions of height and width, away from the borders of patches.
 _PLACES = ((0.03, 0.03), (0.03, 0.97), (0.97, 0.03), (0.53, 0.28))

@@ -14,9 +14,9 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from .config import LBPWHTConfig
-from .linear import LBPWHTLinear, weighted_sum_of_changes
-from .names import check_adapter_name
-from .patterns import show
+from .layers.linear import LBPWHTLinear, weighted_sum_of_changes
+from .validation.names import check_adapter_name
+from .validation.patterns import show
 
 
 def add_weighted_adapter(

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bases import TokenLayout
-from ..encoder import is_pointwise_conv
-from ..pointwise import low_rank_pointwise_conv
-from .layer import BackwardPlan, check_image_layout
+from ...bases.basis_set import TokenLayout
+from ...encoder import is_pointwise_conv
+from ...ops.conv1x1 import low_rank_pointwise_conv
+from .base import BackwardPlan, check_image_layout
 from .linear import LBPWHTLinear
 
 

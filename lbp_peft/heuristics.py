@@ -83,7 +83,7 @@ def low_rank_pays(
 def _times_of_product(
     rows: int, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device
 ) -> dict[str, float]:
-    """Of g W, for each of its multiply-adds, by precision, as [`lbp_peft.precision.product`] computes it."""
+    """Of g W, for each of its multiply-adds, by precision, as [`lbp_peft.formats.products.product`] computes it."""
     if device.type == "cuda":
         if dtype == torch.float32 and multiplies_bf16(device):
             return {"full": 1.0, "bf16": 1 / _GPU_RATE_IN_16_BITS}

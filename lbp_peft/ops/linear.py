@@ -30,10 +30,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .bases import BasisSet, TokenLayout
-from .precision import FULL, Origin, Precision, kept_dtype, origin, outer, product
-from .projection import Projection, projection
-from .transforms import backward_pass, in_forward_mode, in_transform, must_be_functional, tracked_by_transforms
+from ..bases.basis_set import BasisSet, TokenLayout
+from ..formats.products import FULL, Origin, Precision, kept_dtype, origin, outer, product
+from ..projection import Projection, projection
+from ..transforms import backward_pass, in_forward_mode, in_transform, must_be_functional, tracked_by_transforms
 
 
 class _OnceDifferentiable(torch.autograd.Function):

@@ -12,13 +12,14 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..bases import TokenLayout
-from ..encoder import is_plain_linear, is_pointwise_conv
-from ..layout import LayoutFinder
-from ..lowrank import Branch, low_rank_linear
-from ..precision import FULL
-from ..tokenwise import low_rank_layer
-from .calling import (
+from ...bases.basis_set import TokenLayout
+from ...encoder import is_plain_linear, is_pointwise_conv
+from ...formats.products import FULL
+from ...layout import LayoutFinder
+from ...ops.linear import Branch, low_rank_linear
+from ...ops.recompute import low_rank_layer
+from ..layers.base import BackwardPlan, BackwardRule, LBPWHTLayer, check_image_layout
+from ..layers.calling import (
     WATCHED,
     eagerly,
     forward_replaced,
@@ -28,25 +29,11 @@ from .calling import (
     is_offloaded,
     parts_are_watched,
 )
-from .layer import BackwardPlan, BackwardRule, LBPWHTLayer, check_image_layout
-
-CHILD = "low_rank_backward"
+from ..patches.forward_patch import ForwardPatch, UnpatchedForward
 
 
-class Inside:
-    """Stands inside a module, its host, and decides how the host goes backward.
-
-    The host stays where it is and keeps its name, its weights and its type, so whatever its own method does with it
-    (saving, loading, merging, switching adapters) works as before. LBP-WHT has no weights here.
-    """
-
-    def run(self, host: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The host's forward pass."""
-        raise NotImplementedError
-
-
-class LBPWHTStacked(nn.Module, Inside, LBPWHTLayer):
-    """Stands inside a layer that another method adapts, see [`Inside`].
+class LBPWHTStacked(nn.Module, ForwardPatch, LBPWHTLayer):
+    """Stands inside a layer that another method adapts, see [`ForwardPatch`].
 
     Args:
         finder: Knows where tokens lie; shared by all layers of the model.
@@ -118,7 +105,7 @@ class LBPWHTStacked(nn.Module, Inside, LBPWHTLayer):
         if parts_are_watched(host):
             self._fall_back(x, *WATCHED, cause=WATCHED[0])
             return plain(host, x)
-        layer = _ChannelsLast(Plain(host), x.dim()) if self._on_images else Plain(host)
+        layer = _ChannelsLast(UnpatchedForward(host), x.dim()) if self._on_images else UnpatchedForward(host)
         tokens = x.movedim(1, -1) if self._on_images else x
         state = functools.partial(_state, host)
         if not self._is_token_wise(layer, tokens, (state(), host.training)):
@@ -141,60 +128,12 @@ class LBPWHTStacked(nn.Module, Inside, LBPWHTLayer):
         return f"lbpwht.LBPWHTStacked({', '.join(self.lbpwht_rule)})"
 
 
-def stand_inside(host: Any, inside: Inside) -> None:
-    """Have a layer's forward pass run by what stands inside it."""
-    setattr(host, CHILD, inside)
-    plain_class: Any = type(host)
-    host.__class__ = _hosting(plain_class)
-    if "_old_forward" in vars(host):  # accelerate has put its own in front, and calls this
-        host._old_forward = type(host).forward.__get__(host)
-
-
-def leave(host: Any) -> None:
-    """The reverse of [`stand_inside`]."""
-    host.__class__ = type(host).plain_class
-    if "_old_forward" in vars(host):
-        host._old_forward = type(host).forward.__get__(host)
-    delattr(host, CHILD)
-
-
-@functools.lru_cache(maxsize=256)
-def _hosting(plain_class: Any) -> Any:
-    """The class, but for its forward method. Copies and pickles of its instances are made by way of the plain one."""
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return getattr(self, CHILD).run(self, *args, **kwargs)
-
-    def reduce(self: nn.Module, protocol: int) -> tuple:
-        return _new_host, (plain_class,), self.__dict__
-
-    attributes = {"plain_class": plain_class, "forward": forward, "__reduce_ex__": reduce}
-    return type(plain_class.__name__, (plain_class,), attributes | {"__module__": plain_class.__module__})
-
-
-def _new_host(plain_class: Any) -> Any:
-    cls = _hosting(plain_class)
-    return cls.__new__(cls)
-
-
 def _is_trained(host: nn.Module) -> bool:
     """FSDP1 puts plain tensors in the place of parameters while a layer runs."""
     in_their_place = [
         value for module in host.modules() for value in vars(module).values() if isinstance(value, Tensor)
     ]
     return any(tensor.requires_grad for tensor in [*host.parameters(), *in_their_place])
-
-
-class Plain(nn.Module):
-    """A host as its class made it."""
-
-    def __init__(self, host: nn.Module):
-        super().__init__()
-        self.host = host
-
-    def forward(self, x: Tensor) -> Tensor:
-        host: Any = self.host
-        return type(host).plain_class.forward(host, x)
 
 
 class _ChannelsLast(nn.Module):

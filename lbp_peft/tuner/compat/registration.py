@@ -34,10 +34,10 @@ def register() -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils import register_peft_method
 
-    from .beneath import stand_in_as_base_layer
-    from .config import LBPWHTConfig
+    from ..config import LBPWHTConfig
+    from ..model import LBPWHTModel
     from .mixed import join_mixed_models
-    from .model import LBPWHTModel
+    from .stacked_on_top import stand_in_as_base_layer
 
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft.PeftType[NAME.upper()])
     if registered is None:

@@ -7,8 +7,8 @@ import functools
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from .layer import LBPWHTLayer
-from .linear import LBPWHTLinear
+from ..layers.base import LBPWHTLayer
+from ..layers.linear import LBPWHTLinear
 
 
 def stand_in_as_base_layer() -> None:

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .bases import BasisSet, TokenLayout
-from .lowrank import as_tokens, from_tokens, once_differentiable, rows_to_keep, sum_of_tokens
-from .projection import Projection, projection
-from .rerun import LayerRecord, same_autocast, to_save
-from .transforms import backward_pass
+from ..bases.basis_set import BasisSet, TokenLayout
+from ..projection import Projection, projection
+from ..transforms import backward_pass
+from .layer_state import LayerRecord, same_autocast, to_save
+from .linear import as_tokens, from_tokens, once_differentiable, rows_to_keep, sum_of_tokens
 
 
 def low_rank_layer(
@@ -42,7 +42,7 @@ def low_rank_layer(
 
     Args:
         layer: Affine in x and token-wise, see [`why_not_token_wise`]. It is run again in the backward pass, as it was
-            in the forward pass, see [`lbp_peft.rerun`].
+            in the forward pass, see [`lbp_peft.ops.layer_state`].
         x: Shape (N, L, C_in), or (N, H, W, C_in) with L = H W.
         layout: Where the L tokens lie. None will do where no bases are given.
         for_weight: Bases of the gradients of all trained parameters of the layer; x is saved projected on them.

@@ -1,6 +1,6 @@
 """The low-rank layer on images: a convolution with kernel 1 multiplies every pixel's channels by one matrix.
 
-The mathematics is that of [`lbp_peft.lowrank`], with the pixels for tokens; only the channels come first.
+The mathematics is that of [`lbp_peft.ops.linear`], with the pixels for tokens; only the channels come first.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .bases import BasisSet, TokenLayout
-from .lowrank import cast_as_autocast_would, once_differentiable, precision_now, source_of_weight
-from .precision import FULL, Origin, Precision, kept_dtype, outer, product
-from .projection import Projection, projection
-from .transforms import backward_pass, in_forward_mode, in_transform, tracked_by_transforms
+from ..bases.basis_set import BasisSet, TokenLayout
+from ..formats.products import FULL, Origin, Precision, kept_dtype, outer, product
+from ..projection import Projection, projection
+from ..transforms import backward_pass, in_forward_mode, in_transform, tracked_by_transforms
+from .linear import cast_as_autocast_would, once_differentiable, precision_now, source_of_weight
 
 
 def low_rank_pointwise_conv(

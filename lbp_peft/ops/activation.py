@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .lowrank import once_differentiable
-from .precision import largest_magnitude, scaled_to_range
-from .rerun import LayerRecord, same_autocast, to_save
-from .transforms import backward_pass
+from ..formats.products import largest_magnitude, scaled_to_range
+from ..transforms import backward_pass
+from .layer_state import LayerRecord, same_autocast, to_save
+from .linear import once_differentiable
 
 # One scale for so many neighbouring channels: a few outlying channels then cost the others nothing.
 _GROUP = 64
@@ -46,7 +46,7 @@ def compressed_layer(layer: nn.Module, x: Tensor) -> Tensor:
 
     Args:
         layer: An activation function or a norm, which draws no random numbers. It is run again in the backward pass, as
-            it was in the forward pass, see [`lbp_peft.rerun`].
+            it was in the forward pass, see [`lbp_peft.ops.layer_state`].
         x: Shape (..., C).
 
     Double backward raises RuntimeError.

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .layer import BackwardRule, LBPWHTLayer
-from .stacked import CHILD, Inside, stand_inside
+from ..layers.base import BackwardRule, LBPWHTLayer
+from .forward_patch import PATCH_ATTR, ForwardPatch, attach
 
 
-class Around(Inside):
+class BlockPatch(ForwardPatch):
     """Stands inside a module that is no adapted layer, while adapters that want it are active in its block.
 
     It is neither a module, since its host may call all of its children in turn, nor an adapter: PEFT does not list or
@@ -36,17 +36,17 @@ class Around(Inside):
         """Whether an adapter with this rule asks for it."""
         return True
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Around:
+    def __deepcopy__(self, memo: dict[int, Any]) -> BlockPatch:
         """A copy of the host alone, which PEFT makes of modules_to_save, stays in the block."""
         again = memo[id(self)] = copy.copy(self)
         again.block = memo.get(id(self.block), self.block)
         return again
 
 
-def stand_around(host: nn.Module, kind: type[Around], block: nn.Module) -> None:
+def attach_to_block_module(host: nn.Module, kind: type[BlockPatch], block: nn.Module) -> None:
     """Put one of a kind inside a module of a block, if there is none yet."""
-    if not hasattr(host, CHILD):
-        stand_inside(host, kind(block))
+    if not hasattr(host, PATCH_ATTR):
+        attach(host, kind(block))
 
 
 def blocks_with_layers(model: nn.Module) -> Iterator[tuple[nn.Module, list[LBPWHTLayer]]]:

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..encoder import is_transposed_linear
-from .layer import BackwardPlan
+from ...encoder import is_transposed_linear
+from .base import BackwardPlan
 from .linear import LBPWHTLinear
 
 

@@ -14,11 +14,11 @@ from peft.tuners.mixed import model as mixed
 from peft.utils import PeftType
 from torch import nn
 
-from .config import LBPWHTConfig
-from .inject import create_and_replace, leave_all, look_around, prepare
-from .layer import LBPWHTLayer
-from .model import LBPWHTModel
-from .stack import has_other_adapters, left_as_they_are
+from ..config import LBPWHTConfig
+from ..inject import create_and_replace, detach_all, patch_blocks, prepare
+from ..layers.base import LBPWHTLayer
+from ..model import LBPWHTModel
+from ..stacking.stack import has_other_adapters, left_as_they_are
 
 
 class MixedModel(mixed.MixedModel):
@@ -53,10 +53,10 @@ class MixedModel(mixed.MixedModel):
             return
         with left_as_they_are(model) if has_other_adapters(model) else nullcontext():
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        look_around(model)
+        patch_blocks(model)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        finders = leave_all(self.model)
+        finders = detach_all(self.model)
         model: nn.Module = super()._unload_and_optionally_merge(*args, **kwargs)
         for finder in finders:
             finder.detach()

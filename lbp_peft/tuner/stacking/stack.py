@@ -15,9 +15,9 @@ from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper, _set_adapter
 from torch import Tensor, nn
 
-from .layer import LBPWHTLayer
-from .names import check_adapter_name, unmatched_modules_to_save
-from .wrappers import with_wrappers, without_wrappers
+from ..compat.wrappers import with_wrappers, without_wrappers
+from ..layers.base import LBPWHTLayer
+from ..validation.names import check_adapter_name, unmatched_modules_to_save
 
 KEYS = "stack_on."  # before the name of the adapter and its own key, in a checkpoint
 _PREFIX = "base_model.model."

@@ -12,10 +12,11 @@ from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..encoder import is_plain_linear
-from ..layout import LayoutFinder
-from ..lowrank import low_rank_linear
-from ..tokenwise import low_rank_layer
+from ...encoder import is_plain_linear
+from ...layout import LayoutFinder
+from ...ops.linear import low_rank_linear
+from ...ops.recompute import low_rank_layer
+from .base import BackwardPlan, BackwardRule, LBPWHTLayer
 from .calling import (
     WATCHED,
     call_with,
@@ -27,7 +28,6 @@ from .calling import (
     onloaded,
     parts_are_watched,
 )
-from .layer import BackwardPlan, BackwardRule, LBPWHTLayer
 
 
 class LBPWHTLinear(nn.Module, LBPWHTLayer):

@@ -11,15 +11,15 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..bases import BasisSet, LayoutError, TokenLayout
-from ..bounded import BoundedCache
-from ..cost import faster_formats, fastest_precision, low_rank_pays
-from ..instructions import product_dtype
-from ..layout import NOT_TRACED, GridMismatchError, LayoutFinder, LayoutRecord, given_layout
-from ..precision import AUTO, FULL, Precision
-from ..projection import num_kept
-from ..tokenwise import why_not_token_wise
-from ..transforms import in_forward_mode, in_transform
+from ...bases.basis_set import BasisSet, LayoutError, TokenLayout
+from ...bounded import BoundedCache
+from ...formats.products import AUTO, FULL, Precision
+from ...heuristics import faster_formats, fastest_precision, low_rank_pays
+from ...instructions import product_dtype
+from ...layout import NOT_TRACED, GridMismatchError, LayoutFinder, LayoutRecord, given_layout
+from ...ops.recompute import why_not_token_wise
+from ...projection import num_kept
+from ...transforms import in_forward_mode, in_transform
 
 _USUAL_BATCH = 8
 

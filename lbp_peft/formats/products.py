@@ -31,13 +31,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, UntypedStorage, nn
 
-from . import kernels
-from .bounded import BoundedCache
-from .instructions import multiplies_bf16, multiplies_int8, product_dtype
-from .walsh import walsh_functions
+from .. import kernels
+from ..bases.walsh import walsh_functions
+from ..bounded import BoundedCache
+from ..instructions import multiplies_bf16, multiplies_int8, product_dtype
 
 PRECISIONS = ("full", "bf16", "int8", "fp8")
-AUTO = "auto"  # one of them, as [`lbp_peft.cost.fastest_precision`] says
+AUTO = "auto"  # one of them, as [`lbp_peft.heuristics.fastest_precision`] says
 
 
 @dataclass(frozen=True)

@@ -13,17 +13,18 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..attention import AttentionByProducts
-from ..instructions import multiplies_bf16
-from ..lowrank import shared_projections
-from .around import Around, blocks_with_layers, stand_around
-from .layer import LBPWHTLayer
-from .stacked import CHILD, Inside, LBPWHTStacked
+from ...instructions import multiplies_bf16
+from ...ops.attention import AttentionByProducts
+from ...ops.linear import shared_projections
+from ..layers.base import LBPWHTLayer
+from ..stacking.layer import LBPWHTStacked
+from .block_patch import BlockPatch, attach_to_block_module, blocks_with_layers
+from .forward_patch import PATCH_ATTR, ForwardPatch
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-class LBPWHTAttending(Around):
+class LBPWHTAttending(BlockPatch):
     """Stands inside a module that owns adapted layers, its host. See this module.
 
     Only the first forward pass tells whether there is any attention: an MLP owns layers too.
@@ -58,11 +59,11 @@ def _may_pay(x: Tensor) -> bool:
     return dtype == torch.bfloat16
 
 
-def attend_by_products(model: nn.Module) -> None:
+def patch_attention(model: nn.Module) -> None:
     """Put one into every owner of adapted layers in a block."""
     for block, _ in blocks_with_layers(model):
         for owner in list(_owners(block)):
-            stand_around(owner, LBPWHTAttending, block)
+            attach_to_block_module(owner, LBPWHTAttending, block)
 
 
 def _owners(block: nn.Module) -> Iterator[nn.Module]:
@@ -81,5 +82,5 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_adapted(module: nn.Module) -> bool:
-    own = isinstance(module, LBPWHTLayer) and not isinstance(module, Inside)
-    return own or isinstance(getattr(module, CHILD, None), LBPWHTStacked)
+    own = isinstance(module, LBPWHTLayer) and not isinstance(module, ForwardPatch)
+    return own or isinstance(getattr(module, PATCH_ATTR, None), LBPWHTStacked)

@@ -14,12 +14,12 @@ from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from ..encoder import is_supported
-from .config import LBPWHTConfig
-from .layer import LBPWHTLayer
-from .linear import LBPWHTLinear
+from ...encoder import is_supported
+from ..compat.wrappers import without_wrappers
+from ..config import LBPWHTConfig
+from ..layers.base import LBPWHTLayer
+from ..layers.linear import LBPWHTLinear
 from .names import did_you_mean, unknown_names, unmatched_modules_to_save
-from .wrappers import without_wrappers
 
 
 def check_targets(targets: list[tuple[str, nn.Module]], train_base_weight: bool, beside_others: bool) -> None:

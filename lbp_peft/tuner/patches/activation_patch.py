@@ -8,12 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.activations import ACT2CLS
 
-from ..compress import compressed_layer
-from ..transforms import in_forward_mode, must_be_functional
-from .around import Around, blocks_with_layers, stand_around
-from .calling import parts_are_watched
-from .layer import BackwardRule
-from .stacked import Plain
+from ...ops.activation import compressed_layer
+from ...transforms import in_forward_mode, must_be_functional
+from ..layers.base import BackwardRule
+from ..layers.calling import parts_are_watched
+from .block_patch import BlockPatch, attach_to_block_module, blocks_with_layers
+from .forward_patch import UnpatchedForward
 
 _ACTIVATIONS = (
     nn.CELU, nn.ELU, nn.GELU, nn.Hardswish, nn.LeakyReLU, nn.Mish, nn.PReLU, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU,
@@ -22,7 +22,7 @@ _ACTIVATIONS = (
 )  # fmt: skip
 
 
-class LBPWHTCompressed(Around):
+class LBPWHTCompressed(BlockPatch):
     """Stands inside an activation function or a norm, its host, and has it keep its input in 8 bits."""
 
     def run(self, host: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -32,7 +32,7 @@ class LBPWHTCompressed(Around):
             return type(host).plain_class.forward(host, x, *args, **kwargs)
         if parts_are_watched(host):
             return type(host).plain_class.forward(host, x, *args, **kwargs)
-        return compressed_layer(Plain(host), x)
+        return compressed_layer(UnpatchedForward(host), x)
 
     @staticmethod
     def is_wanted(rule: BackwardRule) -> bool:
@@ -44,7 +44,7 @@ def compress_activations(model: nn.Module) -> None:
     for block, layers in blocks_with_layers(model):
         if any(LBPWHTCompressed.is_wanted(rule) for layer in layers for rule in layer.lbpwht_rule.values()):
             for host in _outermost(block, is_compressible):
-                stand_around(host, LBPWHTCompressed, block)
+                attach_to_block_module(host, LBPWHTCompressed, block)
 
 
 def _outermost(module: nn.Module, condition: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from ..encoder import encoder_linears
+from ...encoder import encoder_linears
 
 
 def warn_of_frozen_heads(model: nn.Module) -> None:

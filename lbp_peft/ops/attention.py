@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .cost import attention_by_products_pays
-from .lowrank import once_differentiable
-from .transforms import backward_pass, in_forward_mode, in_transform
+from ..heuristics import attention_by_products_pays
+from ..transforms import backward_pass, in_forward_mode, in_transform
+from .linear import once_differentiable
 
 # Entries of the attention matrices that are worked on at once. Those of more would not stay in the cache.
 _ENTRIES_AT_ONCE = 2**20

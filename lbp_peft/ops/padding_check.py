@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .transforms import in_transform
+from ..transforms import in_transform
 
 
 def zero_if_unused(grad: Tensor, padding: Tensor) -> Tensor | float:

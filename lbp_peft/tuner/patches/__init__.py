@@ -1,0 +1,1 @@
+"""Changes to the forward methods of modules that own adapted layers."""

@@ -1,0 +1,1 @@
+"""LBP-WHT on top of the adapters of another PEFT method."""
