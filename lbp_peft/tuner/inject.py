@@ -12,6 +12,7 @@ from torch import nn
 from ..encoder import encoder_linears, is_pointwise_conv, is_transposed_linear
 from ..formats.products import forget
 from ..layout import LayoutFinder
+from ..ops.plan import ExactProduct, FixedBasis, InputGradient
 from .config import LBPWHTConfig
 from .layers.base import BackwardRule, LBPWHTLayer
 from .layers.calling import has_own_forward, onloaded
@@ -82,9 +83,8 @@ def create_and_replace(
     """Give one layer an adapter: in its place if nobody else has to do with it, inside it otherwise."""
     pattern = get_pattern_key(list(config.rank_pattern), current_key)
     rule = BackwardRule(
-        for_weight=config.weight_bases(config.rank_pattern.get(pattern, config.r)),
-        for_input=config.input_bases(),
-        precision=config.input_precision(),
+        weight_basis=config.weight_bases(config.rank_pattern.get(pattern, config.r)),
+        input_gradient=_input_gradient(config),
         compress=config.compress_activations == "int8",
         grid_size=config.grid_size,
         num_prefix_tokens=config.num_prefix_tokens,
@@ -112,6 +112,12 @@ def create_and_replace(
             if adapter_name not in tuner.active_adapters:  # an additional adapter is not trained until it is activated
                 layer.requires_grad_(False)
             tuner._replace_module(parent, target_name, layer, target)
+
+
+def _input_gradient(config: LBPWHTConfig) -> InputGradient:
+    """How the input gradients of an adapter's layers are computed."""
+    basis, precision = config.input_bases(), config.input_precision()
+    return ExactProduct(precision=precision) if basis is None else FixedBasis(basis, precision=precision)
 
 
 def _layer_class(target: nn.Module) -> type[LBPWHTLinear]:
