@@ -76,7 +76,8 @@ def parts(output: Path) -> dict[str, Part]:
 
 def run(name: str, part: Part, seconds: float, output: Path) -> str:
     """Run one part with its output shown and written; how it ended, in a word."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | part.environment
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | part.environment
     print(f"\n== {name}", flush=True)
     log = output / f"{name}.log"
     with log.open("w") as file:
