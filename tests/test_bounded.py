@@ -16,7 +16,7 @@ from lbp_peft import LBPWHTConfig, projection
 from lbp_peft.bases import basis_set as bases
 from lbp_peft.bases.basis_set import BasisSet, TokenLayout, TokenOrder
 from lbp_peft.bounded import BoundedCache
-from lbp_peft.formats import products as precision
+from lbp_peft.formats import weight_cache
 from lbp_peft.tuner.stacking.layer import _patched_class
 
 
@@ -90,7 +90,7 @@ KINDS = (projection.Projection, projection.OneMatrix)
 
 
 @pytest.mark.parametrize("function", [
-    bases.axis_blocks, bases.num_bases, bases.grid_bases, precision._weights_of_rows,
+    bases.axis_blocks, bases.num_bases, bases.grid_bases, weight_cache._weights_of_rows,
     _patched_class,
 ])  # fmt: skip
 def test_what_functions_remember_is_bounded(function):

@@ -19,7 +19,8 @@ from torch import nn
 from lbp_peft import BasisSet, ExactProduct, FixedBasis, LBPWHTConfig, layout_report
 from lbp_peft.bases.basis_set import BOUNDARIES
 from lbp_peft.bases.walsh import SELECTIONS
-from lbp_peft.formats.products import AUTO, FULL, PRECISIONS, Precision
+from lbp_peft.formats.products import AUTO, FULL, Precision
+from lbp_peft.formats.registry import FORMATS
 from lbp_peft.tuner.compat.registration import check_peft_version, register
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +78,7 @@ def test_rank_and_format_of_the_input_gradient_survive_json(tmp_path, rank, dtyp
 
 def test_choices_are_literal_types_of_what_is_accepted():
     types = get_type_hints(LBPWHTConfig)  # as transformers' HfArgumentParser reads them
-    choices = {"grad_input_dtype": {AUTO, *PRECISIONS}, "selection": set(SELECTIONS), "boundary": set(BOUNDARIES)}
+    choices = {"grad_input_dtype": {AUTO, *FORMATS}, "selection": set(SELECTIONS), "boundary": set(BOUNDARIES)}
     for name, values in choices.items():
         assert get_origin(types[name]) is Literal and set(get_args(types[name])) == values
     for field in dataclasses.fields(LBPWHTConfig):

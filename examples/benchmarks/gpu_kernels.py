@@ -30,7 +30,8 @@ from benchmarks.floors import measure_rates
 from benchmarks.tables import aligned, number
 from lbp_peft import kernels
 from lbp_peft.bases.basis_set import BasisSet, TokenLayout
-from lbp_peft.formats.products import rotated, rounded
+from lbp_peft.formats.hadamard import rotate
+from lbp_peft.formats.registry import FORMATS
 from lbp_peft.projection import Projection
 
 DTYPES = {"bf16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -70,9 +71,9 @@ def of_tokens(layout: TokenLayout, bases: BasisSet, tokens: Tensor) -> list[Comp
 
 def of_rows(rows: Tensor, rotation: int) -> Comparison:
     def plain() -> object:
-        return rounded(rotated(rows, rotation) if rotation else rows, torch.int8, dim=1)
+        return FORMATS["int8"].quantize(rotate(rows, rotation) if rotation else rows, dim=1)
 
-    ways = {"triton": lambda: kernels.round_rows(rows, rotation, torch.int8), "plain": plain}
+    ways = {"triton": lambda: kernels.quantize_rows(rows, rotation, torch.int8), "plain": plain}
     moved = rows.nbytes + rows.numel() + 4 * len(rows)
     return Comparison(f"round to int8, rotation {rotation}, {' x '.join(map(str, rows.shape))}", moved, ways)
 

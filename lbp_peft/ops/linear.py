@@ -31,7 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..bases.basis_set import TokenLayout
-from ..formats.products import FULL, Origin, Precision, origin, product, weight_grad
+from ..formats.products import FULL, Precision, product, weight_grad
+from ..formats.weight_cache import Origin, origin
 from ..projection import Projection
 from ..transforms import backward_pass, in_forward_mode, in_transform, must_be_functional, tracked_by_transforms
 from .plan import BackwardPlan

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..bases.basis_set import BasisSet, TokenLayout
-from ..formats.products import FULL, Precision, kept_dtype
+from ..formats.products import FULL, Precision, saved_dtype
 from ..projection import Projection, num_kept, projection
 
 
@@ -112,7 +112,7 @@ class BackwardPlan:
 
     def saved_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which the projection of an input of a dtype is saved for the weight gradient."""
-        return kept_dtype(dtype, self.precision)
+        return saved_dtype(dtype, self.precision)
 
     def weight_projection(self, dtype: torch.dtype, device: torch.device) -> Projection | None:
         """The projection that the weight gradient is computed from; None: it is exact."""

@@ -11,7 +11,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from ..encoder import encoder_linears, is_pointwise_conv, is_transposed_linear
-from ..formats.products import forget
+from ..formats.weight_cache import forget
 from ..layout import LayoutFinder
 from ..ops.plan import ExactProduct, FixedBasis, InputGradient
 from .config import LBPWHTConfig
