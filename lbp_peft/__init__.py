@@ -9,7 +9,11 @@ Importing the package registers the method with PEFT:
 """
 
 from . import tuner  # noqa: F401  first: it registers the method
-from .bases.basis_set import BasisSet, LayoutError, TokenLayout
+from .bases.base import Basis
+from .bases.basis_set import BasisSet
+from .bases.dense import DenseBasis
+from .bases.grids import LayoutError, TokenLayout
+from .bases.listed import ListedBasis
 from .layout import GridMismatchError
 from .ops.linear import Branch, low_rank_linear
 from .ops.plan import BackwardPlan, ExactProduct, FixedBasis, InputGradient
@@ -24,8 +28,10 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BackwardPlan",
+    "Basis",
     "BasisSet",
     "Branch",
+    "DenseBasis",
     "ExactProduct",
     "FixedBasis",
     "GridMismatchError",
@@ -37,6 +43,7 @@ __all__ = [
     "LayoutCheck",
     "LayoutError",
     "LayoutReport",
+    "ListedBasis",
     "TokenLayout",
     "exact_backward",
     "layout_report",

@@ -19,7 +19,7 @@ from common.timing import interleaved, quartiles, ratios, rounds_within
 from models import tiny_vit
 from torch import nn
 
-from lbp_peft.bases.basis_set import TokenLayout
+from lbp_peft.bases.grids import TokenLayout
 from lbp_peft.measure import multiply_adds
 from lbp_peft.tuner.patches.activation_patch import LBPWHTCompressed
 from lbp_peft.tuner.patches.forward_patch import PATCH_ATTR

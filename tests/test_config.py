@@ -17,7 +17,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from lbp_peft import BasisSet, ExactProduct, FixedBasis, LBPWHTConfig, layout_report
-from lbp_peft.bases.basis_set import BOUNDARIES
+from lbp_peft.bases.separable import BOUNDARIES
 from lbp_peft.bases.walsh import SELECTIONS
 from lbp_peft.formats.products import AUTO, FULL, Precision
 from lbp_peft.formats.registry import FORMATS

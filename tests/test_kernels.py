@@ -17,10 +17,10 @@ from plans import plan_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from lbp_peft import BasisSet, TokenLayout, kernels, low_rank_linear
-from lbp_peft.bases.basis_set import TokenOrder
+from lbp_peft.bases.grids import TokenOrder
 from lbp_peft.formats.products import Precision, product
 from lbp_peft.formats.registry import FORMATS
-from lbp_peft.projection import Projection
+from lbp_peft.projection import SeparableProjection
 
 triton = pytest.importorskip("triton")
 
@@ -109,7 +109,7 @@ def test_gradients_are_those_of_the_plain_path(layout, boundary, device, served,
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
 def test_dtypes_and_bases(dtype, bound, bases, device, served):
     layout = TokenLayout((7, 9), 2, 1)
-    maps, exact = (Projection(layout, bases, kind, device) for kind in (dtype, torch.float64))
+    maps, exact = (SeparableProjection(layout, bases, kind, device) for kind in (dtype, torch.float64))
     tokens = torch.randn(2, layout.num_tokens, 40, device=device, dtype=dtype)
     small = maps.project(tokens)
     again = maps.lift(small)
@@ -121,7 +121,7 @@ def test_dtypes_and_bases(dtype, bound, bases, device, served):
 
 def test_tokens_outside_the_grid_pass_bit_for_bit(device, served):
     layout = TokenLayout((8, 10), 3, 40)
-    maps = Projection(layout, BasisSet(3), torch.float32, device)
+    maps = SeparableProjection(layout, BasisSet(3), torch.float32, device)
     tokens = torch.randn(2, layout.num_tokens, 70, device=device)
     small = maps.project(tokens)
     for found in (small, maps.lift(small)):
@@ -137,7 +137,7 @@ def test_blocks_of_unequal_sizes(device):
     assert (table.places >= 0).sum(dim=1).tolist() == [4, 8, 6, 6, 12, 9]
     assert table.starts.tolist() == [1, 4, 7, 10, 13, 16, 19]
     assert table.multiply_adds == 3 * 5 * 9
-    maps, exact = (Projection(layout, bases, dtype, device) for dtype in (torch.float32, torch.float64))
+    maps, exact = (SeparableProjection(layout, bases, dtype, device) for dtype in (torch.float32, torch.float64))
     tokens = torch.randn(1, layout.num_tokens, 8, device=device)
     assert relative(maps.project(tokens), exact.project(tokens.double())) < 1e-6
 
@@ -161,8 +161,8 @@ def test_what_is_not_served_takes_the_plain_path(device):
         x = tokens.clone().requires_grad_()
         assert kernels.serve_tokens(x, SQUARE, bases, None)
     layout = TokenLayout((8, 8), order=TokenOrder(reference.unrolled((8, 8), ((2, 2),))))
-    some = Projection(layout, bases, torch.float32, device)
-    on_grid = Projection(SQUARE, bases, torch.float32, device)
+    some = SeparableProjection(layout, bases, torch.float32, device)
+    on_grid = SeparableProjection(SQUARE, bases, torch.float32, device)
     order = torch.arange(64).view(1, 4, 2, 4, 2).permute(0, 2, 4, 1, 3).flatten()
     torch.testing.assert_close(some.project(tokens[:, order]), on_grid.project(tokens))
 

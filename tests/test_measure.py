@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lbp_peft import LBPWHTConfig
 from lbp_peft.measure import multiply_adds, saved_activations
-from lbp_peft.projection import OneMatrix
+from lbp_peft.projection import DenseProjection
 
 N, L, C_IN, C_OUT = 2, 64, 12, 20
 
@@ -100,7 +100,7 @@ def test_a_convolution_multiplies_by_its_groups(groups, transposed):
 @pytest.fixture
 def project(way):
     """What it takes to project a channel of 8 x 8 tokens on 10 bases, or to lift it."""
-    if way is OneMatrix:
+    if way is DenseProjection:
         return 10 * L
     return (4 * 8 * 8) + (4 * 4 * 8)  # along the rows of the grid, then along its columns, on 4 functions each
 

@@ -29,10 +29,11 @@ from benchmarks.environment import environment, in_words, write_record
 from benchmarks.floors import measure_rates
 from benchmarks.tables import aligned, number
 from lbp_peft import kernels
-from lbp_peft.bases.basis_set import BasisSet, TokenLayout
+from lbp_peft.bases.basis_set import BasisSet
+from lbp_peft.bases.grids import TokenLayout
 from lbp_peft.formats.hadamard import rotate
 from lbp_peft.formats.registry import FORMATS
-from lbp_peft.projection import Projection
+from lbp_peft.projection import SeparableProjection
 
 DTYPES = {"bf16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CALLS = 20  # in a row, so that the time to launch one is hidden as it is in a training step
@@ -54,7 +55,7 @@ class Comparison:
 
 
 def of_tokens(layout: TokenLayout, bases: BasisSet, tokens: Tensor) -> list[Comparison]:
-    maps = Projection(layout, bases, tokens.dtype, tokens.device)
+    maps = SeparableProjection(layout, bases, tokens.dtype, tokens.device)
     small = maps.project(tokens)
     shape = " x ".join(map(str, tokens.shape))
     moved = tokens.nbytes + small.nbytes

@@ -16,7 +16,8 @@ import os
 import torch
 from torch import Tensor
 
-from ..bases.basis_set import BasisSet, TokenLayout
+from ..bases.basis_set import BasisSet
+from ..bases.grids import TokenLayout
 
 VARIABLE = "LBP_PEFT_KERNELS"
 _asked_for = os.environ.get(VARIABLE, "")
@@ -60,12 +61,12 @@ def _served(tensor: Tensor) -> bool:
 
 
 def project_tokens(tokens: Tensor, layout: TokenLayout, bases: BasisSet) -> Tensor:
-    """(N, L, C) -> (N, k, C), as [`lbp_peft.projection.Projection.project`]."""
+    """(N, L, C) -> (N, k, C), as [`lbp_peft.projection.base.Projection.project`]."""
     return torch.ops.lbp_peft.project(tokens, *_plain(layout, bases))
 
 
 def lift_coefficients(coefficients: Tensor, layout: TokenLayout, bases: BasisSet) -> Tensor:
-    """(N, k, C) -> (N, L, C), as [`lbp_peft.projection.Projection.lift`]."""
+    """(N, k, C) -> (N, L, C), as [`lbp_peft.projection.base.Projection.lift`]."""
     return torch.ops.lbp_peft.lift(coefficients, *_plain(layout, bases))
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bases.basis_set import LayoutError, TokenLayout
+from ..bases.grids import LayoutError, TokenLayout
 from ..bounded import BoundedCache
 from ..transforms import outside_transforms
 from . import compiled

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bases.basis_set import TokenLayout
+from ..bases.grids import TokenLayout
 from ..formats.products import FULL, product, weight_grad
 from ..formats.weight_cache import Origin
 from ..projection import Projection
@@ -121,7 +121,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         elif input_projection is None:
             gradients[0] = _convolution(grad)(grad, weight.to(grad.dtype).transpose(0, 1))
         else:
-            if g_hat is None or weight_projection is None or input_projection.bases != weight_projection.bases:
+            if g_hat is None or weight_projection is None or input_projection.basis != weight_projection.basis:
                 g_hat = _rows(grad, input_projection, is_gradient=True)
             rows = product(g_hat, matrix, precision, state.source)
             on_image = grad.dim() == 4

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bases.basis_set import TokenLayout
+from ..bases.grids import TokenLayout
 from ..formats.products import FULL, Precision, product, weight_grad
 from ..formats.weight_cache import Origin, origin
 from ..projection import Projection
@@ -181,7 +181,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
 
     if input_projection is None:
         g_hat = g
-    elif g_hat is None or weight_projection is None or input_projection.bases != weight_projection.bases:
+    elif g_hat is None or weight_projection is None or input_projection.basis != weight_projection.basis:
         g_hat = input_projection.project_gradient(g)
     grad_x: Any = product(g_hat, weight, precision_now(plan.precision), state.source) if needs_x else None
     for index, ((_, down, up), needed, scaling, owns_x) in enumerate(branches):
@@ -278,7 +278,7 @@ def input_to_save(x: Tensor, projection: Projection | None, plan: BackwardPlan, 
     if last is None or must_be_functional() or source.is_inference() or type(source) is not Tensor:
         return projection.project(as_tokens(x, layout)).to(dtype)
     identity = source._version, source.data_ptr(), source.shape, source.stride()
-    key = (*identity, x.dtype, dtype, projection.layout, projection.bases, id(projection.padding))
+    key = (*identity, x.dtype, dtype, projection.layout, projection.basis, id(projection.padding_mask))
     if last.x() is source and last.key == key and (x_hat := last.x_hat()) is not None:
         return x_hat
     x_hat = projection.project(as_tokens(x, layout)).to(dtype)

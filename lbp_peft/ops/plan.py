@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from ..bases.basis_set import BasisSet, TokenLayout
+from ..bases.base import Basis
+from ..bases.grids import TokenLayout
 from ..formats.products import FULL, Precision, saved_dtype
 from ..projection import Projection, num_kept, projection
 
@@ -70,7 +71,7 @@ class FixedBasis(InputGradient):
         basis: The rows of P. If it keeps as many coefficients as there are tokens, dx is exact.
     """
 
-    basis: BasisSet
+    basis: Basis
 
     needs_layout = True
 
@@ -101,7 +102,7 @@ class BackwardPlan:
     """
 
     layout: TokenLayout | None = None
-    weight_basis: BasisSet | None = None
+    weight_basis: Basis | None = None
     input_gradient: InputGradient = _EXACT
     padding_mask: Tensor | None = None
 

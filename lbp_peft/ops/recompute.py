@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..formats.products import FULL
-from ..projection import Projection
+from ..projection import Projection, with_dtype
 from ..transforms import backward_pass
 from .layer_state import LayerRecord, same_autocast, to_save
 from .linear import as_tokens, from_tokens, input_to_save, once_differentiable, sum_of_tokens
@@ -119,7 +119,7 @@ class _LowRankLayer(torch.autograd.Function):
         trains = any(ctx.needs_input_grad[2 + split :])
         xs_hat: list[Tensor | None] = [None] * len(xs)
         if trains:
-            of_dtypes = [state.weight_projection and state.weight_projection.of_dtype(z.dtype) for z in xs]
+            of_dtypes = [state.weight_projection and with_dtype(state.weight_projection, z.dtype) for z in xs]
             xs_hat = [input_to_save(z, p, state.plan) for z, p in zip(xs, of_dtypes, strict=True)]
         saves_layer = trains or state.input_projection is not None
         ctx.save_for_backward(*xs_hat, *(to_save(held) if saves_layer else ()))
@@ -152,13 +152,13 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     input_projection: Any = state.input_projection
     needs_inputs = input_projection is not None and any(needed[:num_inputs])
     if any(trained):
-        weight_projection = state.weight_projection and state.weight_projection.of_dtype(g.dtype)
+        weight_projection = state.weight_projection and with_dtype(state.weight_projection, g.dtype)
         g_hat = g if weight_projection is None else weight_projection.project_gradient(g)
         rows = g_hat.flatten(0, 1)
         sum_dtype = torch.promote_types(rows.dtype, torch.float32)
         missing = sum_of_tokens(g, g_hat, weight_projection).to(sum_dtype) - rows.sum(0, dtype=sum_dtype)
         share_basis = state.weight_projection is not None and (
-            needs_inputs and input_projection.bases == state.weight_projection.bases
+            needs_inputs and input_projection.basis == state.weight_projection.basis
         )
         row_grads, trained_grads = _differentiate(
             state,
@@ -171,7 +171,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         if share_basis:
             input_grads, needs_inputs = [z[:-1].unflatten(0, g_hat.shape[:2]) for z in row_grads], False
     if needs_inputs:  # the layer is affine: its derivative is the same at any x
-        g_hat = input_projection.of_dtype(g.dtype).project_gradient(g)
+        g_hat = with_dtype(input_projection, g.dtype).project_gradient(g)
         rows = g_hat.flatten(0, 1)
         zeros = [
             rows.new_zeros(len(rows), shape[-1], dtype=dtype)
@@ -181,7 +181,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         input_grads = [z.unflatten(0, g_hat.shape[:2]) for z in row_grads]
     if input_projection is not None:
         input_grads = [
-            from_tokens(input_projection.of_dtype(z.dtype).lift(z), shape, state.plan.layout)
+            from_tokens(with_dtype(input_projection, z.dtype).lift(z), shape, state.plan.layout)
             if need and z is not None
             else None
             for z, shape, need in zip(input_grads, ctx.shapes, needed, strict=False)

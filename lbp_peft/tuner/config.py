@@ -14,7 +14,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType
 
-from ..bases.basis_set import BOUNDARIES, BasisSet
+from ..bases.basis_set import BasisSet
+from ..bases.separable import BOUNDARIES
 from ..bases.walsh import SELECTIONS, is_power_of_two
 from ..formats.products import AUTO, FULL, Precision
 from ..formats.registry import FORMATS, FormatName

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bases.basis_set import BasisSet
 from ..layout.positions import column_of, row_of
 from ..ops.linear import as_tokens
-from ..projection import Projection
+from ..projection import SeparableProjection
 from .layers.base import LBPWHTLayer
 
 # The places where images are changed, as fractions of height and width, away from the borders of patches.
@@ -160,10 +161,12 @@ def _why_not_identity(layer: LBPWHTLayer, inputs: list[Tensor]) -> str:
         return ""
     x = inputs[-1].movedim(layer._channels_axis(inputs[-1]), -1)
     tokens = as_tokens(x, ran.layout).double()
-    bases = replace(rule.weight_basis, r=rule.weight_basis.block_size**2)
-    if bases.boundary != "orthogonal" or tokens.shape[1] != ran.layout.num_tokens:
-        return "" if bases.boundary != "orthogonal" else "its input does not have the recorded number of tokens"
-    whole = Projection(ran.layout, bases, torch.float64, tokens.device)
+    if not isinstance(rule.weight_basis, BasisSet) or rule.weight_basis.boundary != "orthogonal":
+        return ""
+    if tokens.shape[1] != ran.layout.num_tokens:
+        return "its input does not have the recorded number of tokens"
+    basis = replace(rule.weight_basis, r=rule.weight_basis.block_size**2)
+    whole = SeparableProjection(ran.layout, basis, torch.float64, tokens.device)
     error = (whole.lift(whole.project(tokens)) - tokens).norm() / tokens.norm().clamp(min=1e-30)
     return "" if error < 1e-6 else f"projecting its input onto all bases changes it by {float(error):.1e}"
 

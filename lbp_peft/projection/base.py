@@ -1,0 +1,106 @@
+"""The interface of projections: tokens to coefficients of a basis, and back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor
+
+from ..bases.base import Basis
+from ..bases.grids import TokenLayout
+from ..ops.padding_check import zero_if_unused
+from ..transforms import must_be_functional
+
+
+class Projection(ABC):
+    """Projects the tokens of layers on the functions of a basis, and lifts coefficients to tokens.
+
+    Args:
+        layout: The positions of the L tokens.
+        basis: The functions that are kept.
+        dtype: Of the tokens to project. Matrices are made in float64 and rounded once.
+        device: Of the tokens to project.
+        padding_mask: Shape (N, L), True where a token is padding: projected, and lifted, as zero. None: there is none.
+    """
+
+    def __init__(
+        self,
+        layout: TokenLayout,
+        basis: Basis,
+        dtype: torch.dtype,
+        device: torch.device,
+        padding_mask: Tensor | None = None,
+    ):
+        self.layout = layout
+        self.basis = basis
+        self.dtype = dtype
+        self.device = device
+        self.padding_mask = padding_mask
+        self._make_matrices()
+
+    @abstractmethod
+    def _make_matrices(self) -> None:
+        """Set the attributes that the other methods multiply by."""
+
+    @property
+    def keeps_sums(self) -> bool:
+        """Whether [`sum`] is exact."""
+        return self.padding_mask is None and self.basis.preserves_sums(self.layout)
+
+    @abstractmethod
+    def sum(self, coefficients: Tensor) -> Tensor:
+        """(N, k, C) -> (C,): the sum over images and tokens of what was projected, if the projection keeps sums."""
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """(N, L, C) -> (N, k, C)."""
+        return self._project(self._without_padding(tokens))
+
+    @abstractmethod
+    def _project(self, tokens: Tensor) -> Tensor:
+        """[`project`], for tokens whose padding is zero already."""
+
+    def project_gradient(self, tokens: Tensor) -> Tensor:
+        """[`project`], for the gradient of a layer's output.
+
+        Raises:
+            RuntimeError: the loss depends on tokens that the padding mask calls padding.
+        """
+        if self.padding_mask is None:
+            return self.project(tokens)
+        return self._project(self._without_padding(tokens, zero_if_unused(tokens, self.padding_mask)))
+
+    def _without_padding(self, tokens: Tensor, fill: float | Tensor = 0) -> Tensor:
+        return tokens if self.padding_mask is None else tokens.masked_fill(self.padding_mask[:, :, None], fill)
+
+    @abstractmethod
+    def lift(self, coefficients: Tensor) -> Tensor:
+        """(N, k, C) -> (N, L, C)."""
+
+    @abstractmethod
+    def project_image(self, image: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, k, C), for a layout without tokens outside the grid."""
+
+    @abstractmethod
+    def lift_image(self, coefficients: Tensor) -> Tensor:
+        """(N, k, C) -> (N, C, H, W), for a layout without tokens outside the grid."""
+
+
+def is_channels_last(image: Tensor) -> bool:
+    """Whether flattening the pixels of an image (N, C, H, W) to tokens (N, L, C) is a view."""
+    return image.is_contiguous(memory_format=torch.channels_last) and image.shape[1] > 1
+
+
+def times(matrix: Tensor, x: Tensor, blocks: int) -> Tensor:
+    """(n, L / blocks), (M, L, C) -> (M, blocks n, C): the matrix times every block of x along its second axis."""
+    batch, length, channels = x.shape
+    x = x.reshape(batch * blocks, length // blocks, channels)
+    return torch.bmm(matrix.expand(len(x), -1, -1), x).view(batch, len(matrix) * blocks, channels)
+
+
+def bmm_into(target: Tensor, a: Tensor, b: Tensor) -> None:
+    """Write a @ b to `target`."""
+    if must_be_functional():  # the compiler saves the copy by itself
+        target.copy_(torch.bmm(a, b))
+    else:
+        torch.bmm(a, b, out=target)
