@@ -1,0 +1,28 @@
+"""The recipes of docs/extending.md run."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from models import ROOT
+
+from lbp_peft.formats.registry import FORMATS
+
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def formats():
+    before = dict(FORMATS)
+    yield
+    FORMATS.clear()
+    FORMATS.update(before)
+
+
+def test_the_recipes_run(formats):
+    text = (ROOT / "docs" / "extending.md").read_text()
+    blocks = BLOCK.findall(text)
+    assert len(blocks) == text.count("\n## ") + 1 >= 7
+    program = "\n".join(blocks)
+    exec(compile(program, "docs/extending.md", "exec"), {"__name__": "extending"})
