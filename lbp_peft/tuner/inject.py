@@ -10,14 +10,13 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule,
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
-from ..encoder import encoder_linears, is_pointwise_conv, is_transposed_linear
+from ..encoder import encoder_linears
 from ..formats.products import forget
+from ..layer_types import layer_type_of
 from ..layout import LayoutFinder
 from .config import LBPWHTConfig
 from .layers.base import BackwardRule, LBPWHTLayer
 from .layers.calling import has_own_forward, onloaded
-from .layers.conv1d import LBPWHTTransposedLinear
-from .layers.conv1x1 import LBPWHTPointwiseConv
 from .layers.linear import LBPWHTLinear
 from .patches.activation_patch import compress_activations
 from .patches.attention_patch import patch_attention
@@ -114,7 +113,7 @@ def create_and_replace(
         finder = layout_finder(tuner.model)
         train, inference = config.train_base_weight, config.inference_mode
         with onloaded(target):  # the adapter's weights go to the device of the target's
-            layer = _layer_class(target)(target, finder, current_key, adapter_name, rule, train, inference)
+            layer = _adapting_class(target)(target, finder, current_key, adapter_name, rule, train, inference)
             if adapter_name not in tuner.active_adapters:  # an additional adapter is not trained until it is activated
                 layer.requires_grad_(False)
             tuner._replace_module(parent, target_name, layer, target)
@@ -124,10 +123,9 @@ def _rank_of_layer(patterns: Mapping[str, _Rank], default: _Rank, name: str) -> 
     return patterns.get(get_pattern_key(list(patterns), name), default)
 
 
-def _layer_class(target: nn.Module) -> type[LBPWHTLinear]:
-    if is_pointwise_conv(target):
-        return LBPWHTPointwiseConv
-    return LBPWHTTransposedLinear if is_transposed_linear(target) else LBPWHTLinear
+def _adapting_class(target: nn.Module) -> type[LBPWHTLinear]:
+    layer_type = layer_type_of(target)
+    return LBPWHTLinear if layer_type is None else layer_type.adapting_class  # None: quantised
 
 
 def detach_all(model: nn.Module) -> set[LayoutFinder]:

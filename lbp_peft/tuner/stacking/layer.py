@@ -13,8 +13,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ...bases.basis_set import TokenLayout
-from ...encoder import is_plain_linear, is_pointwise_conv
 from ...formats.products import FULL
+from ...layer_types import is_plain_linear, layer_type_of
 from ...layout import LayoutFinder
 from ...ops.linear import Branch, low_rank_linear
 from ...ops.recompute import low_rank_layer
@@ -74,7 +74,8 @@ class LBPWHTStacked(nn.Module, ForwardPatch, LBPWHTLayer):
         """The host's forward pass."""
         plain = type(host).plain_class.forward
         base = self._base_layer(host)
-        self._on_images = is_pointwise_conv(base)
+        layer_type = layer_type_of(base)
+        self._on_images = layer_type is not None and layer_type.channels_axis == 1
         if self.disable_adapters or args or kwargs:
             self._note_call(x)
             return plain(host, x, *args, **kwargs)
