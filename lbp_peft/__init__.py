@@ -8,10 +8,15 @@ Importing the package registers the method with PEFT:
     model = get_peft_model(vit, LBPWHTConfig(r=10, modules_to_save=["classifier"]))
 """
 
-from . import tuner  # noqa: F401  first: it registers the method
+from . import (
+    measure,
+    tuner,  # first: it registers the method
+)
 from .bases.basis_set import BasisSet, LayoutError, TokenLayout
+from .formats.products import Precision
+from .layer_types import LayerType, register_layer_type
 from .layout import GridMismatchError
-from .ops.linear import low_rank_linear
+from .ops.linear import Branch, low_rank_linear
 from .tuner.config import LBPWHTConfig
 from .tuner.layers.base import LBPWHTLayer
 from .tuner.layers.linear import LBPWHTLinear
@@ -19,21 +24,27 @@ from .tuner.model import LBPWHTModel
 from .tuner.report import LayoutReport, exact_backward, layout_report
 from .tuner.verify import LayoutCheck, verify_layout
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # the only place; pyproject.toml reads it from here
 
 __all__ = [
     "BasisSet",
+    "Branch",
     "GridMismatchError",
     "LBPWHTConfig",
     "LBPWHTLayer",
     "LBPWHTLinear",
     "LBPWHTModel",
+    "LayerType",
     "LayoutCheck",
     "LayoutError",
     "LayoutReport",
+    "Precision",
     "TokenLayout",
     "exact_backward",
     "layout_report",
     "low_rank_linear",
+    "measure",
+    "register_layer_type",
+    "tuner",
     "verify_layout",
 ]
