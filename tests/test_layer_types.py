@@ -109,11 +109,12 @@ def test_the_weight_gradient_of_a_new_type_is_the_projected_one(registered):
     model = get_peft_model(Model().double(), LBPWHTConfig(r=10, grad_input_dtype="full")).train()
     layer = model.base_model.model.blocks[1][2]  # behind it all gradients are exact
     seen = {}
-    layer.register_forward_hook(lambda module, args, y: (seen.update(x=args[0]), y.register_hook(seen_gradient)))
 
-    def seen_gradient(grad):
-        seen["g"] = grad
+    def note(module, args, y):
+        seen["x"] = args[0]
+        y.register_hook(lambda grad: seen.update(g=grad))
 
+    layer.register_forward_hook(note)
     found = gradients(model)["base_model.model.blocks.1.2.lbpwht_weight.default"]
     bases = reference.orthogonal_bases((8, 8), 10)
     x_hat, g_hat = (torch.einsum("kl,nlc->nkc", bases, seen[name].detach()) for name in ("x", "g"))
@@ -123,6 +124,6 @@ def test_the_weight_gradient_of_a_new_type_is_the_projected_one(registered):
 
 def test_without_it_the_type_is_refused_and_the_others_are_listed():
     with pytest.raises(TypeError, match=r"Halved, which LBP-WHT does not.*torch.nn.Linear.*Conv2d"):
-        get_peft_model(Model(), LBPWHTConfig(target_modules=["0"]))
+        get_peft_model(Model(), LBPWHTConfig(target_modules=["blocks.0.0"]))
     with pytest.raises(ValueError, match="No blocks with linear layers"):
         get_peft_model(Model(), LBPWHTConfig())

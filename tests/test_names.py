@@ -100,7 +100,7 @@ def test_star_import_needs_nothing_else():
 def test_the_version_has_one_source():
     """pyproject.toml reads it from the package, where setuptools must find it without importing the package."""
     text = (ROOT / "pyproject.toml").read_text()
-    assert not re.search(r"^version *=", text, re.MULTILINE)
+    assert not re.search(r"^version *= *\"", text, re.MULTILINE)
     assert 'dynamic = ["version"]' in text and 'attr = "lbp_peft.__version__"' in text
     assigned = re.findall(r'^__version__ = "(.+?)"', (ROOT / "lbp_peft" / "__init__.py").read_text(), re.MULTILINE)
     assert assigned == [lbp_peft.__version__]
