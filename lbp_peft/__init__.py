@@ -8,15 +8,13 @@ Importing the package registers the method with PEFT:
     model = get_peft_model(vit, LBPWHTConfig(r=10, modules_to_save=["classifier"]))
 """
 
-from . import (
-    measure,
-    tuner,  # first: it registers the method
-)
+from . import measure, tuner  # importing tuner registers the method
 from .bases.basis_set import BasisSet, LayoutError, TokenLayout
 from .formats.products import Precision
 from .layer_types import LayerType, register_layer_type
 from .layout import GridMismatchError
 from .ops.linear import Branch, low_rank_linear
+from .ops.plan import BackwardPlan, ExactProduct, FixedBasis, InputGradient
 from .tuner.config import LBPWHTConfig
 from .tuner.layers.base import LBPWHTLayer
 from .tuner.layers.linear import LBPWHTLinear
@@ -27,9 +25,13 @@ from .tuner.verify import LayoutCheck, verify_layout
 __version__ = "0.1.0"  # the only place; pyproject.toml reads it from here
 
 __all__ = [
+    "BackwardPlan",
     "BasisSet",
     "Branch",
+    "ExactProduct",
+    "FixedBasis",
     "GridMismatchError",
+    "InputGradient",
     "LBPWHTConfig",
     "LBPWHTLayer",
     "LBPWHTLinear",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...layer_types import register_layer_type, runs_forward_of
-from .base import BackwardPlan
+from ...ops.plan import BackwardPlan
 from .linear import LBPWHTLinear
 
 
