@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from torch import nn
 
+_Module = TypeVar("_Module", bound=nn.Module)
 _AdaptingClass = TypeVar("_AdaptingClass", bound=type)
 
 
@@ -63,7 +64,7 @@ def described_layer_types() -> str:
     return ", ".join([*others, f"and {last}"]) if others else last
 
 
-def runs_forward_of(module: nn.Module, *classes: type[nn.Module]) -> bool:
+def runs_forward_of(module: nn.Module, *classes: type[_Module]) -> TypeGuard[_Module]:
     """Whether a module is of one of these classes, or of a subclass of it that does not override its forward method."""
     cls: Any = getattr(type(module), "plain_class", type(module))  # LBP-WHT may run a layer's forward pass from inside
     return isinstance(module, classes) and any(cls.forward is plain.forward for plain in classes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
@@ -82,7 +82,7 @@ def create_and_replace(
     target_name: str,
     parent: nn.Module,
     current_key: str,
-    **_: Any,
+    **_: object,
 ) -> None:
     """Give one layer an adapter: in its place if nobody else has to do with it, inside it otherwise."""
     rank = _rank_of_layer(config.rank_pattern, config.r, current_key)

@@ -16,7 +16,7 @@ from .base import check_image_layout
 from .linear import LBPWHTLinear
 
 
-def is_pointwise_conv(module: Any) -> bool:
+def is_pointwise_conv(module: nn.Module) -> bool:
     """Whether a module multiplies the channels of every pixel by one matrix: a 1-D or 2-D convolution with kernel 1."""
     return (
         runs_forward_of(module, nn.Conv1d, nn.Conv2d)

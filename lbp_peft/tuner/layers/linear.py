@@ -330,7 +330,7 @@ def weighted_sum_of_changes(base: Tensor, adapted: list[tuple[Tensor, float]]) -
 
 
 @torch.no_grad()
-def _restore(base: Any, stash: Any, merged: Any, copy: Tensor) -> None:
+def _restore(base: Tensor, stash: Any, merged: Any, copy: Tensor) -> None:
     """Put the stash back into a parameter; what it differs by from what was merged goes to the adapter's copy."""
     if base.dtype == stash.dtype and not torch.equal(base, merged):
         copy += (base - merged).to(copy)

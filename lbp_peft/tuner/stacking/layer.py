@@ -153,7 +153,7 @@ class _ChannelsLast(nn.Module):
         return self.layer(x.movedim(-1, 1)).movedim(1, -1)
 
 
-def _adapters_in_use(host: Any) -> tuple:
+def _adapters_in_use(host: object) -> tuple[str, ...]:
     """The adapters that a host computes with. Merging changes its weights without their version counters."""
     names = ("active_adapters", "disable_adapters", "merged_adapters")
     return tuple(str(getattr(host, name, None)) for name in names)

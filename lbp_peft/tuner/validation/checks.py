@@ -6,7 +6,6 @@ import copy
 import itertools
 import re
 import warnings
-from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -230,12 +229,13 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
 
 def _is_untrained(model: nn.Module, adapter_name: str) -> bool:
     """Whether an adapter's weights are still those of the base model, so that nothing is lost with them."""
-    pairs: list[tuple[Any, Any]] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
     for module in model.modules():
         if isinstance(module, LBPWHTLinear):
             weight, bias = module._base_parameters()
             pairs += [(module.lbpwht_weight[adapter_name], weight)] if adapter_name in module.lbpwht_weight else []
-            pairs += [(module.lbpwht_bias[adapter_name], bias)] if adapter_name in module.lbpwht_bias else []
+            if bias is not None and adapter_name in module.lbpwht_bias:
+                pairs.append((module.lbpwht_bias[adapter_name], bias))
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             copy, original = module.modules_to_save[adapter_name], module.original_module
             pairs += zip(copy.parameters(), original.parameters(), strict=True)
