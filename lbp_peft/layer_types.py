@@ -55,7 +55,10 @@ def register_layer_type(
 
 def layer_type_of(module: nn.Module) -> LayerType | None:
     """The type of a layer; None if it is of none that LBP-WHT adapts."""
-    return next((layer_type for layer_type in _LAYER_TYPES if layer_type.matches(module)), None)
+    for layer_type in _LAYER_TYPES:  # a loop, since torch.compile has to follow it
+        if layer_type.matches(module):
+            return layer_type
+    return None
 
 
 def described_layer_types() -> str:
@@ -67,9 +70,10 @@ def described_layer_types() -> str:
 def runs_forward_of(module: nn.Module, *classes: type[_Module]) -> TypeGuard[_Module]:
     """Whether a module is of one of these classes, or of a subclass of it that does not override its forward method."""
     cls: Any = getattr(type(module), "plain_class", type(module))  # LBP-WHT may run a layer's forward pass from inside
-    return isinstance(module, classes) and any(cls.forward is plain.forward for plain in classes)
+    return isinstance(module, classes) and cls.forward in [plain.forward for plain in classes]
 
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module computes x W^T + b the way `nn.Linear` does."""
-    return runs_forward_of(module, nn.Linear)
+    cls = getattr(type(module), "plain_class", type(module))  # written out, since layers ask in every call
+    return isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward
