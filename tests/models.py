@@ -130,7 +130,8 @@ def input_gradient(way: int | str | tuple[int, str]) -> dict:
     return {"grad_input_rank": rank, "grad_input_dtype": dtype}
 
 
-# From 5.24 on, the methods of transformers' own models that add and load adapters want a peft that is not out yet.
+# From 5.24 on, the methods of transformers' own models that add, switch and delete adapters need a peft that is not out
+# yet. Those that load adapters do not.
 with_transformers_own_adapters = pytest.mark.skipif(
     Version(peft.__version__) < Version(MIN_PEFT_VERSION),
     reason=f"transformers {transformers.__version__}'s own adapters need peft >= {MIN_PEFT_VERSION}",
