@@ -40,9 +40,15 @@ _LAYER_TYPES: list[LayerType] = []
 def register_layer_type(
     description: str, matches: Callable[[nn.Module], bool], channels_axis: int = -1
 ) -> Callable[[_AdaptingClass], _AdaptingClass]:
-    """Decorate the class that adapts layers of a type; arguments as of [`LayerType`].
+    """Register a type of layers: decorate the class whose layers take their place when they are adapted.
 
-    The class, derived from [`lbp_peft.LBPWHTLinear`], gets the type as its attribute `layer_type`.
+    That class derives from [`lbp_peft.LBPWHTLinear`] and overrides what differs from `nn.Linear`: `_num_features`
+    (C_in, C_out of a layer), `_multiply` (the forward pass with a given weight and bias), `_multiply_low_rank` (the
+    same with a low-rank backward pass) and, where the features are not the last axis, `_shape_of_tokens` and
+    `_check_layout`. It gets the type as its attribute `layer_type`.
+
+    Args:
+        description, matches, channels_axis: See [`LayerType`].
     """
 
     def register(cls: _AdaptingClass) -> _AdaptingClass:
