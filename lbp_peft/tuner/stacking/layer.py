@@ -132,11 +132,11 @@ class LBPWHTStacked(nn.Module, ForwardPatch, LBPWHTLayer):
 
 
 def _is_trained(host: nn.Module) -> bool:
-    """FSDP1 puts plain tensors in the place of parameters while a layer runs."""
-    in_their_place = [
-        value for module in host.modules() for value in vars(module).values() if isinstance(value, Tensor)
-    ]
-    return any(tensor.requires_grad for tensor in [*host.parameters(), *in_their_place])
+    if any(parameter.requires_grad for parameter in host.parameters()):
+        return True
+    # FSDP1 puts plain tensors in the place of parameters while a layer runs.
+    attributes = (value for module in host.modules() for value in vars(module).values())
+    return any(isinstance(value, Tensor) and value.requires_grad for value in attributes)
 
 
 class _ChannelsLast(nn.Module):
