@@ -64,7 +64,7 @@ def main() -> None:
     vit = pretrained()
     images, labels, test_images, test_labels = digits(5, 9)
     # Layers this narrow are not faster with a low-rank backward pass, so the default, "auto", would leave them exact.
-    model = get_peft_model(vit, LBPWHTConfig(r=10, grad_input="full", modules_to_save=["classifier"]))
+    model = get_peft_model(vit, LBPWHTConfig(r=10, grad_input_dtype="full", modules_to_save=["classifier"]))
     model.print_trainable_parameters()
     print("Adapting to the digits 5 to 9")
     train(model, images, labels, epochs=4, learning_rate=1e-3)
