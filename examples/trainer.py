@@ -72,7 +72,7 @@ def main() -> None:
         vit, processor = small_vit(labels)
     lora = LoraConfig(r=8, target_modules="all-linear", modules_to_save=["classifier"])
     stack = {"stack_on": lora, "train_base_weight": False} if options.lora else {}
-    narrow = {} if options.model else {"grad_input_dtype": "full"}  # "auto" leaves layers as narrow as the small ViT's exact
+    narrow = {} if options.model else {"grad_input_dtype": "full"}  # "auto" would leave its layers exact
     model = get_peft_model(vit, LBPWHTConfig(r=10, modules_to_save=["classifier"], **stack, **narrow))
 
     def collate(rows: list[dict]) -> dict:
