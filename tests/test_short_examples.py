@@ -13,9 +13,9 @@ datasets = pytest.importorskip("sklearn.datasets", reason="the examples' digits 
 
 @pytest.fixture
 def few_digits(monkeypatch):
-    """load_digits() gives 500 of its 1797 images."""
+    """load_digits() gives 450 of its 1797 images."""
     data = datasets.load_digits()
-    data.images, data.target = data.images[:500], data.target[:500]
+    data.images, data.target = data.images[:450], data.target[:450]
     monkeypatch.setattr(datasets, "load_digits", lambda: data)
     return data
 
