@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from lbp_peft import BasisSet, LBPWHTConfig, exact_backward, layout_report
-from lbp_peft.encoder import is_pointwise_conv
+from lbp_peft.tuner.layers.conv1x1 import is_pointwise_conv
 
 R = 3
 

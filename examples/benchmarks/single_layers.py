@@ -29,7 +29,8 @@ from benchmarks.environment import environment, in_words, write_record
 from benchmarks.floors import Rates, Work, measure_rates
 from benchmarks.tables import aligned, number
 from lbp_peft import LBPWHTConfig
-from lbp_peft.bases.basis_set import BasisSet, TokenLayout
+from lbp_peft.bases.basis_set import BasisSet
+from lbp_peft.bases.grids import TokenLayout
 from lbp_peft.projection import num_kept
 
 PLAIN = "plain"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..bases.base import Basis
 from ..bases.grids import TokenLayout
-from ..formats.products import FULL, Precision, saved_dtype
+from ..formats.products import Precision, saved_dtype
 from ..projection import Projection, num_kept, projection
 
 
@@ -30,7 +30,8 @@ class InputGradient:
         needs_layout: Whether it can only be computed where the layout of the tokens is known.
     """
 
-    precision: Precision = field(default=FULL, kw_only=True)
+    # A factory, here and below: before torch 2.13, torch.compile refuses dataclasses with objects for defaults.
+    precision: Precision = field(default_factory=Precision, kw_only=True)
 
     needs_layout = False
 
@@ -84,9 +85,6 @@ class FixedBasis(InputGradient):
         return projection(layout, self.basis, dtype, device, padding_mask)
 
 
-_EXACT = ExactProduct()
-
-
 @dataclass(frozen=True)
 class BackwardPlan:
     """How a layer runs its backward pass.
@@ -103,7 +101,7 @@ class BackwardPlan:
 
     layout: TokenLayout | None = None
     weight_basis: Basis | None = None
-    input_gradient: InputGradient = _EXACT
+    input_gradient: InputGradient = field(default_factory=ExactProduct)
     padding_mask: Tensor | None = None
 
     @property
