@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from lbp_peft import BasisSet, LBPWHTConfig, TokenLayout, exact_backward, layout_report, low_rank_linear
-from lbp_peft import projection as projections
+from lbp_peft.bases import separable
 from lbp_peft.bases.grids import TokenOrder
 from lbp_peft.ops.conv1x1 import low_rank_pointwise_conv
 
@@ -269,7 +269,7 @@ def test_padding():
 def test_matrices_that_are_kept_belong_to_no_transform(monkeypatch):
     kept = {name: {} for name in ("_matrices", "_wholes", "_orders")}
     for name, empty in kept.items():
-        monkeypatch.setattr(projections, name, empty)
+        monkeypatch.setattr(separable, name, empty)
     x, weight = torch.randn(2, 1, 64, 6), torch.randn(4, 6)
     layout = TokenLayout((8, 8), order=TokenOrder(reference.unrolled((8, 8), ((2, 2),))))
 
