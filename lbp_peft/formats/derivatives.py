@@ -146,7 +146,8 @@ _MAKERS: dict[str, Callable[[DerivativeTable, torch.dtype | None], Tensor]] = {
 
 
 def derivative_table(function: Callable[[Tensor], Tensor]) -> DerivativeTable | None:
-    """The table of a function that works element by element; None where its derivative does not become constant.
+    """The table of a function that works element by element; None where it does not, or its derivative does not become
+    constant.
 
     Args:
         function: Takes float64 tensors, and draws no random numbers.
@@ -154,9 +155,12 @@ def derivative_table(function: Callable[[Tensor], Tensor]) -> DerivativeTable | 
     for limit in _RANGES:
         step = 2 * limit / _CELLS
         edges = torch.arange(-_CELLS // 2 - 1, _CELLS // 2, dtype=torch.float64, device="cpu") * step
-        far = torch.tensor([-1e4, -4 * limit, -2 * limit, -limit, limit, 2 * limit, 4 * limit, 1e4], dtype=torch.float64)
+        outer = [-1e4, -4 * limit, -2 * limit, -limit, limit, 2 * limit, 4 * limit, 1e4]
+        far = torch.tensor(outer, dtype=torch.float64, device="cpu")
         with torch.no_grad():
             at_edges, at_far = function(edges).numpy(), function(far).numpy()
+            if not np.array_equal(function(edges.flip(0)).numpy()[::-1], at_edges, equal_nan=True):
+                return None
         slopes = np.diff(at_far) / np.diff(far.numpy())
         low, high = slopes[:3], slopes[4:]
         if not (np.isfinite(at_edges).all() and np.isfinite(slopes).all()):

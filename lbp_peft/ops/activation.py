@@ -19,6 +19,7 @@ from ..transforms import backward_pass
 from .layer_state import LayerRecord, same_autocast, to_save
 from .linear import once_differentiable
 
+
 def compressed_layer(layer: nn.Module, x: Tensor) -> Tensor:
     """`layer(x)`, bit for bit, which keeps x in 8 bits for the backward pass.
 

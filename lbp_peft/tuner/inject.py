@@ -85,7 +85,7 @@ def create_and_replace(
         for_weight=config.weight_bases(config.rank_pattern.get(pattern, config.r)),
         for_input=config.input_bases(),
         precision=config.input_precision(),
-        compress=config.compress_activations == "int8",
+        compress=config.compressed_words(),
         grid_size=config.grid_size,
         num_prefix_tokens=config.num_prefix_tokens,
         num_suffix_tokens=config.num_suffix_tokens,

@@ -36,14 +36,14 @@ class BackwardRule:
         for_weight: Bases of the weight gradient.
         for_input: Bases of the input gradient; None: exact.
         precision: Precision of the product in the input gradient.
-        compress: Whether activation functions and norms around the layer keep their inputs in 8 bits.
+        compress: What keeps few bits for the backward pass: any of [`lbp_peft.tuner.config.COMPRESSIBLE`].
         grid_size, num_prefix_tokens, num_suffix_tokens: As given in the configuration.
     """
 
     for_weight: BasisSet
     for_input: BasisSet | None
     precision: Precision = FULL
-    compress: bool = False
+    compress: tuple[str, ...] = ()
     grid_size: tuple[int, int] | None = None
     num_prefix_tokens: int | None = None
     num_suffix_tokens: int | None = None
@@ -144,7 +144,7 @@ class LBPWHTLayer(BaseTunerLayer):
             self._fall_back(x, why, "Use lbp_peft.exact_backward(model) or model.eval() to silence this.", cause=why)
             return None
         if len(rules) > 1:
-            rules = {replace(rule, compress=False) for rule in rules}  # that concerns other layers than this one
+            rules = {replace(rule, compress=()) for rule in rules}  # it matters little for this layer
         if len(rules) > 1:
             why = f"the active adapters {', '.join(self.active_adapters)} ask for different ranks or layouts"
             self._fall_back(x, why, "Give them equal settings, or activate one at a time.", cause="rules")
