@@ -1,7 +1,7 @@
 """Attention that keeps query, key and value in 8 bits.
 
 The forward pass is PyTorch's own. The backward pass computes the attention matrix again from what was kept: by matrix
-products, see [`lbp_peft.ops.attention`], or, with masks, on GPUs and for many keys, by running PyTorch's attention again.
+products, see [`lbp_peft.ops.attention`], or, with masks, on GPUs and for many keys, by running PyTorch's once more.
 Neither its result nor the log-sum-exp is kept, so that the rows of the attention matrix sum to one.
 
 What all keys have in common shifts the logits of a query alike, which softmax does not see, and what all values have in
