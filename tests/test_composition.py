@@ -46,8 +46,8 @@ WAYS = {
     "bf16": {"grad_input": "bf16"},
     "auto": {"grad_input": "auto"},
     "low-rank int8": {"grad_input": (10, "int8")},
-    "compressed": {"grad_input": "full", "compress_activations": "int8"},
-    "all": {"grad_input": (10, "int8"), "rotation": 16, "compress_activations": "int8"},
+    "compressed": {"grad_input": "full", "compress_activations": ("activation", "norm")},
+    "all": {"grad_input": (10, "int8"), "rotation": 16, "compress_activations": ("activation", "norm")},
 }
 
 

@@ -107,7 +107,7 @@ def test_jacobians():
     assert largest_difference({n: t[1] for n, t in found.items()}, expected) < 1e-4
 
 
-@pytest.mark.parametrize("settings", [{"grad_input": "int8"}, {"grad_input": "bf16"}, {"compress_activations": "int8"}])
+@pytest.mark.parametrize("settings", [{"grad_input": "int8"}, {"grad_input": "bf16"}, {"compress_activations": ("activation", "norm")}])
 def test_what_is_rounded_elsewhere_is_not_here(settings):
     model, x = adapted(**settings), images(3)
     settings = {"grad_input": "full"} if "grad_input" in settings else {}
