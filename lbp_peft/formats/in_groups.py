@@ -63,5 +63,21 @@ def restored(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     return (grouped * scales.unsqueeze(-1)).to(dtype).flatten(-2)
 
 
+def rows_with_scales(x: Tensor) -> Tensor:
+    """(..., C) -> int8, (..., C + 4): integers from -127 to 127, and the float32 scale of the row in the last 4 bytes.
+
+    One tensor, so that what is saved of an input stays one. Rows may differ much in scale, as those of coefficients do.
+    """
+    largest = largest_magnitude(x, dim=-1)
+    values = scaled_to_range(x, largest, torch.int8).round_().to(torch.int8)
+    return torch.cat((values, (largest / 127).view(torch.int8)), dim=-1)
+
+
+def restored_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of [`rows_with_scales`], up to half a step."""
+    scales = rows[..., -4:].contiguous().view(torch.float32)
+    return (rows[..., :-4] * scales).to(dtype)
+
+
 def _group(channels: int) -> int:
     return GROUP if channels % GROUP == 0 else channels

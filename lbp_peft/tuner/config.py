@@ -19,11 +19,9 @@ from ..bases.basis_set import BOUNDARIES, BasisSet
 from ..bases.walsh import SELECTIONS, is_power_of_two
 from ..formats.products import AUTO, FULL, PRECISIONS, Precision
 from .deprecation import accept_old_names
+from .layers.base import COMPRESSIBLE
 from .validation.names import check_adapter_name, is_module_name
 from .validation.patterns import check_pattern, show
-
-# What compress_activations may name.
-COMPRESSIBLE = ("activation", "norm", "attention", "projection")
 
 _MAX_BLOCK_SIZE = 128  # its Walsh functions are block_size**2 numbers, its bases block_size**4
 # How PEFT embeds regular expressions in its own.
