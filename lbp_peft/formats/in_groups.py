@@ -24,7 +24,7 @@ def rounded_in_groups(x: Tensor, offset: Tensor | None = None) -> tuple[Tensor, 
         offset: Subtracted from it before; broadcast to it, but for its last axis (..., 1) or (..., C).
     """
     group = _group(x.shape[-1])
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or x.numel() <= _VALUES_AT_ONCE:
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         grouped = (x if offset is None else x - offset).unflatten(-1, (-1, group))
         largest = largest_magnitude(grouped, dim=-1)
         values = scaled_to_range(grouped, largest, torch.int8).round_().to(torch.int8)
@@ -33,28 +33,37 @@ def rounded_in_groups(x: Tensor, offset: Tensor | None = None) -> tuple[Tensor, 
 
 
 def _rounded_by_parts(x: Tensor, offset: Tensor | None, group: int) -> tuple[Tensor, Tensor]:
-    channels = x.shape[-1]
-    # Matrices of rows that share an offset, if they do.
-    shared = x.shape[-2] if offset is not None and offset.shape[-2] == 1 else 1
-    matrices = x.reshape(-1, shared, channels)
-    offsets = None if offset is None else offset.reshape(len(matrices), 1, offset.shape[-1])
-    values = torch.empty(matrices.shape, dtype=torch.int8)
-    scales = torch.empty(len(matrices), shared, channels // group, 1, dtype=torch.float32)
-    at_once = max(_VALUES_AT_ONCE // (shared * channels), 1)
-    buffer = torch.empty(at_once, shared, channels, dtype=torch.float32)
-    for start in range(0, len(matrices), at_once):
+    # In the order in which x lies in memory, so that it need not be copied: queries come as (N, L, heads, d), turned.
+    order = sorted(range(x.dim() - 1), key=lambda axis: -x.stride(axis))
+    turned = x.permute(*order, -1)
+    if not turned.is_contiguous():
+        order, turned = list(range(x.dim() - 1)), x.contiguous()
+    if offset is not None:
+        offset = offset.permute(*order, -1).float()
+    shape = turned.shape
+    if offset is None or offset.shape[:-1] == shape[:-1]:
+        turned = turned.view(-1, shape[-1])
+        offset = None if offset is None else offset.reshape(-1, offset.shape[-1])
+    elif offset.shape[0] != shape[0]:
+        offset = offset.expand(shape[0], *offset.shape[1:])
+    values = torch.empty(turned.shape, dtype=torch.int8)
+    scales = torch.empty(*turned.shape[:-1], shape[-1] // group, 1, dtype=torch.float32)
+    at_once = max(_VALUES_AT_ONCE // max(turned[:1].numel(), 1), 1)
+    buffer = torch.empty(min(at_once, len(turned)), *turned.shape[1:], dtype=torch.float32)
+    for start in range(0, len(turned), at_once):
         part = slice(start, start + at_once)
-        some = matrices[part]
+        some = turned[part]
         found = buffer[: len(some)]
         if some.dtype != torch.float32:  # of two dtypes at once all but copies are slow
             some = found.copy_(some)
-        if offsets is not None:
-            some = torch.sub(some, offsets[part], out=found)
+        if offset is not None:
+            some = torch.sub(some, offset[part], out=found)
         some, found = some.unflatten(-1, (-1, group)), found.unflatten(-1, (-1, group))
         largest = largest_magnitude(some, dim=-1)
         values[part].view(found.shape).copy_(scaled_to_range(some, largest, torch.int8, out=found).round_())
         torch.div(largest, 127, out=scales[part])
-    return values.view(x.shape), scales.view(*x.shape[:-1], channels // group)
+    back = [order.index(axis) for axis in range(len(order))]
+    return values.view(shape).permute(*back, -1), scales.view(*shape[:-1], -1).permute(*back, -1)
 
 
 def restored(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -68,6 +77,7 @@ def rows_with_scales(x: Tensor) -> Tensor:
 
     One tensor, so that what is saved of an input stays one. Rows may differ much in scale, as those of coefficients do.
     """
+    x = x.float()  # of two dtypes at once all but copies are slow
     largest = largest_magnitude(x, dim=-1)
     values = scaled_to_range(x, largest, torch.int8).round_().to(torch.int8)
     return torch.cat((values, (largest / 127).view(torch.int8)), dim=-1)

@@ -120,8 +120,9 @@ class BackwardPlan:
 
     def to_saved(self, x_hat: Tensor) -> Tensor:
         """A projected input, shape (N, k, C), in the form in which it is saved for the weight gradient."""
-        x_hat = x_hat.to(self.saved_dtype(x_hat.dtype))
-        return keep(rows_with_scales(x_hat)) if self.saves_8_bits and x_hat.dtype != torch.float64 else x_hat
+        if self.saves_8_bits and x_hat.dtype != torch.float64:
+            return keep(rows_with_scales(x_hat))
+        return x_hat.to(self.saved_dtype(x_hat.dtype))
 
     def from_saved(self, saved: Tensor, dtype: torch.dtype) -> Tensor:
         """The inverse of [`to_saved`], up to rounding; `dtype` is that of the layer's input or of its gradient."""
