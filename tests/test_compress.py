@@ -1,6 +1,7 @@
 """What is saved in few bits for the backward pass: derivatives, norms, attention, projected inputs."""
 
 import copy
+import functools
 import pickle
 import warnings
 
@@ -119,14 +120,13 @@ def compressed(model):
 
 
 @pytest.mark.parametrize("word, share", [
-    ("activation", 0.8), ("norm", 0.9), ("attention", 0.85), ("projection", 0.98), ("all", 0.4),
+    ("activation", 0.85), ("norm", 0.9), ("attention", 0.85), ("projection", 0.98), ("all", 0.4),
 ])  # fmt: skip
 def test_gradients_are_near_and_less_is_saved(word, share):
     settings = {"grad_input_dtype": "full"}
     model, plain = adapted(compress_activations=word, **settings), adapted(compress_activations=None, **settings)
-    expected_patches = {"activation": 1, "norm": 2, "all": 3}.get(word, 0)
-    hosts = [name for name in compressed(model)]
-    assert len(hosts) == (2 * 3 if expected_patches else 0) and not compressed(plain)
+    inside = len(compressed(model))  # two norms and an activation function a block
+    assert inside == (0 if word in ("attention", "projection") else 2 * 3) and not compressed(plain)
     found, expected = gradients(model, images()), gradients(plain, images())
     assert cosine(found, expected) > 0.998 and largest_difference(found, expected) > 1e-4
     sizes = []
@@ -240,8 +240,8 @@ def test_with_gradient_checkpointing(reentrant):
 
 def test_words_of_the_setting(tmp_path):
     for given, kept in (
-        (None, None), ("all", "all"), ("norm", ("norm",)), ("gelu", ("activation",)), (["attention", "norm"], ("norm", "attention")),
-        ({"projection"}, ("projection",)),
+        (None, None), ("all", "all"), ("norm", ("norm",)), ("gelu", ("activation",)), ({"projection"}, ("projection",)),
+        (["attention", "norm"], ("norm", "attention")),
     ):  # fmt: skip
         config = LBPWHTConfig(compress_activations=given)
         assert config.compress_activations == kept
@@ -275,7 +275,8 @@ def test_a_function_whose_settings_change_has_another_table():
 
 def test_trained_slopes_and_unbounded_derivatives_keep_the_input():
     for name in ("prelu", "relu2"):
-        model, plain = (adapted(lambda: tiny_vit(hidden_act=name), compress_activations=c) for c in ("gelu", None))
+        base = functools.partial(tiny_vit, hidden_act=name)
+        model, plain = (adapted(base, compress_activations=c) for c in ("gelu", None))
         assert cosine(gradients(model, images()), gradients(plain, images())) > 0.999
         with saved_activations(model) as less:
             forward(model, images())
@@ -296,7 +297,7 @@ def test_rounding_by_parts_and_in_whatever_order(values_at_once, dtype, monkeypa
         exact = x.double() - (0 if offset is None else offset.double())
         values, scales = rounded_in_groups(x, offset)
         largest = exact.unflatten(-1, (2, 64)).abs().amax(-1)
-        torch.testing.assert_close(scales.double(), largest / 127, rtol=1e-5, atol=0)
+        torch.testing.assert_close(scales.double(), largest / 127, rtol=1e-5, atol=1e-40)
         steps = scales.repeat_interleave(64, -1)
         assert (
             values.shape == x.shape and ((restored(values, scales, torch.float64) - exact).abs() <= 0.501 * steps).all()

@@ -10,6 +10,7 @@ common cancels in the gradients of query and key. Both are taken off before roun
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,7 +102,8 @@ class _CompressedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         second_order = torch.is_grad_enabled()
-        *kept, mask = ctx.saved_tensors if len(ctx.saved_tensors) == 7 else (*ctx.saved_tensors, None)
+        saved = ctx.saved_tensors  # read once: gradient checkpointing returns each tensor a single time
+        kept, mask = saved[:6], saved[6] if len(saved) > 6 else None
         with backward_pass(), torch.autocast(grads[0].device.type, enabled=False):  # the logits have to be float32
             if ctx.how.by_products:
                 gradients = _by_products(kept, grads[0], ctx.how.scale)
@@ -110,7 +112,7 @@ class _CompressedAttention(torch.autograd.Function):
         return None, *(once_differentiable(gradients) if second_order else gradients), None
 
 
-def _by_products(kept: list[Tensor], grad: Tensor, scale: float | None) -> list[Tensor]:
+def _by_products(kept: Sequence[Tensor], grad: Tensor, scale: float | None) -> list[Tensor]:
     values, scales = kept[::2], kept[1::2]
     flat = [(v.flatten(0, 1), s.flatten(0, 1)) for v, s in zip(values, scales, strict=True)]
 
@@ -126,7 +128,7 @@ def _by_products(kept: list[Tensor], grad: Tensor, scale: float | None) -> list[
     return [gradient.to(grad.dtype) for gradient in found]
 
 
-def _run_again(kept: list[Tensor], mask: Tensor | None, grad: Tensor, how: _How) -> list[Tensor]:
+def _run_again(kept: Sequence[Tensor], mask: Tensor | None, grad: Tensor, how: _How) -> list[Tensor]:
     tensors = [restored(v, s, grad.dtype).requires_grad_() for v, s in zip(kept[::2], kept[1::2], strict=True)]
     with torch.enable_grad():
         y = F.scaled_dot_product_attention(
