@@ -62,10 +62,10 @@ class DerivativeTable:
         return self._pack_by_parts(flat)
 
     def _pack_by_parts(self, flat: Tensor) -> Tensor:
-        packed = torch.empty(flat.numel() // 2, dtype=torch.uint8)
+        packed = flat.new_empty(flat.numel() // 2, dtype=torch.uint8)
         size = min(flat.numel(), _VALUES_AT_ONCE)
-        scaled, cells = torch.empty(size, dtype=torch.float32), torch.empty(size, dtype=torch.int8)
-        pairs = torch.empty(size // 2, dtype=torch.int32)
+        scaled, cells = flat.new_empty(size, dtype=torch.float32), flat.new_empty(size, dtype=torch.int8)
+        pairs = flat.new_empty(size // 2, dtype=torch.int32)
         table = self._tensor("pairs of codes", flat.device)
         for some, found in zip(flat.split(size), packed.split(size // 2), strict=True):
             n = len(some)
@@ -92,9 +92,9 @@ class DerivativeTable:
     def _multiply_by_parts(self, flat: Tensor, packed: Tensor) -> Tensor:
         result = torch.empty_like(flat)
         size = min(flat.numel(), _VALUES_AT_ONCE)
-        pairs = torch.empty(size // 2, dtype=torch.int32)
+        pairs = flat.new_empty(size // 2, dtype=torch.int32)
         table = self._tensor("pairs of levels", flat.device, flat.dtype)
-        found = torch.empty(size // 2, dtype=table.dtype)
+        found = flat.new_empty(size // 2, dtype=table.dtype)
         for some, codes, out in zip(flat.split(size), packed.split(size // 2), result.split(size), strict=True):
             n = len(codes)
             torch.index_select(table, 0, pairs[:n].copy_(codes), out=found[:n])

@@ -46,10 +46,10 @@ def _rounded_by_parts(x: Tensor, offset: Tensor | None, group: int) -> tuple[Ten
         offset = None if offset is None else offset.reshape(-1, offset.shape[-1])
     elif offset.shape[0] != shape[0]:
         offset = offset.expand(shape[0], *offset.shape[1:])
-    values = torch.empty(turned.shape, dtype=torch.int8)
-    scales = torch.empty(*turned.shape[:-1], shape[-1] // group, 1, dtype=torch.float32)
+    values = x.new_empty(turned.shape, dtype=torch.int8)
+    scales = x.new_empty(*turned.shape[:-1], shape[-1] // group, 1, dtype=torch.float32)
     at_once = max(_VALUES_AT_ONCE // max(turned[:1].numel(), 1), 1)
-    buffer = torch.empty(min(at_once, len(turned)), *turned.shape[1:], dtype=torch.float32)
+    buffer = x.new_empty(min(at_once, len(turned)), *turned.shape[1:], dtype=torch.float32)
     for start in range(0, len(turned), at_once):
         part = slice(start, start + at_once)
         some = turned[part]

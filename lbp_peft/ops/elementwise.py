@@ -35,7 +35,7 @@ class _Elementwise(torch.autograd.Function):
     def forward(ctx: Any, function: Callable[[Tensor], Tensor], table: DerivativeTable, x: Tensor) -> Tensor:
         ctx.table, ctx.dtype = table, x.dtype
         ctx.save_for_backward(keep(table.pack(x)))
-        return function(x)
+        return function(x).detach()  # not x itself, if that is what it returns
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
