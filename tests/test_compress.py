@@ -136,6 +136,7 @@ def test_gradients_are_near_and_less_is_saved(word, share):
         sizes.append(saved.bytes)
     assert sizes[0] < share * sizes[1]
     assert len(layout_report(model).layers) == len(layout_report(plain).layers)
+    assert not layout_report(model).exact
 
 
 def test_only_blocks_with_adapted_layers():
