@@ -34,7 +34,7 @@ def rounded_in_groups(x: Tensor, offset: Tensor | None = None) -> tuple[Tensor, 
 
 def _rounded_by_parts(x: Tensor, offset: Tensor | None, group: int) -> tuple[Tensor, Tensor]:
     # In the order in which x lies in memory, so that it need not be copied: queries come as (N, L, heads, d), turned.
-    order = sorted(range(x.dim() - 1), key=lambda axis: -x.stride(axis))
+    order = sorted(range(x.dim() - 1), key=lambda axis: -x.stride()[axis])
     turned = x.permute(*order, -1)
     if not turned.is_contiguous():
         order, turned = list(range(x.dim() - 1)), x.contiguous()

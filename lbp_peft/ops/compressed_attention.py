@@ -69,8 +69,9 @@ def compressed_attention(
     device = query.device.type
     tensors = (query, key, value)
     if torch.is_autocast_enabled(device):  # it casts in the forward pass only
-        tensors = tuple(t if t.dtype == torch.float64 else t.to(torch.get_autocast_dtype(device)) for t in tensors)
-    query, key, value = tensors
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+        tensors = query, key, value
     by_products = attn_mask is None and not is_causal and query.shape[:2] == key.shape[:2] == value.shape[:2]
     by_products = by_products and scale != 0 and key.dim() == 4 and key.shape[-2] <= _KEYS_BY_PRODUCTS
     by_products = by_products and query.dtype != torch.float16
@@ -129,9 +130,9 @@ def _by_products(kept: Sequence[Tensor], grad: Tensor, scale: float | None) -> l
 
 
 def _run_again(kept: Sequence[Tensor], mask: Tensor | None, grad: Tensor, how: _How) -> list[Tensor]:
-    tensors = [restored(v, s, grad.dtype).requires_grad_() for v, s in zip(kept[::2], kept[1::2], strict=True)]
+    q, k, v = (restored(t, s, grad.dtype).requires_grad_() for t, s in zip(kept[::2], kept[1::2], strict=True))
     with torch.enable_grad():
         y = F.scaled_dot_product_attention(
-            *tensors, mask, 0.0, how.is_causal, scale=how.scale, enable_gqa=how.enable_gqa
+            q, k, v, mask, 0.0, how.is_causal, scale=how.scale, enable_gqa=how.enable_gqa
         )
-        return list(torch.autograd.grad(y, tensors, grad))
+        return list(torch.autograd.grad(y, (q, k, v), grad))

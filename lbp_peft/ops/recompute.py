@@ -144,7 +144,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     num_inputs = 1 + len(state.dropouts)
     saved = ctx.saved_tensors  # read once: gradient checkpointing returns each tensor a single time
     held = saved[num_inputs:]
-    xs_hat = [
+    xs_hat: list[Any] = [
         z if z is None else state.plan.from_saved(z, dtype)
         for z, dtype in zip(saved[:num_inputs], ctx.dtypes, strict=True)
     ]

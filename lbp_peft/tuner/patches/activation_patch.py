@@ -127,7 +127,7 @@ def compress_activations(model: nn.Module) -> None:
     for block, layers in blocks_with_layers(model):
         if any(LBPWHTCompressed.is_wanted(rule) for layer in layers for rule in layer.lbpwht_rule.values()):
             for host in _outermost(block, is_compressible):
-                attach_to_block_module(host, lambda block, host=host: LBPWHTCompressed(block, host), block)
+                attach_to_block_module(host, functools.partial(LBPWHTCompressed, host=host), block)
 
 
 def _outermost(module: nn.Module, condition: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
