@@ -71,6 +71,17 @@ RANDOM = frozenset(
     """)
 )
 
+# Models ask for these in training, to clamp what has overflowed.
+FINITENESS = frozenset(_names("isfinite isinf isnan"))
+
+# Operations by which Python code reads values of a tensor, and may decide by them what comes next.
+READING = frozenset(
+    _names("""
+        item tolist __bool__ __int__ __float__ __complex__ __index__ __contains__ numpy __array__ equal allclose
+        is_nonzero
+    """)
+)
+
 
 # Operations that tell channels from rows and columns: (N, C, H, W).
 SPATIAL = frozenset(
@@ -100,13 +111,32 @@ def _moves(*names: str) -> None:
         RULES[name] = _applied_to_positions(name)
 
 
+_LIKE_OTHERS = ("view_as", "reshape_as", "expand_as")  # take another tensor for its shape
+
+
 def _applied_to_positions(name: str) -> Callable[..., Any]:
     method = getattr(Tensor, name, None) or getattr(torch, name)
 
     def rule(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # An argument such as how often each element is repeated may be a tensor.
+        if name not in _LIKE_OTHERS and not _are_fixed((args, kwargs), tracer):
+            return None
         return _run(method, tracer.positions(x), args, kwargs)
 
     return rule
+
+
+def _are_fixed(values: Any, tracer: Any) -> bool:
+    """Whether all tensors in nested arguments are the same in each pass."""
+    if isinstance(values, Tensor):
+        return bool(tracer.is_constant(values))
+    if isinstance(values, slice):
+        return _are_fixed((values.start, values.stop, values.step), tracer)
+    if isinstance(values, dict):
+        return _are_fixed(tuple(values.values()), tracer)
+    if isinstance(values, (tuple, list)):
+        return all(_are_fixed(value, tracer) for value in values)
+    return True
 
 
 def _run(function: Callable[..., Any], positions: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -234,10 +264,8 @@ def _picked_axes(index: Any, num_axes: int, tracer: Any) -> list[int]:
             axis += num_axes - consumed
             continue
         width = _num_consumed(part)
-        fixed = (
-            part is None or isinstance(part, (int, slice)) or (isinstance(part, Tensor) and tracer.is_constant(part))
-        )
-        if not fixed:
+        # Numbers, and lists of them, were chosen by Python code: see `dependencies.py`.
+        if not _are_fixed(part, tracer):
             picked += range(axis, axis + width)
         axis += width
     return picked

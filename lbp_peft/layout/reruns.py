@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
-    from .finder import ForwardPass, LayoutRecord
+    from .passes import ForwardPass
+    from .records import LayoutRecord
 
 _MOST_PASSES = 128
 
@@ -111,3 +112,34 @@ def current_hook() -> Any:
     """The current hook on saved tensors: gradient checkpointing sets a new one for each part that it runs again."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks[0] if hooks else None
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running, so that a forward pass now is a rerun by gradient checkpointing."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def the_only(answers: list[Any], name: str, what: str, values: list[Any] | None = None) -> Any:
+    """The common answer, or the first of the values that go with the answers; None if there are no answers.
+
+    Args:
+        answers: What each of the passes that may be run again says.
+        name: The layer's name, for the message.
+        what: What the answers are, for the message.
+        values: One for each answer.
+
+    Raises:
+        RuntimeError: the answers differ.
+    """
+    if any(answer != answers[0] for answer in answers):
+        raise RuntimeError(cannot_be_told_apart(name, what))
+    return (answers if values is None else values)[0] if answers else None
+
+
+def cannot_be_told_apart(name: str, what: str) -> str:
+    """The message for a layer that is run again for one of several passes, of which it is not known which."""
+    return (
+        f"Gradient checkpointing runs {name} again, and it is not known for which of several forward passes with "
+        f"different {what}: they cannot be told apart. Call backward after each forward pass, or do without gradient "
+        "checkpointing."
+    )
