@@ -1,9 +1,11 @@
 """Where tokens lie is followed from the image, not guessed from their number: cases in which a guess goes wrong."""
 
 import copy
+import random
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -251,6 +253,191 @@ def test_a_mask_belongs_to_its_own_pass():
                    {"inputs_embeds": embeds, "attention_mask": other}):  # fmt: skip
         model(**inputs).logits.sum().backward()
     assert {layout.grid for layout in found(model)} == {(1, 24)}
+
+
+# What the model's code decides by, besides the shapes of its inputs
+
+
+def rolled(tokens, places):
+    return tokens.unflatten(1, (SIDE, SIDE)).roll(places, 1).flatten(1, 2)
+
+
+class Ordered(Net):
+    """Puts its tokens in the order that a buffer holds."""
+
+    def __init__(self):
+        super().__init__(lambda tokens: tokens[:, self.order])
+        self.register_buffer("order", torch.arange(SIDE**2))
+
+
+class Counting(Net):
+    """Rolls its tokens by an attribute, which it changes."""
+
+    offset = 0
+
+    def __init__(self):
+        super().__init__(lambda tokens: rolled(tokens, self.count + self.offset))
+        self.count = 0
+
+    def forward(self, x):
+        self.count = (self.count + 1) % 3
+        return super().forward(x)
+
+
+def _shuffle(model):
+    model.order = torch.randperm(SIDE**2)
+
+
+def _shuffle_in_place(model):
+    model.order.copy_(torch.randperm(SIDE**2))
+
+
+settings, generator = {"places": 0}, random.Random(0)
+PLACES = 0
+
+
+def _change_setting(model):
+    settings["places"] += 1
+
+
+def _change_class(model):
+    type(model).offset += 1
+
+
+def _change_global(model):
+    globals()["PLACES"] += 1
+
+
+DECISIONS = {
+    # name: a model, what is done before each pass, and how often five passes are traced
+    "random numbers": (lambda: Net(lambda t: rolled(t, random.randrange(8))), None, 5),
+    "random numbers of NumPy": (lambda: Net(lambda t: rolled(t, int(np.random.randint(8)))), None, 5),
+    "a generator of its own": (lambda: Net(lambda t: rolled(t, generator.randrange(8))), None, 5),
+    "a random tensor's value": (lambda: Net(lambda t: rolled(t, torch.randint(8, ()).item())), None, 5),
+    "a list of random values": (lambda: Net(lambda t: t[:, torch.randperm(SIDE**2).tolist()]), None, 5),
+    "values of the data": (lambda: Net(lambda t: t[:, t[0, :, 0].argsort().tolist()]), None, 5),
+    "a variable of its closure": (lambda: Net(lambda t: rolled(t, settings["places"])), _change_setting, 5),
+    "a global variable": (lambda: Net(lambda t: rolled(t, PLACES)), _change_global, 5),
+    "an attribute": (Counting, None, 3),
+    "an attribute of its class": (Counting, _change_class, 5),
+    "a buffer that is replaced": (Ordered, _shuffle, 5),
+    "a buffer that is changed in place": (Ordered, _shuffle_in_place, 5),
+    "nothing": (Net, None, 1),
+}
+
+
+@pytest.mark.parametrize("name", DECISIONS)
+@pytest.mark.filterwarnings("ignore:Each forward pass is traced")
+def test_what_pythons_code_decides_is_followed_in_each_pass(name, monkeypatch):
+    build, change, num_traced = DECISIONS[name]
+    model = adapted(build())
+    net, first = model.base_model.model, next(iter(layers_of(model).values()))
+    traced, seen = [], {}
+    trace = PositionTracer.__init__
+    monkeypatch.setattr(PositionTracer, "__init__", lambda self, model: traced.append(model) or trace(self, model))
+    first.register_forward_pre_hook(lambda module, args: seen.update(tokens=args[0].detach()))
+    x = images()
+    for _ in range(5):
+        if change is not None:
+            change(net)
+        model(x).sum().backward()
+        in_order = net.cut(x).detach().flatten(2).transpose(1, 2)
+        expected = torch.cdist(seen["tokens"][0], in_order[0]).argmin(1).tolist()
+        layout = layout_report(model).layers[first.layer_name].layout
+        assert list(layout.order or range(SIDE**2)) == expected
+    assert len(traced) == num_traced
+
+
+@pytest.mark.parametrize("decide", [lambda t: random.random(), lambda t: t.sum().item()])
+def test_a_model_that_is_traced_in_each_pass_says_why(decide):
+    model = adapted(Net(lambda t: rolled(t, int(decide(t)))))
+    with pytest.warns(
+        UserWarning, match=r"Each forward pass is traced.*(random numbers|item in test_following.py:\d+)"
+    ):
+        model(images()).sum().backward()
+
+
+def test_code_after_the_last_layer_decides_nothing():
+    class WithLoss(Net):
+        def forward(self, x):
+            y = super().forward(x)
+            return y * random.random() if y.sum().item() > 0 else y
+
+    model = adapted(WithLoss())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for _ in range(2):
+            model(images()).sum().backward()
+
+
+class Stepped(Net):
+    def forward(self, x, step=0, names=(), options=None):
+        places = step % 3 + len(names) + (options.places if options else 0)
+        tokens = rolled(self.cut(x).flatten(2).transpose(1, 2), places)
+        for block in self.blocks:
+            tokens = tokens + torch.tanh(block["fc"](tokens))
+        return tokens
+
+
+class Options:
+    def __init__(self, places):
+        self.places = places
+
+
+@pytest.mark.parametrize("argument", ["step", "names", "options"])
+def test_arguments_that_are_no_tensors_decide(argument):
+    model = adapted(Stepped())
+    values = {"step": range(12), "names": [["a"] * n for n in range(12)], "options": [Options(n) for n in range(12)]}
+    with pytest.warns(UserWarning, match=f"traced again and again.*the argument '{argument}'") as caught:
+        for value in values[argument]:
+            model(images(), **{argument: value}).sum().backward()
+            places = value % 3 if argument == "step" else len(value) if argument == "names" else value.places
+            orders = {layout.order for layout in found(model)}
+            assert orders == {None if places % SIDE == 0 else _rows_from(-places % SIDE)}
+    assert len([w for w in caught if "again and again" in str(w.message)]) == 1
+
+
+def _rows_from(first):
+    return tuple(torch.arange(SIDE**2).view(SIDE, SIDE).roll(-first, 0).flatten().tolist())
+
+
+@pytest.mark.filterwarnings("ignore:Each forward pass is traced")
+@pytest.mark.parametrize("way", [True, False])
+def test_a_pass_with_decisions_is_run_again_with_its_own_layouts(way):
+    class Checkpointed(Net):
+        def forward(self, x):
+            tokens = rolled(self.cut(x).flatten(2).transpose(1, 2), random.randrange(8)).requires_grad_()
+            for block in self.blocks:
+                tokens = tokens + torch.tanh(checkpoint(block["fc"], tokens, use_reentrant=way))
+            return tokens
+
+    def run(model):
+        random.seed(0)
+        return sum(model(images(seed=seed)).square().sum() for seed in range(3))
+
+    with exact_backward(model := adapted(Checkpointed(), r=64)):
+        expected = gradients_of(model, run)
+    assert largest_difference(gradients_of(model, run), expected) < 1e-4
+    assert largest_difference(gradients_of(adapted(Checkpointed(), r=3), run), expected) > 1e-2
+
+
+def test_numbers_held_by_tensors_lose_the_tokens_that_they_move():
+    model = adapted(Net(lambda t: rolled(t, torch.randint(8, ()))))
+    with pytest.warns(UserWarning, match="positions were lost in 'roll'"):
+        model(images()).sum().backward()
+
+
+@pytest.mark.parametrize("added", [-torch.inf, -10000.0, torch.finfo(torch.float32).min])
+def test_masks_that_are_added_and_masks_of_padding_tell_the_same(added):
+    from lbp_peft.layout.masks import mask_of, padding_of
+
+    keep = torch.arange(6) < torch.tensor([[4], [6]])
+    for name, mask in (("attention_mask", keep.long()), ("attention_mask", keep.float()),
+                       ("attention_mask", torch.zeros(2, 6).masked_fill(~keep, added)),
+                       ("key_padding_mask", ~keep)):  # fmt: skip
+        assert torch.equal(padding_of(name, mask), ~keep)
+        assert mask_of({name: mask}, "input_ids") is mask
+    assert not padding_of("attention_mask", torch.zeros(2, 6)).any()  # added to the scores: nothing is padding
 
 
 # Passes and their reruns

@@ -43,7 +43,9 @@ from .reruns import PassHistory, calls_to_rerun, cannot_be_told_apart, forget_re
 from .tracer import PositionTracer
 
 _MOST_TRACES = 64
+# After so many warn of them.
 _MANY_VALUES = 8
+_MANY_PASSES = 3
 
 
 class _Thread(threading.local):
@@ -79,6 +81,7 @@ class LayoutFinder:
         # What the last traced pass was given, and how often a traced pass differed from the one before in one thing.
         self._given: dict[str, Hashable] = {}
         self._num_values: Counter[str] = Counter()
+        self._num_not_traced: Counter[str] = Counter()
         # One pass for each distinct trace, setting and mask, for layers whose own pass cannot be found.
         self._kinds: list[ForwardPass] = []
         self.key = next(_keys)
@@ -185,7 +188,7 @@ class LayoutFinder:
         has_padding = None if in_transform() else tuple(bool(padding.any()) for padding in paddings.values())
         key = (id(module), self._state.key(module), signature(inputs), has_padding)
         trace = self._traces.get(key)
-        if trace is not None and trace.is_valid and trace.depends_on.hold():
+        if trace is not None and trace.is_valid and trace.depends_on.hold(module, self._state):
             one = ForwardPass(trace, exact, paddings)
         elif torch.is_grad_enabled():
             one = self._begin_traced(module, inputs, ForwardPass(Trace(), exact, paddings, key=key))
@@ -202,7 +205,8 @@ class LayoutFinder:
             self._warn_of_many_values(described_inputs(inputs) | self._state.described(module))
         tensors = [value for _, value in tensors_in(inputs) if isinstance(value, Tensor)]
         one.trace.input_shapes = tuple(tuple(tensor.shape[1:]) for tensor in tensors)
-        one.random_state = random_state()
+        one.generators = self._state.generators(module)
+        one.random_state = random_state(one.generators)
         one.tracer = PositionTracer(module)
         with outside_transforms():
             one.texts = start(one.tracer, inputs, self._merge_size)
@@ -270,9 +274,20 @@ class LayoutFinder:
         else:
             record = fitting(one.trace.records.get(name, []), number, shape)
             if record is NOT_TRACED:
-                one.trace.is_valid = False
+                self._note_not_traced(one, name)
         one.note(name, record)
         return record
+
+    def _note_not_traced(self, one: ForwardPass, name: str) -> None:
+        """Have the next pass traced again, and warn if that does not help."""
+        one.trace.is_valid = False
+        self._num_not_traced[name] += 1
+        if self._num_not_traced[name] >= _MANY_PASSES:
+            self.warn_once(
+                "not traced",
+                f"{name} uses exact backpropagation in some of the forward passes, as may other layers: "
+                f"{NOT_TRACED.why_unknown}, and that has come {_MANY_PASSES} times. {NOT_TRACED.remedy}",
+            )
 
     def _record_traced(self, one: ForwardPass, name: str, x: Tensor, channels_axis: int) -> LayoutRecord:
         assert one.tracer is not None
@@ -283,7 +298,7 @@ class LayoutFinder:
         one.trace.records.setdefault(name, []).append(record)
         # What code does after the last call of a layer decides nothing about the layers.
         one.trace.depends_on.update(one.tracer.consulted)
-        one.decided_by = one.decided_by or why_undecided(one.tracer.read_by, one.random_state)
+        one.decided_by = one.decided_by or why_undecided(one.tracer.read_by, one.random_state, one.generators)
         return record
 
     def _record_alone(self, x: Tensor, channels_axis: int) -> LayoutRecord:

@@ -1,8 +1,9 @@
 """The masks of a model's texts, which tell words from padding.
 
-Conventions differ. An argument called ..._attention_mask has ones, or True, at words: transformers' convention. If it is
-of floating point and has negative values, it is one that is added to attention scores: 0 at words and a large negative
-number, or minus infinity, at padding. An argument called ..._padding_mask has True at padding: PyTorch's convention.
+Conventions differ. An argument called ..._attention_mask has ones, or True, at words: transformers' convention. If it
+is of floating point and has negative values, it is one that is added to attention scores: 0 at words and a large
+negative number, or minus infinity, at padding. An argument called ..._padding_mask has True at padding: PyTorch's
+convention.
 If a model has yet another convention, words are taken for padding; they have gradients, which padding must not have, so
 that the backward pass raises an error.
 """

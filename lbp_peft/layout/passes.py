@@ -88,7 +88,8 @@ class ForwardPass:
         calls: Of layers, so far.
         counts: How often each was called.
         contexts: In force until it ends.
-        random_state: That of Python's generators when tracing began.
+        generators: Of random numbers, that the model's Python code may draw from.
+        random_state: Their state when tracing began.
         decided_by: What Python code did before the last call of a layer that may make the next pass differ, such as
             "draws random numbers"; "" if nothing.
     """
@@ -102,6 +103,7 @@ class ForwardPass:
     calls: list[Call] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     contexts: ExitStack = field(default_factory=ExitStack)
+    generators: list[Any] = field(default_factory=list)
     random_state: Hashable = None
     decided_by: str = ""
     _hook: Any = None

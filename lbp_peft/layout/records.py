@@ -42,7 +42,7 @@ class LayoutRecord:
 
 NOT_TRACED = LayoutRecord(
     why_unknown="it was called in another way than in the forward pass in which the model was traced",
-    remedy="Nothing is to be done if this comes once; if it lasts, have the model call its layers alike in each pass.",
+    remedy="Give the layers inputs of the same shapes in each pass with the same inputs, or set grid_size.",
 )
 CALLED_ALONE = LayoutRecord(why_unknown="it was called by itself, so that its input cannot be followed from an image")
 
