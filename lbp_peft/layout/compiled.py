@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.basis_set import TokenLayout, TokenOrder
+from ..bases.packed import PackedLayout
 
 if TYPE_CHECKING:
     from .finder import LayoutFinder
@@ -104,6 +105,15 @@ def _plain_record(key: int, name: str, layouts: str, *shape: int) -> tuple:
             )
         return (False, 0, 0, 0, 0, None, None, 1, why, "")
     (layout, why, text), *_ = found
+    if isinstance(layout, PackedLayout):
+        layout, why = None, "its tokens lie on several grids, one after another, which only eager models can use"
+        if "packed" not in finder.told:
+            finder.told.add("packed")
+            warnings.warn(
+                f"{name} uses exact backpropagation, as do any layers like it: {why}. Do not compile the model, or "
+                "give it images of one size at a time.",
+                stacklevel=2,
+            )
     if layout is None:
         return (False, 0, 0, 0, 0, None, None, 1, why, "")
     order = None if layout.order is None else tuple(layout.order)

@@ -56,11 +56,13 @@ _PLAIN_NAMES = {
 } | {"__neg__": "neg", "__invert__": "bitwise_not", "__abs__": "abs", "__eq__": "eq", "__ne__": "ne", "__lt__": "lt",
      "__le__": "le", "__gt__": "gt", "__ge__": "ge"}  # fmt: skip
 
-# Operations that create tensors without any tensor as an argument and without random numbers.
+# Operations that create tensors without any tensor as an argument and without random numbers, though perhaps from
+# numbers that Python code chose: see `dependencies.py`.
 DATA_INDEPENDENT = frozenset(
     _names("""
         arange zeros ones full eye empty linspace logspace range tril_indices triu_indices new_zeros new_ones
         new_full new_empty zeros_like ones_like full_like empty_like hann_window scalar_tensor empty_strided
+        tensor as_tensor asarray from_numpy new_tensor
     """)
 )
 RANDOM = frozenset(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bases.packed import PackedLayout
 from ..layout.positions import column_of, row_of
 from ..ops.linear import as_tokens
 from ..projection import Projection
@@ -161,11 +162,18 @@ def _why_not_identity(layer: LBPWHTLayer, inputs: list[Tensor]) -> str:
     x = inputs[-1].movedim(layer._channels_axis(inputs[-1]), -1)
     tokens = as_tokens(x, ran.layout).double()
     bases = replace(rule.for_weight, r=rule.for_weight.block_size**2)
-    if bases.boundary != "orthogonal" or tokens.shape[1] != ran.layout.num_tokens:
-        return "" if bases.boundary != "orthogonal" else "its input does not have the recorded number of tokens"
-    whole = Projection(ran.layout, bases, torch.float64, tokens.device)
-    error = (whole.lift(whole.project(tokens)) - tokens).norm() / tokens.norm().clamp(min=1e-30)
-    return "" if error < 1e-6 else f"projecting its input onto all bases changes it by {float(error):.1e}"
+    if bases.boundary != "orthogonal":
+        return ""
+    if tokens.shape[1] != ran.layout.num_tokens:
+        return "its input does not have the recorded number of tokens"
+    parts = ran.layout.parts if isinstance(ran.layout, PackedLayout) else (ran.layout,)
+    lengths = [part.num_tokens for part in parts]
+    for part, of_part in zip(parts, tokens.split(lengths, dim=1), strict=True):
+        whole = Projection(part, bases, torch.float64, tokens.device)
+        error = (whole.lift(whole.project(of_part)) - of_part).norm() / of_part.norm().clamp(min=1e-30)
+        if error >= 1e-6:
+            return f"projecting its input onto all bases changes it by {float(error):.1e}"
+    return ""
 
 
 @contextmanager
