@@ -671,3 +671,60 @@ def test_a_mean_over_all_pixels_has_no_position():
     assert bool((positions < 0).all())
     positions, _ = traced(lambda x: x * x.mean((2, 3), keepdim=True))
     assert rows_and_columns(positions[0, 0, :1, :2]) == [(0, 0), (0, 1)]
+
+
+# Parts of a pass within parts that are run again
+
+
+class Nested(nn.Module):
+    """One layer, called three times on grids of 64 tokens: square, flat in an inner part, square again."""
+
+    def __init__(self, outer, inner):
+        super().__init__()
+        torch.manual_seed(0)
+        self.outer, self.inner = outer, inner
+        self.square, self.flat = nn.Conv2d(3, 16, 4, 4), nn.Conv2d(3, 16, (2, 8), (2, 8))
+        self.blocks = nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(16, 16)})])
+
+    def part(self, square, flat):
+        block = self.blocks[0]["fc"]
+        square = torch.tanh(block(square))
+        inner = block if self.inner is None else lambda t: checkpoint(block, t, use_reentrant=self.inner)
+        flat = torch.tanh(inner(flat))
+        return torch.tanh(block(square + 1)) * flat
+
+    def forward(self, x):
+        streams = [cut(x).flatten(2).transpose(1, 2).requires_grad_() for cut in (self.square, self.flat)]
+        if self.outer is None:
+            return self.part(*streams)
+        return checkpoint(self.part, *streams, use_reentrant=self.outer) * 2 - checkpoint(
+            self.part, *streams, use_reentrant=self.outer
+        )
+
+
+@pytest.mark.parametrize("outer", [True, False])
+@pytest.mark.parametrize("inner", [True, False, None])
+def test_calls_within_nested_parts_that_are_run_again_keep_their_grids(outer, inner):
+    expected = gradients(adapted(Nested(None, None), grad_input=3), images())
+    found = gradients(adapted(Nested(outer, inner), grad_input=3), images())
+    assert largest_difference(found, expected) < 1e-5
+
+
+def test_two_threads_with_images_of_two_sizes_under_checkpointing():
+    model = checkpointed(adapted(tiny_vit(), grad_input=6), False)
+    sizes, seen, begin = ((32, 64), (64, 32)), {}, threading.Barrier(2)
+    wanted = [p for n, p in model.named_parameters() if p.requires_grad and "fc1" in n]
+    expected = {size: torch.autograd.grad(loss_at(model, *size), wanted) for size in sizes}
+
+    def run(size):
+        begin.wait()
+        seen[size] = [torch.autograd.grad(loss_at(model, *size), wanted) for _ in range(3)]
+
+    threads = [threading.Thread(target=run, args=(size,)) for size in sizes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for size in sizes:
+        for found in seen[size]:
+            assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(found, expected[size], strict=True))

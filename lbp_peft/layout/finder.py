@@ -14,7 +14,7 @@ import warnings
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -39,7 +39,16 @@ from .records import (
     record_of_positions,
     token_shape,
 )
-from .reruns import PassHistory, calls_to_rerun, cannot_be_told_apart, forget_rerun, in_backward, the_only
+from .reruns import (
+    AmbiguousRerunError,
+    PassHistory,
+    calls_to_rerun,
+    cannot_be_told_apart,
+    forget_rerun,
+    frames_to_rerun,
+    in_backward,
+    the_only,
+)
 from .tracer import PositionTracer
 
 _MOST_TRACES = 64
@@ -275,8 +284,13 @@ class LayoutFinder:
             record = fitting(one.trace.records.get(name, []), number, shape)
             if record is NOT_TRACED:
                 self._note_not_traced(one, name)
-        one.note(name, record)
+        self._note(one, name, record)
         return record
+
+    def _note(self, one: ForwardPass, name: str, record: LayoutRecord) -> None:
+        frames = frames_to_rerun()
+        one.note(name, record, frames)
+        self._history.add_frames(one, frames)
 
     def _note_not_traced(self, one: ForwardPass, name: str) -> None:
         """Have the next pass traced again, and warn if that does not help."""
@@ -317,8 +331,13 @@ class LayoutFinder:
 
     def note_call(self, name: str, x: Tensor, channels_axis: int = -1) -> None:
         """Record a call that needs no layout now: gradient checkpointing may run the layer again later."""
-        if not torch.compiler.is_dynamo_compiling() and self._current() is not None:
+        if torch.compiler.is_dynamo_compiling():
+            return
+        if self._current() is not None:
             self.record(name, x, channels_axis)
+        elif in_backward():
+            with suppress(AmbiguousRerunError):
+                self.record(name, x, channels_axis)
 
     def as_one_operation(self, x: Tensor, run: Callable[[], Tensor], channels_axis: int = -1) -> Tensor:
         """Run a function of x that only mixes the channels of each token; it is traced as a single operation."""
@@ -358,7 +377,7 @@ class LayoutFinder:
         paddings = [mask_of(other.paddings, record.text) for other in passes]
         paddings = [None if p is None or p.shape != shape else p for p in paddings]
         if not all(same(p, paddings[0]) for p in paddings):
-            raise RuntimeError(cannot_be_told_apart(name, "attention masks"))
+            raise AmbiguousRerunError(cannot_be_told_apart(name, "attention masks"))
         return paddings[0] if paddings else None
 
     def warn_once(self, cause: str, message: str) -> None:
@@ -375,15 +394,20 @@ class LayoutFinder:
 
     def _passes_to_rerun(self) -> list[ForwardPass]:
         """The passes that the code that is run again now may belong to."""
-        return self._history.of_current_node() or self._kinds
+        return self._history.to_rerun() or self._kinds
 
     def _record_to_rerun(self, name: str, shape: tuple[int, ...]) -> LayoutRecord:
+        passes = self._passes_to_rerun()
         found = []
-        for one in self._passes_to_rerun():
+        for one in passes:
             found += [record for record in calls_to_rerun(one, name) if fits(record, shape)]
             self._history.add(one)
         record = the_only([(r.layout, r.why_unknown, r.text) for r in found], name, "layouts of tokens", found)
-        return record or NOT_TRACED
+        if record is None:
+            return NOT_TRACED
+        if len(passes) == 1:  # a part within the one that is run again will be run again by itself
+            self._note(passes[0], name, record)
+        return record
 
 
 class _Before:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .dependencies import Dependencies
 from .records import LayoutRecord
-from .reruns import current_hook, next_number
+from .reruns import next_number
 from .tracer import PositionTracer
 
 
@@ -62,15 +62,15 @@ class Call:
         record: The record that the layer used.
         number: The number of the next node of autograd's graph at that moment.
         had_grad: Whether autograd was on; it is off within gradient checkpointing with use_reentrant=True.
-        region: The number of the part of the pass that gradient checkpointing with use_reentrant=False will run again;
-            0 outside of such parts.
+        frames: Of the parts of the pass, one within the other, that gradient checkpointing with use_reentrant=False
+            will run again.
     """
 
     name: str
     record: LayoutRecord
     number: int
     had_grad: bool
-    region: int
+    frames: tuple[Any, ...] = ()
 
 
 @dataclass(eq=False)
@@ -106,21 +106,15 @@ class ForwardPass:
     generators: list[Any] = field(default_factory=list)
     random_state: Hashable = None
     decided_by: str = ""
-    _hook: Any = None
-    _region: int = 0
 
-    def note(self, name: str, record: LayoutRecord) -> None:
+    def note(self, name: str, record: LayoutRecord, frames: tuple[Any, ...]) -> None:
         """Record a call of a layer."""
-        if (hook := current_hook()) is not None and hook is not self._hook:
-            self._region += 1
-        self._hook = hook
-        region = 0 if hook is None else self._region
-        self.calls.append(Call(name, record, next_number(), torch.is_grad_enabled(), region))
+        self.calls.append(Call(name, record, next_number(), torch.is_grad_enabled(), frames))
 
     def end(self) -> None:
         """End the pass, and release what only a running pass needs."""
         self.contexts.close()
-        self.tracer = self._hook = self.random_state = None
+        self.tracer = self.random_state = None
 
     def is_like(self, other: ForwardPass) -> bool:
         """Whether layers that are run again get the same in both."""
