@@ -161,7 +161,7 @@ def _why_not_identity(layer: LBPWHTLayer, inputs: list[Tensor]) -> str:
         return ""
     x = inputs[-1].movedim(layer._channels_axis(inputs[-1]), -1)
     tokens = as_tokens(x, ran.layout).double()
-    bases = replace(rule.for_weight, r=rule.for_weight.block_size**2)
+    bases = replace(rule.weight_basis, r=rule.weight_basis.block_size**2)
     if bases.boundary != "orthogonal":
         return ""
     if tokens.shape[1] != ran.layout.num_tokens:
