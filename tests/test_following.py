@@ -142,7 +142,12 @@ def without_one(tokens):
     return tokens[:, torch.arange(SIDE**2) != 20]
 
 
+def gated(tokens):
+    return shuffled_by_data(tokens) * tokens.mean(2, keepdim=True)
+
+
 LOST = {
+    "shuffled, times a gate in order": lambda: Net(gated),
     "a mixer's features": Mixer,
     "shuffled by their values": lambda: Net(shuffled_by_data),
     "shuffled by chance": lambda: Net(lambda t: t[:, torch.randperm(SIDE**2)]),
@@ -253,6 +258,60 @@ def test_a_mask_belongs_to_its_own_pass():
                    {"inputs_embeds": embeds, "attention_mask": other}):  # fmt: skip
         model(**inputs).logits.sum().backward()
     assert {layout.grid for layout in found(model)} == {(1, 24)}
+
+
+# Several grids one after another
+
+
+def two_sizes(tokens):
+    """A square image and a part of it, in one sequence."""
+    part = tokens.unflatten(1, (SIDE, SIDE))[:, 2:6].flatten(1, 2)
+    return torch.cat((tokens[:1], part[1:]), 1)
+
+
+def scales(tokens):
+    pooled = nn.functional.avg_pool2d(tokens.transpose(1, 2).unflatten(2, (SIDE, SIDE)), 2).flatten(2).transpose(1, 2)
+    return torch.cat((tokens, pooled), 1)
+
+
+def windows_with_a_token_each(tokens):
+    windows = tokens.unflatten(1, (2, 4, 2, 4)).transpose(2, 3).flatten(1, 2).flatten(2, 3)
+    return torch.cat((torch.zeros_like(windows[:, :, :1]), windows), 2).flatten(1, 2)
+
+
+def padded(tokens):
+    """Images of two sizes, filled up to one length."""
+    filled = torch.zeros_like(tokens[1:])
+    filled[:, :24] = tokens[1:].unflatten(1, (SIDE, SIDE))[:, :4, :6].flatten(1, 2)
+    return torch.cat((tokens[:1], filled))
+
+
+SEVERAL = {
+    # name: an arrangement, and the grids with the tokens before each
+    "images of two sizes": (two_sizes, [(8, 8, 0), (4, 8, 0)]),
+    "scales": (scales, [(8, 8, 0), (4, 4, 0)]),
+    "windows with a token each": (windows_with_a_token_each, [(4, 4, 1)] * 4),
+    "images filled up": (padded, [(8, 8, 0), (4, 6, 0)]),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_each_of_several_grids_has_its_own_bases(name):
+    arrange, grids = SEVERAL[name]
+    model = adapted(Net(arrange))
+    gradient, x, g = last_layer(model)
+    (layout,) = found(model)
+    parts = getattr(layout, "parts", (layout,) * layout.packed)
+    assert [(*part.grid, part.num_prefix_tokens) for part in parts] == grids
+    if layout.axes == (0, 1):
+        x, g = x.flatten(0, 1)[None], g.flatten(0, 1)[None]
+    blocks = []
+    for part in parts:
+        before, after = torch.eye(part.num_prefix_tokens), torch.eye(part.num_suffix_tokens)
+        blocks.append(torch.block_diag(before, reference.orthogonal_bases(part.grid, 3), after))
+    assert close(gradient, expected_gradient(x, g, torch.block_diag(*blocks).double()))
+    assert verify_layout(model, {"x": images()}).ok
+    assert "8 x 8" in str(layout_report(model)) or "4 x 4" in str(layout_report(model))
 
 
 # What the model's code decides by, besides the shapes of its inputs

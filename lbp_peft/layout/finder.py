@@ -251,10 +251,14 @@ class LayoutFinder:
         traces = [trace for trace in self._traces.values() if shapes and trace.has_inputs(list(shapes.values()))]
         return [record for trace in traces for record in trace.records.get(name, [])]
 
+    def forget_traces(self) -> None:
+        """Have the next forward pass traced, whether there was one like it or not."""
+        self._traces.clear()
+
     @contextmanager
     def keeping_positions(self) -> Iterator[dict[str, list[Tensor | None]]]:
         """Trace passes anew within the block, and yield a dictionary that collects the positions of layers' tokens."""
-        self._traces.clear()
+        self.forget_traces()
         self._kept = {}
         try:
             yield self._kept

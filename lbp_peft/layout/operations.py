@@ -56,12 +56,15 @@ _PLAIN_NAMES = {
 } | {"__neg__": "neg", "__invert__": "bitwise_not", "__abs__": "abs", "__eq__": "eq", "__ne__": "ne", "__lt__": "lt",
      "__le__": "le", "__gt__": "gt", "__ge__": "ge"}  # fmt: skip
 
-# Operations that create tensors without any tensor as an argument and without random numbers, though perhaps from
-# numbers that Python code chose: see `dependencies.py`.
-DATA_INDEPENDENT = frozenset(
+# Operations that take from a tensor, if they are given one, its shape, dtype and device alone.
+FILLED = frozenset(
+    _names("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty empty_strided")
+)
+# Operations that create tensors without random numbers, though perhaps from numbers that Python code chose: see
+# `dependencies.py`.
+DATA_INDEPENDENT = FILLED | frozenset(
     _names("""
-        arange zeros ones full eye empty linspace logspace range tril_indices triu_indices new_zeros new_ones
-        new_full new_empty zeros_like ones_like full_like empty_like hann_window scalar_tensor empty_strided
+        arange zeros ones full eye empty linspace logspace range tril_indices triu_indices hann_window scalar_tensor
         tensor as_tensor asarray from_numpy new_tensor
     """)
 )
@@ -346,9 +349,19 @@ def _copied_to_places(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def _element_wise(tracer: Any, *args: Any, **kwargs: Any) -> Any:
+    """The positions of those operands that have any.
+
+    A sum of tokens whose places are known and of others whose places are not, as x + f(x) with an f that has no rule,
+    keeps the places that are known: of a residual stream they are right, and the bases need smooth tokens there, not
+    tokens that are nothing but smooth. A factor that is only broadcast, as a gate of each token, says nothing about the
+    order of the tokens that it is applied to, so that these have to be known themselves.
+    """
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     operands = [p for x in tensors if (p := tracer.positions(x)) is not None]
     shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+    lost = [x for x in tensors if (trail := tracer.trail(x)) is not None and trail.positions is None]
+    if any(x.shape == shape for x in lost) and not any(p.shape == shape for p in operands):
+        return None
     return merged(operands, shape)
 
 

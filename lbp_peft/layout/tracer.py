@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..transforms import in_transform, outside_transforms
 from .dependencies import version_of
-from .operations import DATA_INDEPENDENT, FINITENESS, RANDOM, READING, RULES, RULES_BY_RESULT, SPATIAL, name_of
+from .operations import DATA_INDEPENDENT, FILLED, FINITENESS, RANDOM, READING, RULES, RULES_BY_RESULT, SPATIAL, name_of
 from .positions import LOST, compact
 
 
@@ -197,7 +197,8 @@ class PositionTracer(TorchFunctionMode):
             if p is not None and p.shape != output.shape:  # another operation of the same name
                 p = None
             newly_lost = had_positions and not lost_by and (p is None or bool((compact(p) == LOST).any()))
-            if name in FINITENESS:  # an answer of other than yes has no useful gradients anyway
+            has_shape_alone = name in FILLED and len(trails) == 1 and bool(args) and args[0] in self._trails
+            if has_shape_alone or name in FINITENESS:  # what is not finite has no useful gradients anyway
                 self._constants[output] = ()
                 continue
             self._trails[output] = Trail(p, steps, name if newly_lost else lost_by, is_certain, of_mask)
