@@ -296,6 +296,14 @@ class LayoutFinder:
         one.note(name, record, frames)
         self._history.add_frames(one, frames)
 
+    def record_now(self, x: Tensor, channels_axis: int = -1) -> LayoutRecord:
+        """What is known about any tensor in the pass that is being traced; nothing in other passes."""
+        one = self._current()
+        if one is None or one.tracer is None:
+            return NOT_TRACED
+        with one.tracer.paused():
+            return read_record(one.tracer, one.texts, x, channels_axis)
+
     def _note_not_traced(self, one: ForwardPass, name: str) -> None:
         """Have the next pass traced again, and warn if that does not help."""
         one.trace.is_valid = False

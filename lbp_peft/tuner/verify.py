@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..bases.packed import PackedLayout
+from ..encoder import is_pointwise_conv, is_supported
+from ..layout import LayoutFinder
 from ..layout.positions import column_of, row_of
 from ..ops.linear import as_tokens
 from ..projection import Projection
@@ -29,6 +32,9 @@ class LayoutCheck:
         after_mixing: Layers in which most tokens change with any part of the image, because attention or the like comes
             before them: their layout follows from that of the layers before.
         unknown: Layers without a known layout; their backward pass is exact.
+        left_out: Linear layers that are not adapted although patches of an image pass through them on the way from the
+            first adapted layer to the last one, as in a block that was not recognised or that was left out on purpose.
+            Embeddings come before, heads and decoders after.
         problems: Descriptions of contradictions to the layouts; empty if there are none.
     """
 
@@ -36,6 +42,7 @@ class LayoutCheck:
     after_mixing: tuple[str, ...]
     unknown: tuple[str, ...]
     problems: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -45,6 +52,7 @@ class LayoutCheck:
     def __str__(self) -> str:
         counts = (("confirmed", self.confirmed), ("after mixing", self.after_mixing), ("unknown", self.unknown))
         lines = [f"{len(names)} layers {what}" for what, names in counts]
+        lines += [f"not adapted, though patches pass through: {', '.join(self.left_out)}"] if self.left_out else []
         return "\n".join([*lines, *(self.problems or ["no contradictions"])])
 
 
@@ -73,7 +81,7 @@ def verify_layout(model: nn.Module, batch: Mapping[str, Any]) -> LayoutCheck:
     finder = next(iter(layers.values())).finder
     height, width = image.shape[-2:]
     with _in_training_mode(model), torch.random.fork_rng([image.device] if image.device.type == "cuda" else []):
-        with finder.keeping_positions() as positions:
+        with finder.keeping_positions() as positions, _watching(model, finder) as left_out:
             before = _inputs(model, layers, batch)
         found = {}
         for down, across in _PLACES:
@@ -81,7 +89,7 @@ def verify_layout(model: nn.Module, batch: Mapping[str, Any]) -> LayoutCheck:
             changed = image.clone()
             changed[..., pixel[0], pixel[1]] += 10 * image.std() + 1
             found[pixel] = _inputs(model, layers, {**batch, name: changed})
-    return _compare(layers, before, found, positions)
+    return replace(_compare(layers, before, found, positions), left_out=tuple(left_out))
 
 
 def _inputs(model: nn.Module, layers: dict[str, LBPWHTLayer], batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
@@ -100,6 +108,35 @@ def _inputs(model: nn.Module, layers: dict[str, LBPWHTLayer], batch: Mapping[str
         with torch.enable_grad():  # as in training, since some models take another path without
             model(**batch)
     return seen
+
+
+@contextmanager
+def _watching(model: nn.Module, finder: LayoutFinder) -> Iterator[list[str]]:
+    """Yield a list that holds, afterwards, the layers that are not adapted and that patches pass through."""
+    left_out: list[str] = []
+    seen: list[str] = []
+    has_begun = False
+
+    def look(module: nn.Module, args: tuple, name: str) -> None:
+        if has_begun and name not in (*seen, *left_out) and args and isinstance(args[0], Tensor):
+            record = finder.record_now(args[0], 1 if is_pointwise_conv(module) else -1)
+            if record.layout is not None and not record.text:
+                seen.append(name)
+
+    def adapted(module: nn.Module, args: tuple) -> None:
+        nonlocal has_begun
+        has_begun = True
+        left_out.extend(seen)
+        seen.clear()
+
+    with ExitStack() as stack:
+        inside = {id(part) for m in model.modules() if isinstance(m, LBPWHTLayer) for part in m.modules()}
+        for name, module in model.named_modules():
+            if isinstance(module, LBPWHTLayer) or isinstance(getattr(module, "low_rank_backward", None), LBPWHTLayer):
+                stack.callback(module.register_forward_pre_hook(adapted).remove)
+            elif is_supported(module) and id(module) not in inside:
+                stack.callback(module.register_forward_pre_hook(partial(look, name=name)).remove)
+        yield left_out
 
 
 def _compare(
