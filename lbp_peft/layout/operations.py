@@ -530,6 +530,16 @@ def _attention(tracer: Any, query: Tensor, key: Tensor, value: Tensor, *args: An
     return of_values.expand(*query.shape[:-1], value.shape[-1])
 
 
+@rule("grid_sample", "grid_sampler")
+def _grid_sample(tracer: Any, x: Tensor, grid: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """An output is where the token is that chose the places to sample, as in deformable attention."""
+    positions = tracer.positions(grid)
+    if positions is None:
+        return None
+    positions = mixed(positions, -1).squeeze(-1)[:, None]
+    return positions.expand(x.shape[0], x.shape[1], *positions.shape[2:])
+
+
 @rule("multi_head_attention_forward")
 def _multi_head_attention(tracer: Any, query: Tensor, *args: Any, **kwargs: Any) -> Any:
     return [with_mixed_channels(tracer.positions(query), query.shape[-1])]
