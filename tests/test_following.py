@@ -114,6 +114,15 @@ def test_tokens_in_any_arrangement_are_projected_on_the_bases_of_their_grid(name
     assert not layout_report(model).exact and verify_layout(model, {"x": images()}).ok
 
 
+def test_windows_of_six_axes():
+    """As those of Twins. Windows below one another are one grid."""
+    model = adapted(Net(lambda t: t.unflatten(1, (2, 4, 2, 4)).transpose(2, 3)))
+    gradient, x, g = last_layer(model)
+    x, g = (t.permute(0, 2, 1, 3, 4, 5).reshape(4, SIDE * 4, -1) for t in (x, g))
+    assert {(layout.grid, layout.axes) for layout in found(model)} == {((SIDE, 4), (1, 3, 4))}
+    assert close(gradient, expected_gradient(x, g, reference.orthogonal_bases((SIDE, 4), 3)))
+
+
 @pytest.mark.parametrize("num_images", [2, SIDE**2])
 def test_as_many_images_as_tokens_are_no_grid(num_images):
     model = adapted(Net(lambda t: t.transpose(0, 1)))

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
+_OWN = __name__.partition(".")[0]
 _MOST_ITEMS = 256
 _DEEPEST = 4
 
@@ -200,6 +201,8 @@ class _Snapshot:
             return value.shape, value.tobytes() if value.size <= _MOST_ITEMS else id(value)
         if isinstance(value, Tensor):
             return kind, value.shape, value.dtype
+        if kind.__module__.partition(".")[0] == _OWN:
+            return str(kind)
         if isinstance(value, _GENERATORS):
             self.generators.append(value)
             return str(kind)
@@ -275,7 +278,7 @@ class _Snapshot:
 
 # Code that has no global variables that users change.
 _LIBRARIES = (
-    "builtins", "torch", "torchvision", "transformers", "timm", "peft", "accelerate", __name__.partition(".")[0],
+    "builtins", "torch", "torchvision", "transformers", "timm", "peft", "accelerate", _OWN,
 )  # fmt: skip
 
 

@@ -86,7 +86,7 @@ class LayoutFinder:
         self._kept: dict[str, list[Tensor | None]] | None = None
         self._history = PassHistory()
         self._alone: BoundedCache[Hashable, LayoutRecord] = BoundedCache(_MOST_TRACES)
-        self._state = ModelState(ignored=self._layers.__contains__)
+        self._state = ModelState(ignored=_is_own)
         # What the last traced pass was given, and how often a traced pass differed from the one before in one thing.
         self._given: dict[str, Hashable] = {}
         self._num_values: Counter[str] = Counter()
@@ -117,7 +117,6 @@ class LayoutFinder:
         self.detach()
         self._model = weakref.ref(model)
         self._layers = weakref.WeakSet(layers.values())
-        self._state = ModelState(ignored=self._layers.__contains__)
         self._merge_size = next((size for m in model.modules() if (size := _merge_size(m))), 1)
         around = {""}
         for name in layers:
@@ -452,6 +451,11 @@ class _After:
             self.finder.after(module)
         elif self.is_root:
             self.finder.compiled_paddings = {}
+
+
+def _is_own(module: nn.Module) -> bool:
+    """Whether a module is a layer of this package, whose attributes decide nothing about the model."""
+    return isinstance(module.__dict__.get("finder"), LayoutFinder)
 
 
 def _merge_size(module: nn.Module) -> int:
