@@ -1,6 +1,7 @@
 """Where tokens lie is followed from the image, not guessed from their number: cases in which a guess goes wrong."""
 
 import copy
+import itertools
 import random
 import threading
 import warnings
@@ -487,6 +488,28 @@ def test_a_pass_with_decisions_is_run_again_with_its_own_layouts(way):
         expected = gradients_of(model, run)
     assert largest_difference(gradients_of(model, run), expected) < 1e-4
     assert largest_difference(gradients_of(adapted(Checkpointed(), r=3), run), expected) > 1e-2
+
+
+def test_sizes_that_change_unseen_are_exact_and_told_if_that_lasts():
+    sizes = itertools.cycle([SIDE, 4])
+
+    def crop(tokens):
+        return tokens.unflatten(1, (SIDE, SIDE))[:, : next(sizes)].flatten(1, 2)
+
+    model = adapted(Net(crop))
+    with pytest.warns(UserWarning, match="blocks.0.fc uses exact backpropagation in some of the forward passes"):
+        for _ in range(6):
+            low = gradients(model, images())
+    with exact_backward(model):
+        next(sizes)
+        assert largest_difference(low, gradients(model, images())) == 0
+
+
+def test_layers_that_were_left_out_are_listed():
+    model = adapted(tiny_vit(), target_modules=["fc1"])
+    left_out = verify_layout(model, {"pixel_values": images()}).left_out
+    assert {name.rpartition(".")[2] for name in left_out} == {"fc2", "q_proj", "k_proj", "v_proj", "o_proj"}
+    assert not verify_layout(adapted(tiny_vit()), {"pixel_values": images()}).left_out
 
 
 def test_numbers_held_by_tensors_lose_the_tokens_that_they_move():
