@@ -33,7 +33,9 @@ from lbp_peft import TokenLayout  # noqa: E402
 from lbp_peft.bases.packed import PackedLayout  # noqa: E402
 
 # Adapted and low-rank layers in the version of 2026-11-23, which recognised a grid by the number of its tokens.
-BY_COUNTS = json.loads((DOCS / "results" / "low_rank_by_counts.json").read_text())
+BY_COUNTS = json.loads(
+    (DOCS.parent / "examples" / "benchmarks" / "results" / "0.1.0" / "low_rank_by_counts.json").read_text()
+)
 BEGIN, END = "<!-- written by models_table.py: begin -->", "<!-- end -->"
 
 
