@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.packed import PackedLayout
-from ..encoder import is_pointwise_conv, is_supported
+from ..layer_types import layer_type_of
 from ..layout import LayoutFinder
 from ..layout.positions import column_of, row_of
 from ..ops.linear import as_tokens
 from ..projection import Projection
 from .layers.base import LBPWHTLayer
+from .layers.conv1x1 import is_pointwise_conv
 
 # The places where images are changed, as fractions of height and width, away from the borders of patches.
 _PLACES = ((0.03, 0.03), (0.03, 0.97), (0.97, 0.03), (0.53, 0.28))
@@ -134,7 +135,7 @@ def _watching(model: nn.Module, finder: LayoutFinder) -> Iterator[list[str]]:
         for name, module in model.named_modules():
             if isinstance(module, LBPWHTLayer) or isinstance(getattr(module, "low_rank_backward", None), LBPWHTLayer):
                 stack.callback(module.register_forward_pre_hook(adapted).remove)
-            elif is_supported(module) and id(module) not in inside:
+            elif layer_type_of(module) is not None and id(module) not in inside:
                 stack.callback(module.register_forward_pre_hook(partial(look, name=name)).remove)
         yield left_out
 
