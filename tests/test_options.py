@@ -279,7 +279,7 @@ def test_warnings_stand_on_lines_of_their_own(capsys):
 def test_tables_are_at_most_120_columns_wide():
     header = ["method", "trainable", "accuracy", "step time", "saved activations", "backward mult-adds"]
     cells = ["1.36 M", "78.5 % ± 2.0", "1.00 x", "59.9 MiB", "4.63 G"]
-    label = "LoRA r=8 + LBP-WHT r=10, grad_input_rank=10, compress_activations=int8, learning_rate=1e-3"
+    label = "LoRA r=8 + LBP-WHT r=10, grad_input_rank=10, compress_activations=all, learning_rate=1e-3"
     for rows in ([["full", *cells]], [["full", *cells], [label, *cells]], [[label + ", more" * 20, *cells]]):
         text = aligned(header, rows)
         assert max(map(len, text.splitlines())) <= 120

@@ -80,12 +80,16 @@ def lora_config(options: Options, heads: list[str]) -> LoraConfig:
     )
 
 
+def _words(text: str) -> str | list[str] | None:
+    return text.split("/") if "/" in text else text or None
+
+
 def lbp_wht_config(options: Options, **settings: Any) -> LBPWHTConfig:
     return LBPWHTConfig(
         r=options.r,
         grad_input_rank=options.grad_input_rank,
         grad_input_dtype=options.grad_input_dtype,
-        compress_activations=options.compress_activations or None,
+        compress_activations=_words(options.compress_activations),
         block_size=options.block_size,
         selection=options.selection,
         boundary=options.boundary,

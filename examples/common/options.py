@@ -151,7 +151,7 @@ class Options(DataOptions):
         "LBP-WHT: `full` for exact input gradients, `int8`, `bf16` or `fp8` for rounded ones, `auto` for the fastest.",
     )
     compress_activations: str = option(
-        "", "LBP-WHT: `int8` has activation functions and norms keep less. (default: they keep all)"
+        "", "LBP-WHT: what is saved in few bits: `all`, or words joined by a slash. (default: nothing)"
     )
     block_size: int = option(8, "LBP-WHT: order of the transform, in patches.")
     selection: str = option("lp_l1", "LBP-WHT: which bases are kept, lp_l1 or lp_linf.")
