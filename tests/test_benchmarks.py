@@ -14,8 +14,8 @@ from benchmarks import methods, projections, single_layers, training_step
 from benchmarks.floors import Rates, Work, measure_rates
 from benchmarks.methods import NotAvailable, adapted, default_methods, words
 from benchmarks.models import MODELS, Model
-from benchmarks.peak_memory import allocated
-from common.timing import interleaved, quartiles, ratios, rounds_within
+from lbp_peft.measure.memory import allocated
+from lbp_peft.measure.timing import interleaved, quartiles, ratios, rounds_within
 from models import tiny_vit
 from torch import nn
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.timing import interleaved, now, quartiles
+from lbp_peft.measure.timing import interleaved, now, quartiles
 
 from benchmarks.environment import environment, in_words, write_record
 from benchmarks.floors import measure_rates

@@ -18,7 +18,7 @@ import torch
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.timing import interleaved, now, quartiles, ratios
+from lbp_peft.measure.timing import interleaved, now, quartiles, ratios
 
 from benchmarks.environment import environment, in_words, write_record
 from benchmarks.tables import aligned, number

@@ -23,7 +23,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.timing import interleaved, now, quartiles, ratios, touch
+from lbp_peft.measure.timing import interleaved, now, quartiles, ratios, touch
 
 from benchmarks.environment import environment, in_words, write_record
 from benchmarks.floors import Rates, Work, measure_rates

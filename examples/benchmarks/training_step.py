@@ -23,12 +23,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.timing import interleaved, now, quartiles, ratios, rounds_within, touch
+from lbp_peft.measure.timing import interleaved, now, quartiles, ratios, rounds_within, touch
 
 from benchmarks.environment import environment, in_words, write_record
 from benchmarks.methods import NotAvailable, adapted, default_methods, words
 from benchmarks.models import MODELS, Batch, Model
-from benchmarks.peak_memory import allocated
+from lbp_peft.measure.memory import allocated
 from benchmarks.tables import aligned, number
 from lbp_peft.measure import multiply_adds, saved_activations
 

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from lbp_peft.measure import multiply_adds, saved_activations
 
 from .models import trainable_parameters
-from .timing import interleaved, now, ratios, touch
+from lbp_peft.measure.timing import interleaved, now, ratios, touch
 
 
 @dataclass
