@@ -9,9 +9,12 @@ Importing the package registers the method with PEFT:
 """
 
 from . import tuner  # noqa: F401  first: it registers the method
+from . import measure
 from .bases.basis_set import BasisSet, LayoutError, TokenLayout
 from .layout import GridMismatchError
+from .measure.gradients import GradientQuality, gradient_quality
 from .ops.linear import low_rank_linear
+from .recommendation import BudgetError, Recommendation, recommend
 from .tuner.config import LBPWHTConfig
 from .tuner.layers.base import LBPWHTLayer
 from .tuner.layers.linear import LBPWHTLinear
@@ -23,6 +26,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BasisSet",
+    "BudgetError",
+    "GradientQuality",
     "GridMismatchError",
     "LBPWHTConfig",
     "LBPWHTLayer",
@@ -31,9 +36,13 @@ __all__ = [
     "LayoutCheck",
     "LayoutError",
     "LayoutReport",
+    "Recommendation",
     "TokenLayout",
     "exact_backward",
+    "gradient_quality",
     "layout_report",
     "low_rank_linear",
+    "measure",
+    "recommend",
     "verify_layout",
 ]

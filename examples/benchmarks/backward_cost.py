@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.environment import environment, in_words
+from lbp_peft.environment import environment, in_words
 from benchmarks.methods import lbp_wht, lora
 from benchmarks.models import MODELS, efficientformer_l1
 from benchmarks.tables import aligned, number

@@ -33,7 +33,7 @@ from common.options import option, parse
 from common.places import local_folder
 from common.terminal import plain_messages
 
-from benchmarks.environment import environment, in_words, write_record
+from lbp_peft.environment import environment, in_words, write_record
 from benchmarks.methods import WORDS
 from benchmarks.tables import aligned
 from lbp_peft import LBPWHTConfig, LBPWHTLinear, exact_backward

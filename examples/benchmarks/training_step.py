@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from lbp_peft.measure.timing import interleaved, now, quartiles, ratios, rounds_within, touch
 
-from benchmarks.environment import environment, in_words, write_record
+from lbp_peft.environment import environment, in_words, write_record
 from benchmarks.methods import NotAvailable, adapted, default_methods, words
 from benchmarks.models import MODELS, Batch, Model
 from lbp_peft.measure.memory import allocated

@@ -33,7 +33,8 @@ class GradientQuality:
     """The gradients of a training step beside the exact ones; print it for a table of the worst tensors.
 
     Attributes:
-        cosine, norm_ratio: Of all trained tensors in layers with LBP-WHT together, as if they were one vector.
+        cosine, norm_ratio: Of all trained matrices in layers with LBP-WHT together, as if they were one vector. Biases,
+            whose gradients are exact but for what comes from later layers, do not count.
         tensors: Name of each trained tensor with a gradient, the head's included -> its [`TensorQuality`].
     """
 
@@ -78,7 +79,11 @@ def gradient_quality(model: nn.Module, batch: Any, loss_fn: LossFunction | None 
     from ..tuner.layers.base import LBPWHTLayer
     from ..tuner.report import exact_backward
 
-    adapted = [f"{name}." for name, module in model.named_modules() if isinstance(module, LBPWHTLayer)]
+    adapted = [
+        f"{name.removesuffix('.low_rank_backward')}."  # which stands inside a layer of another method
+        for name, module in model.named_modules()
+        if isinstance(module, LBPWHTLayer)
+    ]
     if not adapted:
         raise ValueError("The model has no LBP-WHT layers: its gradients are exact as they are.")
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -98,7 +103,7 @@ def gradient_quality(model: nn.Module, batch: Any, loss_fn: LossFunction | None 
         with exact_backward(model):
             exact = gradients()
         found = gradients()
-    return compare(found, exact, [name for name in exact if name.startswith(tuple(adapted))])
+    return compare(found, exact, [name for name in exact if name.startswith(tuple(adapted)) and exact[name].dim() > 1])
 
 
 def compare(found: dict[str, Tensor], exact: dict[str, Tensor], counted: Iterable[str]) -> GradientQuality:

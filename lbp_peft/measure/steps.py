@@ -68,7 +68,7 @@ def step_cost(model: nn.Module, batch: Any, loss_fn: LossFunction | None = None,
         steps: How many are timed, after one that counts.
 
     Raises:
-        ValueError: the model returns no loss, or trains nothing, or `steps` is below 1.
+        ValueError: the model returns no loss, or trains nothing, or its gradients are not finite, or `steps` is below 1.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
@@ -86,6 +86,7 @@ def step_cost(model: nn.Module, batch: Any, loss_fn: LossFunction | None = None,
         with multiply_adds() as backward:
             loss.backward()
         del loss
+        check_finite(optimiser)
         optimiser.step()
         optimiser.zero_grad()
         with peak_memory(device) as peak:
@@ -99,6 +100,17 @@ def step_cost(model: nn.Module, batch: Any, loss_fn: LossFunction | None = None,
 def idle_optimiser(trained: list[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW that does all its work and changes no weight, since its learning rate is 0."""
     return torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
+
+
+def check_finite(optimiser: torch.optim.Optimizer) -> None:
+    """Stop before a step that would do harm: a learning rate of 0, times a gradient that is not finite, is not 0.
+
+    Raises:
+        ValueError: a gradient is infinite or not a number.
+    """
+    gradients = [p.grad for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
+    if gradients and not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
+        raise ValueError("the gradients of the batch are not finite")
 
 
 def timed_step(
@@ -118,8 +130,10 @@ def timed_step(
     loss.backward()
     del loss
     end = now()
+    check_finite(optimiser)
+    begin = now()
     optimiser.step()
     last = now()
     if clear:
         optimiser.zero_grad(set_to_none=True)
-    return middle - start, end - middle, last - end
+    return middle - start, end - middle, last - begin

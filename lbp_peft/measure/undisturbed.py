@@ -46,6 +46,15 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
+def tensors_in(batch: Any) -> Iterator[Tensor]:
+    """The tensors of a batch, searched as by [`to_device`]."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, (Mapping, list, tuple)):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from tensors_in(value)
+
+
 def device_of(model: nn.Module) -> torch.device:
     """The device of the model's first parameter."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
