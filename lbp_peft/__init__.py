@@ -8,8 +8,10 @@ Importing the package registers the method with PEFT:
     model = get_peft_model(vit, LBPWHTConfig(r=10, modules_to_save=["classifier"]))
 """
 
-from . import tuner  # noqa: F401  first: it registers the method
-from . import measure
+from . import (
+    measure,
+    tuner,  # noqa: F401  first: it registers the method
+)
 from .bases.basis_set import BasisSet, LayoutError, TokenLayout
 from .layout import GridMismatchError
 from .measure.gradients import GradientQuality, gradient_quality

@@ -17,7 +17,9 @@ def head_modules(model: nn.Module) -> list[str]:
     """
     prefix = getattr(model, "base_model_prefix", None)
     if isinstance(prefix, str):
-        names = [name for name, child in model.named_children() if name not in (prefix, "backbone") and _has_weights(child)]
+        names = [
+            name for name, child in model.named_children() if name not in (prefix, "backbone") and _has_weights(child)
+        ]
         return _without_nesting(model, names) if names else []
     classifiers: Any = (getattr(model, "pretrained_cfg", None) or {}).get("classifier")  # timm's
     names = [classifiers] if isinstance(classifiers, str) else list(classifiers or [])

@@ -16,10 +16,10 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from lbp_peft import LBPWHTConfig
+from lbp_peft.loading.terminal import cause_of
 
 from .models import head_modules
 from .options import Options
-from .terminal import cause_of
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,9 @@ class GradientQuality:
         ordered = sorted(self.tensors.items(), key=lambda item: item[1].cosine)
         lines += [f"  {own.cosine:.4f}  {own.norm_ratio:.3f}  {name}" for name, own in ordered[:_SHOWN]]
         if len(ordered) > _SHOWN:
-            lines.append(f"  and {len(ordered) - _SHOWN} tensors with cosines of at least {ordered[_SHOWN][1].cosine:.4f}")
+            lines.append(
+                f"  and {len(ordered) - _SHOWN} tensors with cosines of at least {ordered[_SHOWN][1].cosine:.4f}"
+            )
         return "\n".join(lines)
 
 

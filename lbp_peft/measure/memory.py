@@ -69,7 +69,9 @@ def resident_now() -> dict[str, int]:
     """The resident set of this process in bytes: VmRSS and its peak VmHWM; on Linux also RssAnon and RssFile, its parts."""
     if _STATUS.exists():
         lines = (line.partition(":") for line in _STATUS.read_text().splitlines())
-        return {key: 1024 * int(value.split()[0]) for key, _, value in lines if key.startswith(("VmRSS", "VmHWM", "Rss"))}
+        return {
+            key: 1024 * int(value.split()[0]) for key, _, value in lines if key.startswith(("VmRSS", "VmHWM", "Rss"))
+        }
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

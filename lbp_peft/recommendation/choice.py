@@ -142,9 +142,7 @@ def verdict(chosen: Trial, is_lora: bool, rule: str, reference: Reference, devic
     if exact is None:
         return f"{chosen.label}: {rule}. {'LoRA' if is_lora else 'Full fine-tuning'} could not be measured here."
     if chosen.label == exact.label:
-        return (
-            f"Nothing that was tried is better on this {device} by that rule: {rule}. Keep {exact.label}, without LBP-WHT."
-        )
+        return f"Nothing that was tried is better on this {device} by that rule: {rule}. Keep {exact.label}, without LBP-WHT."
     time, memory = chosen.seconds / exact.seconds, chosen.peak_bytes / exact.peak_bytes
     gained = [*_gain(time, "of the step time"), *_gain(memory, "of the peak memory")]
     lost = [*_loss(time, "longer steps"), *_loss(memory, "more memory")]
@@ -153,9 +151,7 @@ def verdict(chosen: Trial, is_lora: bool, rule: str, reference: Reference, devic
     equal = "" if lost else "" if len(gained) == 2 else _equal(time, exact.label)
     at = f", at {' and '.join(lost)}" if lost else ""
     quality = f" Its gradients have a cosine of {chosen.cosine:.2f} with the exact ones." if chosen.cosine else ""
-    return (
-        f"It has {rule}. On this {device} {equal}what you gain over {exact.label} is {' and '.join(gained)}{at}.{quality}"
-    )
+    return f"It has {rule}. On this {device} {equal}what you gain over {exact.label} is {' and '.join(gained)}{at}.{quality}"
 
 
 def _equal(time: float, exact: str) -> str:

@@ -167,5 +167,7 @@ class WorkerError(RuntimeError):
 
 def _bytes_of(job: Job) -> int:
     """Of the model and the batches."""
-    storages = (tensor.untyped_storage() for tensor in (*job.model.parameters(), *job.model.buffers(), *tensors_in(job.batches)))
+    storages = (
+        tensor.untyped_storage() for tensor in (*job.model.parameters(), *job.model.buffers(), *tensors_in(job.batches))
+    )
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

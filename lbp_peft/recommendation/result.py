@@ -86,12 +86,15 @@ class Recommendation:
         """One row for each setting, at most 100 columns wide, and what the columns mean."""
         metrics = ["step ms", "/full", "/LoRA", "peak MiB", "/full", "/LoRA", "saved MiB", "/full", "/LoRA", "cosine"]
         rows = [self._row(trial) for trial in self.trials.values() if not trial.failure]
-        widths = [max(map(len, column)) for column in zip(*(row[2:] for row in rows), strict=True)] if rows else [4] * 10
+        widths = (
+            [max(map(len, column)) for column in zip(*(row[2:] for row in rows), strict=True)] if rows else [4] * 10
+        )
         heading = [_two_lines(metric) for metric in metrics]
         widths = [max(own, len(upper), len(lower)) for own, (upper, lower) in zip(widths, heading, strict=True)]
         label = WIDTH - 2 - sum(widths) - len(widths)
         lines = [
-            f"  {name:<{label}} " + " ".join(f"{pair[line]:>{width}}" for pair, width in zip(heading, widths, strict=True))
+            f"  {name:<{label}} "
+            + " ".join(f"{pair[line]:>{width}}" for pair, width in zip(heading, widths, strict=True))
             for line, name in enumerate(("", "setting"))
         ]
         lines.append("-" * WIDTH)
@@ -117,7 +120,9 @@ class Recommendation:
     def _legend(self) -> list[str]:
         text = [
             "",
-            "step: forward, backward and AdamW" + ("; ~ from a single step" if self._any("is_timed", False) else "") + ".",
+            "step: forward, backward and AdamW"
+            + ("; ~ from a single step" if self._any("is_timed", False) else "")
+            + ".",
             "peak: the most memory at once, weights, gradients and AdamW's state included"
             + (f"; {self.libraries_bytes / _MIB:.0f} MiB of it are" if self.libraries_bytes else "."),
             *(["      Python and its libraries."] if self.libraries_bytes else []),
@@ -297,7 +302,9 @@ def _of_lora(config: Any) -> dict[str, Any]:
 
 
 def _arguments(settings: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={json.dumps(value) if isinstance(value, (str, list)) else value}" for name, value in settings.items())
+    return ", ".join(
+        f"{name}={json.dumps(value) if isinstance(value, (str, list)) else value}" for name, value in settings.items()
+    )
 
 
 def _plain(value: Any) -> Any:

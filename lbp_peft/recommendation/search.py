@@ -21,7 +21,7 @@ from ..measure.timing import interleaved, ratios
 from ..measure.undisturbed import LossFunction, device_of, to_device, undisturbed
 from .bounds import Bounds
 from .candidates import CANDIDATES, PLAIN, SETTINGS, Candidate, compiled, sharing_copy
-from .choice import Reference, choose, in_the_running, verdict
+from .choice import Reference, in_the_running
 from .processes import Apart, Here, WorkerError
 from .result import Recommendation
 from .trial import UNEXPECTED, Job, Trial
@@ -216,7 +216,9 @@ class _Search:
             warnings.simplefilter("ignore")
             runs = [self._step(self.candidates[trial.label], device) for trial in chosen]
             single = sum(trial.seconds for trial in chosen)
-            bar = tqdm(self._rounds(single), desc="step times", total=_MOST_ROUNDS, leave=False, disable=not self.progress)
+            bar = tqdm(
+                self._rounds(single), desc="step times", total=_MOST_ROUNDS, leave=False, disable=not self.progress
+            )
             times = interleaved(runs, bar)
         if not times[0]:
             return
@@ -235,7 +237,11 @@ class _Search:
     def _to_be_timed(self) -> list[Trial]:
         reference = self.reference
         first = [trial for trial in (reference.full, reference.lora) if trial is not None]
-        own = [trial for trial in in_the_running(list(self.trials.values())) if self.candidates[trial.label].lora is self.lora]
+        own = [
+            trial
+            for trial in in_the_running(list(self.trials.values()))
+            if self.candidates[trial.label].lora is self.lora
+        ]
         others = sorted(
             (trial for trial in own if trial not in first and (trial.cosine or 1) >= self.bounds.least_cosine),
             key=self._rank,
@@ -261,7 +267,13 @@ class _Search:
                 trial.peak_bytes / self.bounds.most_memory(full and full.peak_bytes),
                 trial.seconds / self.bounds.most_seconds(full and full.seconds),
             )
-        price = trial.seconds if self.bounds.memory else trial.peak_bytes if self.bounds.step_time else trial.seconds * trial.peak_bytes
+        price = (
+            trial.seconds
+            if self.bounds.memory
+            else trial.peak_bytes
+            if self.bounds.step_time
+            else trial.seconds * trial.peak_bytes
+        )
         return price * (1000 if over > 1 else 1)
 
     def _rounds(self, seconds: float) -> Iterable[int]:
