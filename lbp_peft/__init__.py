@@ -13,6 +13,7 @@ from . import (
     tuner,  # noqa: F401  first: it registers the method
 )
 from .bases.basis_set import BasisSet, LayoutError, TokenLayout
+from .callback import LBPWHTCallback
 from .layout import GridMismatchError
 from .measure.gradients import GradientQuality, gradient_quality
 from .ops.linear import low_rank_linear
@@ -31,6 +32,7 @@ __all__ = [
     "BudgetError",
     "GradientQuality",
     "GridMismatchError",
+    "LBPWHTCallback",
     "LBPWHTConfig",
     "LBPWHTLayer",
     "LBPWHTLinear",

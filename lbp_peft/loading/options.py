@@ -105,6 +105,11 @@ class DataOptions:
             )
 
     @property
+    def names_inputs(self) -> bool:
+        """Whether a model and data are named."""
+        return bool(self.model) and bool(self.dataset) != bool(self.train_files)
+
+    @property
     def needs_validation(self) -> bool:
         """Whether something is chosen by the score on validation images."""
         return False
@@ -220,7 +225,13 @@ def as_size(sides: int | list[int] | tuple[int, ...] | None) -> tuple[int, int] 
     return height, rest[0] if rest else height
 
 
-def parse(kind: type[DataOptions], defaults: Path | None, description: str, arguments: list[str] | None = None) -> Any:
+def parse(
+    kind: type[DataOptions],
+    defaults: Path | None,
+    description: str,
+    arguments: list[str] | None = None,
+    prog: str | None = None,
+) -> Any:
     """Read the options: flags, over `--config`, over the embedded example where no model or data is named.
 
     Args:
@@ -228,12 +239,13 @@ def parse(kind: type[DataOptions], defaults: Path | None, description: str, argu
         defaults: YAML file of the embedded example; None where there is none, so that model and data must be named.
         description: Of the program.
         arguments: Flags; None takes those of the command line.
+        prog: The program's name; None: that of its file.
 
     Raises:
         SystemExit: with code 2, after one line that says what is wrong, and with 0 after --help.
     """
     epilog = f"The embedded example has defaults of its own: {defaults.name}." if defaults else None
-    parser = Parser(kind, description=description, epilog=epilog)
+    parser = Parser(kind, description=description, epilog=epilog, prog=prog)
     try:
         return _read(parser, sys.argv[1:] if arguments is None else arguments, defaults)
     except ValueError as error:
@@ -249,7 +261,7 @@ def _read(parser: Parser, arguments: list[str], defaults: Path | None) -> Any:
     options.check_together()
     if defaults and not (options.model or options.dataset or options.train_files):
         return parser.options([*parser.flags_of(defaults), *arguments])
-    if not options.model or bool(options.dataset) == bool(options.train_files):
+    if not options.names_inputs:
         otherwise = " (or none of them for the embedded example)" if defaults else ""
         parser.error(f"give --model together with either --dataset or --train_files{otherwise}")
     return options
