@@ -53,7 +53,8 @@ class Options(DataOptions):
     # Methods
     methods: list[str] = option(
         ["full", "lora", "lora+lbp-wht", "lbp-wht", "lbp-wht-paper"],
-        "What to compare: full, lora, lora+lbp-wht, lbp-wht, lbp-wht-paper. A method may carry options of its own: "
+        "What to compare: full, lora, lora+lbp-wht, lbp-wht, lbp-wht-paper, or recommended, which is what "
+        "`lbp-peft recommend` found (--recommendation). A method may carry options of its own: "
         "lbp-wht:r=3 or lora:lora_r=4,lora_learning_rate=2e-3.",
     )
     r: int = option(10, "LBP-WHT: Walsh-Hadamard bases per block.")
@@ -72,6 +73,12 @@ class Options(DataOptions):
     lora_alpha: int = option(16, "LoRA: scale of the update, times its rank.")
     lora_target_modules: list[str] | None = option(None, "LoRA: what to adapt. (default: all linear but the head)")
     head_modules: list[str] | None = option(None, "Modules trained in full. (default: all outside the base model)")
+    gradient_checkpointing: bool = option(
+        False, "Compute activations again in the backward pass: less memory, longer steps."
+    )
+    recommendation: str = option(
+        "runs/recommendation/recommendation.json", "What --methods recommended takes: a file of `lbp-peft recommend`."
+    )
 
     horizontal_flip: bool = option(True, "Augmentation: mirror half of the training images.")
     min_crop: float = option(0.6, "Augmentation: smallest part of the area that a random crop keeps; 1 crops nothing.")

@@ -83,7 +83,7 @@ def _in_full(bound: float | None, is_relative: bool, full: float | None, name: s
 
 
 def _ratio(text: str) -> float | None:
-    match = re.fullmatch(r"(\d*\.?\d+)\s*[xX×]", text.strip())
+    match = re.fullmatch(r"(\d*\.?\d+)\s*[xX]", text.strip())
     return float(match[1]) if match else None
 
 
