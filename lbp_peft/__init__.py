@@ -16,7 +16,8 @@ from .bases.basis_set import BasisSet, LayoutError, TokenLayout
 from .callback import LBPWHTCallback
 from .layout import GridMismatchError
 from .measure.gradients import GradientQuality, gradient_quality
-from .ops.linear import low_rank_linear
+from .ops.linear import Branch, low_rank_linear
+from .ops.plan import BackwardPlan, ExactProduct, FixedBasis, InputGradient
 from .recommendation import BudgetError, Recommendation, recommend
 from .tuner.config import LBPWHTConfig
 from .tuner.layers.base import LBPWHTLayer
@@ -28,10 +29,15 @@ from .tuner.verify import LayoutCheck, verify_layout
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackwardPlan",
     "BasisSet",
+    "Branch",
     "BudgetError",
+    "ExactProduct",
+    "FixedBasis",
     "GradientQuality",
     "GridMismatchError",
+    "InputGradient",
     "LBPWHTCallback",
     "LBPWHTConfig",
     "LBPWHTLayer",

@@ -19,13 +19,13 @@ from .measure.undisturbed import LossFunction, device_of
 class LBPWHTCallback(TrainerCallback):
     """Measures, every so many steps, how close the gradients are to exact ones, on the batch of the step.
 
-    Training is not disturbed: with and without the callback it gives the same weights, bit for bit. Each measurement takes
-    two more forward and backward passes, and memory for two more sets of gradients. Under DDP every process measures its
-    own batch, and the first one's values are logged. Models whose parameters are sharded (FSDP, ZeRO-3) are not measured,
-    which one warning says.
+    Training is not disturbed: with and without the callback it gives the same weights, bit for bit. Each measurement
+    takes two more forward and backward passes, and memory for two more sets of gradients. Under DDP every process
+    measures its own batch, and the first one's values are logged. Models whose parameters are sharded (FSDP, ZeRO-3)
+    are not measured, which one warning says.
 
-    The values `lbp_wht/gradient_cosine`, `lbp_wht/gradient_norm_ratio` and `lbp_wht/peak_memory_mib` go into the trainer's
-    `state.log_history`, and into its next log, which callbacks after this one see.
+    The values `lbp_wht/gradient_cosine`, `lbp_wht/gradient_norm_ratio` and `lbp_wht/peak_memory_mib` go into the
+    trainer's `state.log_history`, and into its next log, which callbacks after this one see.
 
     Args:
         every: Steps between measurements; the first is made in step 1.
@@ -88,8 +88,8 @@ class LBPWHTCallback(TrainerCallback):
             state.log_history.append({**self._to_log, "step": state.global_step})
             if quality.cosine < self.min_cosine:
                 self._warn(
-                    f"In step {state.global_step} the gradients have a cosine of {quality.cosine:.2f} with the exact ones, "
-                    f"below {self.min_cosine:g}. The worst is that of {quality.worst}, "
+                    f"In step {state.global_step} the gradients have a cosine of {quality.cosine:.2f} with the exact "
+                    f"ones, below {self.min_cosine:g}. The worst is that of {quality.worst}, "
                     f"{quality.tensors[quality.worst].cosine:.2f}. A larger r, or an exact input gradient, brings them "
                     "closer; lbp_peft.recommend compares settings."
                 )

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from models import gradients, images, largest_difference, layers_of, outputs, train
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from plans import plan_of
 from torch import nn
 
 from lbp_peft import BasisSet, LBPWHTConfig, layout_report
@@ -39,7 +40,7 @@ def tokens(image):
 def test_gradients_are_the_references(grid, ranks, memory_format):
     x, weight, bias, grad = problem(grid)
     inner = x.contiguous(memory_format=memory_format)
-    y = low_rank_pointwise_conv(inner, weight, bias, *map(bases, ranks))
+    y = low_rank_pointwise_conv(inner, weight, bias, plan=plan_of(None, *map(bases, ranks)))
     assert torch.equal(y, F.conv2d(inner, weight, bias))
     found = torch.autograd.grad(y, (weight, x, bias), grad.contiguous(memory_format=memory_format))
     r, r_input = ranks
@@ -54,11 +55,11 @@ def test_gradients_are_the_references(grid, ranks, memory_format):
 def test_under_autocast_and_in_second_order():
     x, weight, bias, grad = problem((8, 8), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        y = low_rank_pointwise_conv(x, weight, bias, BasisSet(10), BasisSet(10))
+        y = low_rank_pointwise_conv(x, weight, bias, plan=plan_of(None, BasisSet(10), BasisSet(10)))
         assert torch.equal(y, F.conv2d(x, weight, bias))
     found = torch.autograd.grad(y, (x, weight, bias), grad.bfloat16())
     assert all(g.dtype == torch.float32 for g in found)
-    y = low_rank_pointwise_conv(x, weight, bias, BasisSet(3))
+    y = low_rank_pointwise_conv(x, weight, bias, plan=plan_of(None, BasisSet(3)))
     (first,) = torch.autograd.grad(y, weight, grad, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         first.sum().backward()
@@ -69,7 +70,7 @@ def test_under_autocast_and_in_second_order():
 def test_an_empty_batch_has_gradients_of_zero(ranks, precision):
     x, weight, bias, _ = problem((8, 8), torch.float32)
     x = x.detach()[:0].requires_grad_()
-    y = low_rank_pointwise_conv(x, weight, bias, *map(bases, ranks), precision=Precision(precision))
+    y = low_rank_pointwise_conv(x, weight, bias, plan=plan_of(None, *map(bases, ranks), precision=Precision(precision)))
     found = torch.autograd.grad(y.sum(), (x, weight, bias))
     assert found[0].shape == x.shape and not any(g.count_nonzero() for g in found)
 
@@ -109,7 +110,7 @@ X = images(2, 32, 48)
 
 
 def test_the_layer_in_a_model(tmp_path):
-    model = get_peft_model(base(), LBPWHTConfig(r=3, grad_input=3, **TARGETS))
+    model = get_peft_model(base(), LBPWHTConfig(r=3, grad_input_rank=3, **TARGETS))
     assert torch.equal(outputs(model, X), outputs(base(), X))
     losses = train(model, X, 5)
     assert losses[-1] < losses[0]
@@ -132,7 +133,7 @@ def test_the_layer_in_a_model(tmp_path):
 def test_full_rank_is_exact_backpropagation(rank, same):
     plain = base().train()
     plain(X).square().sum().backward()
-    model = get_peft_model(base(), LBPWHTConfig(r=rank, grad_input=rank, **TARGETS)).train()
+    model = get_peft_model(base(), LBPWHTConfig(r=rank, grad_input_rank=rank, **TARGETS)).train()
     model(X).square().sum().backward()
     for name, layer in layers_of(model).items():
         if not same and "blocks.1" in name:  # behind it is the mean over pixels: a constant, which any rank keeps
@@ -156,7 +157,7 @@ def test_strided_and_grouped_ones_are_refused():
 
 def test_stacked_on_lora_it_makes_the_input_gradient_cheap():
     lora = get_peft_model(base(), LoraConfig(r=2, target_modules=["fc1"], modules_to_save=["head"]))
-    model = get_peft_model(lora, LBPWHTConfig(r=3, grad_input=3, train_base_weight=False, target_modules=["fc2"]))
+    model = get_peft_model(lora, LBPWHTConfig(r=3, grad_input_rank=3, train_base_weight=False, target_modules=["fc2"]))
     assert all(isinstance(layer, LBPWHTPointwiseConv) for layer in layers_of(model).values())
     losses = train(model, X, 5)
     assert losses[-1] < losses[0]
@@ -176,7 +177,7 @@ def test_other_methods_on_convolutions_are_made_cheap(config, rank):
         return model.train()
 
     plain = build()
-    model = get_peft_model(build(), LBPWHTConfig(r=rank, grad_input=rank, train_base_weight=False)).train()
+    model = get_peft_model(build(), LBPWHTConfig(r=rank, grad_input_rank=rank, train_base_weight=False)).train()
     assert torch.equal(model(X), plain(X))
     difference = largest_difference(gradients(model, X), gradients(plain, X))
     assert difference < 1e-5 if rank == 64 else 1e-3 < difference < 1
@@ -190,7 +191,9 @@ def test_other_methods_on_convolutions_are_made_cheap(config, rank):
 def test_compiling_leaves_autograd_on(needs_input_grad):
     weight = torch.randn(5, 4, 1, 1, requires_grad=True)
     torch._dynamo.reset()
-    run = torch.compile(lambda x: low_rank_pointwise_conv(x, weight, None, BasisSet(3)), backend="aot_eager")
+    run = torch.compile(
+        lambda x: low_rank_pointwise_conv(x, weight, None, plan=plan_of(None, BasisSet(3))), backend="aot_eager"
+    )
     run(torch.randn(2, 4, 16, 16).requires_grad_(needs_input_grad))
     is_on = torch.is_grad_enabled()
     torch.set_grad_enabled(True)  # for the tests that follow

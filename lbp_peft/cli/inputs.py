@@ -132,9 +132,8 @@ def _source(options: InputOptions) -> tuple[Source | None, str | None]:
     task = options.task
     if task is None:
         folder = local_folder(options.dataset, "--dataset") if options.dataset else None
-        if folder is not None and any((part / "masks").is_dir() for part in (folder, *folder.iterdir())):
-            task = "segmentation"
-        elif options.mask_column:
+        in_pairs = folder is not None and any((part / "masks").is_dir() for part in (folder, *folder.iterdir()))
+        if in_pairs or options.mask_column:
             task = "segmentation"
         else:
             task = "segmentation" if len(columns_of(load_splits(options)[0], Image)) > 1 else "classification"

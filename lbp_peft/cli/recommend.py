@@ -3,8 +3,8 @@
     lbp-peft recommend --model facebook/dinov2-base --dataset my_images/ --memory 6GiB
     lbp-peft recommend --model facebook/dinov2-base --random_images 224 --step_time 0.8x --min_cosine 0.9
 
-It prints a table, the recommended setting and why, and the configuration as Python; and writes the same as JSON and YAML,
-which the example programs read (--config), with a figure. How it measures and chooses: docs/choosing-settings.md.
+It prints a table, the recommended setting and why, and the configuration as Python. It writes the same as JSON, as
+YAML, which the example programs read (--config), and a figure. How it chooses: docs/choosing-settings.md.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """The most memory that a training step needs at once.
 
 Two figures are of use. [`peak_memory`] is the real one, weights and all: on a GPU what PyTorch's allocator has handed
-out, on a CPU the largest resident set of the process. [`allocated`] counts what tensors alone need beyond what was there
-before, exactly and repeatably, which tells two programs apart by a few kilobytes; memory that libraries use beside
-PyTorch, and memory that was freed but stays with the process, are not in it.
+out, on a CPU the largest resident set of the process. [`allocated`] counts what tensors alone need beyond what was
+there before, exactly and repeatably, which tells two programs apart by a few kilobytes; memory that libraries use
+beside PyTorch, and memory that was freed but stays with the process, are not in it.
 """
 
 from __future__ import annotations
@@ -66,7 +66,10 @@ def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
 
 
 def resident_now() -> dict[str, int]:
-    """The resident set of this process in bytes: VmRSS and its peak VmHWM; on Linux also RssAnon and RssFile, its parts."""
+    """The resident set of this process in bytes: VmRSS and its peak VmHWM.
+
+    On Linux also its parts, RssAnon and RssFile.
+    """
     if _STATUS.exists():
         lines = (line.partition(":") for line in _STATUS.read_text().splitlines())
         return {

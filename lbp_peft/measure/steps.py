@@ -23,8 +23,8 @@ class StepCost:
     Attributes:
         forward, backward, optimiser: Seconds of each part, medians of the timed steps.
         saved_bytes: What the forward pass saves for the backward pass, parameters and buffers not counted.
-        peak_bytes: The most memory in use at once, with weights, gradients and the state of the optimiser: on a GPU what
-            PyTorch's allocator has handed out, on a CPU the resident set of this process, whatever else it holds
+        peak_bytes: The most memory in use at once, with weights, gradients and the state of the optimiser: on a GPU
+            what PyTorch's allocator has handed out, on a CPU the resident set of this process, whatever else it holds
             included.
         forward_multiply_adds, backward_multiply_adds: Of matrix products, convolutions and attention.
         trained_parameters: The number of trained values.
@@ -45,7 +45,7 @@ class StepCost:
         return self.forward + self.backward + self.optimiser
 
     def __str__(self) -> str:
-        parts = f"forward {1e3 * self.forward:.0f}, backward {1e3 * self.backward:.0f}, optimiser {1e3 * self.optimiser:.0f}"
+        parts = ", ".join(f"{name} {1e3 * getattr(self, name):.0f}" for name in ("forward", "backward", "optimiser"))
         return (
             f"step {1e3 * self.seconds:.0f} ms ({parts}), peak memory {self.peak_bytes / 2**20:.0f} MiB, saved "
             f"activations {self.saved_bytes / 2**20:.0f} MiB, multiply-adds {self.forward_multiply_adds / 1e9:.1f} G "
@@ -68,7 +68,7 @@ def step_cost(model: nn.Module, batch: Any, loss_fn: LossFunction | None = None,
         steps: How many are timed, after one that counts.
 
     Raises:
-        ValueError: the model returns no loss, or trains nothing, or its gradients are not finite, or `steps` is below 1.
+        ValueError: the model returns no loss or trains nothing, its gradients are not finite, or `steps` is below 1.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:

@@ -95,7 +95,8 @@ def _memory(given: str | float) -> tuple[float, bool]:
     match = re.fullmatch(r"(\d*\.?\d+)\s*([KMGT]?I?)B?", given.strip().upper())
     if not match or match[2] not in _BYTES:
         raise ValueError(
-            f"memory must be a size such as 6GiB or 800MB, or a share of full fine-tuning's such as 0.6x, got {given!r}."
+            f"memory must be a size such as 6GiB or 800MB, or a share of full fine-tuning's, such as 0.6x, got "
+            f"{given!r}."
         )
     return _positive(float(match[1]) * _BYTES[match[2]], given, "memory"), False
 
@@ -108,7 +109,8 @@ def _time(given: str | float) -> tuple[float, bool]:
     match = re.fullmatch(r"(\d*\.?\d+)\s*(ms|s)", given.strip())
     if not match:
         raise ValueError(
-            f"step_time must be a share of full fine-tuning's such as 0.8x, or a time such as 900ms or 1.2s, got {given!r}."
+            f"step_time must be a share of full fine-tuning's such as 0.8x, or a time such as 900ms or 1.2s, got "
+            f"{given!r}."
         )
     return _positive(float(match[1]) / (1000 if match[2] == "ms" else 1), given, "step_time"), False
 

@@ -90,8 +90,8 @@ SETTINGS: tuple[Candidate, ...] = (
     Candidate("LoRA + LBP-WHT r=10", {"r": 10}, lora=True),
     Candidate("LBP-WHT r=3", {"r": 3}),
     Candidate("LBP-WHT r=21", {"r": 21}),
-    Candidate("LBP-WHT r=10, dx exact", {"r": 10, "grad_input": "full"}),
-    Candidate("LBP-WHT r=10, dx r=10", {"r": 10, "grad_input": 10}),
+    Candidate("LBP-WHT r=10, dx exact", {"r": 10, "grad_input_dtype": "full"}),
+    Candidate("LBP-WHT r=10, dx r=10", {"r": 10, "grad_input_rank": 10}),
     Candidate("LoRA + LBP-WHT r=3", {"r": 3}, lora=True),
 )
 

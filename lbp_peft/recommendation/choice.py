@@ -101,7 +101,8 @@ def _nothing_within(trials: Sequence[Trial], bounds: Bounds, most_bytes: float, 
         least = min(good, key=lambda trial: trial.peak_bytes)
         parts.append(
             f"No setting with a gradient cosine of at least {bounds.least_cosine:g} keeps within "
-            f"{most_bytes / 2**20:.0f} MiB of memory. The least is {least.peak_bytes / 2**20:.0f} MiB, with {least.label}."
+            f"{most_bytes / 2**20:.0f} MiB of memory. The least is {least.peak_bytes / 2**20:.0f} MiB, with "
+            f"{least.label}."
         )
     if all(trial.seconds > most_seconds for trial in good):
         least = min(good, key=lambda trial: trial.seconds)
@@ -142,7 +143,10 @@ def verdict(chosen: Trial, is_lora: bool, rule: str, reference: Reference, devic
     if exact is None:
         return f"{chosen.label}: {rule}. {'LoRA' if is_lora else 'Full fine-tuning'} could not be measured here."
     if chosen.label == exact.label:
-        return f"Nothing that was tried is better on this {device} by that rule: {rule}. Keep {exact.label}, without LBP-WHT."
+        return (
+            f"Nothing that was tried is better on this {device} by that rule: {rule}. Keep {exact.label}, without "
+            "LBP-WHT."
+        )
     time, memory = chosen.seconds / exact.seconds, chosen.peak_bytes / exact.peak_bytes
     gained = [*_gain(time, "of the step time"), *_gain(memory, "of the peak memory")]
     lost = [*_loss(time, "longer steps"), *_loss(memory, "more memory")]
@@ -151,7 +155,12 @@ def verdict(chosen: Trial, is_lora: bool, rule: str, reference: Reference, devic
     equal = "" if lost else "" if len(gained) == 2 else _equal(time, exact.label)
     at = f", at {' and '.join(lost)}" if lost else ""
     quality = f" Its gradients have a cosine of {chosen.cosine:.2f} with the exact ones." if chosen.cosine else ""
-    return f"It has {rule}. On this {device} {equal}what you gain over {exact.label} is {' and '.join(gained)}{at}.{quality}"
+    gain = f"what you gain over {exact.label} is {' and '.join(gained)}{at}"
+    other = reference.lora
+    hint = ""
+    if not is_lora and other is not None and other.seconds < chosen.seconds and other.peak_bytes < chosen.peak_bytes:
+        hint = f" {other.label}, which trains fewer weights, takes less of both: --lora chooses among its settings."
+    return f"It has {rule}. On this {device} {equal}{gain}.{quality}{hint}"
 
 
 def _equal(time: float, exact: str) -> str:

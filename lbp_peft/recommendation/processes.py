@@ -13,7 +13,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -79,7 +79,8 @@ class Apart:
     """Tries each candidate in a process of its own.
 
     Raises:
-        WorkerError: the process cannot be started, or the model, the batches or the loss function cannot be handed to it.
+        WorkerError: the process cannot be started, or the model, the batches or the loss function cannot be handed to
+            it.
     """
 
     def __init__(self, job: Job):
@@ -148,10 +149,8 @@ class Apart:
             return
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
-            try:
+            with suppress(BrokenPipeError):
                 pipe.close()
-            except BrokenPipeError:
-                pass
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:

@@ -28,15 +28,15 @@ class Recommendation:
     """The recommended setting, and all that was measured; print it for the whole of it.
 
     Attributes:
-        config: For `peft.get_peft_model`: an [`lbp_peft.LBPWHTConfig`], a `LoraConfig`, or None where full fine-tuning is
-            best.
+        config: For `peft.get_peft_model`: an [`lbp_peft.LBPWHTConfig`], a `LoraConfig`, or None where full fine-tuning
+            is best.
         setting: The [`Candidate`] that is recommended; it tells whether gradient checkpointing goes with the
             configuration.
         reason: Why, in a sentence or two.
         trials: Label of each candidate that was tried -> what was measured of it.
         left_out: Label of each that was not tried -> why.
         notes: What else a reader has to know.
-        libraries_bytes: The resident set of a process with Python and the libraries alone, which peaks on a CPU include.
+        libraries_bytes: The resident set of a process with Python and the libraries alone; peaks on a CPU include it.
         seconds: How long the search took.
     """
 
@@ -180,7 +180,8 @@ class Recommendation:
         axes.set_xlabel("peak memory, MiB")
         axes.set_ylabel("cosine of the gradients with the exact ones")
         axes.set_title(
-            "The larger a point, the longer its step. Circles: whole weights; squares: LoRA. Ring: recommended. Lines: front.",
+            "The larger a point, the longer its step. Circles: whole weights. Squares: LoRA. Ring: recommended. "
+            "Lines: Pareto fronts.",
             fontsize=8,
         )
         figure.savefig(path, dpi=130)

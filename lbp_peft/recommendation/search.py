@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -52,17 +53,17 @@ def recommend(
     of its gradients with exact ones. On a CPU it does so in a process of its own. The best then take turns in this
     process, round after round, so that whatever else the machine does meets them all. The model is left as it was.
 
-    What is recommended is, of the settings within the bounds, the one with the shortest step if memory has a bound, with
-    the least memory if the step time has one, with the best gradients if both have, and with the least product of memory
-    and step time if neither has.
+    What is recommended is, of the settings within the bounds, the one with the shortest step if memory has a bound,
+    with the least memory if the step time has one, with the best gradients if both have, and with the least product of
+    memory and step time if neither has.
 
     Args:
         model: The plain model, on its device. PEFT adapters are put on copies.
         batches: A list of batches or a `DataLoader`, of which the first two are used. A batch is a dict of the model's
             arguments with its labels, or whatever `loss_fn` takes.
         memory: Bound of the peak memory, weights, gradients and AdamW's state included: "6GiB", "0.6x" of full
-            fine-tuning's, or bytes. On a GPU it is PyTorch's allocator's, on a CPU the resident set of a process, Python
-            and libraries included.
+            fine-tuning's, or bytes. On a GPU it is PyTorch's allocator's, on a CPU the resident set of a process,
+            Python and libraries included.
         step_time: Bound of the step time: "0.8x" of full fine-tuning's, "900ms", or seconds.
         min_cosine: The least cosine of the gradients with the exact ones; None: 0.8.
         lora: Recommend a setting that trains LoRA's factors, and not whole weights.
@@ -136,8 +137,8 @@ class _Search:
                     self._try_all(place.measure)
             except WorkerError as error:
                 self.notes.append(
-                    f"The model could not be handed to a process of its own ({error}), so peak memory is worked out from "
-                    "what PyTorch allocates, which is somewhat less than what the process takes."
+                    f"The model could not be handed to a process of its own ({error}), so peak memory is worked out "
+                    "from what PyTorch allocates, which is somewhat less than what the process takes."
                 )
         if not self.trials:
             self._try_here()
@@ -145,8 +146,6 @@ class _Search:
         return self._recommended(time.monotonic() - start)
 
     def _try_here(self) -> None:
-        import tempfile
-
         with tempfile.TemporaryDirectory() as folder:
             self.job.folder = folder
             with Here(self.job) as place:
@@ -186,9 +185,10 @@ class _Search:
             return f"cosine below {self.bounds.least_cosine:g}"
         full = self.trials.get(SETTINGS[0].label)
         relative = full.peak_bytes if full and not full.failure else None
-        if self.bounds.memory and not self.bounds.step_time and (relative or not self.bounds.memory_is_relative):
-            if plain.peak_bytes <= self.bounds.most_memory(relative):
-                return "the setting that it varies keeps within the memory, and is faster"
+        memory_alone = self.bounds.memory is not None and self.bounds.step_time is None
+        is_known = relative is not None or not self.bounds.memory_is_relative
+        if memory_alone and is_known and plain.peak_bytes <= self.bounds.most_memory(relative):
+            return "the setting that it varies keeps within the memory, and is faster"
         return ""
 
     @property

@@ -67,8 +67,8 @@ class Trial:
         peak_bytes: The most memory in use at once, with weights, gradients and AdamW's state.
         saved_bytes: What the forward pass saves for the backward pass.
         seconds: Of one training step.
-        cosine, norm_ratio: Of the gradients of the adapted layers' matrices with the exact ones, all in one vector; None where
-            there are no exact ones.
+        cosine, norm_ratio: Of the gradients of the adapted layers' matrices with the exact ones, all in one vector;
+            None where there are no exact ones.
         low_rank_layers, adapted_layers: Layers whose backward pass was not exact, of those with LBP-WHT.
         is_timed: Whether `seconds` is from rounds in which the candidates took turns; else from a single step.
         is_counted: Whether `peak_bytes` was worked out from PyTorch's allocations, and not read off a process.

@@ -18,7 +18,6 @@ from torch import nn
 from ..layout import LayoutFinder
 from .layers.base import BackwardPass, LBPWHTLayer
 
-
 # Columns of the report, and what they mean.
 COLUMNS = {
     "layer": "name in the model; {0..11} stands for the layers of that name with each of these numbers",
@@ -59,8 +58,8 @@ class LayoutReport:
         """Totals, and a table of the layers.
 
         Args:
-            verbose: One row for each layer, and what the columns mean; else one for each group of like layers whose names
-                differ in numbers alone.
+            verbose: One row for each layer, and what all columns mean; else one row for each group of like layers, whose
+                names differ in numbers alone.
         """
         rows = [tuple(COLUMNS), *self._rows(verbose)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -108,8 +107,8 @@ class LayoutReport:
             kept = sum(one.kept_for_weight * channels for one, channels in sizes)
             total = sum(one.num_tokens * channels for one, channels in sizes)
             lines.append(
-                f"Values kept of their inputs, each counted once: {kept / 1e6:.2f} M of {total / 1e6:.2f} M for each image "
-                f"or window ({100 * kept / total:.0f} %)."
+                f"Values kept of their inputs, each counted once: {kept / 1e6:.2f} M of {total / 1e6:.2f} M for each "
+                f"image or window ({100 * kept / total:.0f} %)."
             )
         return lines
 
