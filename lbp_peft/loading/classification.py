@@ -49,7 +49,7 @@ def load_classification(options: ClassificationData) -> Source:
     )
     if test is None:
         train, test = hold_out(train, options, list(train["label"]))
-    present = sorted(set(train["label"]))
+    present = sorted(set(train["label"]))  # type: ignore[index]  # the training split is always there
     if len(present) < 2:
         raise SystemExit(
             f"all {len(train)} images to train on are of the class {names[present[0]]!r}: training needs two or "

@@ -118,7 +118,7 @@ class DataOptions:
 class Parser(HfArgumentParser):
     """A parser of flags for a dataclass: no abbreviations, one default each in the help, mistakes as ValueError."""
 
-    def __init__(self, kind: type[DataOptions], **settings: Any):
+    def __init__(self, kind: Any, **settings: Any):
         super().__init__(kind, allow_abbrev=False, formatter_class=_HelpFormatter, **settings)
         self.kind = kind
 

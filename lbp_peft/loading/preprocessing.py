@@ -31,6 +31,7 @@ class Preprocessor:
         self.overrides: dict[str, Any] = {}
         self.notice: str | None = None
         self.whole_image = whole_image
+        assert options.model is not None
         size = as_size(options.image_size)
         try:
             self.processor = AutoImageProcessor.from_pretrained(options.model)

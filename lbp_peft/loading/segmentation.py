@@ -78,7 +78,7 @@ def load_segmentation_model(
 ) -> PreTrainedModel:
     """The checkpoint with a head for these classes, or a new head on a backbone."""
     if options.head == "upernet":
-        model = upernet(path, names, seed)
+        model: PreTrainedModel = upernet(path, names, seed)
     else:
         model = load_model(auto_model, path, names, seed)
     for name in ("semantic_loss_ignore_index", "loss_ignore_index"):

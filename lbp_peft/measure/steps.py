@@ -92,9 +92,9 @@ def step_cost(model: nn.Module, batch: Any, loss_fn: LossFunction | None = None,
         with peak_memory(device) as peak:
             for _ in range(steps):
                 times.append(timed_step(model, batch, loss_fn, optimiser))
-    parts = [statistics.median(own) for own in zip(*times, strict=True)]
+    forward_s, backward_s, optimiser_s = (statistics.median(own) for own in zip(*times, strict=True))
     number = sum(parameter.numel() for parameter in trained)
-    return StepCost(*parts, saved.bytes, peak.bytes, forward.total, backward.total, number)
+    return StepCost(forward_s, backward_s, optimiser_s, saved.bytes, peak.bytes, forward.total, backward.total, number)
 
 
 def idle_optimiser(trained: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -132,10 +132,11 @@ def enable_checkpointing(model: nn.Module) -> None:
     Raises:
         NotApplicableError: it cannot.
     """
+    module: Any
     for module in model.modules():
         if getattr(module, "supports_gradient_checkpointing", False):
             enable = getattr(module, "activation_checkpointing_enable", None)  # the newer name in transformers
-            (enable or module.gradient_checkpointing_enable)({"use_reentrant": False})  # type: ignore[operator]
+            (enable or module.gradient_checkpointing_enable)({"use_reentrant": False})
             return
         if hasattr(module, "set_grad_checkpointing"):  # timm
             module.set_grad_checkpointing()

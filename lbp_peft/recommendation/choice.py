@@ -24,6 +24,16 @@ class Reference:
     full: Trial | None
     lora: Trial | None
 
+    @property
+    def full_bytes(self) -> float | None:
+        """The peak of full fine-tuning."""
+        return None if self.full is None else self.full.peak_bytes
+
+    @property
+    def full_seconds(self) -> float | None:
+        """The step time of full fine-tuning."""
+        return None if self.full is None else self.full.seconds
+
     def of(self, is_lora: bool) -> Trial | None:
         """The exact setting that trains the same weights."""
         return self.lora if is_lora else self.full
@@ -45,9 +55,8 @@ def choose(trials: Sequence[Trial], bounds: Bounds, reference: Reference) -> tup
     Raises:
         BudgetError: none keeps within the bounds.
     """
-    full = reference.full
-    most_bytes = bounds.most_memory(full and full.peak_bytes)
-    most_seconds = bounds.most_seconds(full and full.seconds)
+    most_bytes = bounds.most_memory(reference.full_bytes)
+    most_seconds = bounds.most_seconds(reference.full_seconds)
     measured = [trial for trial in trials if not trial.failure]
     within = [
         trial
@@ -58,7 +67,7 @@ def choose(trials: Sequence[Trial], bounds: Bounds, reference: Reference) -> tup
     ]
     if not within:
         raise BudgetError(_nothing_within(measured, bounds, most_bytes, most_seconds))
-    price, rule = _price(bounds)
+    price, rule = price_of(bounds)
     least = min(map(price, within))
     # Where the price is the cosine, its differences are small, and count as they are.
     margin = _SAME_COSINE if bounds.memory and bounds.step_time else _NEGLIGIBLE * least
@@ -66,7 +75,8 @@ def choose(trials: Sequence[Trial], bounds: Bounds, reference: Reference) -> tup
     return max(equal, key=lambda trial: (_cosine(trial), -trial.seconds * trial.peak_bytes)), rule
 
 
-def _price(bounds: Bounds) -> tuple[Callable[[Trial], float], str]:
+def price_of(bounds: Bounds) -> tuple[Callable[[Trial], float], str]:
+    """What is made as small as possible, and the rule in words."""
     cosine = f"a gradient cosine of at least {bounds.least_cosine:g}"
     memory = "a peak memory within the budget"
     if bounds.memory and bounds.step_time:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,17 +166,22 @@ class Recommendation:
         longest = max(trial.seconds for trial in measured)
         for trial in measured:
             kind = "exact" if self.candidates[trial.label].is_exact else "low-rank"
-            x, y = trial.peak_bytes / _MIB, trial.cosine
+            x, y = trial.peak_bytes / _MIB, trial.cosine or 0.0
             marker = "s" if self.candidates[trial.label].lora else "o"
             axes.scatter(x, y, s=400 * trial.seconds / longest, color=_COLOURS[kind], marker=marker, alpha=0.5)
             axes.annotate(trial.label, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=6)
         for is_lora in (False, True):
             front = pareto_front([trial for trial in measured if self.candidates[trial.label].lora is is_lora])
-            xs, ys = [trial.peak_bytes / _MIB for trial in front], [trial.cosine for trial in front]
+            xs, ys = [trial.peak_bytes / _MIB for trial in front], [trial.cosine or 0.0 for trial in front]
             axes.step(xs, ys, where="post", color=_COLOURS["front"], linestyle=":" if is_lora else "-", linewidth=1)
         if self.setting is not None:
             axes.scatter(
-                self.chosen.peak_bytes / _MIB, self.chosen.cosine, s=900, facecolor="none", edgecolor="black", zorder=3
+                self.chosen.peak_bytes / _MIB,
+                self.chosen.cosine or 0.0,
+                s=900,
+                facecolor="none",
+                edgecolor="black",
+                zorder=3,
             )
         axes.set_xlabel("peak memory, MiB")
         axes.set_ylabel("cosine of the gradients with the exact ones")
@@ -195,7 +201,7 @@ class Recommendation:
         lines = []
         if self.setting.checkpointing:
             lines += ['model.gradient_checkpointing_enable({"use_reentrant": False})']
-        config = self.config
+        config: Any = self.config
         if config is None:
             lines += ["# Train the model as it is: full fine-tuning, without an adapter."]
         elif isinstance(config, LoraConfig):
@@ -205,7 +211,7 @@ class Recommendation:
             settings: dict[str, Any] = dict(self.setting.lbp_wht or {})
             lines = ["from peft import LoraConfig, get_peft_model", "from lbp_peft import LBPWHTConfig", "", *lines]
             if self.setting.lora:
-                beneath = next(iter(config.stack_on.values()))  # type: ignore[attr-defined]
+                beneath = next(iter(config.stack_on.values()))
                 lines += [f"lora = get_peft_model(model, LoraConfig({_arguments(_of_lora(beneath))}))"]
                 settings["train_base_weight"] = False
                 lines += [f"model = get_peft_model(lora, LBPWHTConfig({_arguments(settings)}))"]
@@ -291,9 +297,7 @@ def _two_lines(heading: str) -> tuple[str, str]:
 
 
 def _wrapped(text: str) -> list[str]:
-    import textwrap
-
-    return textwrap.wrap(text, WIDTH)
+    return textwrap.wrap(text, WIDTH, break_on_hyphens=False)
 
 
 def _of_lora(config: Any) -> dict[str, Any]:

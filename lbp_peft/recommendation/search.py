@@ -22,7 +22,7 @@ from ..measure.timing import interleaved, ratios
 from ..measure.undisturbed import LossFunction, device_of, to_device, undisturbed
 from .bounds import Bounds
 from .candidates import CANDIDATES, PLAIN, SETTINGS, Candidate, compiled, sharing_copy
-from .choice import Reference, in_the_running
+from .choice import Reference, in_the_running, price_of
 from .processes import Apart, Here, WorkerError
 from .result import Recommendation
 from .trial import UNEXPECTED, Job, Trial
@@ -246,7 +246,8 @@ class _Search:
             (trial for trial in own if trial not in first and (trial.cosine or 1) >= self.bounds.least_cosine),
             key=self._rank,
         )
-        chosen, room = [], 0.5 * psutil.virtual_memory().available
+        chosen: list[Trial] = []
+        room = 0.5 * psutil.virtual_memory().available
         if device_of(self.job.model).type == "cuda":
             room = 0.8 * torch.cuda.mem_get_info(device_of(self.job.model))[0]
         for trial in [*first, *others][:_MOST_TIMED]:
@@ -258,23 +259,14 @@ class _Search:
             chosen.append(trial)
         return chosen
 
-    def _rank(self, trial: Trial) -> float:
-        """The likeliest to be recommended first."""
-        full = self.reference.full
-        over = 0.0
-        if full is not None or not (self.bounds.memory_is_relative or self.bounds.step_time_is_relative):
-            over = max(
-                trial.peak_bytes / self.bounds.most_memory(full and full.peak_bytes),
-                trial.seconds / self.bounds.most_seconds(full and full.seconds),
-            )
-        price = (
-            trial.seconds
-            if self.bounds.memory
-            else trial.peak_bytes
-            if self.bounds.step_time
-            else trial.seconds * trial.peak_bytes
-        )
-        return price * (1000 if over > 1 else 1)
+    def _rank(self, trial: Trial) -> tuple[bool, float]:
+        """The likeliest to be recommended first: those within the bounds, by what is made small."""
+        reference, bounds = self.reference, self.bounds
+        if reference.full is None and (bounds.memory_is_relative or bounds.step_time_is_relative):
+            return False, price_of(bounds)[0](trial)
+        over = trial.peak_bytes > bounds.most_memory(reference.full_bytes)
+        over = over or trial.seconds > bounds.most_seconds(reference.full_seconds)
+        return over, price_of(bounds)[0](trial)
 
     def _rounds(self, seconds: float) -> Iterable[int]:
         """At least one; no more than the time allows."""

@@ -58,8 +58,8 @@ class LayoutReport:
         """Totals, and a table of the layers.
 
         Args:
-            verbose: One row for each layer, and what all columns mean; else one row for each group of like layers, whose
-                names differ in numbers alone.
+            verbose: One row for each layer, and what all columns mean; else one row for each group of like layers,
+                whose names differ in numbers alone.
         """
         rows = [tuple(COLUMNS), *self._rows(verbose)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
