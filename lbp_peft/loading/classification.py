@@ -47,9 +47,10 @@ def load_classification(options: ClassificationData) -> Source:
     train, test, validation = (
         part and with_labels(with_columns(part, image, label), names) for part in (train, test, validation)
     )
+    assert train is not None
     if test is None:
         train, test = hold_out(train, options, list(train["label"]))
-    present = sorted(set(train["label"]))  # type: ignore[index]  # the training split is always there
+    present = sorted(set(train["label"]))
     if len(present) < 2:
         raise SystemExit(
             f"all {len(train)} images to train on are of the class {names[present[0]]!r}: training needs two or "

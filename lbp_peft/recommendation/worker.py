@@ -8,11 +8,13 @@ then nothing is computed here, since threads do not survive a fork.
 from __future__ import annotations
 
 import gc
+import importlib
 import json
 import os
 import signal
 import sys
 import warnings
+from contextlib import suppress
 
 import torch
 
@@ -21,11 +23,16 @@ from .candidates import Candidate
 from .processes import CAN_FORK, pickle_module
 from .trial import OUT_OF_MEMORY, Job, Trial, try_candidate
 
+_OF_TRAINING = ("transformers.trainer", "datasets")  # what a program that trains has in memory beside these modules
+
 
 def main(path: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print is no answer
     warnings.simplefilter("ignore")
+    for name in _OF_TRAINING:
+        with suppress(ImportError):
+            importlib.import_module(name)
     libraries = resident_now()
     job: Job = torch.load(path, weights_only=False, pickle_module=pickle_module())
     gc.collect()
