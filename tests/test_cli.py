@@ -7,12 +7,13 @@ import sys
 import pytest
 import torch
 import yaml
-from common.options import Options, Parser
+from common.options import Options
 from models import ROOT, vit_config
 from PIL import Image
 
 import lbp_peft
 from lbp_peft.cli import COMMANDS, main
+from lbp_peft.loading.options import Parser
 from lbp_peft.recommendation import CANDIDATES, processes, search
 
 
@@ -70,9 +71,13 @@ def test_each_command_has_help(command, capsys):
 
 def test_it_is_installed_and_runs_without_the_examples(tmp_path):
     """As from a wheel: nothing but the package is on the path."""
-    command = [sys.executable, "-c", "import sys; sys.path.insert(0, sys.argv.pop(1)); from lbp_peft.cli import main; "
-               "import lbp_peft.cli.recommend, lbp_peft.cli.report; main(); assert 'common' not in sys.modules"]  # fmt: skip
-    found = subprocess.run([*command, str(ROOT), "version"], cwd=tmp_path, capture_output=True, text=True)
+    program = (
+        "import sys; sys.path.insert(0, sys.argv.pop(1)); import lbp_peft.cli.recommend, lbp_peft.cli.report; "
+        "from lbp_peft.cli import main; main(); assert 'common' not in sys.modules"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", program, str(ROOT), "version"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert found.returncode == 0 and found.stdout.startswith("lbp-peft "), found.stderr
     assert 'lbp-peft = "lbp_peft.cli:main"' in (ROOT / "pyproject.toml").read_text()
 

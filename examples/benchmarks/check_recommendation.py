@@ -1,13 +1,13 @@
-"""Whether the recommended setting keeps what was predicted of it: trained in a process of its own, measured from outside.
+"""Train the recommended setting in a process of its own, and measure from outside whether it keeps within the budget.
 
     lbp-peft recommend --model vit-b/ --random-images 224 --memory 0.8x --output runs/recommendation
     python examples/benchmarks/check_recommendation.py --recommendation runs/recommendation/recommendation.json \
         --model vit-b/ --random-images 224
 
-It loads the same model and the same batches, trains the recommended setting with AdamW, and compares the step time (the
-median, after two steps to warm up) and the peak memory with the recommendation: on a CPU the resident set, which another
-process reads every five milliseconds; on a GPU what PyTorch's allocator has handed out. It ends with exit status 1 where
-the peak exceeds the budget, or what was predicted if there was no budget, by more than 5 %.
+It loads the same model and the same batches, trains with AdamW, and compares the step time (the median, after two steps
+to warm up) and the peak memory with the recommendation: on a CPU the resident set, which another process reads every
+five milliseconds; on a GPU what PyTorch's allocator has handed out. It ends with exit status 1 where the peak exceeds
+the budget, or what was predicted if there was no budget, by more than 5 %.
 """
 
 from __future__ import annotations
