@@ -166,7 +166,7 @@ def found(model):
     # Narrow layers are left exact by default; these settings are explicit, and the worker has the usual heuristics.
     result = lbp_peft.recommend(model, batches(), candidates=FEW, minutes=0.2, min_cosine=0.0)
     assert same_state(state_of(model), before) and torch.equal(torch.get_rng_state(), random)
-    assert model.training is False and all(parameter.grad is None for parameter in model.parameters())
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
     return result
 
 
@@ -225,7 +225,7 @@ def test_cosines_are_those_of_the_same_model_gone_through_exactly(candidate, tmp
     assert len(names) == (24 if candidate.lora else 12)
     one, other = (torch.cat([g[name].flatten() for name in names]) for g in (low, exact))
     assert found.cosine == pytest.approx(float(one @ other / one.norm() / other.norm()), abs=1e-5)
-    assert found.norm_ratio == pytest.approx(float(one.norm() / other.norm()), abs=1e-5)
+    assert found.norm_ratio == pytest.approx(float(one.norm() / other.norm()), rel=1e-3)
 
 
 def test_what_cannot_be_handed_to_a_process_is_counted_here(monkeypatch):
