@@ -10,9 +10,11 @@ import yaml
 from common.options import Options
 from models import ROOT, vit_config
 from PIL import Image
+from transformers import SegformerConfig
 
 import lbp_peft
 from lbp_peft.cli import COMMANDS, main
+from lbp_peft.cli.inputs import InputOptions, load_inputs
 from lbp_peft.loading.options import Parser
 from lbp_peft.recommendation import CANDIDATES, processes, search
 
@@ -99,6 +101,30 @@ def test_report_shows_layouts_and_the_quality_of_gradients(model, capsys):
     run("report", "--model", model, "--random-images", 32, "--settings", "r=3", "grad_input_dtype=full", "--verbose")
     text = capsys.readouterr().out
     assert text.count("vit.layers.0.mlp.fc1") >= 1 and "gradient cosine" in text and "12 of 12 adapted layers" in text
+
+
+def test_label_maps_make_it_a_segmentation(tmp_path):
+    config = SegformerConfig(depths=[1] * 4, hidden_sizes=[8, 16, 24, 32], decoder_hidden_size=16)
+    config.save_pretrained(tmp_path / "model")
+    for kind, mode, size in (("images", "RGB", (40, 30)), ("masks", "L", (40, 30))):
+        (tmp_path / "data" / kind).mkdir(parents=True)
+        for number in range(5):
+            Image.new(mode, size, number % 2).save(tmp_path / "data" / kind / f"{number}.png")
+    options = InputOptions(
+        model=str(tmp_path / "model"), dataset=str(tmp_path / "data"), image_size=[64], batch_size=2, device="cpu"
+    )
+    inputs = load_inputs(options)
+    assert inputs.task == "segmentation" and inputs.batches[0]["labels"].shape == (2, 64, 64)
+    assert torch.isfinite(inputs.model(**inputs.batches[0]).loss)
+
+
+def test_names_of_timm_are_models():
+    pytest.importorskip("timm")
+    options = InputOptions(
+        model="test_vit", random_weights=True, random_images=[160], batch_size=2, mixed_precision="no", device="cpu"
+    )
+    inputs = load_inputs(options)
+    assert torch.isfinite(inputs.loss_fn(inputs.model, inputs.batches[0]))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from datasets import Image
+from PIL.Image import Resampling
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -23,7 +24,7 @@ from transformers import (
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from ..loading.classification import ClassificationData, load_classification
-from ..loading.datasources import Source, columns_of, draw, load_splits
+from ..loading.datasources import Source, columns_of, load_splits
 from ..loading.models import class_names, forward_arguments, readable
 from ..loading.options import as_size, option
 from ..loading.places import local_folder
@@ -255,14 +256,14 @@ def _batches(
     examples: list[tuple[Tensor, Any]] = []
     failures: list[str] = []
     # In a random order, since data sets are often sorted by class.
-    for row in np.random.default_rng(options.data_seed).permutation(draw(len(stored), 4 * wanted, options.data_seed)):
+    for row in np.random.default_rng(options.data_seed).permutation(len(stored))[: 4 * wanted]:
         example = stored[int(row)]
         try:
             image = opened(example["image"] or {})
             label: Any = example["label"]
             if task == "segmentation":
                 whole = View((0, 0, image.width, image.height))
-                label = whole.of(label_map(opened(label or {}), options), size, 0)  # type: ignore[arg-type]
+                label = whole.of(label_map(opened(label or {}), options), size, Resampling.NEAREST)
                 label = torch.from_numpy(np.array(label, dtype=np.int64))
             examples.append((pixels(image), label))
         except Exception as error:  # Pillow's decoders raise exceptions of many types
