@@ -1,7 +1,5 @@
 """The callback measures what the Trainer trains, and leaves no trace."""
 
-import warnings
-
 import pytest
 import torch
 from models import images, same_state, state_of, tiny_vit
@@ -41,7 +39,7 @@ def trained(tmp_path, callback=None, model=None, **settings):
         config = LBPWHTConfig(r=3, grad_input_rank=3, modules_to_save=["classifier"])
         model = Normed(get_peft_model(vit, config))
     arguments = TrainingArguments(
-        str(tmp_path), per_device_train_batch_size=4, max_steps=4, logging_steps=2, report_to=[], save_strategy="no",
+        str(tmp_path), per_device_train_batch_size=4, max_steps=3, logging_steps=2, report_to=[], save_strategy="no",
         use_cpu=True, disable_tqdm=True, seed=0, **settings,
     )  # fmt: skip
     callbacks = [callback] if callback else []
@@ -50,12 +48,13 @@ def trained(tmp_path, callback=None, model=None, **settings):
     return model, trainer
 
 
-@pytest.mark.parametrize("settings", [{}, {"bf16": True}, {"gradient_accumulation_steps": 2}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"bf16": True, "gradient_accumulation_steps": 2}], ids=str)
 def test_training_is_the_same_to_the_last_bit(tmp_path, settings):
     plain, _ = trained(tmp_path, **settings)
     callback = LBPWHTCallback(every=2, min_cosine=0.0)
     watched, trainer = trained(tmp_path, callback, **settings)
     assert same_state(state_of(watched), state_of(plain))
+    assert not watched._forward_pre_hooks
     assert [step for step, _ in callback.history] == [1, 3]
     assert all(0 < quality.cosine <= 1 for _, quality in callback.history)
     logged = [entry for entry in trainer.state.log_history if "lbp_wht/gradient_cosine" in entry]
@@ -74,13 +73,6 @@ def test_a_model_without_lbp_wht_is_trained_with_a_warning(tmp_path):
     with pytest.warns(UserWarning, match="no LBP-WHT layers"):
         trained(tmp_path, callback, model=tiny_vit())
     assert not callback.history
-
-
-def test_nothing_is_left_on_the_model(tmp_path):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model, _ = trained(tmp_path, LBPWHTCallback(every=1, min_cosine=0.0))
-    assert not any(module._forward_pre_hooks for module in model.modules() if module is model)
 
 
 @pytest.mark.parametrize("bad", [{"every": 0}, {"min_cosine": 1.5}], ids=str)
