@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 import torch.nn.functional as F
-from models import images, input_gradient, tiny_vit
+from models import images, input_gradient, same_state, state_of, tiny_vit
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
