@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -82,7 +82,8 @@ class Candidate:
         return adapted
 
 
-# The order matters: where time runs short, what comes last is left out.
+# The order matters: where time runs short, what comes last is left out. The first four, one of each kind, never are.
+KINDS = 4
 SETTINGS: tuple[Candidate, ...] = (
     Candidate("full fine-tuning"),
     Candidate("LoRA", lora=True),
@@ -114,10 +115,15 @@ VARIANTS: tuple[Callable[[Candidate], Candidate | None], ...] = (with_checkpoint
 PLAIN: dict[str, str] = {
     changed.label: setting.label for variant in VARIANTS for setting in SETTINGS if (changed := variant(setting))
 }
-CANDIDATES: tuple[Candidate, ...] = (
-    *SETTINGS,
-    *(changed for variant in VARIANTS for setting in SETTINGS if (changed := variant(setting))),
-)
+
+
+def with_variants(settings: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """The settings, and after them their variants."""
+    return (*settings, *(changed for variant in VARIANTS for one in settings if (changed := variant(one))))
+
+
+# One setting of each kind with its variants, then the others with theirs.
+CANDIDATES: tuple[Candidate, ...] = (*with_variants(SETTINGS[:KINDS]), *with_variants(SETTINGS[KINDS:]))
 
 
 def compiled(candidates: tuple[Candidate, ...]) -> Iterator[Candidate]:

@@ -21,7 +21,7 @@ from ..measure.steps import idle_optimiser, timed_step
 from ..measure.timing import interleaved, ratios
 from ..measure.undisturbed import LossFunction, device_of, to_device, undisturbed
 from .bounds import Bounds
-from .candidates import CANDIDATES, PLAIN, SETTINGS, Candidate, compiled, sharing_copy
+from .candidates import CANDIDATES, KINDS, PLAIN, SETTINGS, Candidate, compiled, sharing_copy
 from .choice import Reference, in_the_running, price_of
 from .processes import Apart, Here, WorkerError
 from .result import Recommendation
@@ -160,7 +160,7 @@ class _Search:
         for number, candidate in enumerate(bar):
             began = time.monotonic()
             # Of full fine-tuning, LoRA and one setting of each kind there has to be something to compare.
-            if number >= 4 and began + longest > until:
+            if number >= KINDS and began + longest > until:
                 self.left_out[candidate.label] = "no time"
                 continue
             if why := self._needless(candidate):
