@@ -8,12 +8,11 @@ Importing the package registers the method with PEFT:
     model = get_peft_model(vit, LBPWHTConfig(r=10, modules_to_save=["classifier"]))
 """
 
-from . import (
-    measure,
-    tuner,  # noqa: F401  first: it registers the method
-)
+from . import measure, tuner  # importing tuner registers the method
 from .bases.basis_set import BasisSet, LayoutError, TokenLayout
 from .callback import LBPWHTCallback
+from .formats.products import Precision
+from .layer_types import LayerType, register_layer_type
 from .layout import GridMismatchError
 from .measure.gradients import GradientQuality, gradient_quality
 from .ops.linear import Branch, low_rank_linear
@@ -26,7 +25,7 @@ from .tuner.model import LBPWHTModel
 from .tuner.report import LayoutReport, exact_backward, layout_report
 from .tuner.verify import LayoutCheck, verify_layout
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # the only place; pyproject.toml reads it from here
 
 __all__ = [
     "BackwardPlan",
@@ -43,9 +42,11 @@ __all__ = [
     "LBPWHTLayer",
     "LBPWHTLinear",
     "LBPWHTModel",
+    "LayerType",
     "LayoutCheck",
     "LayoutError",
     "LayoutReport",
+    "Precision",
     "Recommendation",
     "TokenLayout",
     "exact_backward",
@@ -54,5 +55,7 @@ __all__ = [
     "low_rank_linear",
     "measure",
     "recommend",
+    "register_layer_type",
+    "tuner",
     "verify_layout",
 ]

@@ -11,7 +11,8 @@ from typing import Any
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import nn
 
-from ..encoder import encoder_linears, is_supported
+from ..encoder import encoder_linears
+from ..layer_types import layer_type_of
 from ..tuner.config import LBPWHTConfig
 
 LORA = {"r": 8, "lora_alpha": 16}
@@ -169,5 +170,7 @@ def lora_targets(model: nn.Module) -> list[str]:
     if not names:
         raise NotApplicableError("no linear layers were found in blocks of an encoder")
     ends = {name.rpartition(".")[2] for name in names}
-    found = [name for name, module in model.named_modules() if name.rpartition(".")[2] in ends and is_supported(module)]
+    found = [
+        name for name, module in model.named_modules() if name.rpartition(".")[2] in ends and layer_type_of(module)
+    ]
     return sorted(ends) if sorted(found) == sorted(names) and not any(end.isdigit() for end in ends) else names
