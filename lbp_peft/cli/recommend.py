@@ -30,7 +30,7 @@ class RecommendOptions(InputOptions):
     step_time: str | None = option(
         None, "Bound of the step time, such as 0.8x of full fine-tuning's, or 900ms. (default: none)"
     )
-    min_cosine: float | None = option(None, "Bound of the cosine of the gradients with the exact ones. (default: 0.8)")
+    min_cosine: float | None = option(None, "Bound of the cosine of the gradients with the exact ones. (default: 0.85)")
     lora: bool = option(False, "Recommend a setting that trains LoRA's factors, and not whole weights.")
     compile: bool = option(False, "Try torch.compile too.")
     minutes: float = option(2.5, "How long it may measure.")

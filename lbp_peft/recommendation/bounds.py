@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
-DEFAULT_MIN_COSINE = 0.8
+DEFAULT_MIN_COSINE = 0.85  # lower ones trained clearly worse, see docs/choosing-settings.md
 _BYTES = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 

@@ -65,7 +65,7 @@ def recommend(
             fine-tuning's, or bytes. On a GPU it is PyTorch's allocator's, on a CPU the resident set of a process,
             Python and libraries included.
         step_time: Bound of the step time: "0.8x" of full fine-tuning's, "900ms", or seconds.
-        min_cosine: The least cosine of the gradients with the exact ones; None: 0.8.
+        min_cosine: The least cosine of the gradients with the exact ones; None: 0.85.
         lora: Recommend a setting that trains LoRA's factors, and not whole weights.
         mixed_precision: "bf16" or "fp16", for autocast.
         minutes: How long it may take. Candidates that do not fit are left out, and named.
