@@ -17,7 +17,7 @@ from .layout import GridMismatchError
 from .measure.gradients import GradientQuality, gradient_quality
 from .ops.linear import Branch, low_rank_linear
 from .ops.plan import BackwardPlan, ExactProduct, FixedBasis, InputGradient
-from .recommendation import BudgetError, Recommendation, recommend
+from .recommendation import BudgetError, Candidate, Recommendation, recommend
 from .tuner.config import LBPWHTConfig
 from .tuner.layers.base import LBPWHTLayer
 from .tuner.layers.linear import LBPWHTLinear
@@ -32,6 +32,7 @@ __all__ = [
     "BasisSet",
     "Branch",
     "BudgetError",
+    "Candidate",
     "ExactProduct",
     "FixedBasis",
     "GradientQuality",
