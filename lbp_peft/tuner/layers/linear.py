@@ -40,7 +40,10 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
         base_layer: The adapted layer.
         finder: Knows where tokens lie; shared by all layers of the model.
         layer_name: Of the layer in the model, for messages.
-        adapter_name, rule, train_base_weight, inference_mode: The first adapter, see [`update_layer`].
+        adapter_name: The first adapter.
+        rule: Its backward pass.
+        train_base_weight: Whether it trains a copy of the weight and the bias.
+        inference_mode: Whether it is frozen.
     """
 
     adapter_layer_names = ("lbpwht_weight", "lbpwht_bias")
