@@ -14,13 +14,13 @@ from benchmarks import methods, projections, single_layers, tracing_cost, traini
 from benchmarks.floors import Rates, Work, measure_rates
 from benchmarks.methods import NotAvailable, adapted, default_methods, words
 from benchmarks.models import MODELS, Model
-from benchmarks.peak_memory import allocated
-from common.timing import interleaved, quartiles, ratios, rounds_within
 from models import tiny_vit
 from torch import nn
 
 from lbp_peft.bases.basis_set import TokenLayout
 from lbp_peft.measure import multiply_adds
+from lbp_peft.measure.memory import allocated
+from lbp_peft.measure.timing import interleaved, quartiles, ratios, rounds_within
 
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 CPU = torch.device("cpu")

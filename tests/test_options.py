@@ -15,11 +15,13 @@ from benchmarks import gradient_fidelity
 from common.classification import Classification, ClassificationOptions
 from common.experiment import prepare_output
 from common.methods import chosen_methods
-from common.options import Options, Parser, parse
+from common.options import Options
 from common.outputs import default_output, output_folder, write_somewhere
 from common.segmentation import Segmentation, SegmentationOptions
 from common.tables import aligned
-from common.terminal import plain_messages
+
+from lbp_peft.loading.options import Parser, parse
+from lbp_peft.loading.terminal import plain_messages
 
 KINDS = [ClassificationOptions, SegmentationOptions, gradient_fidelity.FidelityOptions]
 OWN = ["--model", "m", "--dataset", "d"]

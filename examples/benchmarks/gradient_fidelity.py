@@ -26,17 +26,18 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.classification import Classification, ClassificationData, ClassificationOptions
+from common.classification import Classification, ClassificationOptions
 from common.experiment import Experiment, load
 from common.models import head_modules
-from common.options import option, parse
-from common.places import local_folder
-from common.terminal import plain_messages
 
-from benchmarks.environment import environment, in_words, write_record
 from benchmarks.methods import WORDS, setting
 from benchmarks.tables import aligned
 from lbp_peft import LBPWHTConfig, LBPWHTLinear, exact_backward
+from lbp_peft.environment import environment, in_words, write_record
+from lbp_peft.loading.classification import ClassificationData
+from lbp_peft.loading.options import option, parse
+from lbp_peft.loading.places import local_folder
+from lbp_peft.loading.terminal import plain_messages
 
 WORDS_OF_COMPRESSION = ("all", "activation", "norm", "attention", "projection")
 SETTINGS = [

@@ -23,10 +23,10 @@ import peft
 import yaml
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
 
 from lbp_peft import LBPWHTConfig
 from lbp_peft.encoder import encoder_linears
+from lbp_peft.recommendation.candidates import NotApplicableError, enable_checkpointing
 
 # Those that this version of LBP-WHT does not know are left out, see `default_methods`.
 DEFAULT_METHODS = (
@@ -117,17 +117,11 @@ def full(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
 
 
 def checkpointing(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
-            if hasattr(module, "activation_checkpointing_enable"):  # the newer name in transformers
-                module.activation_checkpointing_enable({"use_reentrant": False})
-            else:
-                module.gradient_checkpointing_enable({"use_reentrant": False})
-            return model
-        if hasattr(module, "set_grad_checkpointing"):  # timm
-            module.set_grad_checkpointing()
-            return model
-    raise NotAvailable("the model has no gradient checkpointing")
+    try:
+        enable_checkpointing(model)
+    except NotApplicableError as error:
+        raise NotAvailable(str(error)) from error
+    return model
 
 
 def compiled(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
