@@ -99,7 +99,7 @@ class LBPWHTLayer(BaseTunerLayer):
         layer_name: The name of the layer in the model, for messages.
     """
 
-    other_param_names = ("lbpwht_rule",)
+    other_param_names: tuple[str, ...] = ("lbpwht_rule",)
 
     if TYPE_CHECKING:  # PEFT's, which is not followed
         active_adapters: list[str]

@@ -18,7 +18,8 @@ from ...encoder import is_supported
 from ..compat.wrappers import without_wrappers
 from ..config import LBPWHTConfig
 from ..layers.base import LBPWHTLayer
-from ..layers.linear import LBPWHTLinear
+from ..layers.linear import LBPWHTLinear, can_be_dropped
+from ..layers.waiting import DROPPED
 from .names import did_you_mean, unknown_names, unmatched_modules_to_save
 
 
@@ -56,6 +57,40 @@ def check_targets(targets: list[tuple[str, nn.Module]], train_base_weight: bool,
             raise ValueError(
                 f"Target module {name} is quantised ({type(base).__name__}), so its weight cannot be trained. Set "
                 "train_base_weight=False, or load the model without quantisation."
+            )
+
+
+def check_base_weights(targets: list[tuple[str, nn.Module]], base_weights: str, shared: set[int]) -> None:
+    """Refuse a second adapter where the base weight is gone, and layers whose base weight cannot be dropped.
+
+    Args:
+        targets: By name.
+        base_weights: As configured, for adapters with weights of their own.
+        shared: Ids of the parameters that several modules use.
+
+    Raises:
+        ValueError: the message names the setting and the layer.
+    """
+    for name, module in targets:
+        if isinstance(module, LBPWHTLinear):
+            module.check_base_weight("Adding another adapter")
+        if base_weights != DROPPED:
+            continue
+        base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        why = ""
+        if isinstance(module, LBPWHTLinear):
+            why = "it has an adapter already, which needs the base weight"
+        elif id(getattr(base, "weight", None)) in shared:
+            why = "another module uses the same weight"
+        elif not can_be_dropped(base):
+            why = (
+                "its weight is offloaded or computed anew in each call, or its forward method is not that of a plain "
+                "layer"
+            )
+        if why:
+            raise ValueError(
+                f'base_weights="dropped" cannot be used for {name}: {why}. Choose another base_weights, or name the '
+                "layer in exclude_modules."
             )
 
 
@@ -222,6 +257,8 @@ def _is_untrained(model: nn.Module, adapter_name: str) -> bool:
     pairs: list[tuple[Any, Any]] = []
     for module in model.modules():
         if isinstance(module, LBPWHTLinear):
+            if module.is_dropped:
+                return False
             weight, bias = module._base_parameters()
             pairs += [(module.lbpwht_weight[adapter_name], weight)] if adapter_name in module.lbpwht_weight else []
             pairs += [(module.lbpwht_bias[adapter_name], bias)] if adapter_name in module.lbpwht_bias else []
