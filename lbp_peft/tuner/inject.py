@@ -27,7 +27,8 @@ from .patches.forward_patch import PATCH_ATTR, ForwardPatch, attach, detach
 from .stacking.layer import LBPWHTStacked
 from .stacking.stack import has_other_adapters
 from .validation.checks import (
-    check_base_weights,
+    check_base_weights_are_there,
+    check_base_weights_can_be_dropped,
     check_layers,
     check_modules_to_save,
     check_targets,
@@ -57,8 +58,9 @@ def prepare(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -> None:
     shared = _shared_parameters(model)
     # The device of a model's first parameter is taken for that of the model.
     tuner._needed_elsewhere = shared | {id(parameter) for parameter in itertools.islice(model.parameters(), 1)}
-    if config.train_base_weight:
-        check_base_weights(targets, config.base_weights, shared)
+    check_base_weights_are_there(model)
+    if config.train_base_weight and config.base_weights == DROPPED:
+        check_base_weights_can_be_dropped(model, targets, shared)
 
 
 def _shared_parameters(model: nn.Module) -> set[int]:
@@ -105,7 +107,7 @@ def create_and_replace(
         num_prefix_tokens=config.num_prefix_tokens,
         num_suffix_tokens=config.num_suffix_tokens,
     )
-    base: Any = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    base: Any = target.get_base_layer() if isinstance(target, LBPWHTLinear) else target
     is_needed = id(getattr(base, "weight", None)) in tuner._needed_elsewhere and config.base_weights != DROPPED
     base_weights = RESIDENT if is_needed else config.base_weights
     inside = getattr(target, PATCH_ATTR, None)
@@ -132,6 +134,8 @@ def create_and_replace(
             if adapter_name not in tuner.active_adapters:  # an additional adapter is not trained until it is activated
                 layer.requires_grad_(False)
             tuner._replace_module(parent, target_name, layer, target)
+            if train and base_weights == DROPPED:
+                layer.drop_base_weight()
 
 
 def _layer_class(target: nn.Module) -> type[LBPWHTLinear]:

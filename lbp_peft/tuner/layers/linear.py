@@ -84,22 +84,19 @@ class LBPWHTLinear(WaitingBaseWeight, LBPWHTLayer):
             inference_mode: Whether these are frozen.
             base_weights: Where the base weight waits while only this adapter is active, see [`LBPWHTConfig`].
         """
-        drops = base_weights == DROPPED and train_base_weight
         self.check_base_weight(f"Adding the adapter {adapter_name!r}")
         self.lbpwht_rule[adapter_name] = rule
         self.lbpwht_base_weights[adapter_name] = base_weights
         with onloaded(self.get_base_layer()):
             if train_base_weight:
                 weight, bias = self._base_parameters()
-                kept = weight.detach() if drops else weight.detach().clone()
-                self.lbpwht_weight[adapter_name] = nn.Parameter(kept)
+                weight = weight.detach()  # where the base's is dropped, it is itself trained
+                self.lbpwht_weight[adapter_name] = nn.Parameter(weight if base_weights == DROPPED else weight.clone())
                 if bias is not None:
                     self.lbpwht_bias[adapter_name] = nn.Parameter(bias.detach().clone())
             device = self._device_of_copies() if self._is_on_host else None
             self._move_adapter_to_device_of_base_layer(adapter_name, device)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
-        if drops and not self.lbpwht_weight[adapter_name].is_meta:
-            self._drop(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.disable_adapters and self.merged:

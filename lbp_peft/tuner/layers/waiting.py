@@ -60,7 +60,7 @@ class WaitingBaseWeight(nn.Module):
             return
         self._file = None
         if where == DROPPED:
-            self._drop(weight)
+            self.drop_base_weight()
         elif weight.device.type == "cpu":
             self._put_on_disk(weight)
         else:
@@ -98,7 +98,11 @@ class WaitingBaseWeight(nn.Module):
             return False
         return True
 
-    def _drop(self, weight: Tensor) -> None:
+    def drop_base_weight(self) -> None:
+        """Leave the layer without its base weight, for good, unless the copy of it is still to get its values."""
+        weight = self.get_base_layer().weight
+        if any(copy.is_meta for copy in self.lbpwht_weight.values()):
+            return
         self._dropped_dtype = weight.dtype
         self.get_base_layer()._parameters["weight"] = None
         self.is_dropped = True

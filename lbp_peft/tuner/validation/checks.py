@@ -19,7 +19,6 @@ from ..compat.wrappers import without_wrappers
 from ..config import LBPWHTConfig
 from ..layers.base import LBPWHTLayer
 from ..layers.linear import LBPWHTLinear, can_be_dropped
-from ..layers.waiting import DROPPED
 from .names import did_you_mean, unknown_names, unmatched_modules_to_save
 
 
@@ -60,33 +59,38 @@ def check_targets(targets: list[tuple[str, nn.Module]], train_base_weight: bool,
             )
 
 
-def check_base_weights(targets: list[tuple[str, nn.Module]], base_weights: str, shared: set[int]) -> None:
-    """Refuse a second adapter where the base weight is gone, and layers whose base weight cannot be dropped.
+def check_base_weights_are_there(model: nn.Module) -> None:
+    """Refuse another adapter where the first has `base_weights="dropped"`.
+
+    Raises:
+        ValueError: the message names the setting.
+    """
+    for module in model.modules():
+        if isinstance(module, LBPWHTLinear):
+            module.check_base_weight("Adding another adapter")
+
+
+def check_base_weights_can_be_dropped(model: nn.Module, targets: list[tuple[str, nn.Module]], shared: set[int]) -> None:
+    """Refuse `base_weights="dropped"` where anything but the new adapter needs a target's base weight.
 
     Args:
+        model: To be adapted.
         targets: By name.
-        base_weights: As configured, for adapters with weights of their own.
         shared: Ids of the parameters that several modules use.
 
     Raises:
         ValueError: the message names the setting and the layer.
     """
+    adapted = {name for name, module in model.named_modules() if isinstance(module, LBPWHTLinear)}
     for name, module in targets:
-        if isinstance(module, LBPWHTLinear):
-            module.check_base_weight("Adding another adapter")
-        if base_weights != DROPPED:
-            continue
         base: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         why = ""
-        if isinstance(module, LBPWHTLinear):
-            why = "it has an adapter already, which needs the base weight"
+        if adapted:
+            why = f"{min(adapted)} has an adapter already, and switching between the two needs the base weights"
         elif id(getattr(base, "weight", None)) in shared:
             why = "another module uses the same weight"
         elif not can_be_dropped(base):
-            why = (
-                "its weight is offloaded or computed anew in each call, or its forward method is not that of a plain "
-                "layer"
-            )
+            why = "its weight is offloaded or computed anew in each call, or its forward method was replaced"
         if why:
             raise ValueError(
                 f'base_weights="dropped" cannot be used for {name}: {why}. Choose another base_weights, or name the '
