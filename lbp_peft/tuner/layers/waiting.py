@@ -49,6 +49,12 @@ class WaitingBaseWeight(nn.Module):
 
     # Away
 
+    @property
+    def base_weight_waits(self) -> bool:
+        """Whether the base weight was put away and takes no memory of the layer's device, or was dropped."""
+        weight = self.get_base_layer()._parameters.get("weight")
+        return self.is_dropped or (weight is not None and 0 != weight.data_ptr() == self._waits_at)
+
     def put_base_weight_away(self) -> None:
         """Put the base weight where the adapter in effect has it wait, if it is only that adapter's that is used."""
         names = self.weights_in_effect()
