@@ -24,10 +24,13 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.timing import interleaved, quartiles, ratios, rounds_within
+
 from benchmarks.environment import environment, in_words, write_record
 from benchmarks.methods import NotAvailable, applied, compressed, words
 from benchmarks.models import MODELS
 from benchmarks.tables import aligned, number
+from benchmarks.training_step import prepared
 
 MIB = 2**20
 METHODS = (
@@ -92,17 +95,13 @@ def train(options: argparse.Namespace, method: str, batch_size: int) -> dict[str
 
 
 def take_turns(options: argparse.Namespace) -> dict[str, Any]:
-    """The times of the methods' steps, in ms, quartiles [first, median, third] and the least, and ratios to the first
-    reference."""
-    from benchmarks import training_step
-    from common.timing import quartiles, ratios
-
+    """The times of the methods' steps: quartiles [first, median, third] and the least, in ms, and ratios to others."""
     options.batch_size = options.batch_sizes[0]
-    steps = training_step.prepared(options)
+    steps = prepared(options)
     for step in steps.values():  # tables are made, and base weights put away
         step.timed()
-    turns = training_step.rounds_within(options.minutes, options.rounds)
-    seconds = training_step.interleaved([step.timed for step in steps.values()], turns)
+    turns = rounds_within(options.minutes, options.rounds)
+    seconds = interleaved([step.timed for step in steps.values()], turns)
     wholes = {method: [sum(pair) for pair in own] for method, own in zip(steps, seconds, strict=True)}
     found: dict[str, Any] = {}
     for method, whole in wholes.items():

@@ -1,9 +1,9 @@
 """Tells the two forward passes of gradient checkpointing apart, to leave out work whose results nobody uses.
 
-`torch.utils.checkpoint` with `use_reentrant=False` runs the forward pass with gradients on and throws away what is saved
-for the backward pass. When the backward pass asks for it, the same function runs again, until the last tensor that the
-first pass saved has been saved once more: what comes after that is not computed. (With `use_reentrant=True` the first
-pass runs without gradients, so that nothing is saved, and the second one is differentiated itself.)
+`torch.utils.checkpoint` with `use_reentrant=False` runs the forward pass with gradients on and throws away what is
+saved for the backward pass. When the backward pass asks for it, the same function runs again, until the last tensor
+that the first pass saved has been saved once more: what comes after that is not computed. (With `use_reentrant=True`
+the first pass runs without gradients, so that nothing is saved, and the second one is differentiated itself.)
 """
 
 from __future__ import annotations
