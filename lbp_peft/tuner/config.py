@@ -97,7 +97,7 @@ class LBPWHTConfig(PeftConfig):
         default=True, metadata={"help": "Train a copy of each target's weight, or only make its backward pass cheap."}
     )
     base_weights: str = field(
-        default="disk",
+        default="auto",
         metadata={"help": 'Where base weights wait: "auto", "resident", "cpu", "disk", or "dropped".'},
     )
     rank_pattern: dict[str, int] = field(
@@ -197,7 +197,7 @@ class LBPWHTConfig(PeftConfig):
     def _check_base_weights(self) -> None:
         if not _is_one_of(self.base_weights, BASE_WEIGHTS):
             raise ValueError(f"base_weights must be one of {', '.join(BASE_WEIGHTS)}, got {show(self.base_weights)}.")
-        if not self.train_base_weight and self.base_weights not in ("auto", "resident", "disk"):
+        if not self.train_base_weight and self.base_weights not in ("auto", "resident"):
             raise ValueError(
                 f"base_weights={show(self.base_weights)} says where base weights wait while copies of them are "
                 "trained. With train_base_weight=False they are in use themselves: leave it out."

@@ -28,6 +28,7 @@ _CHUNK = 2**23
 _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
 _WHERE_ELSE = "/var/tmp"  # temporary files that are expected to lie on a disk
 _MADV_DONTNEED = 4
+_CAN_UNLINK_OPEN_FILES = os.name == "posix"
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def in_own_file(weight: Tensor) -> Tensor:
     Raises:
         OSError: there is no folder on a disk for it, not enough space (1 GiB is left free), or it cannot be written.
     """
-    if os.name != "posix":  # a file that is in use has to keep its name there, and would outlive the process
+    if not _CAN_UNLINK_OPEN_FILES:  # a file that is in use has to keep its name there, and would outlive the process
         raise OSError(errno.ENOTSUP, f"not supported on {sys.platform}")
     folder = _folder()
     if shutil.disk_usage(folder).free < weight.nbytes + _FREE_SPACE_LEFT:

@@ -67,7 +67,7 @@ class WaitingBaseWeight(nn.Module):
         self._file = None
         if where == DROPPED:
             self.drop_base_weight()
-        elif weight.device.type == "cpu":
+        elif _is_on_cpu(weight):
             self._put_on_disk(weight)
         else:
             on_disk = where == "disk" and self._put_on_disk(weight)
@@ -83,18 +83,18 @@ class WaitingBaseWeight(nn.Module):
             return False
         if hasattr(weight, "ds_status") or "_hf_hook" in vars(base) or not weight.is_contiguous():
             return False
-        if weight.device.type != "cpu":
+        if not _is_on_cpu(weight):
             return True
         return where == "disk" or where == DROPPED or (where == "auto" and weight.nbytes >= _LEAST_BYTES)
 
     def _put_on_disk(self, weight: Tensor) -> bool:
-        if weight.device.type == "cpu" and (file := release_pages(weight)) is not None:
+        if _is_on_cpu(weight) and (file := release_pages(weight)) is not None:
             self._file = file
             return True
         try:
             weight.data = in_own_file(weight)
         except OSError as error:
-            instead = "in memory" if weight.device.type == "cpu" else "in the CPU's memory"
+            instead = "in memory" if _is_on_cpu(weight) else "in the CPU's memory"
             self.finder.warn_once(
                 "base weights on disk",
                 f"The base weight of {self.layer_name}, and of layers like it, stays {instead} while adapters are "
@@ -214,3 +214,7 @@ class _AtEndOfBackward:
         layer = self.layer()
         if layer is not None:
             torch.autograd.Variable._execution_engine.queue_callback(layer.put_base_weight_away)
+
+
+def _is_on_cpu(weight: Tensor) -> bool:
+    return weight.device.type == "cpu"
