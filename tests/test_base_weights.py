@@ -46,7 +46,7 @@ def weights_are_large_enough(monkeypatch):
 
 def config(way="disk", **settings):
     way = "cpu" if way == "on a GPU" else way
-    return LBPWHTConfig(**({"r": 3, "grad_input": "full", "base_weights": way} | settings))
+    return LBPWHTConfig(**({"r": 3, "grad_input_dtype": "full", "base_weights": way} | settings))
 
 
 @pytest.fixture

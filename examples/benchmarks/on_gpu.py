@@ -1,0 +1,121 @@
+"""Everything that needs a GPU, one after the other within a time limit: the tests, the kernels, the training steps.
+
+    python examples/benchmarks/on_gpu.py
+    python examples/benchmarks/on_gpu.py --minutes 20 --output runs/gpu --only tests vit-b-bf16
+
+Each part is a program of its own, so that one which fails or runs out of time leaves the others alone. A part that
+would begin after the limit is left out and named at the end. Output goes to the terminal and, with the JSON records, to
+the folder `--output`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+
+EAGER = (
+    "full", "full+checkpointing", "lora-qv", "lora-all", "lora-all+checkpointing",
+    "lbp-wht:r=10,grad_input_dtype=full", "lbp-wht:r=10,grad_input_dtype=fp8", "lbp-wht:r=10,grad_input_dtype=int8",
+    "lbp-wht:r=10,grad_input_dtype=auto", "lbp-wht:r=10,grad_input_rank=10", "lbp-wht:r=10,compress_activations=int8",
+    "lbp-wht:r=10+checkpointing", "lora-all+lbp-wht:r=10", "lora-all+lbp-wht:r=10,compress_activations=int8",
+    "lora-all+lbp-wht:r=10+checkpointing",
+)  # fmt: skip
+COMPILED = ("full+compile", "lora-all+compile", "lbp-wht:r=10+compile", "lora-all+lbp-wht:r=10+compile")
+CUDA_GRAPHS = tuple(f"{method}:mode=reduce-overhead" for method in COMPILED)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One program.
+
+    Attributes:
+        command: After the Python interpreter.
+        seconds: After which it is stopped.
+        environment: Variables beside those of this process.
+    """
+
+    command: list[str]
+    seconds: int
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def training_step(
+    name: str, output: Path, model: str, methods: tuple[str, ...], seconds: int, *options: str, **env: str
+) -> Part:
+    record = str(output / f"{name}.json")
+    command = [str(HERE / "training_step.py"), "--model", model, "--batch-size", "64", "--bf16", "--rounds", "10"]
+    return Part([*command, "--output", record, *options, "--methods", *methods], seconds, env)
+
+
+def parts(output: Path) -> dict[str, Part]:
+    """All parts by name, the most telling first."""
+
+    def step(name: str, model: str, methods: tuple[str, ...], seconds: int, *options: str, **env: str) -> Part:
+        return training_step(name, output, model, methods, seconds, *options, **env)
+
+    return {
+        "tests": Part(["-m", "pytest", "-q", "-n", str(min(16, os.cpu_count() or 1)), str(ROOT / "tests")], 200),
+        "kernels": Part([str(HERE / "gpu_kernels.py"), "--output", str(output / "gpu-kernels.json")], 90),
+        "vit-b-bf16": step("vit-b-bf16", "vit-b", EAGER, 150),
+        "vit-b-bf16-kernels": step("vit-b-bf16-kernels", "vit-b", EAGER, 150, LBP_PEFT_KERNELS="triton"),
+        "vit-b-bf16-compiled": step("vit-b-bf16-compiled", "vit-b", COMPILED, 240),
+        "vit-b-bf16-cuda-graphs": step("vit-b-bf16-cuda-graphs", "vit-b", CUDA_GRAPHS, 240),
+        "vit-l-bf16": step("vit-l-bf16", "vit-l", EAGER, 240),
+        "dinov2-l-bf16": step("dinov2-l-bf16", "dinov2-l", EAGER, 240),
+        "vit-l-bf16-compiled": step("vit-l-bf16-compiled", "vit-l", COMPILED, 300),
+    }
+
+
+def run(name: str, part: Part, seconds: float, output: Path) -> str:
+    """Run one part with its output shown and written; how it ended, in a word."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | part.environment
+    print(f"\n== {name}", flush=True)
+    log = output / f"{name}.log"
+    with log.open("w") as file:
+        command = [sys.executable, *part.command]
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
+        try:
+            status = process.wait(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            status = None
+    lines = log.read_text(errors="replace").splitlines()
+    print("\n".join(line[:400] for line in lines[-60:] if "it/s" not in line and "s/it" not in line), flush=True)
+    return "stopped: out of time" if status is None else "done" if status == 0 else f"failed with status {status}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=9.5, help="for all parts together")
+    parser.add_argument("--only", nargs="+", metavar="PART", help="names of the parts to run")
+    parser.add_argument("--output", type=Path, default=Path("runs", "gpu"), help="folder of logs and records")
+    options = parser.parse_args()
+    output = options.output.resolve()
+    output.mkdir(parents=True, exist_ok=True)
+    known = parts(output)
+    if unknown := set(options.only or ()) - known.keys():
+        parser.error(f"there is no part {', '.join(sorted(unknown))}; choose from {', '.join(known)}")
+    end = time.monotonic() + 60 * options.minutes
+    outcomes = {}
+    for name in options.only or known:
+        left = end - time.monotonic()
+        outcomes[name] = run(name, known[name], min(left, known[name].seconds), output) if left > 20 else "left out"
+    print("\n" + "\n".join(f"{name}: {outcome}" for name, outcome in outcomes.items()))
+    if any(outcome.startswith("failed") for outcome in outcomes.values()):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
