@@ -68,7 +68,8 @@ class WaitingBaseWeight(nn.Module):
         if where == DROPPED:
             self.drop_base_weight()
         elif _is_on_cpu(weight):
-            self._put_on_disk(weight)
+            if not self._put_on_disk(weight):
+                return
         else:
             on_disk = where == "disk" and self._put_on_disk(weight)
             if not on_disk:
