@@ -11,7 +11,8 @@ Importing the package registers the method with PEFT:
 from . import tuner  # noqa: F401  first: it registers the method
 from .bases.basis_set import BasisSet, LayoutError, TokenLayout
 from .layout import GridMismatchError
-from .ops.linear import low_rank_linear
+from .ops.linear import Branch, low_rank_linear
+from .ops.plan import BackwardPlan, ExactProduct, FixedBasis, InputGradient
 from .tuner.config import LBPWHTConfig
 from .tuner.layers.base import LBPWHTLayer
 from .tuner.layers.linear import LBPWHTLinear
@@ -22,8 +23,13 @@ from .tuner.verify import LayoutCheck, verify_layout
 __version__ = "0.1.0"
 
 __all__ = [
+    "BackwardPlan",
     "BasisSet",
+    "Branch",
+    "ExactProduct",
+    "FixedBasis",
     "GridMismatchError",
+    "InputGradient",
     "LBPWHTConfig",
     "LBPWHTLayer",
     "LBPWHTLinear",

@@ -16,7 +16,7 @@ from models import disturb, forward, gradients, images, layers_of, outputs, tiny
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from lbp_peft import LBPWHTConfig, layout_report
+from lbp_peft import BasisSet, ExactProduct, FixedBasis, LBPWHTConfig, layout_report
 from lbp_peft.bases.basis_set import BOUNDARIES
 from lbp_peft.bases.walsh import SELECTIONS
 from lbp_peft.formats.products import AUTO, FULL, PRECISIONS, Precision
@@ -350,9 +350,9 @@ def test_ranks_of_the_input_gradient_may_differ_by_suffix_and_by_expression():
     rules = {name.removeprefix("base_model.model."): m.lbpwht_rule["default"] for name, m in layers_of(model).items()}
     for name, rule in rules.items():
         rank = 21 if name.endswith("fc2") else None if ".layers.0." in name else 6
-        assert (rule.for_input and rule.for_input.r) == rank
-        assert rule.precision == (Precision("auto") if rank is None else FULL)
-        assert rule.for_weight.r == 3
+        auto = ExactProduct(precision=Precision("auto"))
+        assert rule.input_gradient == (auto if rank is None else FixedBasis(BasisSet(rank)))
+        assert rule.weight_basis.r == 3
     gradients(model.train(), images())
     kept = {name: ran.kept_for_input for name, ran in layout_report(model).layers.items()}
     assert kept["vit.layers.1.mlp.fc2"] == 22 and kept["vit.layers.1.mlp.fc1"] == 7

@@ -18,7 +18,7 @@ from torch.nn.modules import module as module_hooks
 from torch.nn.utils import parametrizations, prune
 from torch.utils.flop_counter import FlopCounterMode
 
-from lbp_peft import LBPWHTConfig, exact_backward, layout_report
+from lbp_peft import BasisSet, ExactProduct, FixedBasis, LBPWHTConfig, exact_backward, layout_report
 
 LORA = {"r": 4, "target_modules": ["o_proj", "fc1"], "init_lora_weights": False}
 WAYS = {
@@ -154,8 +154,9 @@ def test_gradients_of_a_changed_layer_are_exact_at_full_rank(way, change):
     model = adapted(base, way)
     for layer in layers_of(model).values():
         rule = layer.lbpwht_rule["default"]
-        bases = type(rule.for_weight)(64)
-        layer.lbpwht_rule["default"] = type(rule)(bases, rule.for_input and bases)
+        whole = BasisSet(64)
+        input_gradient = FixedBasis(whole) if isinstance(rule.input_gradient, FixedBasis) else ExactProduct()
+        layer.lbpwht_rule["default"] = type(rule)(whole, input_gradient)
     found = all_gradients(model)
     with exact_backward(model):
         assert largest_difference(found, all_gradients(model)) < 1e-5

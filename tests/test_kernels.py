@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
+from plans import plan_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from lbp_peft import BasisSet, TokenLayout, kernels, low_rank_linear
@@ -89,7 +90,7 @@ def gradients(layout, boundary, dtype, device):
     weight = torch.randn(*CHANNELS[::-1], device=device, dtype=dtype, requires_grad=True)
     bias = torch.randn(CHANNELS[1], device=device, dtype=dtype, requires_grad=True)
     ranks = (BasisSet(rank, boundary=boundary) for rank in (10, 3))
-    y = low_rank_linear(x, weight, bias, layout, *ranks)
+    y = low_rank_linear(x, weight, bias, plan=plan_of(layout, *ranks))
     return torch.autograd.grad(y, (x, weight, bias), torch.randn_like(y))
 
 
@@ -270,7 +271,9 @@ def test_under_torch_compile(device):
     layer = torch.nn.Linear(20, 30, device=device)
 
     def run(x):
-        return low_rank_linear(x, layer.weight, layer.bias, TokenLayout((8, 8), 1), BasisSet(10), BasisSet(3))
+        return low_rank_linear(
+            x, layer.weight, layer.bias, plan=plan_of(TokenLayout((8, 8), 1), BasisSet(10), BasisSet(3))
+        )
 
     torch._dynamo.reset()
     compiled = torch.compile(run, backend=backend, fullgraph=True, dynamic=True)

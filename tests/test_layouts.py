@@ -4,6 +4,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from plans import plan_of
 from test_lowrank import problem, relative
 
 from lbp_peft import BasisSet, TokenLayout, low_rank_linear
@@ -16,7 +17,7 @@ RANKS = [(3, 3), (10, None), (10, 3)]
 
 def found_gradients(x, weight, bias, grad, layout, ranks, wanted=None, **how):
     for_weight, for_input = (None if r is None else BasisSet(r) for r in ranks)
-    y = low_rank_linear(x, weight, bias, layout, for_weight, for_input, **how)
+    y = low_rank_linear(x, weight, bias, plan=plan_of(layout, for_weight, for_input, **how))
     assert torch.equal(y, F.linear(x, weight, bias))
     return torch.autograd.grad(y, (weight, x if wanted is None else wanted, bias), grad)
 
@@ -125,7 +126,7 @@ def test_padding_is_taken_as_zero(ranks):
 def test_a_loss_that_depends_on_padding_is_refused():
     x, weight, bias, grad = problem((1, 40), 0)
     padding = torch.arange(40).expand(2, 40) >= 30
-    y = low_rank_linear(x, weight, bias, TokenLayout((1, 40)), BasisSet(3), padding=padding)
+    y = low_rank_linear(x, weight, bias, plan=plan_of(TokenLayout((1, 40)), BasisSet(3), padding_mask=padding))
     with pytest.raises(RuntimeError, match="padding have a gradient.*exclude_modules"):
         torch.autograd.grad(y, weight, grad)
 

@@ -7,8 +7,9 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from plans import plan_of
 
-from lbp_peft import BasisSet, TokenLayout, instructions, low_rank_linear
+from lbp_peft import BackwardPlan, BasisSet, TokenLayout, instructions, low_rank_linear
 from lbp_peft.formats.products import Precision
 from lbp_peft.instructions import Instructions
 from lbp_peft.ops.conv1x1 import low_rank_pointwise_conv
@@ -64,7 +65,7 @@ def test_gradients_are_the_references(boundary, grid, prefix, ranks):
         pytest.skip("the grid is too short to be reflected")
     x, weight, bias, grad = problem(grid, prefix)
     layout = TokenLayout(grid, prefix)
-    y = low_rank_linear(x, weight, bias, layout, *(bases_of(r, boundary=boundary) for r in ranks))
+    y = low_rank_linear(x, weight, bias, plan=plan_of(layout, *(bases_of(r, boundary=boundary) for r in ranks)))
     assert torch.equal(y, F.linear(x, weight, bias))
     found = torch.autograd.grad(y, (weight, x, bias), grad)
     gradients = reference.reflect_gradients if boundary == "reflect" else reference.orthogonal_gradients
@@ -85,7 +86,7 @@ def test_other_blocks_and_selections(selection, block_size):
     grid, prefix = (14, 10), 1
     x, weight, bias, grad = problem(grid, prefix)
     bases = BasisSet(5, block_size, selection)
-    y = low_rank_linear(x, weight, bias, TokenLayout(grid, prefix), bases, bases)
+    y = low_rank_linear(x, weight, bias, plan=plan_of(TokenLayout(grid, prefix), bases, bases))
     found = torch.autograd.grad(y, (weight, x), grad)
     expected = reference.orthogonal_gradients(
         x.detach(), weight.detach(), grad, grid, prefix, 5, 5, block=block_size, selection=selection
@@ -97,11 +98,12 @@ def test_other_blocks_and_selections(selection, block_size):
 @pytest.mark.parametrize("grid", [*GRIDS, (9, 17), (5, 3), (6, 10)])
 def test_full_rank_is_exact_backpropagation(grid, prefix, way):
     """Through the projections themselves, not through the shortcut that skips them at full rank."""
-    from lbp_peft.ops.linear import _How, _LowRankLinear
+    from lbp_peft.ops.linear import _LowRankLinear, _State
 
     x, weight, bias, grad = problem(grid, prefix)
     full = way(TokenLayout(grid, prefix), BasisSet(64), torch.float64, x.device)
-    found = torch.autograd.grad(_LowRankLinear.apply(_How(full, full, ()), x, weight, bias), (x, weight, bias), grad)
+    state = _State(BackwardPlan(), full, full, ())
+    found = torch.autograd.grad(_LowRankLinear.apply(state, x, weight, bias), (x, weight, bias), grad)
     exact = torch.autograd.grad(F.linear(x, weight, bias), (x, weight, bias), grad)
     assert max(relative(f, e) for f, e in zip(found, exact, strict=True)) < 1e-12
 
@@ -111,9 +113,9 @@ def test_channels_last_input_is_a_grid():
     x, weight, bias, grad = problem(grid, 0)
     bases = BasisSet(3)
     expected = torch.autograd.grad(
-        low_rank_linear(x, weight, bias, TokenLayout(grid), bases, bases), (x, weight, bias), grad
+        low_rank_linear(x, weight, bias, plan=plan_of(TokenLayout(grid), bases, bases)), (x, weight, bias), grad
     )
-    y = low_rank_linear(x.unflatten(1, grid), weight, bias, TokenLayout(grid), bases, bases)
+    y = low_rank_linear(x.unflatten(1, grid), weight, bias, plan=plan_of(TokenLayout(grid), bases, bases))
     assert y.shape == (2, 7, 12, 4)
     found = torch.autograd.grad(y, (x, weight, bias), grad.unflatten(1, grid))
     assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
@@ -125,7 +127,9 @@ def test_channels_last_input_is_a_grid():
 def test_an_empty_batch_has_gradients_of_zero(for_input, precision):
     x, weight, bias, _ = problem((8, 8), 1, torch.float32)
     x = x.detach()[:0].requires_grad_()
-    y = low_rank_linear(x, weight, bias, TokenLayout((8, 8), 1), BasisSet(3), for_input, precision=Precision(precision))
+    y = low_rank_linear(
+        x, weight, bias, plan=plan_of(TokenLayout((8, 8), 1), BasisSet(3), for_input, precision=Precision(precision))
+    )
     found = torch.autograd.grad(y.sum(), (x, weight, bias))
     assert found[0].shape == x.shape and not any(g.count_nonzero() for g in found)
 
@@ -135,7 +139,7 @@ def test_input_and_gradient_need_not_be_contiguous(layout):
     x, weight, bias, grad = problem((8, 8), 1)
     bases = BasisSet(10)
     expected = torch.autograd.grad(
-        low_rank_linear(x, weight, bias, TokenLayout((8, 8), 1), bases, bases), (x, weight), grad
+        low_rank_linear(x, weight, bias, plan=plan_of(TokenLayout((8, 8), 1), bases, bases)), (x, weight), grad
     )
 
     def rearranged(t):
@@ -147,9 +151,9 @@ def test_input_and_gradient_need_not_be_contiguous(layout):
 
     grad = grad if layout != "expanded" else torch.ones(1, 1, 4, dtype=grad.dtype).expand_as(grad)
     if layout == "expanded":
-        y = low_rank_linear(x, weight, bias, TokenLayout((8, 8), 1), bases, bases)
+        y = low_rank_linear(x, weight, bias, plan=plan_of(TokenLayout((8, 8), 1), bases, bases))
         expected = torch.autograd.grad(y, (x, weight), grad.contiguous())
-    y = low_rank_linear(rearranged(x), weight, bias, TokenLayout((8, 8), 1), bases, bases)
+    y = low_rank_linear(rearranged(x), weight, bias, plan=plan_of(TokenLayout((8, 8), 1), bases, bases))
     found = torch.autograd.grad(y, (x, weight), rearranged(grad))
     assert max(relative(f, e) for f, e in zip(found, expected, strict=True)) < 1e-14
 
@@ -169,16 +173,18 @@ def saved_by(function):
 @pytest.mark.parametrize("for_input", [None, BasisSet(3)])
 def test_only_the_projected_input_is_saved(for_input):
     x, weight, bias, _ = problem((8, 8), 1)
-    _, shapes = saved_by(lambda: low_rank_linear(x, weight, bias, TokenLayout((8, 8), 1), BasisSet(3), for_input))
+    _, shapes = saved_by(
+        lambda: low_rank_linear(x, weight, bias, plan=plan_of(TokenLayout((8, 8), 1), BasisSet(3), for_input))
+    )
     assert sorted(shapes) == [(2, 4, 6), (4, 6)]
 
 
 def test_nothing_is_done_for_gradients_that_are_not_needed():
     x, weight, bias, grad = problem((8, 8), 1)
     layout, bases = TokenLayout((8, 8), 1), BasisSet(3)
-    _, shapes = saved_by(lambda: low_rank_linear(x.detach(), weight, bias, layout, bases, bases))
+    _, shapes = saved_by(lambda: low_rank_linear(x.detach(), weight, bias, plan=plan_of(layout, bases, bases)))
     assert shapes == [(2, 4, 6)]
-    y, shapes = saved_by(lambda: low_rank_linear(x, weight.detach(), bias.detach(), layout, bases, bases))
+    y, shapes = saved_by(lambda: low_rank_linear(x, weight.detach(), bias.detach(), plan=plan_of(layout, bases, bases)))
     assert shapes == [(4, 6)]
     (found,) = torch.autograd.grad(y, x, grad)
     expected = reference.orthogonal_gradients(x.detach(), weight.detach(), grad, (8, 8), 1, 3, 3)[1]
@@ -198,20 +204,24 @@ def test_query_key_and_value_share_one_projection(projected):
     x, weight, bias, grad = problem((8, 8), 1)
     layout, hidden = TokenLayout((8, 8), 1), x * 1
     with shared_projections():
-        ys, shapes = saved_by(lambda: [low_rank_linear(hidden, weight, bias, layout, BasisSet(3)) for _ in "qkv"])
+        ys, shapes = saved_by(
+            lambda: [low_rank_linear(hidden, weight, bias, plan=plan_of(layout, BasisSet(3))) for _ in "qkv"]
+        )
     assert len(projected) == 1 and shapes.count((2, 4, 6)) == 3
     found = torch.autograd.grad(sum(ys), weight, grad)[0]
-    once = torch.autograd.grad(low_rank_linear(hidden.clone(), weight, bias, layout, BasisSet(3)), weight, grad)[0]
+    once = torch.autograd.grad(
+        low_rank_linear(hidden.clone(), weight, bias, plan=plan_of(layout, BasisSet(3))), weight, grad
+    )[0]
     assert relative(found, 3 * once) < 1e-14
 
     projected.clear()
     with shared_projections():
-        low_rank_linear(hidden, weight, bias, layout, BasisSet(6))
-        before = low_rank_linear(hidden.detach(), weight, bias, layout, BasisSet(3))
+        low_rank_linear(hidden, weight, bias, plan=plan_of(layout, BasisSet(6)))
+        before = low_rank_linear(hidden.detach(), weight, bias, plan=plan_of(layout, BasisSet(3)))
         changed = hidden.detach()
-        low_rank_linear(changed, weight, bias, layout, BasisSet(3))
+        low_rank_linear(changed, weight, bias, plan=plan_of(layout, BasisSet(3)))
         changed.mul_(2)
-        after = low_rank_linear(changed, weight, bias, layout, BasisSet(3))
+        after = low_rank_linear(changed, weight, bias, plan=plan_of(layout, BasisSet(3)))
     assert len(projected) == 4
     gradients = [torch.autograd.grad(y, weight, grad)[0] for y in (before, after)]
     assert relative(gradients[1], 2 * gradients[0]) < 1e-14
@@ -224,9 +234,11 @@ def test_under_autocast_too_they_share_one_projection(projected, monkeypatch):
     hidden = x * 1
     with shared_projections():
         with torch.autocast("cpu", torch.bfloat16):
-            ys = [low_rank_linear(hidden, weight, bias, TokenLayout((8, 8), 1), BasisSet(3)) for _ in "qkv"]
+            ys = [
+                low_rank_linear(hidden, weight, bias, plan=plan_of(TokenLayout((8, 8), 1), BasisSet(3))) for _ in "qkv"
+            ]
         assert len(ys) == 3 and len(projected) == 1 and projected[0].dtype == torch.bfloat16
-        low_rank_linear(hidden, weight, bias, TokenLayout((8, 8), 1), BasisSet(3))
+        low_rank_linear(hidden, weight, bias, plan=plan_of(TokenLayout((8, 8), 1), BasisSet(3)))
     assert len(projected) == 2 and projected[1].dtype == torch.float32
 
 
@@ -235,7 +247,7 @@ def test_a_projection_is_shared_within_one_block_of_one_thread_only(projected):
     hidden = x * 1
 
     def run():
-        return low_rank_linear(hidden, weight, bias, TokenLayout((8, 8), 1), BasisSet(3))
+        return low_rank_linear(hidden, weight, bias, plan=plan_of(TokenLayout((8, 8), 1), BasisSet(3)))
 
     kept = [run(), run()]
     assert len(projected) == 2
@@ -272,7 +284,7 @@ def test_an_input_that_has_changed_is_projected_again(change, shared):
 
     def run(x):
         with shared_projections() if shared else contextlib.nullcontext():
-            return low_rank_linear(x, weight, bias, TokenLayout((8, 8), 1), BasisSet(3))
+            return low_rank_linear(x, weight, bias, plan=plan_of(TokenLayout((8, 8), 1), BasisSet(3)))
 
     first = run(x)
     expected = torch.autograd.grad(run(new.clone()), weight, grad)[0]
@@ -294,11 +306,17 @@ def test_an_output_may_be_changed_in_place(change, kind, grid):
         with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
             if kind == "conv":
                 y = low_rank_pointwise_conv(
-                    x.movedim(-1, 1), weight.view(4, 6, *[1] * (x.dim() - 2)), bias, bases, bases, layout
+                    x.movedim(-1, 1), weight.view(4, 6, *[1] * (x.dim() - 2)), bias, plan=plan_of(layout, bases, bases)
                 ).movedim(1, -1)
             else:
                 branches = [Branch(down, up)] if kind == "branches" else []
-                y = low_rank_linear(x, weight, None if kind == "no bias" else bias, layout, bases, bases, branches)
+                y = low_rank_linear(
+                    x,
+                    weight,
+                    None if kind == "no bias" else bias,
+                    plan=plan_of(layout, bases, bases),
+                    branches=branches,
+                )
             y = changed(y)
         return torch.autograd.grad(y, (x, weight, *([down, up] if kind == "branches" else [])), grad.to(y.dtype))
 
@@ -310,7 +328,7 @@ def test_an_output_may_be_changed_in_place(change, kind, grid):
 
 def test_second_derivative_is_refused_with_the_remedy():
     x, weight, bias, _ = problem((8, 8), 1)
-    y = low_rank_linear(x, weight, bias, TokenLayout((8, 8), 1), BasisSet(3))
+    y = low_rank_linear(x, weight, bias, plan=plan_of(TokenLayout((8, 8), 1), BasisSet(3)))
     (grad_x,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative.*exact_backward"):
         grad_x.square().sum().backward()
@@ -321,10 +339,10 @@ def test_autocast_casts_as_linear_does(dtype):
     x, weight, bias, grad = problem((8, 8), 1, torch.float32, channels=(64, 32))
     layout, bases = TokenLayout((8, 8), 1), BasisSet(10)
     reference_grads = torch.autograd.grad(
-        low_rank_linear(x, weight, bias, layout, bases, bases), (x, weight, bias), grad
+        low_rank_linear(x, weight, bias, plan=plan_of(layout, bases, bases)), (x, weight, bias), grad
     )
     with torch.autocast("cpu", dtype):
-        y = low_rank_linear(x, weight, bias, layout, bases, bases)
+        y = low_rank_linear(x, weight, bias, plan=plan_of(layout, bases, bases))
         plain = F.linear(x, weight, bias)
     assert y.dtype == dtype and torch.equal(y, plain)
     found = torch.autograd.grad(y, (x, weight, bias), grad.to(dtype))
@@ -348,7 +366,7 @@ def test_autocast_keeps_no_copy_of_a_weight(for_weight):
         return tensor
 
     with torch.autocast("cpu", torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        y = low_rank_linear(x, weight, bias, TokenLayout((8, 8), 1), for_weight, BasisSet(3))
+        y = low_rank_linear(x, weight, bias, plan=plan_of(TokenLayout((8, 8), 1), for_weight, BasisSet(3)))
         plain = F.linear(x, weight, bias)
     assert next(t.data_ptr() for t in kept if t.shape == weight.shape) == weight.data_ptr()
     found = torch.autograd.grad(y, weight, grad.to(torch.bfloat16))[0]
@@ -361,7 +379,9 @@ def test_autocast_keeps_no_copy_of_a_weight(for_weight):
 def test_float64_is_left_alone_by_autocast():
     x, weight, bias, _ = problem((8, 8), 1)
     with torch.autocast("cpu", torch.bfloat16):
-        assert low_rank_linear(x, weight, bias, TokenLayout((8, 8), 1), BasisSet(3)).dtype == torch.float64
+        assert (
+            low_rank_linear(x, weight, bias, plan=plan_of(TokenLayout((8, 8), 1), BasisSet(3))).dtype == torch.float64
+        )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -370,6 +390,6 @@ def test_cuda_agrees_with_the_reference(dtype, bound):
     x, weight, bias, grad = problem((14, 14), 1, channels=(64, 48))
     expected = reference.orthogonal_gradients(x.detach(), weight.detach(), grad, (14, 14), 1, 10, 3)
     x, weight, bias = (t.detach().to("cuda", dtype).requires_grad_() for t in (x, weight, bias))
-    y = low_rank_linear(x, weight, bias, TokenLayout((14, 14), 1), BasisSet(10), BasisSet(3))
+    y = low_rank_linear(x, weight, bias, plan=plan_of(TokenLayout((14, 14), 1), BasisSet(10), BasisSet(3)))
     found = torch.autograd.grad(y, (weight, x), grad.to("cuda", dtype))
     assert max(relative(f.cpu(), e) for f, e in zip(found, expected, strict=True)) < bound

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from models import gradients, images, largest_difference, layers_of, outputs, train
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from plans import plan_of
 from torch import nn
 
 from lbp_peft import BasisSet, LBPWHTConfig, layout_report
@@ -39,7 +40,7 @@ def tokens(image):
 def test_gradients_are_the_references(grid, ranks, memory_format):
     x, weight, bias, grad = problem(grid)
     inner = x.contiguous(memory_format=memory_format)
-    y = low_rank_pointwise_conv(inner, weight, bias, *map(bases, ranks))
+    y = low_rank_pointwise_conv(inner, weight, bias, plan=plan_of(None, *map(bases, ranks)))
     assert torch.equal(y, F.conv2d(inner, weight, bias))
     found = torch.autograd.grad(y, (weight, x, bias), grad.contiguous(memory_format=memory_format))
     r, r_input = ranks
@@ -54,11 +55,11 @@ def test_gradients_are_the_references(grid, ranks, memory_format):
 def test_under_autocast_and_in_second_order():
     x, weight, bias, grad = problem((8, 8), torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
-        y = low_rank_pointwise_conv(x, weight, bias, BasisSet(10), BasisSet(10))
+        y = low_rank_pointwise_conv(x, weight, bias, plan=plan_of(None, BasisSet(10), BasisSet(10)))
         assert torch.equal(y, F.conv2d(x, weight, bias))
     found = torch.autograd.grad(y, (x, weight, bias), grad.bfloat16())
     assert all(g.dtype == torch.float32 for g in found)
-    y = low_rank_pointwise_conv(x, weight, bias, BasisSet(3))
+    y = low_rank_pointwise_conv(x, weight, bias, plan=plan_of(None, BasisSet(3)))
     (first,) = torch.autograd.grad(y, weight, grad, create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         first.sum().backward()
@@ -69,7 +70,7 @@ def test_under_autocast_and_in_second_order():
 def test_an_empty_batch_has_gradients_of_zero(ranks, precision):
     x, weight, bias, _ = problem((8, 8), torch.float32)
     x = x.detach()[:0].requires_grad_()
-    y = low_rank_pointwise_conv(x, weight, bias, *map(bases, ranks), precision=Precision(precision))
+    y = low_rank_pointwise_conv(x, weight, bias, plan=plan_of(None, *map(bases, ranks), precision=Precision(precision)))
     found = torch.autograd.grad(y.sum(), (x, weight, bias))
     assert found[0].shape == x.shape and not any(g.count_nonzero() for g in found)
 
@@ -190,7 +191,9 @@ def test_other_methods_on_convolutions_are_made_cheap(config, rank):
 def test_compiling_leaves_autograd_on(needs_input_grad):
     weight = torch.randn(5, 4, 1, 1, requires_grad=True)
     torch._dynamo.reset()
-    run = torch.compile(lambda x: low_rank_pointwise_conv(x, weight, None, BasisSet(3)), backend="aot_eager")
+    run = torch.compile(
+        lambda x: low_rank_pointwise_conv(x, weight, None, plan=plan_of(None, BasisSet(3))), backend="aot_eager"
+    )
     run(torch.randn(2, 4, 16, 16).requires_grad_(needs_input_grad))
     is_on = torch.is_grad_enabled()
     torch.set_grad_enabled(True)  # for the tests that follow

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lbp_peft import LBPWHTConfig, exact_backward, instructions, layout_report
 from lbp_peft.formats import products as precision
-from lbp_peft.formats.products import FULL, Precision, Rounded, outer, product, rescaled_product, rotated, rounded
+from lbp_peft.formats.products import FULL, Precision, Rounded, product, rescaled_product, rotated, rounded, weight_grad
 from lbp_peft.instructions import Instructions
 
 
@@ -282,7 +282,7 @@ def test_without_instructions_weight_gradients_are_multiplied_in_float32(dtype, 
     monkeypatch.setattr(instructions, "of_cpu", Instructions)
     grad, x = draw(2, 11, 24, dtype=dtype), draw(2, 11, 32, seed=1, dtype=dtype)
     with Products() as products:
-        found = outer(grad, x)
+        found = weight_grad(grad, x)
     assert products.dtypes == {torch.float32} and found.dtype == dtype
     expected = torch.einsum("nko,nki->oi", grad.double(), x.double()).float()
     torch.testing.assert_close(found.float(), expected, rtol=2**-8, atol=1e-5)
@@ -641,12 +641,12 @@ def test_a_weight_gradient_is_of_its_factors_in_bfloat16_whatever_multiplies_the
     monkeypatch.setattr("lbp_peft.formats.products.multiplies_bf16", lambda device: fast)
     torch.manual_seed(0)
     grad, x = torch.randn(2, 11, 24), torch.randn(2, 11, 16)
-    found = outer(grad, x.to(torch.bfloat16))
+    found = weight_grad(grad, x.to(torch.bfloat16))
     expected = torch.einsum("nko,nki->oi", grad.double(), x.double())
     assert found.dtype == torch.float32
     # Half a step of bfloat16, 2 ** -9, for each factor and for the result, the errors of the terms being random.
     assert 0 < (found - expected).norm() / expected.norm() < 4e-3
-    assert torch.equal(outer(grad, x), grad.flatten(0, 1).t() @ x.flatten(0, 1))
+    assert torch.equal(weight_grad(grad, x), grad.flatten(0, 1).t() @ x.flatten(0, 1))
 
 
 def test_with_checkpointing_the_first_layers_weight_gradients_are_the_same_too():

@@ -3,6 +3,7 @@
 import pytest
 import reference
 import torch
+from plans import plan_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lbp_peft import BasisSet, TokenLayout, instructions, low_rank_linear
@@ -129,7 +130,7 @@ def test_one_matrix_in_a_compiled_graph(layout, monkeypatch):
     found = []
     for run in (low_rank_linear, torch.compile(low_rank_linear, backend="aot_eager", fullgraph=True)):
         leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
-        run(*leaves, None, layout, BASES[0], BASES[0]).square().sum().backward()
+        run(*leaves, None, plan=plan_of(layout, BASES[0], BASES[0])).square().sum().backward()
         found.append([leaf.grad for leaf in leaves])
     for compiled, eager in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-4)
@@ -201,7 +202,9 @@ def test_contiguous_tokens_are_not_copied(precision, for_input, way, monkeypatch
     layout = TokenLayout((14, 14), 1)
     x, weight = torch.randn(2, 197, 40, requires_grad=True), torch.randn(48, 40, requires_grad=True)
     with Made() as made:
-        y = low_rank_linear(x, weight, torch.zeros(48), layout, BASES[0], for_input, precision=Precision(precision))
+        y = low_rank_linear(
+            x, weight, torch.zeros(48), plan=plan_of(layout, BASES[0], for_input, precision=Precision(precision))
+        )
     assert not [copy for copy in made.copies() if copy[1] >= x.numel()]
     grad = torch.randn_like(y)
     with Made() as made:

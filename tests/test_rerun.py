@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from models import gradients, images, input_gradient, largest_difference, tiny_vit
 from peft import LoraConfig, get_peft_model
 from peft.helpers import rescale_adapter_scale
+from plans import plan_of
 from test_stacking import C_IN, C_OUT, TARGET, adapted, assert_same, backward, lora, problem
 from torch import nn
 from torch.nn.utils import parametrize
@@ -167,7 +168,7 @@ ODD_CHANGES = {
 
 
 def run(layer, x):
-    return low_rank_layer(layer, x, TokenLayout((8, 8)), BasisSet(3), BasisSet(6))
+    return low_rank_layer(layer, x, plan=plan_of(TokenLayout((8, 8)), BasisSet(3), BasisSet(6)))
 
 
 @pytest.mark.parametrize("change", ODD_CHANGES.values(), ids=ODD_CHANGES)

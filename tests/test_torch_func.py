@@ -8,6 +8,7 @@ import reference
 import torch
 from models import images, input_gradient, largest_difference, tiny_vit
 from peft import LoraConfig, get_peft_model
+from plans import plan_of
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
@@ -161,8 +162,10 @@ def test_they_are_refused_where_only_the_saved_input_leads_to_them(kind):
 
     def run(weight, factor):
         if kind == "image":
-            return low_rank_pointwise_conv(factor * x, weight, None, BASES)
-        return low_rank_linear(factor * x.flatten(2).mT, weight[..., 0, 0], None, TokenLayout((8, 8)), BASES)
+            return low_rank_pointwise_conv(factor * x, weight, None, plan=plan_of(None, BASES))
+        return low_rank_linear(
+            factor * x.flatten(2).mT, weight[..., 0, 0], None, plan=plan_of(TokenLayout((8, 8)), BASES)
+        )
 
     def of_factor(factor):
         return grad(lambda w: run(w, factor).sum())(weight).sum()
@@ -195,7 +198,7 @@ def test_forward_mode_is_exact_and_says_so_once():
 
 def test_batched_gradients_of_autograd_are_refused_by_name():
     weight, x = torch.randn(4, 6, requires_grad=True), torch.randn(2, 64, 6)
-    y = low_rank_linear(x, weight, None, TokenLayout((8, 8)), BASES)
+    y = low_rank_linear(x, weight, None, plan=plan_of(TokenLayout((8, 8)), BASES))
     with pytest.raises(RuntimeError, match=r"is_grads_batched.*jacrev.*exact_backward"):
         torch.autograd.grad(y, weight, torch.randn(3, *y.shape), is_grads_batched=True, retain_graph=True)
     several = torch.randn(3, *y.shape)
@@ -215,7 +218,7 @@ def test_layouts(layout, for_input):
     weight, bias = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, dtype=torch.float64)
 
     def loss(weight, bias, x):
-        return low_rank_linear(x, weight, bias, layout, BASES, for_input).square().sum()
+        return low_rank_linear(x, weight, bias, plan=plan_of(layout, BASES, for_input)).square().sum()
 
     found = vmap(grad(loss, (0, 1, 2)), (None, None, 0))(weight, bias, x)
     for index in range(3):
@@ -233,7 +236,7 @@ def test_convolutions(shape):
     layout = TokenLayout((8, 8)) if len(shape) == 2 else None
 
     def loss(weight, x):
-        return low_rank_pointwise_conv(x, weight, None, BASES, BASES, layout).square().sum()
+        return low_rank_pointwise_conv(x, weight, None, plan=plan_of(layout, BASES, BASES)).square().sum()
 
     found = vmap(grad(loss, (0, 1)), (None, 0))(weight, x)
     for index in range(3):
@@ -247,7 +250,7 @@ def test_padding():
     padding = torch.arange(24) >= torch.tensor([10, 24, 17])[:, None]
 
     def loss(weight, x, padding, counts=0.0):
-        y = low_rank_linear(x, weight, None, TokenLayout((1, 24)), BASES, BASES, padding=padding)
+        y = low_rank_linear(x, weight, None, plan=plan_of(TokenLayout((1, 24)), BASES, BASES, padding_mask=padding))
         return torch.where(padding[..., None], counts * y, y).square().sum()
 
     found = vmap(grad(loss), (None, 0, 0))(weight, x, padding[:, None])
@@ -271,7 +274,7 @@ def test_matrices_that_are_kept_belong_to_no_transform(monkeypatch):
     layout = TokenLayout((8, 8), order=TokenOrder(reference.unrolled((8, 8), ((2, 2),))))
 
     def loss(weight, x):
-        return low_rank_linear(x, weight, None, layout, BASES, BASES).square().sum()
+        return low_rank_linear(x, weight, None, plan=plan_of(layout, BASES, BASES)).square().sum()
 
     each = vmap(grad(loss), (None, 0))(weight, x)
     tensors = [

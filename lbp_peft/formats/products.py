@@ -214,19 +214,19 @@ def kept_dtype(dtype: torch.dtype, precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision.name != "full" and dtype == torch.float32 else dtype
 
 
-def outer(grad: Tensor, x: Tensor) -> Tensor:
-    """The gradient of a weight, (N, k, C_out), (N, k, C_in) -> (C_out, C_in), of the dtype of `grad`.
+def weight_grad(g_hat: Tensor, x_hat: Tensor) -> Tensor:
+    """The gradient of a weight, (N, k, C_out), (N, k, C_in) -> (C_out, C_in), of the dtype of `g_hat`.
 
-    x may have fewer bits. Then so has `grad` in the product, where that is faster.
+    x_hat may be of a narrower dtype. If products are faster in that dtype, `g_hat` is cast to it.
     """
-    left, right = grad.flatten(0, 1), x.flatten(0, 1)
+    left, right = g_hat.flatten(0, 1), x_hat.flatten(0, 1)
     dtype = left.dtype
-    if left.dtype != right.dtype and multiplies_bf16(grad.device):
+    if left.dtype != right.dtype and multiplies_bf16(g_hat.device):
         dtype = right.dtype
     columns = left.to(dtype).t()
     if columns.device.type == "cpu" and columns.dtype == torch.bfloat16 and len(columns) < right.shape[1]:
-        columns = columns.contiguous()  # the product itself takes longer to turn them
-    return _product_of_one_dtype(columns, right.to(dtype)).to(grad.dtype)
+        columns = columns.contiguous()  # the product itself takes longer to transpose them
+    return _product_of_one_dtype(columns, right.to(dtype)).to(g_hat.dtype)
 
 
 def _product_of_one_dtype(left: Tensor, right: Tensor) -> Tensor:

@@ -1,74 +1,76 @@
 """The low-rank layer on images: a convolution with kernel 1 multiplies every pixel's channels by one matrix.
 
-The mathematics is that of [`lbp_peft.ops.linear`], with the pixels for tokens; only the channels come first.
+The mathematics is that of [`lbp_peft.ops.linear`], with pixels for tokens. Only the channels come first.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bases.basis_set import BasisSet, TokenLayout
-from ..formats.products import FULL, Origin, Precision, kept_dtype, outer, product
-from ..projection import Projection, projection
+from ..bases.basis_set import TokenLayout
+from ..formats.products import FULL, Origin, product, weight_grad
+from ..projection import Projection
 from ..transforms import backward_pass, in_forward_mode, in_transform, tracked_by_transforms
 from .linear import cast_as_autocast_would, once_differentiable, precision_now, source_of_weight
+from .plan import BackwardPlan
 
 
 def low_rank_pointwise_conv(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    for_weight: BasisSet | None = None,
-    for_input: BasisSet | None = None,
-    layout: TokenLayout | None = None,
-    padding: Tensor | None = None,
-    precision: Precision = FULL,
+    bias: Tensor | None = None,
+    *,
+    plan: BackwardPlan,
     parameter: Tensor | None = None,
 ) -> Tensor:
-    """`F.conv2d` or `F.conv1d` with kernel 1 and stride 1, bit for bit, whose backward pass goes through a small space.
+    """`F.conv2d` or `F.conv1d` with kernel 1 and stride 1, bit for bit, with gradients computed as a plan says.
 
     Args:
-        x: Shape (N, C_in, H, W), where (H, W) is the grid, or (N, C_in, L).
+        x: Shape (N, C_in, H, W), or (N, C_in, L), of any floating dtype.
         weight: Shape (C_out, C_in, 1, 1) or (C_out, C_in, 1).
         bias: Shape (C_out,). Its gradient is always exact.
-        for_weight: Bases of the weight gradient; x is saved projected on them. None, or as many bases as pixels: exact.
-        for_input: Bases of the input gradient. None, or as many bases as pixels: exact.
-        layout: Where the L tokens of (N, C_in, L) lie.
-        padding: Shape (N, L), True for tokens that are only padding.
-        precision: Of the product of gradient and weight in the input gradient; if it is low, the factors of the weight
-            gradient are in bfloat16.
-        parameter: The one that `weight` is a cast of, where it is none itself.
+        plan: How the backward pass is run, see [`BackwardPlan`]. Its layout is only read for (N, C_in, L), since the
+            layout of images is the grid (H, W).
+        parameter: The parameter that `weight` is a cast of, if it is not a parameter itself.
 
-    Under autocast, the tensors are cast as the convolutions cast them. Double backward raises RuntimeError. Transforms
-    of `torch.func` are supported as by [`lbp_peft.low_rank_linear`].
+    Autocast and transforms of `torch.func` are supported as by [`lbp_peft.low_rank_linear`].
 
     Returns:
         Shape (N, C_out, H, W) or (N, C_out, L).
+
+    Raises:
+        ValueError: x is (N, C_in, L), and the plan has bases but no layout.
+        RuntimeError: in the backward pass, if it is differentiated again, or if the loss depends on padding.
     """
     if in_forward_mode():
         return _convolution(x)(x, weight, bias)
-    source = source_of_weight(weight, parameter, precision)
+    source = source_of_weight(weight, parameter, plan.precision)
     (x, weight, bias), cast_weight = cast_as_autocast_would(weight, [x, weight, bias])
     if x.dim() == 4:
-        layout = TokenLayout((x.shape[2], x.shape[3]))
-    project_weight = projection(layout, for_weight, x.dtype, x.device, padding)
-    project_input = projection(layout, for_input, x.dtype, x.device, padding)
-    return _LowRankPointwise.apply(x, weight, bias, _How(project_weight, project_input, cast_weight, precision, source))
+        plan = replace(plan, layout=TokenLayout((x.shape[2], x.shape[3])))
+    state = _State(
+        plan,
+        plan.weight_projection(x.dtype, x.device),
+        plan.input_projection(x.dtype, x.device),
+        cast_weight,
+        source,
+    )
+    return _LowRankPointwise.apply(state, x, weight, bias)
 
 
 @dataclass(frozen=True)
-class _How:
-    """All that is no tensor."""
+class _State:
+    """Non-tensor state saved for backward."""
 
-    for_weight: Projection | None
-    for_input: Projection | None
+    plan: BackwardPlan
+    weight_projection: Projection | None
+    input_projection: Projection | None
     cast_weight: torch.dtype | None
-    precision: Precision
     source: Origin | None
 
 
@@ -76,52 +78,58 @@ class _LowRankPointwise(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, how: _How) -> Tensor:
-        return _convolution(x)(x, weight if how.cast_weight is None else weight.to(how.cast_weight), bias)
+    def forward(state: _State, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return _convolution(x)(x, weight if state.cast_weight is None else weight.to(state.cast_weight), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        x, weight, _, ctx.how = inputs
+        ctx.state, x, weight, _ = inputs
         ctx.weight_dtype = weight.dtype
         ctx.is_tracked = in_transform()
+        state: _State = ctx.state
         with tracked_by_transforms():
-            kept = _rows(x, ctx.how.for_weight) if ctx.needs_input_grad[1] else None
-        if kept is not None and ctx.how.for_weight is not None:
-            kept = kept.to(kept_dtype(kept.dtype, ctx.how.precision))
-        ctx.save_for_backward(kept, weight if ctx.needs_input_grad[0] else None)
+            x_hat = _rows(x, state.weight_projection) if ctx.needs_input_grad[2] else None
+        if x_hat is not None and state.weight_projection is not None:
+            x_hat = x_hat.to(state.plan.saved_dtype(x_hat.dtype))
+        ctx.save_for_backward(x_hat, weight if ctx.needs_input_grad[1] else None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         second_order = torch.is_grad_enabled()
         with backward_pass():
             gradients = _gradients(ctx, grads[0])
-        return *(once_differentiable(gradients, ctx.is_tracked) if second_order else gradients), None
+        return None, *(once_differentiable(gradients, ctx.is_tracked) if second_order else gradients)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    kept, weight = ctx.saved_tensors
-    for_weight, for_input = ctx.how.for_weight, ctx.how.for_input
-    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    precision = precision_now(ctx.how.precision)
-    grad_x: Any = None
-    grad_weight: Any = None
-    small: Any = None
+    x_hat, weight = ctx.saved_tensors
+    state: _State = ctx.state
+    weight_projection, input_projection = state.weight_projection, state.input_projection
+    _, needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+    precision = precision_now(state.plan.precision)
+    gradients: list[Any] = [None, None, None]
+    g_hat: Any = None
     if needs_weight:
-        small = _rows(grad, for_weight, is_gradient=True)
-        grad_weight = outer(small, kept).unflatten(1, (-1, *[1] * (grad.dim() - 2))).to(ctx.weight_dtype)
+        g_hat = _rows(grad, weight_projection, is_gradient=True)
+        gradients[1] = weight_grad(g_hat, x_hat).unflatten(1, (-1, *[1] * (grad.dim() - 2))).to(ctx.weight_dtype)
     if needs_x:
         matrix = weight.flatten(1)
-        if for_input is None and precision != FULL:
-            rows = product(_rows(grad, None), matrix, precision, ctx.how.source)
-            grad_x = rows.transpose(1, 2).unflatten(2, grad.shape[2:])
-        elif for_input is None:
-            grad_x = _convolution(grad)(grad, weight.to(grad.dtype).transpose(0, 1))
+        if input_projection is None and precision != FULL:
+            rows = product(_rows(grad, None), matrix, precision, state.source)
+            gradients[0] = rows.transpose(1, 2).unflatten(2, grad.shape[2:])
+        elif input_projection is None:
+            gradients[0] = _convolution(grad)(grad, weight.to(grad.dtype).transpose(0, 1))
         else:
-            if small is None or for_weight is None or for_input.bases != for_weight.bases:
-                small = _rows(grad, for_input, is_gradient=True)
-            small = product(small, matrix, precision, ctx.how.source)
-            grad_x = for_input.lift_image(small) if grad.dim() == 4 else for_input.lift(small).transpose(1, 2)
-    return [grad_x, grad_weight, grad.sum((0, *range(2, grad.dim()))) if needs_bias else None]
+            if g_hat is None or weight_projection is None or input_projection.bases != weight_projection.bases:
+                g_hat = _rows(grad, input_projection, is_gradient=True)
+            rows = product(g_hat, matrix, precision, state.source)
+            on_image = grad.dim() == 4
+            gradients[0] = (
+                input_projection.lift_image(rows) if on_image else input_projection.lift(rows).transpose(1, 2)
+            )
+    if needs_bias:
+        gradients[2] = grad.sum((0, *range(2, grad.dim())))
+    return gradients
 
 
 def _convolution(x: Tensor) -> Any:
@@ -129,7 +137,7 @@ def _convolution(x: Tensor) -> Any:
 
 
 def _rows(x: Tensor, projection: Projection | None, is_gradient: bool = False) -> Tensor:
-    """(N, C, H, W) or (N, C, L) -> (N, k, C), or all pixels where there is no projection."""
+    """(N, C, H, W) or (N, C, L) -> (N, k, C), or (N, L, C) without a projection."""
     if x.dim() == 4 and projection is not None:
         return projection.project_image(x)
     tokens = x.flatten(2).transpose(1, 2)

@@ -1,8 +1,8 @@
-"""A linear layer that is exact forward and low-rank backward (arXiv 2309.15275, section 3).
+"""A linear layer with an exact forward pass and a low-rank backward pass (arXiv 2309.15275, section 3).
 
 With P the projection of the L tokens onto k orthonormal rows and g = dLoss/dy, for y = x W^T + b:
 
-    saved        x^ = P x              (N, k, C_in), in place of x; in bfloat16 where g W is in low precision
+    saved        x^ = P x              (N, k, C_in), instead of x; in bfloat16 where g W is in low precision
     backward     g^ = P g              (N, k, C_out)
                  dW = sum_n g^_n^T x^_n
                  dx = P^T (g^ W)       or exactly g W
@@ -30,10 +30,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bases.basis_set import BasisSet, TokenLayout
-from ..formats.products import FULL, Origin, Precision, kept_dtype, origin, outer, product
-from ..projection import Projection, projection
+from ..bases.basis_set import TokenLayout
+from ..formats.products import FULL, Origin, Precision, origin, product, weight_grad
+from ..projection import Projection
 from ..transforms import backward_pass, in_forward_mode, in_transform, must_be_functional, tracked_by_transforms
+from .plan import BackwardPlan
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -66,7 +67,7 @@ class Branch:
         up: Shape (C_out, r).
         bias: Shape (C_out,), or None.
         scaling: A factor.
-        x: What the branch is applied to, where that is not the layer's input itself but, say, that after dropout.
+        x: The input of the branch, if it is not that of the layer itself: for instance the input after dropout.
     """
 
     down: Tensor
@@ -77,51 +78,51 @@ class Branch:
 
 
 @dataclass(frozen=True)
-class _How:
-    """All that is no tensor."""
+class _State:
+    """Non-tensor state saved for backward."""
 
-    for_weight: Projection | None
-    for_input: Projection | None
+    plan: BackwardPlan
+    weight_projection: Projection | None
+    input_projection: Projection | None
     scalings: tuple[float, ...]
+    # The dtype that the weight is cast to in each pass; None: it is used as it is.
     cast_weight: torch.dtype | None = None
-    precision: Precision = FULL
-    layout: TokenLayout | None = None
-    # Of the parameter that the weight is, or was cast from.
+    # Origin of the parameter that the weight is, or was cast from.
     source: Origin | None = None
-    # The tensor that x was cast from.
+    # Returns the tensor that x was cast from.
     source_of_x: Callable[[], Tensor | None] = lambda: None
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """Arguments: how, x, weight, bias, then x (or None), down, up and bias of each branch."""
+    """Arguments: state, x, weight, bias, then x (or None), down, up and bias of each branch."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(how: _How, x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Tensor | None) -> Tensor:
-        y = F.linear(x, weight if how.cast_weight is None else weight.to(how.cast_weight), bias)
-        for (own_x, down, up, shift), scaling in zip(_grouped(branches, 4), how.scalings, strict=True):
+    def forward(state: _State, x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Tensor | None) -> Tensor:
+        y = F.linear(x, weight if state.cast_weight is None else weight.to(state.cast_weight), bias)
+        for (own_x, down, up, shift), scaling in zip(_grouped(branches, 4), state.scalings, strict=True):
             update = F.linear(F.linear(x if own_x is None else own_x, down), up, shift)
             y = y + update * scaling if in_transform() else y.add_(update.mul_(scaling))
         return y.detach()  # F.linear's result is a view of a matrix: autograd refuses to change those in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.how, x, weight, _, *branches = inputs
+        ctx.state, x, weight, _, *branches = inputs
         ctx.weight_dtype = weight.dtype
         ctx.is_tracked = in_transform()
         _, needs_x, needs_weight, _, *needs = ctx.needs_input_grad
-        keeps_x, saved = needs_weight, []
-        how = ctx.how
-        keep = functools.partial(rows_to_keep, projection=how.for_weight, precision=how.precision, layout=how.layout)
+        saves_x, saved = needs_weight, []
+        state: _State = ctx.state
+        save = functools.partial(input_to_save, projection=state.weight_projection, plan=state.plan)
         for (own_x, down, up, _), needed in zip(_grouped(branches, 4), _grouped(needs, 4), strict=True):
             trained = needed[1] or needed[2]
-            keeps_x = keeps_x or (trained and own_x is None)
-            saved.append(keep(own_x) if trained and own_x is not None else None)
+            saves_x = saves_x or (trained and own_x is None)
+            saved.append(save(own_x) if trained and own_x is not None else None)
             saved += (down, up) if trained or needs_x or needed[0] else (None, None)
         ctx.owns_x = [own_x is not None for own_x, *_ in _grouped(branches, 4)]
         ctx.save_for_backward(
-            keep(x, source=ctx.how.source_of_x()) if keeps_x else None,
+            save(x, source=state.source_of_x()) if saves_x else None,
             weight if needs_x else None,
             *saved,
         )
@@ -139,7 +140,7 @@ _LowRankLinear.forward.__signature__ = inspect.signature(_LowRankLinear.forward)
 
 
 def once_differentiable(gradients: Iterable[Tensor | None], are_tracked: bool = False) -> list[Tensor | None]:
-    """The gradients, which raise RuntimeError when they are differentiated in turn.
+    """The gradients, which raise RuntimeError when they are differentiated again.
 
     Args:
         gradients: Of the inputs of an autograd function.
@@ -151,44 +152,45 @@ def once_differentiable(gradients: Iterable[Tensor | None], are_tracked: bool = 
 
 
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    x, weight, *saved = ctx.saved_tensors
-    for_weight, for_input, layout = ctx.how.for_weight, ctx.how.for_input, ctx.how.layout
+    x_hat, weight, *saved = ctx.saved_tensors
+    state: _State = ctx.state
+    plan, weight_projection, input_projection = state.plan, state.weight_projection, state.input_projection
     _, needs_x, needs_weight, needs_bias, *needs = ctx.needs_input_grad
-    branches = list(zip(_grouped(saved, 3), _grouped(needs, 4), ctx.how.scalings, ctx.owns_x, strict=True))
-    tokens = as_tokens(grad, layout)
-    small: Any = None
-    total: Any = None
+    branches = list(zip(_grouped(saved, 3), _grouped(needs, 4), state.scalings, ctx.owns_x, strict=True))
+    g = as_tokens(grad, plan.layout)
+    g_hat: Any = None
+    bias_grad: Any = None
     if needs_weight or any(needed[1] or needed[2] for _, needed, *_ in branches):
-        small = for_weight.project_gradient(tokens) if for_weight else tokens
+        g_hat = weight_projection.project_gradient(g) if weight_projection else g
     if needs_bias or any(needed[3] for _, needed, *_ in branches):
-        total = sum_of_tokens(tokens, small, for_weight)
-    gradients: list[Tensor | None] = [None, None, total if needs_bias else None]
+        bias_grad = sum_of_tokens(g, g_hat, weight_projection)
+    gradients: list[Tensor | None] = [None, None, bias_grad if needs_bias else None]
     if needs_weight:
-        gradients[1] = outer(small, x).to(ctx.weight_dtype)
-    for (own_x, down, up), needed, scaling, _ in branches:
-        z = x if own_x is None else own_x
+        gradients[1] = weight_grad(g_hat, x_hat).to(ctx.weight_dtype)
+    for (own_x_hat, down, up), needed, scaling, _ in branches:
+        z_hat = x_hat if own_x_hat is None else own_x_hat
         gradients += (
             None,
-            outer(small @ up, z) * scaling if needed[1] else None,
-            outer(small, z.to(down.dtype) @ down.t()) * scaling if needed[2] else None,
-            total * scaling if needed[3] else None,
+            weight_grad(g_hat @ up, z_hat) * scaling if needed[1] else None,
+            weight_grad(g_hat, z_hat.to(down.dtype) @ down.t()) * scaling if needed[2] else None,
+            bias_grad * scaling if needed[3] else None,
         )
     if not needs_x and not any(needed[0] for _, needed, *_ in branches):
         return gradients
 
-    if for_input is None:
-        small = tokens
-    elif small is None or for_weight is None or for_input.bases != for_weight.bases:
-        small = for_input.project_gradient(tokens)
-    into_x: Any = product(small, weight, precision_now(ctx.how.precision), ctx.how.source) if needs_x else None
+    if input_projection is None:
+        g_hat = g
+    elif g_hat is None or weight_projection is None or input_projection.bases != weight_projection.bases:
+        g_hat = input_projection.project_gradient(g)
+    grad_x: Any = product(g_hat, weight, precision_now(plan.precision), state.source) if needs_x else None
     for index, ((_, down, up), needed, scaling, owns_x) in enumerate(branches):
         if owns_x and needed[0]:
-            gradients[3 + 4 * index] = _in_full((small @ up * scaling) @ down, for_input, grad, layout)
+            gradients[3 + 4 * index] = _lifted((g_hat @ up * scaling) @ down, input_projection, grad, plan.layout)
         elif needs_x and not owns_x and in_transform():
-            into_x = into_x + (small @ up * scaling) @ down
+            grad_x = grad_x + (g_hat @ up * scaling) @ down
         elif needs_x and not owns_x:
-            into_x = into_x.flatten(0, 1).addmm_((small @ up * scaling).flatten(0, 1), down).view_as(into_x)
-    gradients[0] = None if into_x is None else _in_full(into_x, for_input, grad, layout)
+            grad_x = grad_x.flatten(0, 1).addmm_((g_hat @ up * scaling).flatten(0, 1), down).view_as(grad_x)
+    gradients[0] = None if grad_x is None else _lifted(grad_x, input_projection, grad, plan.layout)
     return gradients
 
 
@@ -196,21 +198,24 @@ def _grouped(items: Sequence, size: int) -> list[Sequence]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def _in_full(grad_x: Tensor, for_input: Projection | None, like: Tensor, layout: TokenLayout | None) -> Tensor:
-    """The gradient of an input, lifted if it is in the small space, in the shape of the output's."""
-    tokens = for_input.lift(grad_x) if for_input else grad_x
+def _lifted(grad_x: Tensor, projection: Projection | None, like: Tensor, layout: TokenLayout | None) -> Tensor:
+    """The gradient of an input, lifted from its coefficients if it was projected, in the shape of the output's."""
+    tokens = projection.lift(grad_x) if projection else grad_x
     return from_tokens(tokens, like.shape, layout)
 
 
-def sum_of_tokens(tokens: Tensor, small: Tensor | None, projection: Projection | None) -> Tensor:
-    """Over images and tokens. Where that is exact it is read off the projected tokens, k rows instead of L."""
-    if small is not None and projection is not None and projection.keeps_sums and tokens.dtype.itemsize >= 4:
-        return projection.sum(small)
-    return tokens.sum(dim=(0, 1))
+def sum_of_tokens(g: Tensor, g_hat: Tensor | None, projection: Projection | None) -> Tensor:
+    """The sum of g over images and tokens, shape (C,): the gradient of a bias.
+
+    If the projection preserves sums, they are computed from its k coefficients instead of the L tokens.
+    """
+    if g_hat is not None and projection is not None and projection.keeps_sums and g.dtype.itemsize >= 4:
+        return projection.sum(g_hat)
+    return g.sum(dim=(0, 1))
 
 
 def precision_now(precision: Precision) -> Precision:
-    """The same, but for transforms of `torch.func`: they cannot follow how products are rounded by parts."""
+    """The precision, or full precision in transforms of `torch.func`, which cannot follow the rounding of products."""
     return FULL if in_transform() else precision
 
 
@@ -222,10 +227,10 @@ class _Shared(threading.local):
 
 @dataclass
 class _Projected:
-    """An input and what was kept of it. Weak references: neither tensor may live longer for our sake."""
+    """An input and its saved projection. References are weak, so that neither tensor lives longer than it would."""
 
     x: Callable[[], Tensor | None] = lambda: None
-    small: Callable[[], Tensor | None] = lambda: None
+    x_hat: Callable[[], Tensor | None] = lambda: None
     key: tuple = ()
 
 
@@ -234,49 +239,54 @@ _shared = _Shared()
 
 @contextmanager
 def shared_projections() -> Iterator[None]:
-    """Within, layers that receive the same tensor one after the other share its projection: a query, a key and a value.
+    """Let consecutive layers that receive the same tensor (query, key and value) share its projection.
 
-    To be entered for one forward pass of the module that owns them, which calls them with an input that it leaves
-    alone. Whether a tensor is the same otherwise cannot be told: version counters miss what is written through `.data`
-    or NumPy. Within another such block and in other threads, nothing is shared with it.
+    Enter it for one forward pass of the module that owns these layers, if that module does not change their input in
+    between: whether a tensor is unchanged cannot be told otherwise, since version counters miss writes through `.data`
+    or NumPy. Nested blocks and other threads share nothing with it.
     """
-    outer, _shared.last = _shared.last, _Projected()
+    before, _shared.last = _shared.last, _Projected()
     try:
         yield
     finally:
-        _shared.last = outer
+        _shared.last = before
 
 
-def rows_to_keep(
-    x: Tensor,
-    projection: Projection | None,
-    precision: Precision = FULL,
-    source: Tensor | None = None,
-    layout: TokenLayout | None = None,
-) -> Tensor:
-    """What is kept of x, cast from a source, for the gradient of a weight."""
+def input_to_save(x: Tensor, projection: Projection | None, plan: BackwardPlan, source: Tensor | None = None) -> Tensor:
+    """What is saved of an input for the gradient of a weight.
+
+    Args:
+        x: Shape (N, ..., C).
+        projection: The projection of the weight gradient; None: all tokens are saved.
+        plan: The plan of the backward pass.
+        source: The tensor that x was cast from; None: x itself.
+
+    Returns:
+        Shape (N, k, C), or (N, L, C) without a projection.
+    """
+    layout = plan.layout
     if projection is None:
         return as_tokens(x, layout)
     if in_transform():
         with tracked_by_transforms():
-            return projection.project(as_tokens(x, layout)).to(kept_dtype(x.dtype, FULL))
-    dtype = kept_dtype(x.dtype, precision)
+            return projection.project(as_tokens(x, layout)).to(x.dtype)
+    dtype = plan.saved_dtype(x.dtype)
     source, last = x if source is None else source, _shared.last
     # The compiler finds the common expression by itself. Inference tensors have no version counter, and those of other
     # classes, as a tracer's, no address.
     if last is None or must_be_functional() or source.is_inference() or type(source) is not Tensor:
         return projection.project(as_tokens(x, layout)).to(dtype)
-    is_the_same = source._version, source.data_ptr(), source.shape, source.stride()
-    key = (*is_the_same, x.dtype, dtype, projection.layout, projection.bases, id(projection.padding))
-    if last.x() is source and last.key == key and (small := last.small()) is not None:
-        return small
-    small = projection.project(as_tokens(x, layout)).to(dtype)
-    last.x, last.small, last.key = weakref.ref(source), weakref.ref(small), key
-    return small
+    identity = source._version, source.data_ptr(), source.shape, source.stride()
+    key = (*identity, x.dtype, dtype, projection.layout, projection.bases, id(projection.padding))
+    if last.x() is source and last.key == key and (x_hat := last.x_hat()) is not None:
+        return x_hat
+    x_hat = projection.project(as_tokens(x, layout)).to(dtype)
+    last.x, last.x_hat, last.key = weakref.ref(source), weakref.ref(x_hat), key
+    return x_hat
 
 
 def as_tokens(x: Tensor, layout: TokenLayout | None = None) -> Tensor:
-    """(N, ..., C) -> (N, L, C); with a layout, its axes are those of the tokens, and packed images come apart."""
+    """(N, ..., C) -> (N, L, C). With a layout, its axes are those of the tokens, and packed images are separated."""
     if layout is None or (layout.axes is None and layout.packed == 1):
         return x if x.dim() == 3 else x.flatten(1, -2)
     order = _images_first(x.dim() - 1, layout)
@@ -284,7 +294,7 @@ def as_tokens(x: Tensor, layout: TokenLayout | None = None) -> Tensor:
 
 
 def from_tokens(tokens: Tensor, shape: torch.Size, layout: TokenLayout | None = None) -> Tensor:
-    """The reverse of [`as_tokens`]: (N, L, C) -> `shape` but for its last axis, which may be another C."""
+    """The inverse of [`as_tokens`]: (N, L, C) -> `shape`, except for its last axis, which becomes C."""
     if layout is None or layout.axes is None:
         return tokens.reshape(*shape[:-1], tokens.shape[-1])
     order = _images_first(len(shape) - 1, layout)
@@ -298,9 +308,13 @@ def _images_first(num_axes: int, layout: TokenLayout) -> list[int]:
 
 
 def cast_as_autocast_would(weight: Tensor, tensors: list[Any]) -> tuple[list[Any], torch.dtype | None]:
-    """The tensors, one of which is the weight, and what the weight has still to be cast to in each pass.
+    """Cast tensors as autocast casts the arguments of a linear layer.
 
-    A parameter's copy would be kept from the forward pass to the backward pass, and is as large as many inputs.
+    A weight that is a parameter is cast in each pass instead, because its copy, which is as large as many inputs, would
+    otherwise be kept from the forward pass to the backward pass.
+
+    Returns:
+        The tensors, and the dtype that the weight has still to be cast to in each pass; None: it has been cast.
     """
     device = weight.device.type
     if not torch.is_autocast_enabled(device):
@@ -315,7 +329,7 @@ def cast_as_autocast_would(weight: Tensor, tensors: list[Any]) -> tuple[list[Any
 
 
 def source_of_weight(weight: Tensor, parameter: Tensor | None, precision: Precision) -> Origin | None:
-    """Of the parameter that a weight is, or is a cast of; None where nothing is kept of it."""
+    """The origin of the parameter that a weight is, or is a cast of; None where no quantized copy of it is kept."""
     if precision.name == "full" or torch.compiler.is_compiling():
         return None
     return origin(weight if parameter is None else parameter)
@@ -324,40 +338,39 @@ def source_of_weight(weight: Tensor, parameter: Tensor | None, precision: Precis
 def low_rank_linear(
     x: Tensor,
     weight: Tensor,
-    bias: Tensor | None,
-    layout: TokenLayout | None,
-    for_weight: BasisSet | None = None,
-    for_input: BasisSet | None = None,
+    bias: Tensor | None = None,
+    *,
+    plan: BackwardPlan,
     branches: Sequence[Branch] = (),
-    padding: Tensor | None = None,
-    precision: Precision = FULL,
     parameter: Tensor | None = None,
 ) -> Tensor:
-    """`F.linear`, bit for bit, whose backward pass goes through a small space.
+    """`F.linear`, bit for bit, whose gradients are computed from projections as a plan says.
 
     Args:
-        x: Shape (N, L, C_in), or (N, H, W, C_in) with L = H W.
+        x: Shape (N, L, C_in), or (N, H, W, C_in) with L = H W, of any floating dtype.
         weight: Shape (C_out, C_in).
         bias: Shape (C_out,). Its gradient is always exact.
-        layout: Where the L tokens lie. None will do where no bases are given.
-        for_weight: Bases of the weight gradients; x is saved projected on them. None, or as many bases as tokens:
-            exact.
-        for_input: Bases of the input gradient. None, or as many bases as tokens: exact.
-        branches: Low-rank updates beside the weight, added in turn. The gradients of `down` and `up` come from the
-            same projections.
-        padding: Shape (N, L), True for tokens that are only padding: nothing of them enters the gradients of others.
-        precision: Of the product of gradient and weight in the input gradient; if it is low, the factors of the weight
-            gradient are in bfloat16.
-        parameter: The one that `weight` is a transpose or a cast of, where it is none itself. A copy of it in few bits
-            is kept for as long as it stays the same.
+        plan: How the backward pass is run, see [`BackwardPlan`].
+        branches: Low-rank updates beside the weight, added in turn. The gradients of `down` and `up` are computed from
+            the same projections as that of the weight.
+        parameter: The parameter that `weight` is a transpose or a cast of, if it is not a parameter itself. Its copy in
+            int8 is kept for as long as the parameter does not change.
 
-    Under autocast, the tensors are cast as `F.linear` casts them. Double backward raises RuntimeError, and so does a
-    loss that depends on padding. The transforms of `torch.func` that go backward (grad, vjp, jacrev), and vmap, see the
-    same gradients, but for the product with the weight, which is in full precision. In forward mode (jvp, jacfwd,
-    hessian) everything is exact.
+    Under autocast, the tensors are cast as `F.linear` casts them. The reverse-mode transforms of `torch.func` (grad,
+    vjp, jacrev) and vmap see the same gradients, but for the product with the weight, which is in full precision. In
+    forward mode (jvp, jacfwd, hessian) everything is exact.
 
     Returns:
         Shape (N, ..., C_out).
+
+    Raises:
+        ValueError: the plan has bases but no layout.
+        RuntimeError: in the backward pass, if it is differentiated again, or if the loss depends on padding.
+
+    Example:
+        >>> basis = BasisSet(r=10)
+        >>> plan = BackwardPlan(TokenLayout((14, 14), num_prefix_tokens=1), basis, FixedBasis(basis))
+        >>> y = low_rank_linear(x, weight, bias, plan=plan)
     """
     source = x
     if in_forward_mode():
@@ -367,24 +380,23 @@ def low_rank_linear(
         tensors += (branch.x, branch.down, branch.up, branch.bias)
     tensors, cast_weight = cast_as_autocast_would(weight, tensors)
     dtype = tensors[0].dtype
-    how = _How(
-        projection(layout, for_weight, dtype, x.device, padding),
-        projection(layout, for_input, dtype, x.device, padding),
+    state = _State(
+        plan,
+        plan.weight_projection(dtype, x.device),
+        plan.input_projection(dtype, x.device),
         tuple(branch.scaling for branch in branches),
         cast_weight,
-        precision,
-        layout,
         *(
             (None, lambda: None)
             if must_be_functional()
-            else (source_of_weight(weight, parameter, precision), weakref.ref(source))
+            else (source_of_weight(weight, parameter, plan.precision), weakref.ref(source))
         ),
     )
-    return _LowRankLinear.apply(how, *tensors)
+    return _LowRankLinear.apply(state, *tensors)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch]) -> Tensor:
-    """The same, left to PyTorch to differentiate."""
+    """The same layer, differentiated by PyTorch."""
     y = F.linear(x, weight, bias)
     for branch in branches:
         down = F.linear(x if branch.x is None else branch.x, branch.down)

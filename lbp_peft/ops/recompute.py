@@ -1,12 +1,12 @@
-"""Any layer that treats each token by the same affine map: exact forward, low-rank backward.
+"""Any layer that applies the same affine map to each token: exact forward pass, low-rank backward pass.
 
-For y = f(x) with trained parameters theta, backpropagation of g through f at x gives the gradient of <g, f(x)>. Where f
+For y = f(x) with trained parameters theta, backpropagation of g through f at x gives the gradient of <g, f(x)>. If f
 is affine and the same for every token, replacing x and g by their projections P x and P g gives the low-rank gradients
-of all of theta at once: f is run again in the backward pass, on k rows instead of L, and differentiated there. It does
-not matter how f comes about, so one mechanism serves every adapter.
+of all of theta at once: f is run again in the backward pass, on k rows instead of L, and differentiated there. The
+parametrisation of f does not matter, so one mechanism serves every adapter.
 
-What f adds whatever x is, its biases, would be weighed by the sum of P g instead of the sum of g. One more row mends
-that: zeros for x, and for g what the sum lacks.
+The terms of f that do not depend on x, its biases, would be weighted by the sum of P g instead of the sum of g. One
+additional row corrects that: zeros for x, and the difference of the two sums for g.
 """
 
 from __future__ import annotations
@@ -22,47 +22,50 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..bases.basis_set import BasisSet, TokenLayout
-from ..projection import Projection, projection
+from ..formats.products import FULL
+from ..projection import Projection
 from ..transforms import backward_pass
 from .layer_state import LayerRecord, same_autocast, to_save
-from .linear import as_tokens, from_tokens, once_differentiable, rows_to_keep, sum_of_tokens
+from .linear import as_tokens, from_tokens, input_to_save, once_differentiable, sum_of_tokens
+from .plan import BackwardPlan
 
 
 def low_rank_layer(
     layer: nn.Module,
     x: Tensor,
-    layout: TokenLayout | None,
-    for_weight: BasisSet | None,
-    for_input: BasisSet | None = None,
-    state: Callable[[], Hashable] = lambda: None,
-    padding: Tensor | None = None,
+    *,
+    plan: BackwardPlan,
+    fingerprint: Callable[[], Hashable] = lambda: None,
 ) -> Tensor:
-    """`layer(x)`, bit for bit, whose backward pass goes through a small space.
+    """`layer(x)`, bit for bit, whose gradients are computed from projections as a plan says.
 
     Args:
         layer: Affine in x and token-wise, see [`why_not_token_wise`]. It is run again in the backward pass, as it was
             in the forward pass, see [`lbp_peft.ops.layer_state`].
         x: Shape (N, L, C_in), or (N, H, W, C_in) with L = H W.
-        layout: Where the L tokens lie. None will do where no bases are given.
-        for_weight: Bases of the gradients of all trained parameters of the layer; x is saved projected on them.
-        for_input: Bases of the input gradient. None, or as many bases as tokens: exact.
-        state: Of what may have changed the layer past its tensors' version counters, as merging an adapter does. The
-            backward pass raises RuntimeError if it is not what it was in the forward pass.
-        padding: Shape (N, L), True for tokens that are only padding: nothing of them enters the gradients of others.
+        plan: How the backward pass is run, see [`BackwardPlan`]. Its basis of the weight gradient serves all trained
+            parameters of the layer. Its number format is not used: the layer multiplies in its own.
+        fingerprint: Returns what identifies changes of the layer that its tensors' version counters do not record, such
+            as merging an adapter.
 
-    Dropout of the input is respected: the parameters see what it left of x, and no gradient goes through what it
-    dropped. Double backward raises RuntimeError.
+    Dropout of the input is respected: the parameters see what it left of x, and no gradient passes through what it
+    dropped.
 
     Returns:
         Shape (N, ..., C_out).
+
+    Raises:
+        ValueError: the plan has bases but no layout.
+        RuntimeError: in the backward pass, if it is differentiated again, if the loss depends on padding, or if the
+            fingerprint is not that of the forward pass.
     """
+    plan = plan.with_precision(FULL)
     parameters = {name: p for name, p in layer.named_parameters() if p.requires_grad}
-    project_weight = projection(layout, for_weight, x.dtype, x.device, padding)
-    project_input = projection(layout, for_input, x.dtype, x.device, padding)
+    weight_projection = plan.weight_projection(x.dtype, x.device)
+    input_projection = plan.input_projection(x.dtype, x.device)
     dropouts = _active_dropouts(layer)
     dropped: list[Tensor] = []
-    if project_input is None:
+    if input_projection is None:
         # Autograd's own way through the layer, its parameters held fixed, is exact and saves no input.
         with _replaced(dropouts, lambda module, z: _noted(F.dropout(z, module.p), dropped)):
             fixed = {name: p.detach() for name, p in parameters.items()}
@@ -71,7 +74,7 @@ def low_rank_layer(
     else:
 
         def drop(module: nn.Dropout, z: Tensor) -> Tensor:
-            with torch.enable_grad():  # for the way back into x
+            with torch.enable_grad():  # so that gradients reach x through the dropout
                 return _noted(F.dropout(x if z is x else x.to(z.dtype), module.p), dropped)
 
         with torch.no_grad(), _replaced(dropouts, drop):
@@ -79,108 +82,115 @@ def low_rank_layer(
     record = LayerRecord(layer)
     tensors = record.take_tensors()
     autocast = same_autocast(x.device.type)
-    how = _How(record, project_weight, project_input, dropouts, autocast, state, state(), layout)
-    return _LowRankLayer.apply(how, y, x, *dropped, *tensors)
+    state = _State(plan, record, weight_projection, input_projection, dropouts, autocast, fingerprint, fingerprint())
+    return _LowRankLayer.apply(state, y, x, *dropped, *tensors)
 
 
 @dataclass(frozen=True)
-class _How:
-    """All that is no tensor."""
+class _State:
+    """Non-tensor state saved for backward."""
 
+    plan: BackwardPlan
     layer: LayerRecord
-    for_weight: Projection | None
-    for_input: Projection | None
+    weight_projection: Projection | None
+    input_projection: Projection | None
     dropouts: list[nn.Module]
     autocast: Callable[[], Any]
-    state: Callable[[], Hashable]
-    state_then: Hashable
-    layout: TokenLayout | None
+    fingerprint: Callable[[], Hashable]
+    fingerprint_of_forward: Hashable
 
 
 class _LowRankLayer(torch.autograd.Function):
-    """Passes y on. Arguments: how, y, x, what each dropout made of x, all tensors of the layer."""
+    """Returns y. Arguments: state, y, x, the output of each dropout for x, all tensors of the layer."""
 
     @staticmethod
-    def forward(how: _How, y: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
-        return y.detach()  # not y, which would come out as a view: autograd refuses to change those in place
+    def forward(state: _State, y: Tensor, x: Tensor, *tensors: Tensor) -> Tensor:
+        return y.detach()  # not y, which would be returned as a view: autograd refuses to change those in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        how, _, *tensors = inputs
-        ctx.how = how
-        split = 1 + len(how.dropouts)
+        state: _State
+        state, _, *tensors = inputs
+        ctx.state = state
+        split = 1 + len(state.dropouts)
         xs, held = tensors[:split], tensors[split:]
         ctx.shapes = [z.shape for z in xs]
         ctx.dtypes = [z.dtype for z in xs]
         trains = any(ctx.needs_input_grad[2 + split :])
-        kept: list[Tensor | None] = [None] * len(xs)
+        xs_hat: list[Tensor | None] = [None] * len(xs)
         if trains:
-            of_dtypes = [how.for_weight and how.for_weight.of_dtype(z.dtype) for z in xs]
-            kept = [rows_to_keep(z, p, layout=how.layout) for z, p in zip(xs, of_dtypes, strict=True)]
-        ctx.save_for_backward(*kept, *(to_save(held) if trains or how.for_input is not None else ()))
+            of_dtypes = [state.weight_projection and state.weight_projection.of_dtype(z.dtype) for z in xs]
+            xs_hat = [input_to_save(z, p, state.plan) for z, p in zip(xs, of_dtypes, strict=True)]
+        saves_layer = trains or state.input_projection is not None
+        ctx.save_for_backward(*xs_hat, *(to_save(held) if saves_layer else ()))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         second_order = torch.is_grad_enabled()
         with backward_pass():
             gradients = _gradients(ctx, grads[0])
-        into_y = grads[0] if ctx.needs_input_grad[1] else None
-        return None, into_y, *(once_differentiable(gradients) if second_order else gradients)
+        grad_y = grads[0] if ctx.needs_input_grad[1] else None
+        return None, grad_y, *(once_differentiable(gradients) if second_order else gradients)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    how: _How = ctx.how
-    if how.state() != how.state_then:
+    state: _State = ctx.state
+    if state.fingerprint() != state.fingerprint_of_forward:
         raise RuntimeError(
-            f"A layer changed between its forward and its backward pass, from {how.state_then} to {how.state()}: "
-            "low-rank backpropagation has to run it again as it was. Call backward before switching or merging."
+            f"A layer changed between its forward and its backward pass, from {state.fingerprint_of_forward} to "
+            f"{state.fingerprint()}: low-rank backpropagation has to run it again as it was. Call backward before "
+            "switching or merging."
         )
-    num_inputs = 1 + len(how.dropouts)
-    saved = ctx.saved_tensors  # read once: gradient checkpointing hands each out a single time
-    inputs, held = saved[:num_inputs], saved[num_inputs:]
+    num_inputs = 1 + len(state.dropouts)
+    saved = ctx.saved_tensors  # read once: gradient checkpointing returns each tensor a single time
+    xs_hat, held = saved[:num_inputs], saved[num_inputs:]
     needed = ctx.needs_input_grad[2:]
     trained = needed[num_inputs:]
-    tokens = as_tokens(grad, how.layout)
-    of_inputs: list[Tensor | None] = [None] * num_inputs
-    of_trained: list[Tensor | None] = [None] * len(trained)
-    for_input: Any = how.for_input
-    needs_inputs = for_input is not None and any(needed[:num_inputs])
+    g = as_tokens(grad, state.plan.layout)
+    input_grads: list[Tensor | None] = [None] * num_inputs
+    trained_grads: list[Tensor | None] = [None] * len(trained)
+    input_projection: Any = state.input_projection
+    needs_inputs = input_projection is not None and any(needed[:num_inputs])
     if any(trained):
-        for_weight = how.for_weight and how.for_weight.of_dtype(tokens.dtype)
-        small = tokens if for_weight is None else for_weight.project_gradient(tokens)
-        rows = small.flatten(0, 1)
-        exactly = torch.promote_types(rows.dtype, torch.float32)
-        lacking = sum_of_tokens(tokens, small, for_weight).to(exactly) - rows.sum(0, dtype=exactly)
-        together = needs_inputs and how.for_weight is not None and for_input.bases == how.for_weight.bases
-        of_rows, of_trained = _differentiate(
-            how,
-            [F.pad(z.flatten(0, 1), (0, 0, 0, 1)) for z in inputs],
+        weight_projection = state.weight_projection and state.weight_projection.of_dtype(g.dtype)
+        g_hat = g if weight_projection is None else weight_projection.project_gradient(g)
+        rows = g_hat.flatten(0, 1)
+        sum_dtype = torch.promote_types(rows.dtype, torch.float32)
+        missing = sum_of_tokens(g, g_hat, weight_projection).to(sum_dtype) - rows.sum(0, dtype=sum_dtype)
+        share_basis = state.weight_projection is not None and (
+            needs_inputs and input_projection.bases == state.weight_projection.bases
+        )
+        row_grads, trained_grads = _differentiate(
+            state,
+            [F.pad(z.flatten(0, 1), (0, 0, 0, 1)) for z in xs_hat],
             held,
-            torch.cat((rows, lacking.to(rows.dtype)[None])),
-            inputs_too=together,
+            torch.cat((rows, missing.to(rows.dtype)[None])),
+            inputs_too=share_basis,
             trained=trained,
         )
-        if together:
-            of_inputs, needs_inputs = [z[:-1].unflatten(0, small.shape[:2]) for z in of_rows], False
-    if needs_inputs:  # f is affine: its derivative is the same at any x
-        small = for_input.of_dtype(tokens.dtype).project_gradient(tokens)
-        rows = small.flatten(0, 1)
+        if share_basis:
+            input_grads, needs_inputs = [z[:-1].unflatten(0, g_hat.shape[:2]) for z in row_grads], False
+    if needs_inputs:  # the layer is affine: its derivative is the same at any x
+        g_hat = input_projection.of_dtype(g.dtype).project_gradient(g)
+        rows = g_hat.flatten(0, 1)
         zeros = [
             rows.new_zeros(len(rows), shape[-1], dtype=dtype)
             for shape, dtype in zip(ctx.shapes, ctx.dtypes, strict=True)
         ]
-        of_rows, _ = _differentiate(how, zeros, held, rows, inputs_too=True, trained=[False] * len(held))
-        of_inputs = [z.unflatten(0, small.shape[:2]) for z in of_rows]
-    if for_input is not None:
-        of_inputs = [
-            from_tokens(for_input.of_dtype(z.dtype).lift(z), shape, how.layout) if need and z is not None else None
-            for z, shape, need in zip(of_inputs, ctx.shapes, needed, strict=False)
+        row_grads, _ = _differentiate(state, zeros, held, rows, inputs_too=True, trained=[False] * len(held))
+        input_grads = [z.unflatten(0, g_hat.shape[:2]) for z in row_grads]
+    if input_projection is not None:
+        input_grads = [
+            from_tokens(input_projection.of_dtype(z.dtype).lift(z), shape, state.plan.layout)
+            if need and z is not None
+            else None
+            for z, shape, need in zip(input_grads, ctx.shapes, needed, strict=False)
         ]
-    return [*of_inputs, *of_trained]
+    return [*input_grads, *trained_grads]
 
 
 def _differentiate(
-    how: _How,
+    state: _State,
     xs: list[Tensor],
     held: Sequence[Tensor],
     grad: Tensor,
@@ -190,29 +200,29 @@ def _differentiate(
     """Run the layer on few rows.
 
     Args:
-        how: The layer, and what of its forward pass is to be the same.
-        xs: Shape (M, C_in) each: x and what each dropout made of it.
+        state: The layer, and the conditions of its forward pass that are restored.
+        xs: Shape (M, C_in) each: x and the output of each dropout for it.
         held: The tensors of the layer.
         grad: Shape (M, C_out).
         inputs_too: Whether gradients of xs are wanted.
-        trained: Of which of the tensors gradients are wanted.
+        trained: For each of the tensors, whether its gradient is wanted.
 
     Returns:
         The gradients of xs, none if not wanted, and those of the tensors, None for each that is not.
     """
-    with torch.enable_grad(), how.autocast(), _same_random_state(grad.device):
+    with torch.enable_grad(), state.autocast(), _same_random_state(grad.device):
         inputs = [z.detach().requires_grad_(inputs_too)[None] for z in xs]
-        leaves = how.layer.leaves(held, trained)
+        leaves = state.layer.leaves(held, trained)
         x, *rest = inputs
         dropped = iter(rest)
-        with how.layer.put_back(leaves), _replaced(how.dropouts, lambda module, z: next(dropped)):
-            y = how.layer.layer(x)
+        with state.layer.put_back(leaves), _replaced(state.dropouts, lambda module, z: next(dropped)):
+            y = state.layer.layer(x)
         wanted = [*(inputs if inputs_too else []), *(t for t, needed in zip(leaves, trained, strict=True) if needed)]
-        found = list(torch.autograd.grad(y, wanted, grad[None].to(y.dtype), allow_unused=True))
+        gradients = list(torch.autograd.grad(y, wanted, grad[None].to(y.dtype), allow_unused=True))
     split = len(inputs) if inputs_too else 0
-    of_inputs = [torch.zeros_like(z[0]) if g is None else g[0] for z, g in zip(inputs, found[:split], strict=False)]
-    of_trained = iter(found[split:])
-    return of_inputs, [next(of_trained) if needed else None for needed in trained]
+    row_grads = [torch.zeros_like(z[0]) if g is None else g[0] for z, g in zip(inputs, gradients[:split], strict=False)]
+    trained_grads = iter(gradients[split:])
+    return row_grads, [next(trained_grads) if needed else None for needed in trained]
 
 
 def _active_dropouts(layer: nn.Module) -> list[nn.Module]:
@@ -254,7 +264,7 @@ def why_not_token_wise(layer: nn.Module, num_features: int, dtype: torch.dtype, 
     it is trained. Dropout of the layer's input is allowed; other dropout is not.
     """
     if random := _random_parts(layer):
-        return f"its {random} draws anew in each pass"
+        return f"its {random} is stochastic"
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -290,7 +300,7 @@ def why_not_token_wise(layer: nn.Module, num_features: int, dtype: torch.dtype, 
         if at_a.shape[:-1] != a.shape[:-1]:
             return "it changes the number of tokens"
         if not all((run(a) - at_a).abs().max() <= tolerance for _ in range(4)):
-            return "it draws anew in each pass"
+            return "it is stochastic"
         if (run(a[:, 1:2]) - at_a[:, 1:2]).abs().max() > tolerance:
             return "what it makes of a token depends on the others"
         if (run(a + b) - at_a - run(b) + at_zero).abs().max() > 2 * tolerance:

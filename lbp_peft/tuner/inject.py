@@ -15,6 +15,7 @@ from torch import nn
 from ..encoder import encoder_linears, is_pointwise_conv, is_transposed_linear
 from ..formats.products import forget
 from ..layout import LayoutFinder
+from ..ops.plan import ExactProduct, FixedBasis, InputGradient
 from .config import LBPWHTConfig
 from .layers.base import BackwardRule, LBPWHTLayer
 from .layers.calling import has_own_forward, onloaded
@@ -105,9 +106,8 @@ def create_and_replace(
     rank = _rank_of_layer(config.rank_pattern, config.r, current_key)
     input_rank = _rank_of_layer(config.grad_input_rank_pattern, config.grad_input_rank, current_key)
     rule = BackwardRule(
-        for_weight=config.weight_bases(rank),
-        for_input=config.input_bases(input_rank),
-        precision=config.input_precision(input_rank),
+        weight_basis=config.weight_bases(rank),
+        input_gradient=_input_gradient(config, input_rank),
         compress=config.compress_activations == "int8",
         grid_size=config.grid_size,
         num_prefix_tokens=config.num_prefix_tokens,
@@ -146,6 +146,12 @@ def create_and_replace(
 
 def _rank_of_layer(patterns: Mapping[str, _Rank], default: _Rank, name: str) -> _Rank:
     return patterns.get(get_pattern_key(list(patterns), name), default)
+
+
+def _input_gradient(config: LBPWHTConfig, rank: int | None) -> InputGradient:
+    """How the input gradient of a layer with this rank for it is computed."""
+    basis, precision = config.input_bases(rank), config.input_precision(rank)
+    return ExactProduct(precision=precision) if basis is None else FixedBasis(basis, precision=precision)
 
 
 def _layer_class(target: nn.Module) -> type[LBPWHTLinear]:

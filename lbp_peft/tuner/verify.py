@@ -160,7 +160,7 @@ def _why_not_identity(layer: LBPWHTLayer, inputs: list[Tensor]) -> str:
         return ""
     x = inputs[-1].movedim(layer._channels_axis(inputs[-1]), -1)
     tokens = as_tokens(x, ran.layout).double()
-    bases = replace(rule.for_weight, r=rule.for_weight.block_size**2)
+    bases = replace(rule.weight_basis, r=rule.weight_basis.block_size**2)
     if bases.boundary != "orthogonal" or tokens.shape[1] != ran.layout.num_tokens:
         return "" if bases.boundary != "orthogonal" else "its input does not have the recorded number of tokens"
     whole = Projection(ran.layout, bases, torch.float64, tokens.device)

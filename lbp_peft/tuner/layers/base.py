@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from ...bases.basis_set import BasisSet, LayoutError, TokenLayout
 from ...bounded import BoundedCache
-from ...formats.products import AUTO, FULL, Precision
+from ...formats.products import AUTO, FULL
 from ...heuristics import faster_formats, fastest_precision, low_rank_pays
 from ...instructions import product_dtype
 from ...layout import NOT_TRACED, GridMismatchError, LayoutFinder, LayoutRecord, given_layout
+from ...ops.plan import BackwardPlan, ExactProduct, InputGradient
 from ...ops.recompute import why_not_token_wise
 from ...projection import num_kept
 from ...transforms import in_forward_mode, in_transform
@@ -33,39 +34,18 @@ class BackwardRule:
     """The settings of an adapter for the backward pass of one layer.
 
     Attributes:
-        for_weight: Bases of the weight gradient.
-        for_input: Bases of the input gradient; None: exact.
-        precision: Precision of the product in the input gradient.
+        weight_basis: Basis of the weight gradient.
+        input_gradient: How the input gradient is computed. The name of its precision may be "auto".
         compress: Whether activation functions and norms around the layer keep their inputs in 8 bits.
         grid_size, num_prefix_tokens, num_suffix_tokens: As given in the configuration.
     """
 
-    for_weight: BasisSet
-    for_input: BasisSet | None
-    precision: Precision = FULL
+    weight_basis: BasisSet
+    input_gradient: InputGradient = ExactProduct()
     compress: bool = False
     grid_size: tuple[int, int] | None = None
     num_prefix_tokens: int | None = None
     num_suffix_tokens: int | None = None
-
-
-@dataclass(frozen=True)
-class BackwardPlan:
-    """The plan of a backward pass that is not exact.
-
-    Attributes:
-        layout: Where the tokens lie; None if no bases are used.
-        for_weight, for_input: Bases; None: exact, or not needed.
-        padding: Shape (N, L), True where a token is padding.
-        precision: Precision of the product in the input gradient, and of the rows kept for the weight gradient. A first
-            layer has it too, although it needs no input gradient: under checkpointing it does.
-    """
-
-    layout: TokenLayout | None = None
-    for_weight: BasisSet | None = None
-    for_input: BasisSet | None = None
-    padding: Tensor | None = None
-    precision: Precision = FULL
 
 
 @dataclass(frozen=True)
@@ -165,10 +145,11 @@ class LBPWHTLayer(BaseTunerLayer):
     ) -> BackwardPlan | None:
         # Within vmap, requires_grad does not tell whether an outer transform differentiates a tensor.
         train_weight, needs_x = (needed or in_transform() for needed in (train_weight, x.requires_grad))
-        for_weight = rule.for_weight if train_weight else None
-        for_input = rule.for_input if needs_x else None
-        precision = rule.precision if needs_x else FULL
-        if for_weight is None and for_input is None and precision == FULL:
+        weight_basis = rule.weight_basis if train_weight else None
+        # A first layer, which needs no input gradient, has the precision of the others all the same: its input is saved
+        # by it, and under checkpointing it does compute an input gradient.
+        input_gradient = rule.input_gradient if needs_x else ExactProduct(precision=rule.input_gradient.precision)
+        if weight_basis is None and (not needs_x or input_gradient.is_exact):
             self._note(x, "its weight is not trained and its input gradient is to be exact or is not needed")
             return None
         if x.dim() < 2:
@@ -177,24 +158,26 @@ class LBPWHTLayer(BaseTunerLayer):
         if x.dim() > 2 and _num_tokens(self._shape_of_tokens(x)) <= 1 and math.prod(x.shape[:-1]) == x.shape[0]:
             self._note(x, "its input has a single token")
             return None
-        if for_weight is None and for_input is None:
-            return self._of_precision(x, base, BackwardPlan(precision=precision))
+        if weight_basis is None and not input_gradient.needs_layout:
+            return self._with_chosen_precision(x, base, BackwardPlan(input_gradient=input_gradient))
         try:
-            layout, padding = self._layout(x, record, rule)
-            kept_for_weight, kept_for_input = num_kept(layout, for_weight), num_kept(layout, for_input)
+            layout, padding_mask = self._layout(x, record, rule)
+            kept_for_weight = num_kept(layout, weight_basis)
+            kept_for_input = input_gradient.num_coefficients(layout)
         except NothingToGainError as error:
             self._note(x, error.why)
             return None
         except LayoutError as error:
             self._fall_back(x, error.why, error.remedy, cause=error.why)
             return None
-        if min(kept_for_weight, kept_for_input) == layout.num_tokens and precision.name in ("full", AUTO):
+        precision = input_gradient.precision.name if needs_x else "full"
+        if min(kept_for_weight, kept_for_input) == layout.num_tokens and precision in ("full", AUTO):
             self._note(x, "it would keep as many rows as there are tokens", layout)
             return None
-        plan = BackwardPlan(layout, for_weight, for_input, padding, rule.precision)
-        return self._of_precision(x, base, plan, kept_for_weight, kept_for_input)
+        plan = BackwardPlan(layout, weight_basis, input_gradient, padding_mask)
+        return self._with_chosen_precision(x, base, plan, kept_for_weight, kept_for_input)
 
-    def _of_precision(
+    def _with_chosen_precision(
         self, x: Tensor, base: Any, plan: BackwardPlan, kept_for_weight: int = 0, kept_for_input: int = 0
     ) -> BackwardPlan | None:
         """The plan with a precision chosen for this shape, if it is "auto"."""
@@ -214,7 +197,7 @@ class LBPWHTLayer(BaseTunerLayer):
                 self._leave_exact(x, plan.layout)
                 return None
             name = fastest_precision(num_images * kept_for_input, *features, dtype, x.device)
-            plan = replace(plan, precision=replace(plan.precision, name=name))
+            plan = plan.with_precision(replace(plan.precision, name=name))
         if min(kept_for_weight, kept_for_input) == num_tokens and plan.precision.name == "full":
             self._note(x, "nothing is faster than exact backpropagation here", plan.layout)
             return None
@@ -251,18 +234,18 @@ class LBPWHTLayer(BaseTunerLayer):
                 "float32: without autocast, with a model in torch.float32.",
             )
 
-    def _of_full_precision(self, x: Tensor, plan: BackwardPlan | None) -> BackwardPlan | None:
-        """The plan for a layer that is run again in the backward pass, so that its product g W cannot be rounded."""
+    def _in_full_precision(self, x: Tensor, plan: BackwardPlan | None) -> BackwardPlan | None:
+        """The plan for a layer that is run again in the backward pass, so that its product g W cannot be quantized."""
         if plan is None or plan.precision.name == "full" or self.last_backward is None:
             return plan
         ran = self.last_backward = replace(self.last_backward, precision="full")
         if min(ran.kept_for_weight, ran.kept_for_input) == ran.num_tokens:
             self._note(x, "only products of plain linear layers and LoRA's can be rounded", plan.layout)
             return None
-        return plan
+        return plan.with_precision(FULL)
 
     def _layout(self, x: Tensor, record: LayoutRecord, rule: BackwardRule) -> tuple[TokenLayout, Tensor | None]:
-        """Where the tokens of the input lie, and which of them are only padding, shape (N, L)."""
+        """The layout of the input's tokens, and their padding mask, shape (N, L)."""
         if record.layout is None and not record.is_surprising and rule.grid_size is None:
             raise NothingToGainError("its input has no token axis" if x.dim() == 2 else record.why_unknown, "")
         if rule.grid_size is not None and not record.text and x.dim() > 2:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...encoder import is_transposed_linear
-from .base import BackwardPlan
+from ...ops.plan import BackwardPlan
 from .linear import LBPWHTLinear
 
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ...bases.basis_set import TokenLayout
 from ...encoder import is_pointwise_conv
 from ...ops.conv1x1 import low_rank_pointwise_conv
-from .base import BackwardPlan, check_image_layout
+from ...ops.plan import BackwardPlan
+from .base import check_image_layout
 from .linear import LBPWHTLinear
 
 
@@ -44,14 +45,4 @@ class LBPWHTPointwiseConv(LBPWHTLinear):
         return (F.conv1d if weight.dim() == 3 else F.conv2d)(x, weight, bias)
 
     def _multiply_low_rank(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: BackwardPlan) -> Tensor:
-        return low_rank_pointwise_conv(
-            x,
-            weight,
-            bias,
-            plan.for_weight,
-            plan.for_input,
-            plan.layout,
-            plan.padding,
-            plan.precision,
-            self._parameter_of_weight(),
-        )
+        return low_rank_pointwise_conv(x, weight, bias, plan=plan, parameter=self._parameter_of_weight())

@@ -15,8 +15,9 @@ from torch.func import functional_call
 from ...encoder import is_plain_linear, is_pointwise_conv, is_transposed_linear
 from ...layout import LayoutFinder
 from ...ops.linear import low_rank_linear
+from ...ops.plan import BackwardPlan
 from ...ops.recompute import low_rank_layer
-from .base import BackwardPlan, BackwardRule, LBPWHTLayer
+from .base import BackwardRule, LBPWHTLayer
 from .calling import (
     WATCHED,
     call_with,
@@ -145,7 +146,7 @@ class LBPWHTLinear(WaitingBaseWeight, LBPWHTLayer):
         plan = None
         if rule is not None:
             trains_weight = self._base_parameters()[0].requires_grad
-            plan = self._of_full_precision(x, self._plan(x, self.get_base_layer(), trains_weight, rule))
+            plan = self._in_full_precision(x, self._plan(x, self.get_base_layer(), trains_weight, rule))
         if plan is None:
             return base(x)
         if has_own_forward(base) or has_hooks(base) or parts_are_watched(base):
@@ -153,8 +154,7 @@ class LBPWHTLinear(WaitingBaseWeight, LBPWHTLayer):
             return base(x)
         if not self._is_token_wise(base, x, None):
             return base(x)
-        run = functools.partial(low_rank_layer, base, x, plan.layout, plan.for_weight, plan.for_input)
-        return self._as_one_operation(x, lambda: run(padding=plan.padding))
+        return self._as_one_operation(x, lambda: low_rank_layer(base, x, plan=plan))
 
     def _parameters_to_put_in(self, base: nn.Module) -> dict[str, Tensor]:
         self.check_base_weight_is_a_parameter()
@@ -199,17 +199,7 @@ class LBPWHTLinear(WaitingBaseWeight, LBPWHTLayer):
         return F.linear(x, weight, bias)
 
     def _multiply_low_rank(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: BackwardPlan) -> Tensor:
-        return low_rank_linear(
-            x,
-            weight,
-            bias,
-            plan.layout,
-            plan.for_weight,
-            plan.for_input,
-            padding=plan.padding,
-            precision=plan.precision,
-            parameter=self._parameter_of_weight(),
-        )
+        return low_rank_linear(x, weight, bias, plan=plan, parameter=self._parameter_of_weight())
 
     def __repr__(self) -> str:
         return "lbpwht." + super().__repr__()

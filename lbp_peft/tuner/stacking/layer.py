@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +18,9 @@ from ...encoder import is_plain_linear, is_pointwise_conv
 from ...formats.products import FULL
 from ...layout import LayoutFinder
 from ...ops.linear import Branch, low_rank_linear
+from ...ops.plan import BackwardPlan, ExactProduct
 from ...ops.recompute import low_rank_layer
-from ..layers.base import BackwardPlan, BackwardRule, LBPWHTLayer, check_image_layout
+from ..layers.base import BackwardRule, LBPWHTLayer, check_image_layout
 from ..layers.calling import (
     WATCHED,
     eagerly,
@@ -87,8 +89,9 @@ class LBPWHTStacked(nn.Module, ForwardPatch, LBPWHTLayer):
         parts = None if self._on_images else _lora_parts(host, x)
         if parts is not None and (base is host or not _have_to_be_called(base, parts, x)):
             branches = _branches(host, x, parts)
-            given = (plan.layout, plan.for_weight, plan.for_input, branches, plan.padding, plan.precision)
-            return self._as_one_operation(x, lambda: low_rank_linear(x, base.weight, base.bias, *given))
+            return self._as_one_operation(
+                x, lambda: low_rank_linear(x, base.weight, base.bias, plan=plan, branches=branches)
+            )
         if parts is not None:
             linears = [base, *(part for lora_parts in parts for part in (lora_parts.down, lora_parts.up))]
             if any(part.weight.is_meta and not is_offloaded(part) for part in linears):
@@ -99,21 +102,20 @@ class LBPWHTStacked(nn.Module, ForwardPatch, LBPWHTLayer):
                 )
             if not any(has_own_forward(part) for part in linears):
                 return eagerly(_call_parts, self, host, x, linears, plan)
-        plan = self._of_full_precision(x, plan)
-        if plan is None:
+        recompute_plan = self._in_full_precision(x, plan)
+        if recompute_plan is None:
             return plain(host, x)
         if parts_are_watched(host):
             self._fall_back(x, *WATCHED, cause=WATCHED[0])
             return plain(host, x)
         layer = _ChannelsLast(UnpatchedForward(host), x.dim()) if self._on_images else UnpatchedForward(host)
         tokens = x.movedim(1, -1) if self._on_images else x
-        state = functools.partial(_state, host)
-        if not self._is_token_wise(layer, tokens, (state(), host.training)):
+        fingerprint = functools.partial(_adapters_in_use, host)
+        if not self._is_token_wise(layer, tokens, (fingerprint(), host.training)):
             return plain(host, x)
-        low_rank = functools.partial(low_rank_layer, layer, tokens, plan.layout, plan.for_weight, plan.for_input)
 
         def run() -> Tensor:
-            y = low_rank(state, plan.padding)
+            y = low_rank_layer(layer, tokens, plan=recompute_plan, fingerprint=fingerprint)
             return y.movedim(-1, 1) if self._on_images else y
 
         return self._as_one_operation(x, run)
@@ -150,8 +152,8 @@ class _ChannelsLast(nn.Module):
         return self.layer(x.movedim(-1, 1)).movedim(1, -1)
 
 
-def _state(host: Any) -> tuple:
-    """Which adapters a host computes with. Merging changes its weights past their version counters."""
+def _adapters_in_use(host: Any) -> tuple:
+    """The adapters that a host computes with. Merging changes its weights without their version counters."""
     names = ("active_adapters", "disable_adapters", "merged_adapters")
     return tuple(str(getattr(host, name, None)) for name in names)
 
@@ -159,15 +161,15 @@ def _state(host: Any) -> tuple:
 def _call_parts(layer: LBPWHTStacked, host: Any, x: Tensor, linears: list[Any], plan: BackwardPlan) -> Tensor:
     """The host's own forward pass, each of its linear parts with a low-rank backward pass of its own."""
     base = linears[0]
+    plan_of_factor = plan.with_precision(FULL)
 
     def forward(part: Any, z: Tensor) -> Tensor:
         if z.shape[:-1] != x.shape[:-1]:  # a hook made something else of the tokens
             return F.linear(z, part.weight, part.bias)
-        takes_tokens = part.weight.shape[1] == base.weight.shape[1]  # others take r features of each
-        for_input = plan.for_input if takes_tokens else None
-        precision = plan.precision if part is base else FULL
-        given = (plan.layout, plan.for_weight, for_input, (), plan.padding, precision)
-        return layer._as_one_operation(z, lambda: low_rank_linear(z, part.weight, part.bias, *given))
+        part_plan = plan if part is base else plan_of_factor
+        if part.weight.shape[1] != base.weight.shape[1]:  # it takes the r features of the first factor
+            part_plan = replace(plan_of_factor, input_gradient=ExactProduct())
+        return layer._as_one_operation(z, lambda: low_rank_linear(z, part.weight, part.bias, plan=part_plan))
 
     with ExitStack() as stack:
         for part in linears:

@@ -1,0 +1,127 @@
+"""The plan of a layer's backward pass: one immutable description, made once per call and handed down whole.
+
+The three operations ([`lbp_peft.ops.linear`], [`lbp_peft.ops.conv1x1`], [`lbp_peft.ops.recompute`]) take the same plan.
+How the input gradient is computed is an object of its own, a subclass of [`InputGradient`], because there are several
+ways that have different settings.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..bases.basis_set import BasisSet, TokenLayout
+from ..formats.products import FULL, Precision, kept_dtype
+from ..projection import Projection, num_kept, projection
+
+
+@dataclass(frozen=True)
+class InputGradient:
+    """A way to compute the input gradient dx from g = dLoss/dy and W; use one of the subclasses.
+
+    A subclass is a frozen dataclass, so that plans and the rules of adapters can be compared and hashed.
+
+    Attributes:
+        precision: Number format of the product with W. If it is low, the projected input of the weight gradient is
+            saved in bfloat16 too.
+        needs_layout: Whether it can only be computed where the layout of the tokens is known.
+    """
+
+    precision: Precision = field(default=FULL, kw_only=True)
+
+    needs_layout = False
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether this is plain backpropagation, to the bit."""
+        return False
+
+    def with_precision(self, precision: Precision) -> InputGradient:
+        """The same way with another number format."""
+        return replace(self, precision=precision)
+
+    def num_coefficients(self, layout: TokenLayout) -> int:
+        """The number of rows that represent the L tokens in the product with W; L if none is saved."""
+        return layout.num_tokens
+
+    def projection(
+        self, layout: TokenLayout | None, dtype: torch.dtype, device: torch.device, padding_mask: Tensor | None
+    ) -> Projection | None:
+        """The projection of g before the product with W; None if g is multiplied as it is."""
+        return None
+
+
+@dataclass(frozen=True)
+class ExactProduct(InputGradient):
+    """dx = g W, exact up to the rounding of the number format."""
+
+    @property
+    def is_exact(self) -> bool:
+        return self.precision.name == "full"
+
+
+@dataclass(frozen=True)
+class FixedBasis(InputGradient):
+    """dx = P^T ((P g) W), where P is the same for all images and all steps.
+
+    Attributes:
+        basis: The rows of P. If it keeps as many coefficients as there are tokens, dx is exact.
+    """
+
+    basis: BasisSet
+
+    needs_layout = True
+
+    def num_coefficients(self, layout: TokenLayout) -> int:
+        return num_kept(layout, self.basis)
+
+    def projection(
+        self, layout: TokenLayout | None, dtype: torch.dtype, device: torch.device, padding_mask: Tensor | None
+    ) -> Projection | None:
+        return projection(layout, self.basis, dtype, device, padding_mask)
+
+
+_EXACT = ExactProduct()
+
+
+@dataclass(frozen=True)
+class BackwardPlan:
+    """How a layer runs its backward pass.
+
+    Attributes:
+        layout: The positions of the L tokens. It may be None if no basis is used, and for images (N, C, H, W), whose
+            layout is their grid.
+        weight_basis: Basis of the weight gradient; the input is saved as its projection on it. None, or as many
+            coefficients as tokens: the weight gradient is exact.
+        input_gradient: How the input gradient is computed; an exact product by default.
+        padding_mask: Shape (N, L), bool, True where a token is padding. Padding is projected and lifted as zero, so it
+            does not enter the gradients of other tokens. None: there is no padding.
+    """
+
+    layout: TokenLayout | None = None
+    weight_basis: BasisSet | None = None
+    input_gradient: InputGradient = _EXACT
+    padding_mask: Tensor | None = None
+
+    @property
+    def precision(self) -> Precision:
+        """Number format of the product in the input gradient."""
+        return self.input_gradient.precision
+
+    def saved_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which the projection of an input of a dtype is saved for the weight gradient."""
+        return kept_dtype(dtype, self.precision)
+
+    def weight_projection(self, dtype: torch.dtype, device: torch.device) -> Projection | None:
+        """The projection that the weight gradient is computed from; None: it is exact."""
+        return projection(self.layout, self.weight_basis, dtype, device, self.padding_mask)
+
+    def input_projection(self, dtype: torch.dtype, device: torch.device) -> Projection | None:
+        """The projection that the input gradient is computed from; None: there is none."""
+        return self.input_gradient.projection(self.layout, dtype, device, self.padding_mask)
+
+    def with_precision(self, precision: Precision) -> BackwardPlan:
+        """The same plan with another number format for the product in the input gradient."""
+        return replace(self, input_gradient=self.input_gradient.with_precision(precision))
