@@ -46,8 +46,10 @@ def only_saved_tensors_matter() -> bool:
 
 
 def _code_of_current_hook() -> CodeType | None:
+    if must_be_functional():
+        return None
     hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    if not hooks or must_be_functional() or torch._C._len_torch_dispatch_stack() > 0:
+    if not hooks or torch._C._len_torch_dispatch_stack() > 0:
         return None
     code: CodeType | None = getattr(inspect.unwrap(hooks[0]), "__code__", None)
     return code
