@@ -53,7 +53,7 @@ class WaitingBaseWeight(nn.Module):
     def base_weight_waits(self) -> bool:
         """Whether the base weight was put away and takes no memory of the layer's device, or was dropped."""
         weight = self.get_base_layer()._parameters.get("weight")
-        return self.is_dropped or (weight is not None and 0 != weight.data_ptr() == self._waits_at)
+        return self.is_dropped or self._is_on_host or (weight is not None and 0 != weight.data_ptr() == self._waits_at)
 
     def put_base_weight_away(self) -> None:
         """Put the base weight where the adapter in effect has it wait, if it is only that adapter's that is used."""
@@ -181,7 +181,7 @@ class WaitingBaseWeight(nn.Module):
         self.bring_base_weight_back()
         result = super()._apply(fn, recurse)
         weight = self.get_base_layer()._parameters.get("weight")
-        if weight is not None and weight.data_ptr() != self._waits_at and self._unmerged is None:
+        if self._file is not None and self._unmerged is None and weight.data_ptr() != self._waits_at:
             self._file = None
         if self.is_dropped:
             self._dropped_dtype = fn(torch.empty(0, dtype=self._dropped_dtype)).dtype
