@@ -240,13 +240,12 @@ class LBPWHTLinear(WaitingBaseWeight, LBPWHTLayer):
             weight = self._waiting_weight(weight)
         return weight, bias
 
-    def _dtype_of_base(self) -> torch.dtype:
-        """The dtype of the base weight, which the layer computes in."""
-        if self.is_dropped:
-            return self._dropped_dtype
-        weight: Any = self.get_base_layer().weight if self._unmerged is None else self._unmerged[0]
-        dtype: torch.dtype = weight.dtype
-        return dtype
+    def _dtypes_of_base(self) -> tuple[torch.dtype, torch.dtype | None]:
+        """The dtypes of the base weight and bias, which the layer computes in; None: it has no bias."""
+        base = self.get_base_layer()
+        weight: Any
+        weight, bias = (base.weight, base.bias) if self._unmerged is None else self._unmerged
+        return self._dropped_dtype if self.is_dropped else weight.dtype, None if bias is None else bias.dtype
 
     def weights_in_effect(self) -> list[str]:
         """The adapters whose weights the layer computes with, in place of those of the base layer."""
@@ -273,9 +272,9 @@ class LBPWHTLinear(WaitingBaseWeight, LBPWHTLayer):
         """Those of one adapter; of several, the base's plus what each of them changed. In the base layer's dtype."""
         trained = [name for name in adapter_names if name in self.lbpwht_weight]
         if len(trained) == 1:  # nearly always, and then the base weight may be elsewhere
-            base_bias = self.get_base_layer().bias if self._unmerged is None else self._unmerged[1]
-            bias = None if base_bias is None else self.lbpwht_bias[trained[0]].to(base_bias.dtype)
-            return self.lbpwht_weight[trained[0]].to(self._dtype_of_base()), bias
+            dtype, dtype_of_bias = self._dtypes_of_base()
+            bias = None if dtype_of_bias is None else self.lbpwht_bias[trained[0]].to(dtype_of_bias)
+            return self.lbpwht_weight[trained[0]].to(dtype), bias
         weight, bias = self._base_parameters()
         weight = _plus_changes(weight, [self.lbpwht_weight[name] for name in trained])
         if bias is not None:
