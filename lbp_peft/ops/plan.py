@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..bases.basis_set import BasisSet, TokenLayout
-from ..formats.products import FULL, Precision, kept_dtype
+from ..formats.products import Precision, kept_dtype
 from ..projection import Projection, num_kept, projection
 
 
@@ -29,7 +29,8 @@ class InputGradient:
         needs_layout: Whether it can only be computed where the layout of the tokens is known.
     """
 
-    precision: Precision = field(default=FULL, kw_only=True)
+    # A factory, here and below: before torch 2.13, torch.compile refuses dataclasses with objects for defaults.
+    precision: Precision = field(default_factory=Precision, kw_only=True)
 
     needs_layout = False
 
@@ -83,9 +84,6 @@ class FixedBasis(InputGradient):
         return projection(layout, self.basis, dtype, device, padding_mask)
 
 
-_EXACT = ExactProduct()
-
-
 @dataclass(frozen=True)
 class BackwardPlan:
     """How a layer runs its backward pass.
@@ -102,7 +100,7 @@ class BackwardPlan:
 
     layout: TokenLayout | None = None
     weight_basis: BasisSet | None = None
-    input_gradient: InputGradient = _EXACT
+    input_gradient: InputGradient = field(default_factory=ExactProduct)
     padding_mask: Tensor | None = None
 
     @property

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 from peft.config import PeftConfig
@@ -338,7 +338,7 @@ class LBPWHTConfig(PeftConfig):
             if rank is not None or not or_none:
                 self._check_rank(f"{name}[{show(pattern)}]", rank, or_none)
 
-    def _check_rank(self, name: str, rank: Any, or_none: str = "") -> None:
+    def _check_rank(self, name: str, rank: object, or_none: str = "") -> None:
         full = self.block_size**2
         if not _is_int(rank) or not 1 <= rank <= full:
             raise ValueError(f"{name} must be {or_none}an int from 1 to block_size**2 = {full}, got {show(rank)}.")
@@ -355,7 +355,7 @@ class LBPWHTConfig(PeftConfig):
                 raise ValueError(f"{name} must be an int of at least 0, got {show(number)}.")
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -364,11 +364,11 @@ def _as_int(value: Any) -> Any:
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
 
-def _is_one_of(value: Any, allowed: Iterable[str]) -> bool:
+def _is_one_of(value: object, allowed: Iterable[str]) -> bool:
     return isinstance(value, str) and value in allowed
 
 
-def _are_names(value: Any) -> bool:
+def _are_names(value: object) -> bool:
     return isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) and name for name in value)
 
 

@@ -12,15 +12,14 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule,
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
-from ..encoder import encoder_linears, is_pointwise_conv, is_transposed_linear
+from ..encoder import encoder_linears
 from ..formats.products import forget
+from ..layer_types import layer_type_of
 from ..layout import LayoutFinder
 from ..ops.plan import ExactProduct, FixedBasis, InputGradient
 from .config import LBPWHTConfig
 from .layers.base import BackwardRule, LBPWHTLayer
 from .layers.calling import has_own_forward, onloaded
-from .layers.conv1d import LBPWHTTransposedLinear
-from .layers.conv1x1 import LBPWHTPointwiseConv
 from .layers.linear import LBPWHTLinear
 from .layers.waiting import DROPPED, RESIDENT
 from .patches.activation_patch import compress_activations
@@ -100,7 +99,7 @@ def create_and_replace(
     target_name: str,
     parent: nn.Module,
     current_key: str,
-    **_: Any,
+    **_: object,
 ) -> None:
     """Give one layer an adapter: in its place if nobody else has to do with it, inside it otherwise."""
     rank = _rank_of_layer(config.rank_pattern, config.r, current_key)
@@ -134,7 +133,7 @@ def create_and_replace(
         finder = layout_finder(tuner.model)
         train, inference = config.train_base_weight, config.inference_mode
         with onloaded(target):  # the adapter's weights go to the device of the target's
-            layer = _layer_class(target)(
+            layer = _adapting_class(target)(
                 target, finder, current_key, adapter_name, rule, train, inference, base_weights
             )
             if adapter_name not in tuner.active_adapters:  # an additional adapter is not trained until it is activated
@@ -154,10 +153,9 @@ def _input_gradient(config: LBPWHTConfig, rank: int | None) -> InputGradient:
     return ExactProduct(precision=precision) if basis is None else FixedBasis(basis, precision=precision)
 
 
-def _layer_class(target: nn.Module) -> type[LBPWHTLinear]:
-    if is_pointwise_conv(target):
-        return LBPWHTPointwiseConv
-    return LBPWHTTransposedLinear if is_transposed_linear(target) else LBPWHTLinear
+def _adapting_class(target: nn.Module) -> type[LBPWHTLinear]:
+    layer_type = layer_type_of(target)
+    return LBPWHTLinear if layer_type is None else layer_type.adapting_class  # None: quantised
 
 
 def detach_all(model: nn.Module) -> set[LayoutFinder]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ...encoder import is_plain_linear, is_pointwise_conv, is_transposed_linear
+from ...layer_types import LayerType, is_plain_linear, layer_type_of, register_layer_type
 from ...layout import LayoutFinder
 from ...ops.linear import low_rank_linear
 from ...ops.plan import BackwardPlan
@@ -32,6 +32,7 @@ from .calling import (
 from .waiting import DROPPED, RESIDENT, WaitingBaseWeight
 
 
+@register_layer_type("torch.nn.Linear", is_plain_linear)
 class LBPWHTLinear(WaitingBaseWeight, LBPWHTLayer):
     """`nn.Linear` with LBP-WHT adapters. An adapter's weight is a full copy of the base weight, trained; the base stays
     intact, see [`WaitingBaseWeight`].
@@ -40,11 +41,16 @@ class LBPWHTLinear(WaitingBaseWeight, LBPWHTLayer):
         base_layer: The adapted layer.
         finder: Knows where tokens lie; shared by all layers of the model.
         layer_name: Of the layer in the model, for messages.
-        adapter_name, rule, train_base_weight, inference_mode, base_weights: The first adapter, see [`update_layer`].
+        adapter_name: The first adapter.
+        rule: Its backward pass.
+        train_base_weight: Whether it trains a copy of the weight and the bias.
+        inference_mode: Whether it is frozen.
+        base_weights: Where the base weight waits while it is active, see [`LBPWHTConfig`].
     """
 
     adapter_layer_names = ("lbpwht_weight", "lbpwht_bias")
     other_param_names = (*LBPWHTLayer.other_param_names, "lbpwht_base_weights")
+    layer_type: ClassVar[LayerType]
 
     def __init__(
         self,
@@ -121,7 +127,7 @@ class LBPWHTLinear(WaitingBaseWeight, LBPWHTLayer):
         return self.base_layer(x)
 
     def _compute(self, x: Tensor, rule: BackwardRule | None) -> Tensor:
-        if not self._is_plain(self.get_base_layer()) or has_own_forward(self.base_layer):
+        if not self.layer_type.matches(self.get_base_layer()) or has_own_forward(self.base_layer):
             return self._run_base_layer(x, rule)
         if not has_to_be_called(self.base_layer):
             return self._multiply_adapted(rule, x)
@@ -189,8 +195,8 @@ class LBPWHTLinear(WaitingBaseWeight, LBPWHTLayer):
                 "that they are trained on."
             )
 
-    def _is_plain(self, base: nn.Module) -> bool:
-        return is_plain_linear(base)
+    def _channels_axis(self, x: Tensor) -> int:
+        return self.layer_type.channels_axis
 
     def _num_features(self, base: Any) -> tuple[int, int]:
         return base.in_features, base.out_features
@@ -370,10 +376,9 @@ class LBPWHTLinear(WaitingBaseWeight, LBPWHTLayer):
 
 def can_be_dropped(base: nn.Module) -> bool:
     """Whether a layer's own weight is needed by nothing but the forward method of a plain layer."""
-    plain = is_plain_linear(base) or is_transposed_linear(base) or is_pointwise_conv(base)
     weight = base._parameters.get("weight")
     is_ours = weight is not None and not weight.is_meta and not hasattr(weight, "ds_status")
-    return plain and is_ours and not has_own_forward(base) and "_hf_hook" not in vars(base)
+    return layer_type_of(base) is not None and is_ours and not has_own_forward(base) and "_hf_hook" not in vars(base)
 
 
 _OWN_FORWARD = (
@@ -404,7 +409,7 @@ def weighted_sum_of_changes(base: Tensor, adapted: list[tuple[Tensor, float]]) -
 
 
 @torch.no_grad()
-def _restore(base: Any, stash: Any, merged: Any, copy: Tensor) -> None:
+def _restore(base: Tensor, stash: Any, merged: Any, copy: Tensor) -> None:
     """Put the stash back into a parameter; what it differs by from what was merged goes to the adapter's copy."""
     if base.dtype == stash.dtype and not torch.equal(base, merged):
         copy += (base - merged).to(copy)
