@@ -94,6 +94,13 @@ def test_training_is_the_same_wherever_the_base_weights_wait(way, adapted):
     assert waiting_layers(model) == (everything)
 
 
+@pytest.mark.parametrize("dtype", ["auto", "int8"])
+@pytest.mark.filterwarnings("ignore:.*uses exact backpropagation")
+def test_formats_are_chosen_without_a_base_weight(dtype, adapted):
+    losses = [train(adapted(way, grad_input_dtype=dtype), images(), 2) for way in ("resident", "dropped")]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("way", KEPT)
 def test_base_weights_stay_where_they_are_until_a_backward_pass_has_ended(way, adapted):
     model = adapted(way)

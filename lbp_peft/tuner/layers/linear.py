@@ -221,6 +221,11 @@ class LBPWHTLinear(WaitingBaseWeight, LBPWHTLayer):
     def bias(self) -> Tensor | None:
         return self._adapted_parameters()[1]
 
+    def _shape_of_weight(self, base: Any) -> torch.Size:
+        if not self.is_dropped:
+            return super()._shape_of_weight(base)
+        return next(iter(self.lbpwht_weight.values())).shape
+
     def enable_adapters(self, enabled: bool) -> None:
         if not enabled:
             self.check_base_weight("Disabling the adapter")
