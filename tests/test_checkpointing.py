@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from models import forward, images, tiny_vit
+from models import forward, gradients, images, largest_difference, tiny_vit
 from peft import LoraConfig, get_peft_model
 from plans import plan_of
 from torch.utils.checkpoint import (
@@ -212,3 +212,12 @@ def test_outputs_of_the_second_pass_may_be_changed_in_place():
     found = gradients_of(lambda x, weights: checkpoint(run, x, weights, use_reentrant=False))[:3]
     expected = gradients_of(run)[:3]
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("words", [None, "projection", "all"])
+def test_tensors_thrown_away_have_the_form_of_those_that_are_saved(words):
+    """PyTorch compares the tensors that both forward passes save, and raises CheckpointError if they differ."""
+    model, x = get_peft_model(tiny_vit(), LBPWHTConfig(r=3, compress_activations=words)).train(), images()
+    expected = gradients(model, x)
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert largest_difference(gradients(model, x), expected) == 0
