@@ -1,0 +1,263 @@
+"""An input gradient in a basis that is fitted to each image's own gradient, in the backward pass.
+
+Fixed Walsh functions approximate g = dLoss/dy badly where its energy is concentrated in a few irregular patterns over
+the tokens, as attention makes them. A basis found from g itself has no such weakness: a randomized range finder (Halko,
+Martinsson and Tropp, SIAM Review 53, 2011, section 4.5) gives nearly the k leading left singular vectors of g (L, C_out),
+in a few products with k columns. For each image, with S (k, L) fixed random signs:
+
+    Z = S g             (k, C_out)    a sketch of the features that occur
+    Y = Z g^T           (k, L)        their patterns over the tokens: half a power iteration
+    Q = orth(Y)         (k, L)        orthonormal rows, by Cholesky's factorization of Y Y^T
+    dx = Q^T ((Q g) W)  (L, C_in)     in place of g W
+
+The third product, Q g, is needed anyway. These are 3 L k C_out + k C_out C_in + L k C_in multiply-adds in place of
+L C_out C_in. Q has orthonormal rows, so dx is the exact input gradient of the nearest gradient in their span. With k at
+least the rank of g that is g itself, and dx is exact.
+
+S is the same for all images, layers and steps, so a run can be repeated to the bit and gradient checkpointing changes
+nothing. It only has to be in no special position to g: after the product with g g^T, the span is that of g's leading
+singular vectors, whatever it was before.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..bases.basis_set import TokenLayout
+from ..bounded import BoundedCache
+from ..formats.products import without_autocast
+from ..instructions import product_dtype
+from ..transforms import must_be_functional, outside_transforms
+from .padding_check import zero_if_unused
+from .plan import InputGradient
+
+# Of the trace of Y Y^T, what is added to its diagonal, so that it is positive definite where g has fewer than k
+# directions. It lies far above the rounding errors of float64 and far below those of Y, which is computed in float32.
+_SHIFT = 1e-13
+
+
+@dataclass(frozen=True)
+class AdaptiveBasis(InputGradient):
+    """dx = Q^T ((Q g) W), where Q is fitted to the gradient g of each image.
+
+    No layout is needed. Where it is known, tokens outside the grid ([CLS], registers) and padding are left out of the
+    fit: the former get an exact input gradient, the latter none.
+
+    Attributes:
+        rank: k, the number of rows of Q for each image. Where it is not below the number of tokens that are fitted, dx
+            is exact.
+        energy: Share of the squared norm of g that is to be kept, above 0 and at most 1. Rows that are not needed for
+            it in any image of a batch are left out of the product with W. None: all k rows are used.
+    """
+
+    rank: int
+    energy: float | None = None
+
+    def num_coefficients(self, layout: TokenLayout) -> int:
+        return min(self.rank + layout.num_outside, layout.num_tokens)
+
+    def projection(
+        self, layout: TokenLayout | None, dtype: torch.dtype, device: torch.device, padding_mask: Tensor | None
+    ) -> RangeFinder:
+        return RangeFinder(self.rank, self.energy, layout, padding_mask)
+
+
+class RangeFinder:
+    """Finds the [`AdaptiveProjection`] of a gradient.
+
+    Args:
+        rank, energy: See [`AdaptiveBasis`].
+        layout: The positions of the tokens; None if they are not known.
+        padding: Shape (N, L), True where a token is padding.
+    """
+
+    bases = None  # no set of fixed functions
+
+    def __init__(self, rank: int, energy: float | None, layout: TokenLayout | None, padding: Tensor | None):
+        self.rank = rank
+        self.energy = energy
+        self.layout = layout
+        self.padding = padding
+
+    def of_dtype(self, dtype: torch.dtype) -> RangeFinder:
+        """The same for tokens of another dtype."""
+        return self
+
+    def fit(self, tokens: Tensor) -> tuple[AdaptiveProjection | None, Tensor]:
+        """The projection for a gradient, and the gradient's coefficients.
+
+        A gradient with NaN or infinity gives coefficients that are not finite in its image, and no error.
+
+        Args:
+            tokens: Shape (N, L, C), the gradient of the outputs.
+
+        Returns:
+            The projection, None where it would be the identity, and shape (N, k, C).
+
+        Raises:
+            RuntimeError: the loss depends on padding.
+        """
+        if self.padding is not None:
+            tokens = tokens.masked_fill(self.padding[:, :, None], zero_if_unused(tokens, self.padding))
+        length = tokens.shape[1]
+        before, after = (0, 0) if self.layout is None else _outside(self.layout)
+        fitted = tokens[:, before : length - after]
+        if self.rank >= fitted.shape[1] or tokens.numel() == 0:
+            return None, tokens
+        with without_autocast(tokens.device):
+            wide = fitted.to(product_dtype(fitted.dtype, fitted.device))
+            basis = orthonormal_rows(_leading_patterns(wide, self.rank)).to(wide.dtype)
+            coefficients = torch.bmm(basis, wide)
+            if self.energy is not None:
+                basis, coefficients = _enough_for(self.energy, basis, coefficients, wide)
+        coefficients = coefficients.to(tokens.dtype)
+        if before or after:
+            coefficients = torch.cat((tokens[:, :before], coefficients, tokens[:, length - after :]), dim=1)
+        return AdaptiveProjection(basis, before, after), coefficients
+
+    def fit_image(self, image: Tensor) -> tuple[AdaptiveProjection | None, Tensor]:
+        """[`fit`] for the gradient (N, C, H, W) or (N, C, L) of a convolution's outputs."""
+        return self.fit(image.flatten(2).transpose(1, 2))
+
+
+class AdaptiveProjection:
+    """Tokens as combinations of k patterns of their own image.
+
+    Args:
+        basis: Shape (N, k, L - p - s), orthonormal rows for each image; rows that an image has no use for are zero.
+        before, after: p and s, the tokens before and after those that the basis is for. They are their own
+            coefficients.
+    """
+
+    def __init__(self, basis: Tensor, before: int = 0, after: int = 0):
+        self.basis = basis
+        self.before = before
+        self.after = after
+
+    def of_dtype(self, dtype: torch.dtype) -> AdaptiveProjection:
+        """The same for tokens of another dtype."""
+        return self
+
+    def lift(self, coefficients: Tensor) -> Tensor:
+        """(N, p + k + s, C) -> (N, L, C)."""
+        before, after, length = self.before, self.after, self.basis.shape[2]
+        inner = coefficients[:, before : coefficients.shape[1] - after].to(self.basis.dtype)
+        with without_autocast(coefficients.device):
+            if before + after == 0:
+                return torch.bmm(self.basis.mT, inner).to(coefficients.dtype)
+            if must_be_functional() or inner.dtype != coefficients.dtype:
+                lifted = torch.bmm(self.basis.mT, inner).to(coefficients.dtype)
+                outer = coefficients[:, :before], coefficients[:, coefficients.shape[1] - after :]
+                return torch.cat((outer[0], lifted, outer[1]), dim=1)
+            tokens = coefficients.new_empty(len(coefficients), before + length + after, coefficients.shape[2])
+            tokens[:, :before] = coefficients[:, :before]
+            torch.bmm(self.basis.mT, inner, out=tokens[:, before : before + length])
+            tokens[:, before + length :] = coefficients[:, coefficients.shape[1] - after :]
+            return tokens
+
+    def lift_image(self, coefficients: Tensor, shape: torch.Size) -> Tensor:
+        """(N, k, C) -> (N, C, H, W) or (N, C, L), of the last axes of `shape`."""
+        inner = coefficients.to(self.basis.dtype)
+        with without_autocast(coefficients.device):
+            pixels = torch.bmm(inner.mT, self.basis).to(coefficients.dtype)
+        return pixels.view(*pixels.shape[:2], *shape[2:])
+
+
+def _outside(layout: TokenLayout) -> tuple[int, int]:
+    return layout.num_prefix_tokens, layout.num_suffix_tokens
+
+
+def _leading_patterns(g: Tensor, rank: int) -> Tensor:
+    """Y of the module's description: (N, L, C) -> (N, k, L), each image up to a factor."""
+    sketch = torch.matmul(sign_matrix(rank, g.shape[1], g.dtype, g.device), g)
+    # So that no product of two small or two large numbers leaves the range of the dtype.
+    largest = sketch.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)
+    return torch.bmm(sketch / largest, g.mT)
+
+
+def orthonormal_rows(matrices: Tensor) -> Tensor:
+    """Orthonormal rows with the same span, by Cholesky's factorization of the Gram matrix (Cholesky QR).
+
+    In float64, except on devices without it, since the Gram matrix has the square of the condition number. Where a matrix
+    has fewer independent rows than k, the superfluous ones come out shorter than 1, down to 0: applied as a projection,
+    Q^T Q never lengthens a vector.
+
+    Args:
+        matrices: Shape (N, k, L), k at most L.
+
+    Returns:
+        Shape (N, k, L), float64, or float32 on devices without that. Not finite where the matrix is not.
+    """
+    precise = torch.float32 if matrices.device.type == "mps" else torch.float64
+    shift = _SHIFT if precise == torch.float64 else 1e-6
+    rows = matrices.to(precise)
+    # Dividing first keeps the squares of float32's largest and smallest numbers in the range of float32, too.
+    largest = rows.abs().amax((1, 2), keepdim=True)
+    rows = rows / largest.clamp_min(torch.finfo(precise).tiny)
+    gram = torch.bmm(rows, rows.mT)
+    trace = gram.diagonal(dim1=1, dim2=2).sum(1)
+    added = (shift * trace).clamp_min(torch.finfo(precise).tiny)
+    identity = torch.eye(rows.shape[1], dtype=precise, device=rows.device)
+    factor = torch.linalg.cholesky_ex(gram + added[:, None, None] * identity)[0]
+    return torch.linalg.solve_triangular(factor, rows, upper=False)
+
+
+def _enough_for(energy: float, basis: Tensor, coefficients: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of the basis, and their coefficients, that keep a share of each image's energy, those of most first.
+
+    The same number of rows for all images, since they are multiplied together. All of them within transforms and
+    compiled graphs, whose shapes must not depend on values, and where even all keep less.
+    """
+    if must_be_functional():
+        return basis, coefficients
+    of_rows, order = coefficients.float().square().sum(2).sort(dim=1, descending=True)
+    wanted = energy * g.float().square().sum((1, 2))
+    needed = int((of_rows.cumsum(1) < wanted[:, None]).sum(1).max()) + 1
+    if needed >= basis.shape[1]:
+        return basis, coefficients
+    index = order[:, :needed, None]
+    return basis.take_along_dim(index, 1), coefficients.take_along_dim(index, 1)
+
+
+_signs: BoundedCache[tuple, Tensor] = BoundedCache(256)
+
+
+def sign_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Fixed pseudorandom signs, divided by the number of columns; the same on all devices and in all processes.
+
+    Divided, so that products with numbers of the dtype stay in its range.
+    """
+    if torch.compiler.is_compiling():
+        return _make_signs(rows, columns, dtype, device)
+    key = (rows, columns, dtype, device)
+    matrix = _signs.get(key)
+    if matrix is None:
+        with outside_transforms(), torch.inference_mode(False), torch.no_grad():
+            matrix = _make_signs(rows, columns, dtype, device)
+        if type(matrix) is not Tensor:  # a tracer's fake tensor must not outlive the tracing
+            return matrix
+        _signs[key] = matrix
+    return matrix
+
+
+def _make_signs(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """One bit of a hash of each entry's place: a random number generator's state would have to be kept and restored."""
+    row = torch.arange(rows, device=device)[:, None]
+    column = torch.arange(columns, device=device)[None, :]
+    bits = _scrambled(_scrambled(row + 1) + column)
+    return (1 - 2 * (bits & 1)).to(dtype) / columns
+
+
+def _scrambled(values: Tensor) -> Tensor:
+    """A bijection of the integers below 2**32 in which every bit of the result depends on all bits of the input.
+
+    Multiplications by odd numbers and shifts in turn; int64 tensors.
+    """
+    mask = 0xFFFFFFFF
+    values = values & mask
+    for shift, factor in ((16, 0x21F0AAAD), (15, 0x735A2D97)):
+        values = ((values ^ (values >> shift)) * factor) & mask
+    return values ^ (values >> 15)
