@@ -108,7 +108,7 @@ def check_gradients_at_full_rank(base, batch, monkeypatch):
         kept = num_kept(layout, bases)
         return kept if bases is None else min(kept, layout.num_tokens - 1)
 
-    model = adapted(base, r=64, grad_input=64)
+    model = adapted(base, r=64, grad_input_rank=64)
     with monkeypatch.context() as patched:
         for module in (lbp_peft.projection, lbp_peft.tuner.layers.base):
             patched.setattr(module, "num_kept", one_less)

@@ -12,7 +12,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 @pytest.fixture(autouse=True)
 def every_layer_pays(request, monkeypatch):
-    """The default, grad_input="auto", leaves narrow layers exact, and the layers of these tests are narrow.
+    """The default, grad_input_dtype="auto", leaves narrow layers exact, and the layers of these tests are narrow.
 
     Here all pay, with exact products, but for tests of that choice, marked `own_choice`.
     """

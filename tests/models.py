@@ -119,6 +119,12 @@ def _randn(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
+def input_gradient(way: int | str | tuple[int, str]) -> dict:
+    """The settings of an input gradient of some rank, in some number format, or both."""
+    rank, dtype = way if isinstance(way, tuple) else (None, way) if isinstance(way, str) else (way, "auto")
+    return {"grad_input_rank": rank, "grad_input_dtype": dtype}
+
+
 @dataclass(frozen=True)
 class Case:
     """A model with an input and a configuration that suits it."""
@@ -146,7 +152,7 @@ CASES = [
     Case("attention", Attention, lambda: _randn(2, 9, 12), {"target_modules": ["query", "key", "value"]}),
     Case("multihead", MultiheadBlock, lambda: _randn(2, 9, 12), {"target_modules": ["out_proj", "lin0"]}),
     Case("mixer", PatchMixer, lambda: images(), {"target_modules": ["tokens0", "tokens1", "pooled"]}),
-    Case("vit", tiny_vit, lambda: images(), {"grad_input": 6}, head="classifier"),
+    Case("vit", tiny_vit, lambda: images(), {"grad_input_rank": 6}, head="classifier"),
 ]
 NO_GRID = "ignore:.*uses exact backpropagation"  # cases "attention" and "multihead" warn, rightly
 

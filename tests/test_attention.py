@@ -194,7 +194,7 @@ def test_a_backward_pass_within_autocast_is_the_same():
 
 
 def adapted(base=tiny_vit, **settings):
-    return get_peft_model(base(), LBPWHTConfig(**({"r": 10, "grad_input": "full"} | settings))).train()
+    return get_peft_model(base(), LBPWHTConfig(**({"r": 10, "grad_input_dtype": "full"} | settings))).train()
 
 
 def in_bf16(model):
@@ -359,7 +359,7 @@ def test_it_goes_with_the_adapter(take_out, used):
 def test_the_active_adapter_decides(used):
     """One that adapts no layer of a block leaves the block's attention alone."""
     model = adapted(target_modules=r".*layers\.0\..*_proj", modules_to_save=["classifier"])
-    model.add_adapter("other", LBPWHTConfig(r=10, grad_input="full", target_modules=r".*layers\.1\..*_proj"))
+    model.add_adapter("other", LBPWHTConfig(r=10, grad_input_dtype="full", target_modules=r".*layers\.1\..*_proj"))
     for name in ("default", "other"):
         model.set_adapter(name)
         used.clear()
@@ -370,7 +370,7 @@ def test_the_active_adapter_decides(used):
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["fc1"]])
 def test_on_lora(targets, used):
     lora = get_peft_model(tiny_vit(), LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
-    model = get_peft_model(lora, LBPWHTConfig(r=10, grad_input="full", train_base_weight=False)).train()
+    model = get_peft_model(lora, LBPWHTConfig(r=10, grad_input_dtype="full", train_base_weight=False)).train()
     found = in_bf16(model)
     # In the first block nothing before the MLP is trained by what is in "fc1".
     assert len(used) == (2 if "q_proj" in targets else 1)

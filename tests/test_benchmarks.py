@@ -81,9 +81,9 @@ def test_the_peak_of_a_backward_pass():
 
 
 def test_a_method_is_words_with_settings():
-    assert words("lora-all:r=16+lbp-wht:r=3,grad_input=full") == [
+    assert words("lora-all:r=16+lbp-wht:r=3,grad_input_dtype=full") == [
         ("lora-all", {"r": 16}),
-        ("lbp-wht", {"r": 3, "grad_input": "full"}),
+        ("lbp-wht", {"r": 3, "grad_input_dtype": "full"}),
     ]
 
 
@@ -105,14 +105,14 @@ def test_methods_share_the_base_models_memory_and_nothing_else():
 
 def test_the_defaults_are_what_this_version_knows(monkeypatch):
     known = default_methods()
-    assert {"full", "lora-all", "lbp-wht:r=10,grad_input=10"} <= set(known) <= set(methods.DEFAULT_METHODS)
-    monkeypatch.setattr(methods, "DEFAULT_METHODS", ("lora-all+lbp-wht:grad_input=nonsense", "full"))
+    assert {"full", "lora-all", "lbp-wht:r=10,grad_input_rank=10"} <= set(known) <= set(methods.DEFAULT_METHODS)
+    monkeypatch.setattr(methods, "DEFAULT_METHODS", ("lora-all+lbp-wht:grad_input_dtype=nonsense", "full"))
     assert default_methods() == ["full"]
 
 
 def test_what_cannot_be_had_is_said():
-    with pytest.raises(NotAvailable, match="grad_input"):
-        adapted(tiny_vit(), "lbp-wht:grad_input=nonsense", ["classifier"])
+    with pytest.raises(NotAvailable, match="grad_input_dtype"):
+        adapted(tiny_vit(), "lbp-wht:grad_input_dtype=nonsense", ["classifier"])
     with pytest.raises(NotAvailable, match="gradient checkpointing"):
         adapted(nn.Sequential(nn.Linear(2, 2)), "full+checkpointing", [])
 
@@ -143,14 +143,14 @@ TINY = Model(tiny, size=(32, 32), batch=lambda n, size: {
 def test_training_step(tmp_path, capsys, monkeypatch):
     pytest.importorskip("matplotlib", reason="the figure needs matplotlib")
     monkeypatch.setitem(MODELS, "tiny", TINY)
-    chosen = [*default_methods(), "lbp-wht:grad_input=nonsense"]
+    chosen = [*default_methods(), "lbp-wht:grad_input_dtype=nonsense"]
     output = tmp_path / "new" / "tiny.json"
     arguments = ["--model", "tiny", "--batch-size", "2", "--rounds", "2", "--device", "cpu", "--output", str(output)]
     training_step.main([*arguments, "--methods", *chosen])
     gc.unfreeze()
 
     printed = capsys.readouterr().out
-    assert "left out lbp-wht:grad_input=nonsense: grad_input must be" in printed
+    assert "left out lbp-wht:grad_input_dtype=nonsense: grad_input_dtype must be" in printed
     record = json.loads(output.read_text())
     assert record["environment"]["torch"] == torch.__version__ and record["options"]["image_size"] == [32, 32]
     rows = {row["method"]: row for row in record["rows"]}
@@ -163,8 +163,8 @@ def test_training_step(tmp_path, capsys, monkeypatch):
     assert full["peak_mib"] > full["weights_mib"] + full["saved_mib"]
     assert all(len(row["rounds_ms"]) == 2 and row["step_over_full"][0] > 0 for row in rows.values())
     # A trained copy of every linear layer of the encoder, and of the head.
-    assert rows["lbp-wht:r=10,grad_input=full"]["weights_mib"] > 1.5 * full["weights_mib"]
-    for leaner in ("full+checkpointing", "lora-fa", "lbp-wht:r=10,grad_input=full"):
+    assert rows["lbp-wht:r=10,grad_input_dtype=full"]["weights_mib"] > 1.5 * full["weights_mib"]
+    for leaner in ("full+checkpointing", "lora-fa", "lbp-wht:r=10,grad_input_dtype=full"):
         assert rows[leaner]["saved_over_full"] < 0.9
     assert rows["lora-fa"]["saved_mib"] < rows["lora-all"]["saved_mib"]
     assert rows["full+checkpointing"]["backward_gmacs"] > full["backward_gmacs"]

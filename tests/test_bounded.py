@@ -99,7 +99,7 @@ def test_what_functions_remember_is_bounded(function):
 
 def test_what_was_tried_out_with_every_set_of_adapters_is_bounded():
     beneath = {f"a{i}": LoKrConfig(r=2, target_modules=["q_proj"]) for i in range(20)}
-    config = LBPWHTConfig(r=3, grad_input="full", train_base_weight=False, stack_on=beneath)
+    config = LBPWHTConfig(r=3, grad_input_dtype="full", train_base_weight=False, stack_on=beneath)
     model = get_peft_model(models.tiny_vit(), config).train()
     for name in beneath:
         model.stacked_on.set_adapter(name)

@@ -70,7 +70,9 @@ def saved(folder, *numbers, settings=STACK):
     return training, states
 
 
-@pytest.mark.parametrize("settings", [STACK, {"grad_input": "full"}, {"grad_input": 3}, {"grad_input": "int8"}])
+@pytest.mark.parametrize(
+    "settings", [STACK, {"grad_input_dtype": "full"}, {"grad_input_rank": 3}, {"grad_input_dtype": "int8"}]
+)
 def test_resuming_is_exact(settings, tmp_path):
     training, _ = saved(tmp_path, 4, settings=settings)
     drawn = random.random(), np.random.rand()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import forward, images, patches_of, tiny_vit
+from models import forward, images, input_gradient, patches_of, tiny_vit
 from peft import LoraConfig, get_peft_model
 from test_pointwise import ConvMLP
 from test_precision import cosine
@@ -42,12 +42,12 @@ MODELS = {
     "convolutions": (Convolutions, {}, images(2, 32, 48)),
 }
 WAYS = {
-    "int8": {"grad_input": "int8"},
-    "bf16": {"grad_input": "bf16"},
-    "auto": {"grad_input": "auto"},
-    "low-rank int8": {"grad_input": (10, "int8")},
-    "compressed": {"grad_input": "full", "compress_activations": "int8"},
-    "all": {"grad_input": (10, "int8"), "rotation": 16, "compress_activations": "int8"},
+    "int8": {"grad_input_dtype": "int8"},
+    "bf16": {"grad_input_dtype": "bf16"},
+    "auto": {"grad_input_dtype": "auto"},
+    "low-rank int8": {"grad_input_rank": 10, "grad_input_dtype": "int8"},
+    "compressed": {"grad_input_dtype": "full", "compress_activations": "int8"},
+    "all": {"grad_input_rank": 10, "grad_input_dtype": "int8", "hadamard_size": 16, "compress_activations": "int8"},
 }
 
 
@@ -98,7 +98,7 @@ def test_gradients_are_near_those_of_an_input_gradient_in_full(kind, way, regime
     monkeypatch.setattr(layer, "low_rank_pays", lambda *_: True)
     monkeypatch.setattr(layer, "fastest_precision", lambda *_: "int8")
     model, x = adapted(kind, **WAYS[way])
-    plain, _ = adapted(kind, grad_input=10 if way in ("low-rank int8", "all") else "full")
+    plain, _ = adapted(kind, **input_gradient(10 if way in ("low-rank int8", "all") else "full"))
     found = gradients(model, x, REGIMES[regime])
     expected = gradients(plain, x, forward if regime == "compile" else REGIMES[regime])
     assert cosine(found, expected) > 0.999

@@ -152,7 +152,7 @@ def test_forward_is_exact_and_so_are_other_modes():
 
 
 def test_it_trains_and_its_checkpoint_loads(tmp_path):
-    model = adapted(modules_to_save=["classifier"], grad_input=10)
+    model = adapted(modules_to_save=["classifier"], grad_input_rank=10)
     losses = train(model, images(), 5)
     assert losses[-1] < losses[0]
     model.save_pretrained(tmp_path)

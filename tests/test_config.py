@@ -1,11 +1,13 @@
 """The configuration, the registry, and which layers are adapted."""
 
 import copy
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ from models import disturb, forward, gradients, images, layers_of, outputs, tiny
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from lbp_peft import LBPWHTConfig, layout_report
-from lbp_peft.formats.products import FULL, Precision
+from lbp_peft import BasisSet, ExactProduct, FixedBasis, LBPWHTConfig, layout_report
+from lbp_peft.bases.basis_set import BOUNDARIES
+from lbp_peft.bases.walsh import SELECTIONS
+from lbp_peft.formats.products import AUTO, FULL, PRECISIONS, Precision
 from lbp_peft.tuner.compat.registration import check_peft_version, register
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,8 +36,9 @@ def adapted_names(model) -> set[str]:
 
 def test_settings_survive_json(tmp_path):
     config = LBPWHTConfig(
-        r=7, grad_input=5, block_size=4, selection="lp_linf", boundary="reflect", train_base_weight=False, rotation=32,
-        rank_pattern={"fc2": 3}, grid_size=[4, 6], num_prefix_tokens=2, num_suffix_tokens=3,
+        r=7, grad_input_rank=5, grad_input_dtype="bf16", hadamard_size=32, block_size=4, selection="lp_linf",
+        boundary="reflect", train_base_weight=False, rank_pattern={"fc2": 3},
+        grad_input_rank_pattern={"fc1": 2, "fc2": None}, grid_size=[4, 6], num_prefix_tokens=2, num_suffix_tokens=3,
         target_modules=["fc1", "fc2"],
         exclude_modules=["q_proj"], modules_to_save=["classifier"], layers_to_transform=[0], layers_pattern="layers",
     )  # fmt: skip
@@ -48,24 +53,35 @@ def test_settings_survive_json(tmp_path):
     assert written["grid_size"] == [4, 6] and written["peft_type"] == "LBPWHT"
 
 
-@pytest.mark.parametrize("grad_input, written, rank, precision", [
-    ("full", "full", None, "full"),
-    ("auto", "auto", None, "auto"),
-    ("bf16", "bf16", None, "bf16"),
-    ("fp8", "fp8", None, "fp8"),
-    ("int8", "int8", None, "int8"),
-    (6, 6, 6, "full"),
-    ((6, "int8"), [6, "int8"], 6, "int8"),
-    ([6, "auto"], [6, "auto"], 6, "auto"),
+@pytest.mark.parametrize("rank, dtype, precision", [
+    (None, "full", "full"),
+    (None, "auto", "auto"),
+    (None, "bf16", "bf16"),
+    (None, "fp8", "fp8"),
+    (None, "int8", "int8"),
+    (6, "auto", "full"),
+    (6, "full", "full"),
+    (6, "int8", "int8"),
 ])  # fmt: skip
-def test_ways_to_the_input_gradient_survive_json(tmp_path, grad_input, written, rank, precision):
-    config = LBPWHTConfig(grad_input=grad_input, rotation=16)
+def test_rank_and_format_of_the_input_gradient_survive_json(tmp_path, rank, dtype, precision):
+    config = LBPWHTConfig(grad_input_rank=rank, grad_input_dtype=dtype, hadamard_size=16)
     config.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["grad_input"] == written
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (written["grad_input_rank"], written["grad_input_dtype"], written["hadamard_size"]) == (rank, dtype, 16)
     for one in (config, PeftConfig.from_pretrained(tmp_path)):
-        assert isinstance(one.grad_input, type(grad_input) if rank is None or isinstance(grad_input, int) else tuple)
-        assert (one.input_bases() and one.input_bases().r) == rank
-        assert one.input_precision() == (FULL if isinstance(grad_input, int) else Precision(precision, 16))
+        assert (one.grad_input_rank, one.grad_input_dtype) == (rank, dtype)
+        assert (one.input_bases(rank) and one.input_bases(rank).r) == rank
+        assert one.input_precision(rank) == Precision(precision, 16)
+    assert Precision("full", 16) == FULL
+
+
+def test_choices_are_literal_types_of_what_is_accepted():
+    types = get_type_hints(LBPWHTConfig)  # as transformers' HfArgumentParser reads them
+    choices = {"grad_input_dtype": {AUTO, *PRECISIONS}, "selection": set(SELECTIONS), "boundary": set(BOUNDARIES)}
+    for name, values in choices.items():
+        assert get_origin(types[name]) is Literal and set(get_args(types[name])) == values
+    for field in dataclasses.fields(LBPWHTConfig):
+        assert field.name in types
 
 
 def test_defaults_survive_json(tmp_path):
@@ -89,24 +105,25 @@ def test_defaults_survive_json(tmp_path):
     ({"selection": "lhe"}, "selection must be one of lp_l1, lp_linf, got 'lhe'"),
     ({"selection": None}, "selection must be one of"),
     ({"boundary": "zero"}, "boundary must be one of orthogonal, reflect, got 'zero'"),
-    ({"grad_input": "exact"}, 'grad_input must be one of full, bf16'),
-    ({"grad_input": 0}, "grad_input must be an int from 1"),
-    ({"grad_input": 65}, "grad_input"),
-    ({"grad_input": False}, "grad_input"),
-    ({"grad_input": None}, "grad_input"),
-    ({"grad_input": "int4"}, r"one of full, bf16, int8, fp8, auto, a rank \(an int\), or a pair.*got 'int4'"),
-    ({"grad_input": (10, "int4")}, r"or a pair of a rank and one of these, got \(10, 'int4'\)"),
-    ({"grad_input": (65, "int8")}, "the rank in grad_input must be an int from 1 to block_size.*got 65"),
-    ({"grad_input": ("int8", 10)}, "the rank in grad_input must be an int.*got 'int8'"),
-    ({"grad_input": (10,)}, r"grad_input must be one of.*got \(10,\)"),
-    ({"grad_input": (10, "int8", 3)}, r"grad_input must be one of.*got \(10, 'int8', 3\)"),
-    ({"grad_input": (10, 10)}, r"grad_input must be one of.*got \(10, 10\)"),
-    ({"grad_input": 10.0}, "grad_input must be one of.*got 10.0"),
-    ({"rotation": 24}, r"rotation must be a power of two \(16 to 128 are useful\), or 0, got 24"),
-    ({"rotation": -16}, "rotation"),
-    ({"rotation": True}, "rotation"),
-    ({"rotation": 16.0}, "rotation"),
-    ({"rotation": None}, "rotation"),
+    ({"grad_input_dtype": "exact"}, "grad_input_dtype must be one of auto, full, bf16, int8, fp8, got 'exact'"),
+    ({"grad_input_dtype": None}, "grad_input_dtype must be one of.*got None"),
+    ({"grad_input_dtype": 10}, "grad_input_dtype must be one of.*got 10"),
+    ({"grad_input_rank": 0}, "grad_input_rank must be None or an int from 1 to block_size.*64, got 0"),
+    ({"grad_input_rank": 65}, "grad_input_rank must be None or an int.*got 65"),
+    ({"grad_input_rank": 17, "block_size": 4}, "grad_input_rank must be.* = 16, got 17"),
+    ({"grad_input_rank": False}, "grad_input_rank must be.*got False"),
+    ({"grad_input_rank": "int8"}, "grad_input_rank must be.*got 'int8'"),
+    ({"grad_input_rank": 10.0}, "grad_input_rank must be.*got 10.0"),
+    ({"grad_input_rank": (10, "int8")}, r"grad_input_rank must be.*got \(10, 'int8'\)"),
+    ({"grad_input_rank_pattern": None}, "grad_input_rank_pattern must be a dict of ranks.*got None"),
+    ({"grad_input_rank_pattern": {"(": 3}}, "A key of grad_input_rank_pattern is not a valid regular expression"),
+    ({"grad_input_rank_pattern": {"(a+)+": 3}}, "A key of grad_input_rank_pattern.*could take forever"),
+    ({"grad_input_rank_pattern": {"fc1": 99}}, r"grad_input_rank_pattern\['fc1'\] must be None or an int.*got 99"),
+    ({"grad_input_rank_pattern": {"fc1": "int8"}}, r"grad_input_rank_pattern\['fc1'\] must be.*got 'int8'"),
+    ({"rank_pattern": {"fc1": None}}, r"rank_pattern\['fc1'\] must be an int.*got None"),
+    ({"hadamard_size": 24}, r"hadamard_size must be a power of two \(16 to 128 are useful\), or 0, got 24"),
+    ({"hadamard_size": -16}, "hadamard_size"),
+    ({"hadamard_size": 16.0}, "hadamard_size"),
     ({"rank_pattern": {"fc1": 99}}, r"rank_pattern\['fc1'\].*got 99"),
     ({"grid_size": (8,)}, "grid_size must be two positive ints"),
     ({"grid_size": 8}, "grid_size"),
@@ -121,8 +138,8 @@ def test_defaults_survive_json(tmp_path):
     ({"target_modules": ".*fc1", "layers_to_transform": [0]}, "layers_to_transform needs target_modules as a list"),
     ({"target_modules": ["fc1"], "layers_pattern": "layers"}, "give layers_to_transform too"),
     ({"block_size": 256}, "power of two up to 128.*got 256"),
-    ({"rotation": True}, "rotation must be a power of two.*got True"),
-    ({"rotation": None}, "rotation must be a power of two.*got None"),
+    ({"hadamard_size": True}, "hadamard_size must be a power of two.*got True"),
+    ({"hadamard_size": None}, "hadamard_size must be a power of two.*got None"),
     ({"rank_pattern": None}, "rank_pattern must be a dict of ranks.*got None"),
     ({"rank_pattern": [3]}, r"rank_pattern must be a dict of ranks.*got \[3\]"),
     ({"rank_pattern": {5: 3}}, "A key of rank_pattern must be a regular expression, got 5"),
@@ -179,14 +196,16 @@ def test_values_out_of_range_are_refused_with_what_is_allowed(settings, message)
 
 def test_what_means_the_same_is_accepted(tmp_path):
     config = LBPWHTConfig(
-        r=np.int64(3), grad_input=(np.int32(3), "int8"), rotation=np.int64(16), block_size=np.int64(4),
-        rank_pattern={"fc1": np.int64(2)}, grid_size=(np.int64(4), 4), num_prefix_tokens=np.int8(1),
+        r=np.int64(3), grad_input_rank=np.int32(3), hadamard_size=np.int64(16), block_size=np.int64(4),
+        rank_pattern={"fc1": np.int64(2)}, grad_input_rank_pattern={"fc1": np.int64(2)},
+        grid_size=(np.int64(4), 4), num_prefix_tokens=np.int8(1),
         train_base_weight=np.bool_(False), target_modules=("fc1", "fc2"), modules_to_save="classifier",
         layers_to_transform=range(2), layers_pattern=("layers",), stack_on=LoraConfig(target_modules=["fc1"]),
         stack_active="default", base_model_name_or_path=tmp_path,
     )  # fmt: skip
     assert config == LBPWHTConfig(
-        r=3, grad_input=(3, "int8"), rotation=16, block_size=4, rank_pattern={"fc1": 2}, grid_size=(4, 4),
+        r=3, grad_input_rank=3, hadamard_size=16, block_size=4, rank_pattern={"fc1": 2},
+        grad_input_rank_pattern={"fc1": 2}, grid_size=(4, 4),
         num_prefix_tokens=1, train_base_weight=False, target_modules=["fc1", "fc2"], modules_to_save=["classifier"],
         layers_to_transform=[0, 1], layers_pattern=["layers"], stack_on={"default": config.stack_on["default"]},
         stack_active=["default"], base_model_name_or_path=str(tmp_path),
@@ -205,7 +224,7 @@ def test_a_value_changed_afterwards_is_checked_before_the_model_is():
 
 @pytest.mark.parametrize("r", [1, 2, 5, 63, 64])
 def test_ranks_need_be_neither_triangular_nor_square(r):
-    assert LBPWHTConfig(r=r, grad_input=r, block_size=8).r == r
+    assert LBPWHTConfig(r=r, grad_input_rank=r, block_size=8).r == r
 
 
 @pytest.mark.parametrize("targets, expected", [
@@ -271,10 +290,11 @@ def test_names_that_peft_adds_for_a_task_need_not_exist(tmp_path):
     ({"exclude_modules": ["fc1", "fcc2"]}, "exclude_modules names fcc2, but"),
     ({"exclude_modules": ["fcc2"], "modules_to_save": ["classifier"]}, "exclude_modules names fcc2, but"),
     ({"exclude_modules": ["fcc2"]}, "no modules were excluded"),  # PEFT's
+    ({"grad_input_rank_pattern": {"fcc2": 3, "fc2": 3}}, "grad_input_rank_pattern has 'fcc2', which matches no"),
     ({"rank_pattern": {"fcc2": 3}}, "rank_pattern keys did not match.*fcc2"),  # PEFT's
 ])  # fmt: skip
 def test_one_warning_names_what_matches_nothing_beside_what_does(settings, message):
-    with pytest.warns(UserWarning if "rank" not in message else RuntimeWarning, match=message) as caught:
+    with pytest.warns(RuntimeWarning if "keys did not" in message else UserWarning, match=message) as caught:
         get_peft_model(tiny_vit(), LBPWHTConfig(**settings))
     assert len([w for w in caught if "fcc2" in str(w.message)]) == 1
 
@@ -317,10 +337,26 @@ def test_ranks_may_differ_by_suffix_and_by_expression():
 
 
 def test_a_rank_pattern_leaves_the_input_gradient_alone():
-    model = get_peft_model(tiny_vit(), LBPWHTConfig(r=3, grad_input=6, rank_pattern={"fc2": 21}))
+    model = get_peft_model(tiny_vit(), LBPWHTConfig(r=3, grad_input_rank=6, rank_pattern={"fc2": 21}))
     gradients(model.train(), images())
     ran = layout_report(model).layers["vit.layers.1.mlp.fc2"]
     assert (ran.kept_for_weight, ran.kept_for_input) == (22, 7)
+
+
+def test_ranks_of_the_input_gradient_may_differ_by_suffix_and_by_expression():
+    """Layers without a rank take the format that "auto" chooses, the others full precision."""
+    pattern = {"fc2": 21, r".*layers\.0\..*": None}
+    model = get_peft_model(tiny_vit(), LBPWHTConfig(r=3, grad_input_rank=6, grad_input_rank_pattern=pattern))
+    rules = {name.removeprefix("base_model.model."): m.lbpwht_rule["default"] for name, m in layers_of(model).items()}
+    for name, rule in rules.items():
+        rank = 21 if name.endswith("fc2") else None if ".layers.0." in name else 6
+        auto = ExactProduct(precision=Precision("auto"))
+        assert rule.input_gradient == (auto if rank is None else FixedBasis(BasisSet(rank)))
+        assert rule.weight_basis.r == 3
+    gradients(model.train(), images())
+    kept = {name: ran.kept_for_input for name, ran in layout_report(model).layers.items()}
+    assert kept["vit.layers.1.mlp.fc2"] == 22 and kept["vit.layers.1.mlp.fc1"] == 7
+    assert kept["vit.layers.0.mlp.fc1"] == 65
 
 
 # Refused targets
@@ -431,7 +467,7 @@ def test_quantised_layers_may_be_passed_through(targets):
     base = quantised_vit()
     expected = outputs(base, images())
     config = LBPWHTConfig(
-        target_modules=targets, train_base_weight=False, grad_input=3, modules_to_save=["layernorm_before"]
+        target_modules=targets, train_base_weight=False, grad_input_rank=3, modules_to_save=["layernorm_before"]
     )
     model = get_peft_model(base, config)
     assert torch.equal(forward(model.train(), images()), expected)

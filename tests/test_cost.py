@@ -1,4 +1,4 @@
-"""What grad_input="auto", the default, chooses, and how tokens are projected."""
+"""What grad_input_dtype="auto", the default, chooses, and how tokens are projected."""
 
 import subprocess
 import sys
@@ -214,7 +214,9 @@ def test_auto_is_the_default_and_leaves_narrow_layers_exact_with_one_warning(mon
     monkeypatch.setattr(layer, "low_rank_pays", pays)
     monkeypatch.setattr(layer, "fastest_precision", lambda rows, out, into, *_: "int8" if out > into else "full")
     model = adapted()
-    with pytest.warns(UserWarning, match=r'q_proj uses exact backpropagation.*narrow.*grad_input="full"') as caught:
+    with pytest.warns(
+        UserWarning, match=r'q_proj uses exact backpropagation.*narrow.*grad_input_dtype="full"'
+    ) as caught:
         gradients(model, images())
         gradients(model, images())
     assert len(caught) == 1
@@ -231,7 +233,7 @@ def test_auto_is_the_default_and_leaves_narrow_layers_exact_with_one_warning(mon
 def test_the_warning_of_narrow_layers_names_only_what_helps_on_this_machine(monkeypatch, processor, found, formats):
     processor(found)
     monkeypatch.setattr(layer, "low_rank_pays", lambda *_: False)
-    with pytest.warns(UserWarning, match=rf'set grad_input="full"{formats}\.$'):
+    with pytest.warns(UserWarning, match=rf'set grad_input_dtype="full"{formats}\.$'):
         gradients(adapted(), images())
 
 
@@ -239,7 +241,7 @@ def test_the_warning_of_narrow_layers_names_only_what_helps_on_this_machine(monk
 @pytest.mark.parametrize("way", ["autocast", "model"])
 def test_a_model_in_bfloat16_is_said_to_be_slow_where_it_is(processor, found, way):
     processor(found)
-    model, x = adapted(grad_input="full"), images()
+    model, x = adapted(grad_input_dtype="full"), images()
     if way == "model":
         model, x = model.to(BF16), x.to(BF16)
     with warnings.catch_warnings(record=True) as caught:
@@ -256,13 +258,13 @@ def test_a_model_in_float32_is_not_said_to_be_slow(processor):
     processor(NONE)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        gradients(adapted(grad_input="full"), images())
+        gradients(adapted(grad_input_dtype="full"), images())
 
 
 @pytest.mark.own_choice
 def test_only_auto_leaves_layers_exact(monkeypatch):
     monkeypatch.setattr(layer, "low_rank_pays", lambda *_: False)
-    model = adapted(grad_input="full")
+    model = adapted(grad_input_dtype="full")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         gradients(model, images())

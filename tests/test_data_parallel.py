@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="ne
 TRIALS = [
     Trial("low-rank weight gradients", lbp_wht),
     Trial("AdamW", lbp_wht, adam=True),
-    Trial("the paper's setting", functools.partial(lbp_wht, grad_input=3)),
+    Trial("the paper's setting", functools.partial(lbp_wht, grad_input_rank=3)),
     Trial("on LoRA", stacked),
     Trial("on LoRA, AdamW", stacked, adam=True),
     Trial("one layer exact", functools.partial(lbp_wht, rank_pattern={"layers.0.mlp.fc1": 64}), low_rank=11),
@@ -33,7 +33,7 @@ TRIALS = [
     Trial("static graph, on LoRA", stacked, wrapping={"static_graph": True}),
     Trial("gradients as views of buckets", stacked, wrapping={"gradient_as_bucket_view": True}),
     Trial("accumulation", lbp_wht, micro_batches=2),
-    Trial("accumulation, the paper's setting", functools.partial(lbp_wht, grad_input=3), micro_batches=2),
+    Trial("accumulation, the paper's setting", functools.partial(lbp_wht, grad_input_rank=3), micro_batches=2),
     Trial("accumulation, on LoRA", stacked, micro_batches=2),
     Trial("checkpointing", lbp_wht, checkpointing=True),
     # Not written out by hand: its layers are run again in the backward pass.

@@ -21,7 +21,7 @@ pytestmark = [
 STEPS = 6
 TRIALS = {
     "low-rank weight gradients": Trial("", lbp_wht),
-    "the paper's setting": Trial("", functools.partial(lbp_wht, grad_input=3)),
+    "the paper's setting": Trial("", functools.partial(lbp_wht, grad_input_rank=3)),
     "on LoRA": Trial("", stacked),
     "AdamW, on LoRA": Trial("", stacked, adam=True),
     "checkpointing": Trial("", lbp_wht, checkpointing=True),

@@ -39,7 +39,7 @@ class Net(nn.Module):
 
 
 def adapted(model, **settings):
-    return get_peft_model(model, LBPWHTConfig(**({"r": 3, "grad_input": "full"} | settings))).train()
+    return get_peft_model(model, LBPWHTConfig(**({"r": 3, "grad_input_dtype": "full"} | settings))).train()
 
 
 def found(model):
@@ -218,7 +218,7 @@ def test_each_stream_has_its_own_grid():
 @pytest.mark.parametrize("way", [True, False])
 @pytest.mark.parametrize("shared", [False, True])
 def test_each_call_of_a_layer_that_is_run_again_has_its_own_grid(shared, way):
-    model = adapted(TwoEmbeddings(shared), grad_input=3)
+    model = adapted(TwoEmbeddings(shared), grad_input_rank=3)
     expected = gradients(model, images())
     assert largest_difference(gradients(model, images(), way=way), expected) < 1e-6
 
@@ -278,14 +278,14 @@ def test_exact_backward_reaches_layers_that_are_run_again(reentrant):
         with exact_backward(model):
             return model(images()).logits.square().sum()
 
-    expected = gradients_of(adapted(tiny_vit(), grad_input=6), run)
-    found = gradients_of(checkpointed(adapted(tiny_vit(), grad_input=6), reentrant), run)
+    expected = gradients_of(adapted(tiny_vit(), grad_input_rank=6), run)
+    found = gradients_of(checkpointed(adapted(tiny_vit(), grad_input_rank=6), reentrant), run)
     assert largest_difference(found, expected) < 1e-5
 
 
 def test_blocks_of_exact_backward_may_end_in_any_order():
     """As those of two threads, or of a model and of a part of it, do."""
-    model = adapted(tiny_vit(), grad_input=6)
+    model = adapted(tiny_vit(), grad_input_rank=6)
     low = gradients_of(model, lambda m: m(images()).logits.square().sum())
     with exact_backward(model):
         exact_loss = model(images()).logits.square().sum()
@@ -309,8 +309,8 @@ def test_one_exact_pass_and_one_low_rank_pass_before_one_backward(reentrant):
         with exact_backward(model):
             return low + model(images(seed=5)).logits.square().sum()
 
-    expected = gradients_of(adapted(tiny_vit(), grad_input=6), run)
-    found = gradients_of(checkpointed(adapted(tiny_vit(), grad_input=6), reentrant), run)
+    expected = gradients_of(adapted(tiny_vit(), grad_input_rank=6), run)
+    found = gradients_of(checkpointed(adapted(tiny_vit(), grad_input_rank=6), reentrant), run)
     assert largest_difference(found, expected) < 1e-5
 
 
@@ -320,14 +320,14 @@ def test_batches_of_other_sizes_before_one_backward(passes, reentrant):
     def run(model):
         return sum(loss_at(model, *sizes) for sizes in passes)
 
-    expected = gradients_of(adapted(tiny_vit(), grad_input=6), run)
-    found = gradients_of(checkpointed(adapted(tiny_vit(), grad_input=6), reentrant), run)
+    expected = gradients_of(adapted(tiny_vit(), grad_input_rank=6), run)
+    found = gradients_of(checkpointed(adapted(tiny_vit(), grad_input_rank=6), reentrant), run)
     assert largest_difference(found, expected) < 1e-5
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_an_evaluation_between_two_steps_changes_nothing(reentrant):
-    model = checkpointed(adapted(tiny_vit(), grad_input=6), reentrant)
+    model = checkpointed(adapted(tiny_vit(), grad_input_rank=6), reentrant)
     expected = gradients_of(model, lambda m: loss_at(m, 32, 64))
     model.eval()
     with torch.no_grad():

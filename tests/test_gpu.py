@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from checks import is_surprising
-from models import forward, gradients, images, largest_difference, tiny_vit, train
+from models import forward, gradients, images, input_gradient, largest_difference, tiny_vit, train
 from peft import LoraConfig, get_peft_model
 from transformers import SegformerConfig, SegformerForImageClassification, Swinv2Config, Swinv2ForImageClassification
 
@@ -76,7 +76,7 @@ def test_gradients_equal_those_in_float64(name, grad_input, lora, with_kernels):
     build, size = MODELS[name]
     if lora and name != "vit":
         pytest.skip("names of LoRA's targets are ViT's")
-    model = adapted(build, lora, grad_input=grad_input)
+    model = adapted(build, lora, **input_gradient(grad_input))
     found, expected = on_both(model, images(3, size))
     assert largest_difference(found, expected) < 1e-3
     ran = layout_report(model).layers.values()
@@ -90,16 +90,16 @@ def test_low_precision_stays_near(precision, bound, rotation, with_kernels):
     if precision == "fp8" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("this GPU has no fp8")
     wide = {"hidden_size": 64, "intermediate_size": 128}
-    model = adapted(lambda: tiny_vit(**wide), grad_input=precision, rotation=rotation)
+    model = adapted(lambda: tiny_vit(**wide), grad_input_dtype=precision, hadamard_size=rotation)
     x = images(3)
-    expected = gradients(adapted(lambda: tiny_vit(**wide), grad_input="full").double(), x.double())
+    expected = gradients(adapted(lambda: tiny_vit(**wide), grad_input_dtype="full").double(), x.double())
     found = gradients(model.cuda(), x.cuda())
     found = {name: grad.cpu().double() for name, grad in found.items()}
     assert largest_difference(found, expected) < bound
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("settings", [{}, {"grad_input": 6}, {"compress_activations": "int8"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"grad_input_rank": 6}, {"compress_activations": "int8"}], ids=str)
 def test_autocast_stays_near(dtype, settings, with_kernels):
     model, x = adapted(**settings).cuda(), images(3).cuda()
     expected = gradients(model, x)
@@ -151,7 +151,7 @@ def test_training_saves_memory_and_lowers_the_loss():
     x = images(16, 128).cuda()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        small, losses = peak(adapted(lambda: tiny_vit(**shape), r=3, grad_input="full"), x)
+        small, losses = peak(adapted(lambda: tiny_vit(**shape), r=3, grad_input_dtype="full"), x)
     large, _ = peak(tiny_vit(**shape), x)
     assert small < 0.9 * large
     assert losses[-1] < losses[0]

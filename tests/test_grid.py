@@ -7,7 +7,17 @@ import pytest
 import reference
 import torch
 import transformers
-from models import forward, gradients, hooks_of, images, largest_difference, layers_of, tiny_vit, vit_config
+from models import (
+    forward,
+    gradients,
+    hooks_of,
+    images,
+    input_gradient,
+    largest_difference,
+    layers_of,
+    tiny_vit,
+    vit_config,
+)
 from peft import get_peft_model
 from torch import nn
 
@@ -106,7 +116,7 @@ def test_patches_need_not_be_square():
 @pytest.mark.parametrize("second", [(64, 64), (32, 64), (16, 64)])
 def test_two_sizes_before_one_backward_with_gradient_checkpointing(reentrant, second):
     def found(checkpointing):
-        model = adapt(tiny_vit(), grad_input=3)
+        model = adapt(tiny_vit(), grad_input_rank=3)
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
@@ -118,7 +128,7 @@ def test_two_sizes_before_one_backward_with_gradient_checkpointing(reentrant, se
 
 def test_a_patch_embedding_that_is_trained_is_watched_too():
     """PEFT trains a copy of what modules_to_save names, and runs that instead."""
-    model = adapt(tiny_vit(), modules_to_save=["patch_embeddings"], grad_input=3)
+    model = adapt(tiny_vit(), modules_to_save=["patch_embeddings"], grad_input_rank=3)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         found = gradients(model, images())
@@ -289,7 +299,7 @@ def record(layer):
 
 @pytest.mark.parametrize("r_input", ["full", 3])
 def test_a_layer_in_a_real_model_has_the_gradient_of_the_formula(r_input):
-    model = adapt(tiny_vit(), r=10, grad_input=r_input).double()
+    model = adapt(tiny_vit(), r=10, **input_gradient(r_input)).double()
     fc1 = next(layer for name, layer in layers_of(model).items() if name.endswith("layers.0.mlp.fc1"))
     recorded = record(fc1)
     inputs = []
@@ -318,7 +328,7 @@ def test_reflection_on_a_grid_too_small_is_exact_with_one_warning():
 
 
 def test_a_report_is_readable():
-    model = adapt(tiny_vit(), target_modules=["fc1"], grad_input=6)
+    model = adapt(tiny_vit(), target_modules=["fc1"], grad_input_rank=6)
     assert "not called in training mode yet" in str(layout_report(model))
     model(images())
     header, first, second = (re.split("  +", line) for line in str(layout_report(model)).splitlines())

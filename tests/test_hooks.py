@@ -22,13 +22,15 @@ from lbp_peft import BasisSet, ExactProduct, FixedBasis, LBPWHTConfig, exact_bac
 
 LORA = {"r": 4, "target_modules": ["o_proj", "fc1"], "init_lora_weights": False}
 WAYS = {
-    "alone": lambda: LBPWHTConfig(r=6, grad_input="full", target_modules=["o_proj", "fc1"]),
-    "int8": lambda: LBPWHTConfig(r=6, grad_input="int8", target_modules=["o_proj", "fc1"]),
-    "frozen": lambda: LBPWHTConfig(r=6, grad_input=6, target_modules=["o_proj", "fc1"], train_base_weight=False),
-    "LoRA": lambda: LBPWHTConfig(r=6, grad_input=6, train_base_weight=False, stack_on=LoraConfig(**LORA)),
-    "LoRA, int8": lambda: LBPWHTConfig(r=6, grad_input="int8", train_base_weight=False, stack_on=LoraConfig(**LORA)),
+    "alone": lambda: LBPWHTConfig(r=6, grad_input_dtype="full", target_modules=["o_proj", "fc1"]),
+    "int8": lambda: LBPWHTConfig(r=6, grad_input_dtype="int8", target_modules=["o_proj", "fc1"]),
+    "frozen": lambda: LBPWHTConfig(r=6, grad_input_rank=6, target_modules=["o_proj", "fc1"], train_base_weight=False),
+    "LoRA": lambda: LBPWHTConfig(r=6, grad_input_rank=6, train_base_weight=False, stack_on=LoraConfig(**LORA)),
+    "LoRA, int8": lambda: LBPWHTConfig(
+        r=6, grad_input_dtype="int8", train_base_weight=False, stack_on=LoraConfig(**LORA)
+    ),
     "DoRA": lambda: LBPWHTConfig(
-        r=6, grad_input=6, train_base_weight=False, stack_on=LoraConfig(**LORA, use_dora=True)
+        r=6, grad_input_rank=6, train_base_weight=False, stack_on=LoraConfig(**LORA, use_dora=True)
     ),
 }  # fmt: skip
 alone_and_stacked = pytest.mark.parametrize("way", WAYS)
@@ -185,7 +187,9 @@ def test_the_backward_pass_stays_low_rank_under_hooks(way):
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("part", ["lora_A", "lora_B", "lora_dropout", "base_layer"])
 def test_hooks_on_the_parts_of_a_lora_layer(part, dropout):
-    config = LBPWHTConfig(r=6, grad_input=6, train_base_weight=False, stack_on=LoraConfig(**LORA, lora_dropout=dropout))
+    config = LBPWHTConfig(
+        r=6, grad_input_rank=6, train_base_weight=False, stack_on=LoraConfig(**LORA, lora_dropout=dropout)
+    )
     model = get_peft_model(tiny_vit(), config).train()
     host = next(m for n, m in model.named_modules() if n.endswith("layers.1.attention.o_proj"))
     watched = host.base_layer if part == "base_layer" else getattr(host, part)["default"]
@@ -238,7 +242,7 @@ def test_a_replaced_forward_method_of_a_lora_layer_is_told_of():
     host.forward = lambda x: 2 * plain(x)
     expected = gradients(model.train(), images())
     with pytest.warns(UserWarning, match=r"layers\.1\.attention\.o_proj uses exact backpropagation.* forward method"):
-        model = get_peft_model(model, LBPWHTConfig(r=64, grad_input="full", train_base_weight=False)).train()
+        model = get_peft_model(model, LBPWHTConfig(r=64, grad_input_dtype="full", train_base_weight=False)).train()
     found = gradients(model, images())
     names = {name.rpartition("model.")[2]: grad for name, grad in found.items()}
     assert largest_difference(names, {name.rpartition("model.")[2]: grad for name, grad in expected.items()}) < 1e-5
@@ -263,7 +267,7 @@ def test_hooks_that_are_always_called():
 def test_other_kinds_of_layers(build):
     torch.manual_seed(0)
     base = build()
-    config = LBPWHTConfig(r=3, grad_input="full")
+    config = LBPWHTConfig(r=3, grad_input_dtype="full")
     targets = [n.removeprefix("base_model.model.") for n in layers_of(get_peft_model(copy.deepcopy(base), config))]
     assert targets
     for name in targets:

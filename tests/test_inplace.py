@@ -5,7 +5,7 @@ import copy
 import peft
 import pytest
 import torch
-from models import gradients, largest_difference
+from models import gradients, input_gradient, largest_difference
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -78,7 +78,7 @@ METHODS = {
 def adapted(change, method=None, kind="linear", images=False, **settings):
     targets = ["fc1", "fc2"]
     model = Net(change, kind, images)
-    settings = {"r": 10, "grad_input": 10} | settings
+    settings = {"r": 10} | input_gradient(10) | settings
     if method is None:
         return get_peft_model(model, LBPWHTConfig(target_modules=targets, **settings)).train()
     config = copy.deepcopy(METHODS[method])
@@ -102,7 +102,7 @@ def check(model, autocast=False):
 @pytest.mark.parametrize("change", CHANGES)
 def test_of_a_layer(change, kind, images):
     for grad_input in (10, "full", "int8"):
-        check(adapted(change, kind=kind, images=images, grad_input=grad_input))
+        check(adapted(change, kind=kind, images=images, **input_gradient(grad_input)))
 
 
 @pytest.mark.parametrize("images", [False, True])
@@ -110,7 +110,7 @@ def test_of_a_layer(change, kind, images):
 @pytest.mark.parametrize("change", CHANGES)
 def test_of_a_layer_that_another_method_adapts(change, method, images):
     check(adapted(change, method, images=images))
-    check(adapted(change, method, images=images, grad_input="full"))
+    check(adapted(change, method, images=images, **input_gradient("full")))
 
 
 @pytest.mark.parametrize("method", [None, "lora", "dora"])
@@ -158,7 +158,7 @@ def test_of_attention(monkeypatch):
 
 
 def test_gradients_of_gradients_may_be_changed_in_place():
-    model = adapted("add", grad_input="full")
+    model = adapted("add", **input_gradient("full"))
     loss = model(torch.randn(2, 3, 32, 32)).square().sum()
     found = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], create_graph=True)
     for gradient in found:

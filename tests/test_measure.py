@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from models import images, tiny_vit
+from models import images, input_gradient, tiny_vit
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -54,7 +54,7 @@ def test_an_adapted_layer_saves_its_projected_input(r):
     lambda model: model,
 ])  # fmt: skip
 def test_an_exact_layer_saves_what_the_plain_layer_saves(prepare):
-    model = prepare(one_layer(r=64, grad_input=64))
+    model = prepare(one_layer(r=64, grad_input_rank=64))
     with saved_activations(model) as saved:
         model(tokens())
     assert saved.bytes == 4 * N * L * C_IN
@@ -107,7 +107,7 @@ def project(way):
 
 @pytest.mark.parametrize("input_rank", ["full", 10])
 def test_an_adapted_layer_multiplies_in_the_small_space(input_rank, project):
-    model, x = one_layer(r=10, grad_input=input_rank), tokens()
+    model, x = one_layer(r=10, **input_gradient(input_rank)), tokens()
     with multiply_adds() as there:
         y = model(x)
     assert there.total == N * L * C_IN * C_OUT + N * project * C_IN
@@ -125,7 +125,7 @@ WAYS_TO_GO_ON = ["full", 10, "int8", (10, "int8"), "bf16"]
 @pytest.mark.parametrize("grad_input", WAYS_TO_GO_ON)
 def test_a_first_layer_does_nothing_for_an_input_gradient(grad_input, project):
     """Neither g W nor lifting: with those of the weight and the bias all products are accounted for."""
-    y = one_layer(r=10, grad_input=grad_input)(tokens().detach())
+    y = one_layer(r=10, **input_gradient(grad_input))(tokens().detach())
     with multiply_adds() as back:
         y.backward(torch.randn_like(y))
     assert back.total == N * project * C_OUT + N * 10 * C_IN * C_OUT + 10 * C_OUT
@@ -134,7 +134,7 @@ def test_a_first_layer_does_nothing_for_an_input_gradient(grad_input, project):
 @pytest.mark.parametrize("grad_input", WAYS_TO_GO_ON)
 def test_nor_does_a_first_pointwise_convolution(grad_input, project):
     base = nn.ModuleDict({"lin": nn.Conv2d(C_IN, C_OUT, 1)})
-    layer = get_peft_model(base, LBPWHTConfig(r=10, grad_input=grad_input, target_modules=["lin"])).train()
+    layer = get_peft_model(base, LBPWHTConfig(r=10, **input_gradient(grad_input), target_modules=["lin"])).train()
     y = layer.base_model.model["lin"](torch.randn(N, C_IN, 8, 8))
     with multiply_adds() as back:
         y.backward(torch.randn_like(y))
@@ -144,7 +144,7 @@ def test_nor_does_a_first_pointwise_convolution(grad_input, project):
 @pytest.mark.parametrize("grad_input", WAYS_TO_GO_ON)
 def test_nor_does_lora_on_a_first_layer(grad_input, project):
     lora = LoraConfig(r=3, target_modules=["lin"])
-    y = one_layer(r=10, grad_input=grad_input, train_base_weight=False, stack_on=lora)(tokens().detach())
+    y = one_layer(r=10, **input_gradient(grad_input), train_base_weight=False, stack_on=lora)(tokens().detach())
     with multiply_adds() as back:
         y.backward(torch.randn_like(y))
     factors = N * 10 * 3 * (2 * C_IN + 2 * C_OUT)  # g B, and its product with x; x A, and its product with g
@@ -153,7 +153,7 @@ def test_nor_does_lora_on_a_first_layer(grad_input, project):
 
 @pytest.mark.parametrize("grad_input, rows", [("int8", L), ((10, "int8"), 10), ("bf16", L)])
 def test_products_in_low_precision_count_like_any(grad_input, rows, project):
-    model, x = one_layer(r=10, grad_input=grad_input), tokens()
+    model, x = one_layer(r=10, **input_gradient(grad_input)), tokens()
     y = model(x)
     with multiply_adds() as back:
         y.backward(torch.randn_like(y))
@@ -163,7 +163,7 @@ def test_products_in_low_precision_count_like_any(grad_input, rows, project):
 
 
 def test_branches_beside_the_weight_count_in_the_input_gradient_too(project):
-    settings = {"grad_input": 10, "train_base_weight": False}
+    settings = {"grad_input_rank": 10, "train_base_weight": False}
     lora = get_peft_model(OneLayer(), LoraConfig(r=3, target_modules=["lin"]))
     config = LBPWHTConfig(r=10, target_modules=["lin"], grid_size=(8, 8), num_prefix_tokens=0, **settings)
     model, x = get_peft_model(lora, config).train(), tokens()
@@ -204,5 +204,5 @@ def test_a_low_rank_step_of_a_model_is_cheaper():
         return saved.bytes, back.total
 
     full = cost(tiny_vit())
-    low = cost(get_peft_model(tiny_vit(), LBPWHTConfig(r=3, grad_input=3)))
+    low = cost(get_peft_model(tiny_vit(), LBPWHTConfig(r=3, grad_input_rank=3)))
     assert low[0] < full[0] and low[1] < 0.7 * full[1]

@@ -18,12 +18,12 @@ CPU = torch.device("cpu")
 TARGETS = ["q_proj", "v_proj", "fc1"]
 LORA = {"r": 2, "target_modules": TARGETS, "init_lora_weights": False}
 CONFIGS = {
-    "alone": lambda: LBPWHTConfig(r=6, grad_input="full", target_modules=TARGETS),
-    "int8": lambda: LBPWHTConfig(r=6, grad_input="int8", target_modules=TARGETS),
-    "frozen": lambda: LBPWHTConfig(r=6, grad_input=6, target_modules=TARGETS, train_base_weight=False),
-    "LoRA": lambda: LBPWHTConfig(r=6, grad_input=6, train_base_weight=False, stack_on=LoraConfig(**LORA)),
+    "alone": lambda: LBPWHTConfig(r=6, grad_input_dtype="full", target_modules=TARGETS),
+    "int8": lambda: LBPWHTConfig(r=6, grad_input_dtype="int8", target_modules=TARGETS),
+    "frozen": lambda: LBPWHTConfig(r=6, grad_input_rank=6, target_modules=TARGETS, train_base_weight=False),
+    "LoRA": lambda: LBPWHTConfig(r=6, grad_input_rank=6, train_base_weight=False, stack_on=LoraConfig(**LORA)),
     "DoRA": lambda: LBPWHTConfig(
-        r=6, grad_input=6, train_base_weight=False, stack_on=LoraConfig(**LORA, use_dora=True)
+        r=6, grad_input_rank=6, train_base_weight=False, stack_on=LoraConfig(**LORA, use_dora=True)
     ),
 }
 

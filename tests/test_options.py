@@ -175,7 +175,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_embedded_example(tmp_path
     ("lbp-wht:r=0", "--r must be at least 1"),
     ("lbp-wht:r=100", "r must be an int from 1 to"),
     ("lbp-wht:selection=foo", "selection must be one of"),
-    ("lora+lbp-wht:grad_input=foo", "grad_input must be one of"),
+    ("lora+lbp-wht:grad_input_dtype=foo", "grad_input_dtype must be one of"),
     ("lbp-wht:block_size=3", "power of two"),
 ])  # fmt: skip
 def test_mistakes_in_methods(text, expected):
@@ -263,7 +263,7 @@ def test_warnings_stand_on_lines_of_their_own(capsys):
 def test_tables_are_at_most_120_columns_wide():
     header = ["method", "trainable", "accuracy", "step time", "saved activations", "backward mult-adds"]
     cells = ["1.36 M", "78.5 % ± 2.0", "1.00 x", "59.9 MiB", "4.63 G"]
-    label = "LoRA r=8 + LBP-WHT r=10, grad_input=10, compress_activations=int8, learning_rate=1e-3"
+    label = "LoRA r=8 + LBP-WHT r=10, grad_input_rank=10, compress_activations=int8, learning_rate=1e-3"
     for rows in ([["full", *cells]], [["full", *cells], [label, *cells]], [[label + ", more" * 20, *cells]]):
         text = aligned(header, rows)
         assert max(map(len, text.splitlines())) <= 120

@@ -76,17 +76,17 @@ def test_gradients_are_the_references(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_full_rank_is_exact_backpropagation(kind):
-    model = get_peft_model(Mixer(kind), LBPWHTConfig(r=64, grad_input=64))
+    model = get_peft_model(Mixer(kind), LBPWHTConfig(r=64, grad_input_rank=64))
     low = gradients(model)
     with exact_backward(model):
         assert largest_difference(low, gradients(model)) < 1e-5
-    other = get_peft_model(Mixer(kind), LBPWHTConfig(r=3, grad_input=3))
+    other = get_peft_model(Mixer(kind), LBPWHTConfig(r=3, grad_input_rank=3))
     assert largest_difference(gradients(other), low) > 1e-2
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_peft_behaviours(kind, tmp_path):
-    model = get_peft_model(Mixer(kind), LBPWHTConfig(r=3, grad_input=3, modules_to_save=["head"]))
+    model = get_peft_model(Mixer(kind), LBPWHTConfig(r=3, grad_input_rank=3, modules_to_save=["head"]))
     assert torch.equal(outputs(model, X), outputs(Mixer(kind), X))
     losses = train(model, X, 5)
     assert losses[-1] < losses[0]
@@ -110,7 +110,7 @@ def test_under_lora(kind, rank):
     lora = LoraConfig(r=2, target_modules=["fc1", "fc2"], fan_in_fan_out=kind == "Conv1D", init_lora_weights=False)
     plain = get_peft_model(Mixer(kind), lora)
     exact = gradients(copy.deepcopy(plain))
-    model = get_peft_model(plain, LBPWHTConfig(r=rank, grad_input=rank, train_base_weight=False))
+    model = get_peft_model(plain, LBPWHTConfig(r=rank, grad_input_rank=rank, train_base_weight=False))
     assert torch.equal(outputs(model, X), outputs(copy.deepcopy(plain), X))
     found = {name.removeprefix("base_model.model."): gradient for name, gradient in gradients(model).items()}
     exact = {name.removeprefix("base_model.model."): gradient for name, gradient in exact.items()}

@@ -110,7 +110,7 @@ X = images(2, 32, 48)
 
 
 def test_the_layer_in_a_model(tmp_path):
-    model = get_peft_model(base(), LBPWHTConfig(r=3, grad_input=3, **TARGETS))
+    model = get_peft_model(base(), LBPWHTConfig(r=3, grad_input_rank=3, **TARGETS))
     assert torch.equal(outputs(model, X), outputs(base(), X))
     losses = train(model, X, 5)
     assert losses[-1] < losses[0]
@@ -133,7 +133,7 @@ def test_the_layer_in_a_model(tmp_path):
 def test_full_rank_is_exact_backpropagation(rank, same):
     plain = base().train()
     plain(X).square().sum().backward()
-    model = get_peft_model(base(), LBPWHTConfig(r=rank, grad_input=rank, **TARGETS)).train()
+    model = get_peft_model(base(), LBPWHTConfig(r=rank, grad_input_rank=rank, **TARGETS)).train()
     model(X).square().sum().backward()
     for name, layer in layers_of(model).items():
         if not same and "blocks.1" in name:  # behind it is the mean over pixels: a constant, which any rank keeps
@@ -157,7 +157,7 @@ def test_strided_and_grouped_ones_are_refused():
 
 def test_stacked_on_lora_it_makes_the_input_gradient_cheap():
     lora = get_peft_model(base(), LoraConfig(r=2, target_modules=["fc1"], modules_to_save=["head"]))
-    model = get_peft_model(lora, LBPWHTConfig(r=3, grad_input=3, train_base_weight=False, target_modules=["fc2"]))
+    model = get_peft_model(lora, LBPWHTConfig(r=3, grad_input_rank=3, train_base_weight=False, target_modules=["fc2"]))
     assert all(isinstance(layer, LBPWHTPointwiseConv) for layer in layers_of(model).values())
     losses = train(model, X, 5)
     assert losses[-1] < losses[0]
@@ -177,7 +177,7 @@ def test_other_methods_on_convolutions_are_made_cheap(config, rank):
         return model.train()
 
     plain = build()
-    model = get_peft_model(build(), LBPWHTConfig(r=rank, grad_input=rank, train_base_weight=False)).train()
+    model = get_peft_model(build(), LBPWHTConfig(r=rank, grad_input_rank=rank, train_base_weight=False)).train()
     assert torch.equal(model(X), plain(X))
     difference = largest_difference(gradients(model, X), gradients(plain, X))
     assert difference < 1e-5 if rank == 64 else 1e-3 < difference < 1

@@ -6,7 +6,7 @@ import gc
 import numpy as np
 import pytest
 import torch
-from models import forward, gradients, images, largest_difference, layers_of, tiny_vit
+from models import forward, gradients, images, input_gradient, largest_difference, layers_of, tiny_vit
 from peft import LoHaConfig, LoraConfig, get_peft_model
 from test_other_linears import Mixer
 from test_pointwise import ConvMLP
@@ -370,7 +370,7 @@ def test_only_parameters_have_copies_kept(roundings):
 def test_what_is_merged_into_a_weight_enters_its_gradients():
     """The weights beneath LoRA stay the same parameters, at the same place."""
     settings = {"target_modules": ["q_proj", "fc1"], "lora_alpha": 64, "init_lora_weights": False}
-    config = LBPWHTConfig(r=64, grad_input="int8", train_base_weight=False, stack_on=LoraConfig(r=4, **settings))
+    config = LBPWHTConfig(r=64, grad_input_dtype="int8", train_base_weight=False, stack_on=LoraConfig(r=4, **settings))
     first = get_peft_model(tiny_vit(), config).train()
     gradients(first, images())  # copies are made
     model = get_peft_model(first.merge_and_unload(), config).train()
@@ -395,7 +395,9 @@ def test_copies_go_when_the_adapter_goes():
     """The weights beneath LoRA outlive it."""
     gc.collect()
     before = len(precision._copies)
-    model = adapted(grad_input="int8", train_base_weight=False, stack_on=LoraConfig(r=2, target_modules=["q_proj"]))
+    model = adapted(
+        grad_input_dtype="int8", train_base_weight=False, stack_on=LoraConfig(r=2, target_modules=["q_proj"])
+    )
     gradients(model, images())
     assert len(precision._copies) > before
     base = model.unload()
@@ -431,7 +433,7 @@ def test_without_instructions_low_rank_layers_multiply_in_float32(kind, grad_inp
     """All that they multiply in the backward pass: nothing else runs in it but what PyTorch's layers do themselves."""
     base, x = BASES[kind]
     torch.manual_seed(0)
-    model = adapted(base, grad_input=grad_input)
+    model = adapted(base, **input_gradient(grad_input))
     expected = gradients(model, x)
     monkeypatch.setattr(instructions, "of_cpu", Instructions)
     monkeypatch.setattr(torch, "_int_mm", None)
@@ -455,9 +457,9 @@ def test_without_instructions_low_rank_layers_multiply_in_float32(kind, grad_inp
 def test_gradients_are_near_those_of_full_precision(kind, rank, name):
     base, x = BASES[kind]
     torch.manual_seed(0)
-    exact = adapted(base, grad_input=rank or "full")
+    exact = adapted(base, **input_gradient(rank or "full"))
     torch.manual_seed(0)
-    model = adapted(base, grad_input=name if rank is None else (rank, name))
+    model = adapted(base, grad_input_rank=rank, grad_input_dtype=name)
     expected, found = gradients(exact, x), gradients(model, x)
     assert cosine(found, expected) > 0.999 and largest_difference(found, expected) > 1e-4
     ran = [r for r in layout_report(model).layers.values() if not r.why_exact]
@@ -469,7 +471,7 @@ def test_gradients_are_near_those_of_full_precision(kind, rank, name):
 def test_a_tiny_loss_has_the_gradients_of_a_usual_one(has, monkeypatch):
     monkeypatch.setattr(instructions, "of_cpu", lambda: Instructions(int8=has))
     monkeypatch.setattr(torch, "_int_mm", exactly)
-    model, found = adapted(grad_input="int8"), []
+    model, found = adapted(grad_input_dtype="int8"), []
     for scale in (1.0, 2.0**-110):  # the gradients of hidden states are some 1e-34 then
         model.zero_grad()
         (model(images()).logits.square().sum() * scale).backward()
@@ -487,7 +489,7 @@ def test_lora_and_frozen_layers_between(settings):
     )
     found = {}
     for grad_input in ("full", "int8"):
-        config = LBPWHTConfig(r=64, grad_input=grad_input, train_base_weight=False)
+        config = LBPWHTConfig(r=64, **input_gradient(grad_input), train_base_weight=False)
         model = get_peft_model(copy.deepcopy(lora), config).train()
         found[grad_input] = gradients(model, images())
     assert cosine(found["int8"], found["full"]) > 0.999
@@ -496,7 +498,7 @@ def test_lora_and_frozen_layers_between(settings):
 
 
 def test_accumulated_gradients_round_a_weight_once_and_training_goes_on(roundings):
-    model = adapted(grad_input="int8")
+    model = adapted(grad_input_dtype="int8")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     x, labels = images(8), torch.arange(8) % 5
     losses = []
@@ -518,7 +520,7 @@ def test_accumulated_gradients_round_a_weight_once_and_training_goes_on(rounding
 ])  # fmt: skip
 def test_weights_that_are_no_parameters_are_rounded_once_a_step_too(base, x, exact, roundings):
     torch.manual_seed(0)
-    model = adapted(base, grad_input="int8")
+    model = adapted(base, grad_input_dtype="int8")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     for step in range(1, 4):
         for _ in range(2):
@@ -529,7 +531,7 @@ def test_weights_that_are_no_parameters_are_rounded_once_a_step_too(base, x, exa
 
 def test_a_frozen_weight_is_rounded_once(roundings):
     lora = LoraConfig(r=2, target_modules=["q_proj", "fc2"], init_lora_weights=False)
-    model = adapted(grad_input="int8", train_base_weight=False, stack_on=lora)
+    model = adapted(grad_input_dtype="int8", train_base_weight=False, stack_on=lora)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     for _ in range(3):
         gradients(model, images())
@@ -539,8 +541,8 @@ def test_a_frozen_weight_is_rounded_once(roundings):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_with_gradient_checkpointing(reentrant):
-    expected = gradients(adapted(grad_input="int8"), images())
-    model = adapted(grad_input="int8")
+    expected = gradients(adapted(grad_input_dtype="int8"), images())
+    model = adapted(grad_input_dtype="int8")
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
     found = gradients(model, images())
@@ -549,7 +551,7 @@ def test_with_gradient_checkpointing(reentrant):
 
 
 def test_under_autocast():
-    model = adapted(grad_input="int8")
+    model = adapted(grad_input_dtype="int8")
     expected = gradients(model, images())
     with torch.autocast("cpu", torch.bfloat16):
         loss = model(images()).logits
@@ -563,7 +565,7 @@ def test_under_autocast():
 @pytest.mark.parametrize("integers", [True, False])
 def test_under_torch_compile(integers, monkeypatch):
     torch._dynamo.reset()
-    model = adapted(lambda: tiny_vit(num_hidden_layers=1), grad_input="int8")
+    model = adapted(lambda: tiny_vit(num_hidden_layers=1), grad_input_dtype="int8")
     expected = gradients(model, images())
     if not integers:
         monkeypatch.setattr(instructions, "of_cpu", Instructions)
@@ -581,7 +583,7 @@ def test_under_torch_compile(integers, monkeypatch):
 def test_without_instructions_a_model_under_autocast_is_one_graph(grad_input, monkeypatch):
     monkeypatch.setattr(instructions, "of_cpu", Instructions)
     torch._dynamo.reset()
-    model = adapted(lambda: tiny_vit(num_hidden_layers=1), grad_input=grad_input)
+    model = adapted(lambda: tiny_vit(num_hidden_layers=1), **input_gradient(grad_input))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     goal, found = None, []
     for run in (model, compiled):
@@ -597,7 +599,7 @@ def test_without_instructions_a_model_under_autocast_is_one_graph(grad_input, mo
 def test_the_report_says_which_products_are_rounded():
     """Of other methods' adapters none are: such a layer is run again as it is."""
     beneath = LoHaConfig(r=2, target_modules=["fc1"], init_weights=False)
-    config = LBPWHTConfig(r=10, grad_input="int8", train_base_weight=False, stack_on=beneath)
+    config = LBPWHTConfig(r=10, grad_input_dtype="int8", train_base_weight=False, stack_on=beneath)
     model = get_peft_model(tiny_vit(), config).train()
     gradients(model, images())
     ran = {name: r for name, r in layout_report(model).layers.items() if "layers.1" in name}
@@ -631,7 +633,7 @@ def kept_tokens(model):
 
 @pytest.mark.parametrize(("settings", "dtype"), [("full", torch.float32), ("int8", torch.bfloat16)])
 def test_projected_inputs_are_kept_in_bfloat16_beside_a_product_in_low_precision(settings, dtype):
-    assert kept_tokens(adapted(grad_input=settings)) == {dtype}
+    assert kept_tokens(adapted(**input_gradient(settings))) == {dtype}
 
 
 @pytest.mark.parametrize("fast", [True, False])
@@ -649,7 +651,7 @@ def test_a_weight_gradient_is_of_its_factors_in_bfloat16_whatever_multiplies_the
 
 def test_with_checkpointing_the_first_layers_weight_gradients_are_the_same_too():
     """Without it their input gradient is not needed, and so neither is a product in low precision."""
-    model = adapted(grad_input="int8")
+    model = adapted(grad_input_dtype="int8")
     without = gradients(model, images())
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.enable_input_require_grads()
@@ -658,7 +660,8 @@ def test_with_checkpointing_the_first_layers_weight_gradients_are_the_same_too()
 
 
 def test_there_is_one_way_to_say_that_nothing_is_rounded():
-    assert Precision("full", rotation=16) == FULL == LBPWHTConfig(grad_input="full", rotation=16).input_precision()
+    config = LBPWHTConfig(grad_input_dtype="full", hadamard_size=16)
+    assert Precision("full", rotation=16) == FULL == config.input_precision(None)
 
 
 class Patches(nn.Module):
@@ -681,7 +684,7 @@ class Patches(nn.Module):
 @pytest.mark.parametrize("grid", [None, (8, 8)])
 @pytest.mark.parametrize("name", ["auto", "full", "bf16", "int8"])
 def test_an_empty_batch(name, grid):
-    config = LBPWHTConfig(target_modules="all-linear", grad_input=name, grid_size=grid, modules_to_save=["head"])
+    config = LBPWHTConfig(target_modules="all-linear", grad_input_dtype=name, grid_size=grid, modules_to_save=["head"])
     model = get_peft_model(Patches(), config).train()
     model(torch.zeros(0, 3, 32, 32)).sum().backward()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -724,7 +727,7 @@ def swapping():
 @pytest.mark.parametrize("grad_input", ["int8", "full"])
 def test_parameters_can_be_swapped_between_steps(settings, grad_input, swapping):
     """Even while a loss is still at hand, whose graph remembers the parameters."""
-    model = adapted(grad_input=grad_input, **settings)
+    model = adapted(**input_gradient(grad_input), **settings)
     expected = gradients(model, images())
     loss = forward(model, images()).sum()
     loss.backward()

@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 import torch.nn.functional as F
-from models import gradients, images, largest_difference, tiny_vit
+from models import gradients, images, input_gradient, largest_difference, tiny_vit
 from peft import LoraConfig, get_peft_model
 from peft.helpers import rescale_adapter_scale
 from plans import plan_of
@@ -47,7 +47,7 @@ CHANGES = {"scaling": rescale, "eval": nn.Module.eval, "data": replace_data}
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_changes_after_the_forward_pass_does_not_matter(kind, change, grad_input):
-    _, model = adapted(KINDS[kind], r=3, grad_input=grad_input)
+    _, model = adapted(KINDS[kind], r=3, **input_gradient(grad_input))
     x, grad = problem()
     _, expected = backward(model, x, grad)
     assert not layout_report(model).exact
@@ -64,7 +64,7 @@ def test_what_changes_after_the_forward_pass_does_not_matter(kind, change, grad_
 @pytest.mark.parametrize("kind", KINDS)
 def test_frozen_weights_that_change_in_place_are_noticed(kind, grad_input):
     """As autograd notices it in plain layers."""
-    plain, model = adapted(KINDS[kind], r=3, grad_input=grad_input)
+    plain, model = adapted(KINDS[kind], r=3, **input_gradient(grad_input))
     x, grad = problem()
     for each in (plain, model):
         y = each(x)
@@ -87,7 +87,7 @@ class WithGiven:
 @pytest.mark.parametrize("grad_input", ["full", 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_frozen_weights_may_be_given_by_functional_call(kind, grad_input):
-    _, model = adapted(KINDS[kind], r=3, grad_input=grad_input)
+    _, model = adapted(KINDS[kind], r=3, **input_gradient(grad_input))
     changed = copy.deepcopy(model)
     given = {n: 2 * p.detach() + 0.1 for n, p in model.named_parameters() if not p.requires_grad}
     with torch.no_grad():
@@ -107,7 +107,7 @@ def test_a_scaling_that_lasts_for_the_forward_pass_only(use_dora):
     def build():
         torch.manual_seed(0)
         config = LoraConfig(r=4, target_modules=["q_proj", "fc1"], use_dora=use_dora, init_lora_weights=False)
-        config = LBPWHTConfig(r=3, grad_input=6, train_base_weight=False, stack_on=config)
+        config = LBPWHTConfig(r=3, grad_input_rank=6, train_base_weight=False, stack_on=config)
         return get_peft_model(tiny_vit(), config).train()
 
     found = []

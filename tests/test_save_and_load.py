@@ -69,7 +69,7 @@ def test_a_checkpoint_holds_the_adapter_alone(tmp_path):
     assert len(tensors) == 2 * 12 + 2
     assert all(n.endswith(("lbpwht_weight", "lbpwht_bias", "classifier.weight", "classifier.bias")) for n in tensors)
     config = json.loads((tmp_path / CONFIG).read_text())
-    assert config["peft_type"] == "LBPWHT" and config["r"] == 3 and config["grad_input"] == 6
+    assert config["peft_type"] == "LBPWHT" and config["r"] == 3 and config["grad_input_rank"] == 6
 
 
 def test_a_fresh_process_gives_the_same_bits(tmp_path):
@@ -202,7 +202,7 @@ def test_an_adapter_without_weights_is_saved_and_loaded(saved, tmp_path):
 
 def test_settings_come_back_from_a_checkpoint(tmp_path):
     """The adapter trains on as it was trained: with the same bases in the same layers."""
-    settings = {"r": 7, "grad_input": 4, "block_size": 4, "selection": "lp_linf", "rank_pattern": {"mlp.fc2": 2}}
+    settings = {"r": 7, "grad_input_rank": 4, "block_size": 4, "selection": "lp_linf", "rank_pattern": {"mlp.fc2": 2}}
     model = trained(grid_size=(8, 8), num_prefix_tokens=1, **settings)
     model.save_pretrained(tmp_path)
     config = PeftConfig.from_pretrained(tmp_path)

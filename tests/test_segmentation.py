@@ -148,7 +148,7 @@ def test_the_default_adapts_the_encoder_on_its_true_grids(name):
     heads = heads_of(base)
     outside = [child for child, _ in base.named_children() if child not in ("backbone", base.base_model_prefix)]
     of_heads = {n for n in gradients(base.train(), batch_for(name)) if n.split(".")[0] in outside}
-    model = get_peft_model(base, LBPWHTConfig(r=3, grad_input=3, modules_to_save=heads)).train()
+    model = get_peft_model(base, LBPWHTConfig(r=3, grad_input_rank=3, modules_to_save=heads)).train()
     trained = {parameter.removeprefix("base_model.model.") for parameter in gradients(model, batch_for(name))}
     layers = layout_report(model).layers
     assert layers
@@ -162,7 +162,7 @@ def test_the_default_adapts_the_encoder_on_its_true_grids(name):
 @each_model
 def test_gradients_at_full_rank_are_those_of_exact_backpropagation(name):
     base = build(name)
-    model = get_peft_model(base, LBPWHTConfig(r=64, grad_input=64, modules_to_save=heads_of(base))).train()
+    model = get_peft_model(base, LBPWHTConfig(r=64, grad_input_rank=64, modules_to_save=heads_of(base))).train()
     batch = batch_for(name)
     found = gradients(model, batch)
     with exact_backward(model):

@@ -84,7 +84,7 @@ class Sharded:
 
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-LBP, PAPER, LORA = Trial("", lbp_wht), Trial("", functools.partial(lbp_wht, grad_input=3)), Trial("", stacked)
+LBP, PAPER, LORA = Trial("", lbp_wht), Trial("", functools.partial(lbp_wht, grad_input_rank=3)), Trial("", stacked)
 DORA = Trial("", functools.partial(stacked, use_dora=True))
 EXACT = Trial("", functools.partial(lbp_wht, r=64), low_rank=0)  # as many bases as there are patches
 BF16_2 = functools.partial(fsdp2, mp_policy=BF16)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from models import gradients, images, largest_difference, tiny_vit
+from models import gradients, images, input_gradient, largest_difference, tiny_vit
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -26,7 +26,7 @@ def projected(monkeypatch):
 
 
 def adapted(base=tiny_vit, **settings):
-    return get_peft_model(base(), LBPWHTConfig(**({"r": 3, "grad_input": 3} | settings))).train()
+    return get_peft_model(base(), LBPWHTConfig(**({"r": 3} | input_gradient(3) | settings))).train()
 
 
 LORA = LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"], init_lora_weights=False)

@@ -13,6 +13,7 @@ from models import (
     gradients,
     hooks_of,
     images,
+    input_gradient,
     largest_difference,
     layers_of,
     outputs,
@@ -49,7 +50,7 @@ def lora_config(**settings):
 
 
 def lbp_config(**settings):
-    return LBPWHTConfig(**{"r": 3, "grad_input": 3, "train_base_weight": False} | settings)
+    return LBPWHTConfig(**{"r": 3, "train_base_weight": False} | input_gradient(3) | settings)
 
 
 def on_a_peft_model(config, **settings):
@@ -453,7 +454,7 @@ def test_each_adapter_beneath_keeps_its_head():
 
 def test_a_second_rule_on_top():
     model = stacked()
-    model.add_adapter("fine", lbp_config(r=21, grad_input="full"))
+    model.add_adapter("fine", lbp_config(r=21, **input_gradient("full")))
     assert {ran.kept_for_weight for ran in layout_report(model).layers.values()} == {4, 65}
     model.set_adapter("fine")
     train(model, X)

@@ -9,7 +9,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from models import forward, gradients, images, largest_difference, tiny_vit
+from models import forward, gradients, images, input_gradient, largest_difference, tiny_vit
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
@@ -160,7 +160,7 @@ LORAS = {
 @pytest.mark.parametrize("kind", LORAS)
 def test_lora_gradients_are_the_references(kind, ranks):
     r, r_input = ranks
-    plain, model = adapted(*LORAS[kind], r=r, grad_input=r_input or "full")
+    plain, model = adapted(*LORAS[kind], r=r, **input_gradient(r_input or "full"))
     x, grad = problem()
     y, found = backward(model, x, grad)
     expected_y, _ = backward(plain, x, grad)
@@ -172,7 +172,7 @@ def test_lora_gradients_are_the_references(kind, ranks):
 @pytest.mark.parametrize("grid, prefix", [((14, 14), 5), ((7, 7), 0), ((5, 12), 2), ((1, 9), 1)])
 @pytest.mark.parametrize("kind", ["several, dropout", "dora, dropout"])
 def test_on_any_grid(kind, grid, prefix):
-    plain, model = adapted(*LORAS[kind], grid=grid, prefix=prefix, r=3, grad_input=6)
+    plain, model = adapted(*LORAS[kind], grid=grid, prefix=prefix, r=3, grad_input_rank=6)
     x, grad = problem(grid, prefix)
     _, found = backward(model, x, grad)
     assert_same(found, by_formula(plain, x, grad, 3, 6, grid, prefix))
@@ -182,7 +182,7 @@ def test_on_any_grid(kind, grid, prefix):
 def test_the_layer_run_again_gives_what_the_formulas_for_lora_give(kind, monkeypatch):
     """Without its direct path LoRA takes that of all other methods."""
     x, grad = problem()
-    for settings in ({"r": 3}, {"r": 3, "grad_input": 3}, {"r": 3, "grad_input": 10}):
+    for settings in ({"r": 3}, {"r": 3, "grad_input_rank": 3}, {"r": 3, "grad_input_rank": 10}):
         _, model = adapted(*LORAS[kind], **settings)
         y, direct = backward(model, x, grad)
         with monkeypatch.context() as patched:
@@ -193,19 +193,19 @@ def test_the_layer_run_again_gives_what_the_formulas_for_lora_give(kind, monkeyp
 
 
 def test_full_rank_is_exact_backpropagation():
-    plain, model = adapted(*LORAS["several, dropout"], r=63, grad_input=63)
+    plain, model = adapted(*LORAS["several, dropout"], r=63, grad_input_rank=63)
     x, grad = problem()
     _, exact = backward(plain, x, grad)
     _, found = backward(model, x, grad)
     assert all(1e-3 < (found[name] - e).norm() / e.norm() < 0.5 for name, e in exact.items() if "bias" not in name)
-    _, model = adapted(*LORAS["several, dropout"], r=64, grad_input=64)
+    _, model = adapted(*LORAS["several, dropout"], r=64, grad_input_rank=64)
     assert_same(backward(model, x, grad)[1], exact)
 
 
 def test_each_dropped_position_blocks_the_gradient():
     """At the position where the only path is the branch, what was dropped gets no gradient, low-rank or not."""
     config = lora(lora_dropout=0.5)
-    plain, model = adapted(config, r=3, grad_input=3)
+    plain, model = adapted(config, r=3, grad_input_rank=3)
     for m in (plain, model):
         layer = m.base_model.model.lin
         nn.init.zeros_(layer.base_layer.weight)
@@ -278,7 +278,7 @@ def by_autograd(plain, x, grad, r, r_input):
 @pytest.mark.parametrize("name", METHODS)
 def test_any_token_wise_method_gets_the_references_gradients(name, r_input):
     dtype = torch.float32 if name == "Psoft" else torch.float64  # which is all it takes
-    plain, model = of_method(name, r=3, grad_input=r_input or "full", dtype=dtype)
+    plain, model = of_method(name, r=3, **input_gradient(r_input or "full"), dtype=dtype)
     x, grad = problem(dtype=dtype)
     y, found = backward(model, x, grad)
     expected_y, exact = backward(plain, x, grad)
@@ -296,7 +296,7 @@ def test_any_token_wise_method_gets_the_references_gradients(name, r_input):
 
 @pytest.mark.parametrize("name", EXACT)
 def test_other_methods_fall_back_to_exact_backpropagation(name):
-    plain, model = of_method(name, r=3, grad_input=3)
+    plain, model = of_method(name, r=3, grad_input_rank=3)
     x, grad = problem()
     with pytest.warns(UserWarning, match=f"lin uses exact backpropagation.*{EXACT[name]}.*exclude_modules") as caught:
         y, found = backward(model, x, grad)
@@ -319,7 +319,7 @@ def test_other_methods_fall_back_to_exact_backpropagation(name):
 )
 @pytest.mark.filterwarnings("ignore:CUDA")
 def test_dropout_of_more_than_the_input_falls_back(config, why):
-    plain, model = adapted(config, r=3, grad_input=3)
+    plain, model = adapted(config, r=3, grad_input_rank=3)
     x, grad = problem()
     with pytest.warns(UserWarning, match=f"exact backpropagation.*{why}"):
         backward(model, x, grad)
@@ -328,7 +328,7 @@ def test_dropout_of_more_than_the_input_falls_back(config, why):
 
 @pytest.mark.parametrize("name", ["Vera", "LoHa", "LoKr"])
 def test_training_draws_no_more_random_numbers_than_without(name):
-    plain, model = of_method(name, r=3, grad_input=3)
+    plain, model = of_method(name, r=3, grad_input_rank=3)
     x, grad = problem()
     states = []
     for m in (plain, model):
@@ -380,7 +380,7 @@ def test_dropout_inside_the_layer_is_found():
 
 
 def test_a_layer_that_changed_between_its_passes_is_refused():
-    _, model = adapted(lora(use_dora=True), lora(r=2), r=3, grad_input=3)
+    _, model = adapted(lora(use_dora=True), lora(r=2), r=3, grad_input_rank=3)
     x, grad = problem()
     y = model(x)
     model.stacked_on.set_adapter("default")
@@ -390,7 +390,7 @@ def test_a_layer_that_changed_between_its_passes_is_refused():
 
 def test_vera_with_dropout_of_its_input():
     config = peft.VeraConfig(**TARGET, r=8, vera_dropout=0.5)
-    plain, model = adapted(config, r=3, grad_input=3)
+    plain, model = adapted(config, r=3, grad_input_rank=3)
     x, grad = problem()
     y, found = backward(model, x, grad)
     expected_y, exact = backward(plain, x, grad)
@@ -411,7 +411,7 @@ def pair(lora_settings=None, **settings):
     return plain, get_peft_model(inner, config).train()
 
 
-@pytest.mark.parametrize("settings", [{"r": 64, "grad_input": 64}, {"r": 64}])
+@pytest.mark.parametrize("settings", [{"r": 64, "grad_input_rank": 64}, {"r": 64}])
 @pytest.mark.parametrize("lora_settings", [{}, {"use_dora": True}, {"bias": "all"}, {"lora_dropout": 0.2}])
 def test_a_whole_model_at_full_rank_has_exact_gradients(lora_settings, settings):
     plain, model = pair(lora_settings, **settings)
@@ -423,7 +423,7 @@ def test_a_whole_model_at_full_rank_has_exact_gradients(lora_settings, settings)
 
 
 def test_a_whole_model_covers_every_linear_layer_of_the_encoder():
-    _, model = pair(grad_input=3)
+    _, model = pair(grad_input_rank=3)
     gradients(model, images())
     report = layout_report(model)
     assert len(report.layers) == 12
@@ -461,7 +461,7 @@ def test_what_is_saved_shrinks(lora_settings):
 
 @pytest.mark.parametrize("lora_settings", [{}, {"use_dora": True}])
 def test_autocast(lora_settings):
-    plain, model = pair(lora_settings, r=10, grad_input=10)
+    plain, model = pair(lora_settings, r=10, grad_input_rank=10)
     x = images(seed=3)
     with torch.autocast("cpu", torch.bfloat16):
         expected, found = forward(plain, x), forward(model, x)
@@ -482,7 +482,7 @@ def test_autocast(lora_settings):
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("lora_settings", [{}, {"use_dora": True}, {"lora_dropout": 0.2}])
 def test_gradient_checkpointing(lora_settings, reentrant):
-    _, model = pair(lora_settings, r=3, grad_input=3)
+    _, model = pair(lora_settings, r=3, grad_input_rank=3)
     x = images()
     torch.manual_seed(1)
     expected = gradients(model, x)
@@ -494,7 +494,7 @@ def test_gradient_checkpointing(lora_settings, reentrant):
 
 def test_double_backward_is_refused():
     for settings in ({}, {"use_dora": True}):
-        _, model = pair(settings, r=3, grad_input=3)
+        _, model = pair(settings, r=3, grad_input_rank=3)
         loss = forward(model, images()).square().sum()
         trained = [p for n, p in model.named_parameters() if p.requires_grad and "lora_B" in n]
         first = torch.autograd.grad(loss, trained, create_graph=True)
@@ -503,7 +503,7 @@ def test_double_backward_is_refused():
 
 
 def test_lbp_alone_is_switched_off():
-    plain, model = pair(r=3, grad_input=3)
+    plain, model = pair(r=3, grad_input_rank=3)
     x = images()
     exact = gradients(plain, x)
     assert largest_difference(gradients(model, x), exact) > 1e-2
@@ -533,7 +533,7 @@ def test_a_layer_that_multiplies_in_a_way_of_its_own_beneath_lora():
 
     x = images()
     expected = gradients(quantised(), x)
-    for settings, tolerance in (({"r": 64, "grad_input": 64}, 1e-5), ({"r": 36, "grad_input": 36}, 0.5)):
+    for settings, tolerance in (({"r": 64, "grad_input_rank": 64}, 1e-5), ({"r": 36, "grad_input_rank": 36}, 0.5)):
         model = get_peft_model(quantised(), LBPWHTConfig(train_base_weight=False, **settings)).train()
         assert largest_difference(gradients(model, x), expected) < tolerance
     assert not {name for name in layout_report(model).exact if name.endswith("fc1")}
@@ -554,7 +554,7 @@ def test_bitsandbytes(quantised, tmp_path):
     x = images()
     expected = gradients(plain, x)
     for rank, tolerance in ((64, 2e-2), (36, 0.5)):
-        model = get_peft_model(build(), LBPWHTConfig(r=rank, grad_input=rank, train_base_weight=False)).train()
+        model = get_peft_model(build(), LBPWHTConfig(r=rank, grad_input_rank=rank, train_base_weight=False)).train()
         assert torch.equal(forward(plain, x), forward(model, x))
         assert largest_difference(gradients(model, x), expected) < tolerance
     assert not {name for name in layout_report(model).exact if name.endswith("fc1")}
@@ -566,7 +566,7 @@ def test_lora_of_another_dtype_than_its_input():
     config = LoraConfig(r=4, target_modules=["q_proj", "fc1"], init_lora_weights=False)
     inner = get_peft_model(tiny_vit().bfloat16(), config)
     plain = copy.deepcopy(inner).train()
-    model = get_peft_model(inner, LBPWHTConfig(r=36, grad_input=36, train_base_weight=False)).train()
+    model = get_peft_model(inner, LBPWHTConfig(r=36, grad_input_rank=36, train_base_weight=False)).train()
     x = images().bfloat16()
     assert torch.equal(forward(plain, x), forward(model, x))
     expected = gradients(plain, x)
@@ -579,7 +579,7 @@ def test_lora_of_another_dtype_than_its_input():
 
 def test_a_stack_compiles_without_graph_breaks():
     torch._dynamo.reset()
-    _, model = pair({"lora_dropout": 0.2}, r=3, grad_input=3)
+    _, model = pair({"lora_dropout": 0.2}, r=3, grad_input_rank=3)
     x = images()
     torch.manual_seed(1)
     expected = gradients(model, x)

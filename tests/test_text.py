@@ -6,7 +6,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from models import images, largest_difference
+from models import images, input_gradient, largest_difference
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -74,7 +74,7 @@ def test_a_grid_given_by_hand_is_that_of_the_images():
 @pytest.mark.parametrize("grad_input", ["full", 3])
 @pytest.mark.parametrize("stacked", [False, True])
 def test_what_stands_in_the_padding_does_not_matter(grad_input, stacked):
-    settings = {"grad_input": grad_input}
+    settings = input_gradient(grad_input)
     if stacked:
         lora = LoraConfig(r=2, target_modules=["fc1", "fc2", "q_proj"], init_lora_weights=False)
         settings |= {"stack_on": lora, "train_base_weight": False, "target_modules": None}
@@ -91,7 +91,7 @@ def test_what_stands_in_the_padding_does_not_matter(grad_input, stacked):
 
 
 def test_at_full_rank_the_gradients_are_exact():
-    model = adapted(r=64, grad_input=64)
+    model = adapted(r=64, grad_input_rank=64)
     low = gradients(model, **words())
     with exact_backward(model):
         assert largest_difference(low, gradients(model, **words())) < 1e-5
@@ -105,7 +105,7 @@ def test_gradient_checkpointing_finds_each_mask_again(reentrant):
         sum(output.text_embeds.sum() for output in outputs).backward()
         return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
-    model = adapted(grad_input=3)
+    model = adapted(grad_input_rank=3)
     expected, of_two = gradients(model, **words()), of_two_passes(model)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     model.enable_input_require_grads()
@@ -151,7 +151,7 @@ STACKED = {"stack_on": LoraConfig(r=2, target_modules=["fc1", "fc2"])}
 
 @pytest.mark.parametrize(
     "backend, settings",
-    [(None, {}), (None, {"grad_input": 3}), (None, STACKED), ("eager", {}), ("aot_eager", {"grad_input": 3}),
+    [(None, {}), (None, {"grad_input_rank": 3}), (None, STACKED), ("eager", {}), ("aot_eager", {"grad_input_rank": 3}),
      ("aot_eager", STACKED)],
 )  # fmt: skip
 def test_a_loss_that_depends_on_padding_is_refused_compiled_or_not(backend, settings):

@@ -6,7 +6,7 @@ import warnings
 import pytest
 import reference
 import torch
-from models import images, largest_difference, tiny_vit
+from models import images, input_gradient, largest_difference, tiny_vit
 from peft import LoraConfig, get_peft_model
 from plans import plan_of
 from torch.autograd import forward_ad
@@ -21,7 +21,7 @@ BASES = BasisSet(3)
 
 
 def adapted(lora=None, base=tiny_vit, **settings):
-    settings = {"r": 3, "grad_input": 3} | settings
+    settings = {"r": 3} | input_gradient(3) | settings
     if lora is not None:
         lora = LoraConfig(r=2, target_modules=["q_proj", "fc1"], init_lora_weights=False, **lora)
         settings |= {"stack_on": lora, "train_base_weight": False}
@@ -51,7 +51,7 @@ def by_autograd(model, x):
 
 MODELS = {
     "own weights": {},
-    "exact input gradient": {"grad_input": "full"},
+    "exact input gradient": input_gradient("full"),
     "lora": {"lora": {}},
     "lora with biases": {"lora": {"lora_bias": True}},
 }
@@ -108,10 +108,10 @@ def test_jacobians():
     assert largest_difference({n: t[1] for n, t in found.items()}, expected) < 1e-4
 
 
-@pytest.mark.parametrize("settings", [{"grad_input": "int8"}, {"grad_input": "bf16"}, {"compress_activations": "int8"}])
+@pytest.mark.parametrize("settings", [input_gradient("int8"), input_gradient("bf16"), {"compress_activations": "int8"}])
 def test_what_is_rounded_elsewhere_is_not_here(settings):
     model, x = adapted(**settings), images(3)
-    settings = {"grad_input": "full"} if "grad_input" in settings else {}
+    settings = input_gradient("full") if "grad_input_dtype" in settings else {}
     plain = adapted(**settings)
     plain.load_state_dict(model.state_dict())
     found = vmap(grad(loss_of(model)), (None, 0))(trained(model), x)

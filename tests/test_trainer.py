@@ -213,7 +213,7 @@ class Counter:
 def test_batches_of_many_sizes_are_compiled_once(build):
     torch._dynamo.reset()
     counter = Counter()
-    model = build(dropout=0.0, layers=1, grad_input=3).train()
+    model = build(dropout=0.0, layers=1, grad_input_rank=3).train()
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     for batch in (2, 3, 5):
         x = images(batch)
@@ -240,7 +240,7 @@ def error(model, x, expected, autocast):
     return sum((found[n] - expected[n]).norm() for n in found) / sum(e.norm() for e in expected.values())
 
 
-@pytest.mark.parametrize("settings", [{}, {"grad_input": 6}])
+@pytest.mark.parametrize("settings", [{}, {"grad_input_rank": 6}])
 @BUILDS
 def test_bf16_autocast_rounds_no_more_than_without_the_adapter(build, settings):
     """Both are compared with themselves in float32."""

@@ -13,6 +13,7 @@ from models import (
     forward,
     gradients,
     images,
+    input_gradient,
     largest_difference,
     layers_of,
     outputs,
@@ -27,7 +28,7 @@ from lbp_peft import LBPWHTConfig, exact_backward, layout_report
 
 
 def adapted(build=tiny_vit, **settings):
-    model = get_peft_model(build(), LBPWHTConfig(**({"r": 3, "grad_input": 3} | settings)))
+    model = get_peft_model(build(), LBPWHTConfig(**({"r": 3} | input_gradient(3) | settings)))
     disturb(model)
     return model.train()
 
@@ -57,12 +58,12 @@ def saved_shapes(model, x):
 
 def test_full_rank_gives_exact_gradients_and_less_does_not():
     x = images()
-    model = adapted(r=64, grad_input=64)
+    model = adapted(r=64, grad_input_rank=64)
     expected = exact_gradients(model, x)
     assert largest_difference(gradients(model, x), expected) < 1e-5
     assert all("as many rows as there are tokens" in why for why in layout_report(model).exact.values())
     # One basis fewer and they differ: the comparison can fail.
-    for settings in ({"r": 63, "grad_input": 64}, {"r": 64, "grad_input": 63}):
+    for settings in ({"r": 63, "grad_input_rank": 64}, {"r": 64, "grad_input_rank": 63}):
         model = adapted(**settings)
         assert largest_difference(gradients(model, x), expected) > 1e-3
         assert len(layout_report(model).exact) < 12
@@ -237,7 +238,7 @@ def test_autocast(dtype):
 def test_float16_with_a_scaler(device, grad_input):
     """Its gradients are as near to those in float32 as plain autocast's are, and a step is left out that overflows."""
     x = images().to(device)
-    model = adapted(grad_input=grad_input).to(device)
+    model = adapted(**input_gradient(grad_input)).to(device)
     expected = gradients(model, x)
     with exact_backward(model):
         exact = gradients(model, x)
@@ -368,7 +369,7 @@ def test_without_weights_of_its_own_earlier_parameters_get_low_rank_gradients():
         config = {"train_base_weight": False, "modules_to_save": ["classifier", "layernorm_before"], **settings}
         return get_peft_model(tiny_vit(), LBPWHTConfig(**config)).train()
 
-    model = build(grad_input=3)
+    model = build(grad_input_rank=3)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable and all("modules_to_save" in name for name in trainable)
     found, exact = gradients(model, x), exact_gradients(model, x)
@@ -378,14 +379,14 @@ def test_without_weights_of_its_own_earlier_parameters_get_low_rank_gradients():
     for name in found:  # no low-rank layer follows the head
         if "classifier" in name:
             assert torch.equal(found[name], exact[name])
-    exact_model = build(grad_input="full")
+    exact_model = build(**input_gradient("full"))
     assert largest_difference(gradients(exact_model, x), exact) == 0
     assert len(layout_report(exact_model).exact) == 12
 
 
 def test_without_weights_of_its_own_the_input_is_not_saved():
     given = {"grid_size": (8, 8), "num_prefix_tokens": 1}  # a layer that is called by itself cannot find out
-    model = get_peft_model(tiny_vit(), LBPWHTConfig(train_base_weight=False, grad_input=3, **given)).train()
+    model = get_peft_model(tiny_vit(), LBPWHTConfig(train_base_weight=False, grad_input_rank=3, **given)).train()
     layer = layers_of(model)["base_model.model.vit.layers.0.mlp.fc1"]
     tokens = torch.randn(2, 65, 32, requires_grad=True)
     shapes = []
@@ -395,7 +396,9 @@ def test_without_weights_of_its_own_the_input_is_not_saved():
 
 
 def test_without_weights_of_its_own_training_moves_the_rest():
-    config = LBPWHTConfig(train_base_weight=False, grad_input=10, modules_to_save=["classifier", "layernorm_before"])
+    config = LBPWHTConfig(
+        train_base_weight=False, grad_input_rank=10, modules_to_save=["classifier", "layernorm_before"]
+    )
     model = get_peft_model(tiny_vit(), config)
     losses = train(model, images(), steps=4)
     assert losses[-1] < losses[0]

@@ -212,7 +212,7 @@ def test_values_of_the_adapter_beneath_end_in_a_value_error_and_an_untouched_mod
 
 @pytest.mark.parametrize("changes", [
     {"block_size": 128, "r": 128 * 128}, {"grid_size": [10**9, 10**9]}, {"num_prefix_tokens": 10**18},
-    {"rotation": 2**4000, "grad_input": "int8"},
+    {"hadamard_size": 2**4000, "grad_input_dtype": "int8"},
 ], ids=lambda changes: ",".join(changes))  # fmt: skip
 def test_enormous_numbers_allocate_nothing_enormous(changes, checkpoint):
     edit(checkpoint, **changes)

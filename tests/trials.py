@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from models import CASES, forward, images, tiny_vit
+from models import CASES, forward, images, input_gradient, tiny_vit
 from peft import LoraConfig, get_peft_model
 from transformers import Dinov2Config, Dinov2ForImageClassification
 
@@ -16,16 +16,16 @@ HEAD = {"modules_to_save": ["classifier"]}
 
 
 def lbp_wht(**settings):
-    return get_peft_model(tiny_vit(), LBPWHTConfig(**({"r": 3, "grad_input": "full"} | HEAD | settings)))
+    return get_peft_model(tiny_vit(), LBPWHTConfig(**({"r": 3, "grad_input_dtype": "full"} | HEAD | settings)))
 
 
 def stacked(**settings):
     lora = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"], **HEAD, **settings)
-    return lbp_wht(grad_input=6, train_base_weight=False, stack_on=lora)
+    return lbp_wht(grad_input_rank=6, train_base_weight=False, stack_on=lora)
 
 
 def case(name, **settings):
-    exact = {"grad_input": "full", "modules_to_save": ["head"]}  # the workers have no fixture that says so
+    exact = input_gradient("full") | {"modules_to_save": ["head"]}  # the workers have no fixture that says so
     return next(case for case in CASES if case.name == name).adapted(**(exact | settings))
 
 
@@ -33,7 +33,7 @@ def dinov2():
     """Its mask token takes part in no forward pass."""
     torch.manual_seed(0)
     config = Dinov2Config(image_size=32, patch_size=4, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-    return get_peft_model(Dinov2ForImageClassification(config), LBPWHTConfig(r=3, grad_input="full", **HEAD))
+    return get_peft_model(Dinov2ForImageClassification(config), LBPWHTConfig(r=3, grad_input_dtype="full", **HEAD))
 
 
 @dataclass(frozen=True, eq=False)

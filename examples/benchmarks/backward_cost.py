@@ -32,7 +32,7 @@ from lbp_peft.measure import multiply_adds
 MODEL = MODELS["efficientformer-l1"]
 HEADS = list(MODEL.heads)
 PROTOCOLS = {"partial (last stage)": r"stages\.3\.", "full": r"stages\."}
-METHODS = ("exact", "LoRA", "LBP-WHT, paper", "LBP-WHT, grad_input=full")
+METHODS = ("exact", "LoRA", "LBP-WHT, paper", "LBP-WHT, grad_input_dtype=full")
 
 
 def backward_macs(model: nn.Module, images: torch.Tensor, check: bool = False) -> int:
@@ -88,8 +88,8 @@ def adapted(options: argparse.Namespace, method: str, part: str) -> nn.Module:
         return model
     if method == "LoRA":
         return lora(model, HEADS, targets, {"r": options.lora_r})
-    grad_input = options.r if method == "LBP-WHT, paper" else "full"
-    return lbp_wht(model, HEADS, {"r": options.r, "grad_input": grad_input, "target_modules": targets}).train()
+    settings = {"grad_input_rank": options.r} if method == "LBP-WHT, paper" else {"grad_input_dtype": "full"}
+    return lbp_wht(model, HEADS, {"r": options.r, "target_modules": targets} | settings).train()
 
 
 def main(arguments: list[str] | None = None) -> None:

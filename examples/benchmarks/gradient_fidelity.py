@@ -4,8 +4,8 @@
     python examples/benchmarks/gradient_fidelity.py --model google/vit-base-patch16-224-in21k --dataset my_images/
 
 For each setting: the cosine over the gradients of all adapted weights together, and those of the first, the middle and
-the last block alone, the least of its layers. Settings are those of `LBPWHTConfig`, as in `r=10,grad_input=int8`; what
-examples/benchmarks/methods.py does to a model may follow, as in `compress_activations=int8+norms-only`.
+the last block alone, the least of its layers. Settings are those of `LBPWHTConfig`, as in `r=10,grad_input_dtype=int8`;
+what examples/benchmarks/methods.py does to a model may follow, as in `compress_activations=int8+norms-only`.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ from benchmarks.tables import aligned
 from lbp_peft import LBPWHTConfig, LBPWHTLinear, exact_backward
 
 SETTINGS = [
-    f"r={r},grad_input={grad_input}{more}"
+    f"r={r},grad_input_{more}"
     for r in (3, 10, 21)
-    for grad_input, more in (
-        (r, ""), ("full", ""), ("bf16", ""), ("int8", ""), ("int8", ",rotation=16"), ("auto", ""),
-        *(("full", f",compress_activations=int8{only}") for only in ("", "+norms-only", "+functions-only")),
+    for more in (
+        f"rank={r}", "dtype=full", "dtype=bf16", "dtype=int8", "dtype=int8,hadamard_size=16", "dtype=auto",
+        *(f"dtype=full,compress_activations=int8{only}" for only in ("", "+norms-only", "+functions-only")),
     )
 ]  # fmt: skip
 
@@ -92,7 +92,7 @@ class FidelityOptions(ClassificationData):
 
 
 def in_parts(text: str) -> tuple[dict[str, Any], list[str]]:
-    """ "r=10,grad_input=int8+norms-only" -> ({"r": 10, "grad_input": "int8"}, ["norms-only"])
+    """ "r=10,grad_input_dtype=int8+norms-only" -> ({"r": 10, "grad_input_dtype": "int8"}, ["norms-only"])
 
     Raises:
         ValueError: it cannot be read, or `LBPWHTConfig` refuses it.
@@ -104,7 +104,7 @@ def in_parts(text: str) -> tuple[dict[str, Any], list[str]]:
         settings = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs.split(","))}
         LBPWHTConfig(**settings)
     except (TypeError, ValueError, yaml.YAMLError) as error:
-        raise ValueError(f"--settings {text}: settings are written as r=10,grad_input=int8 ({error})") from None
+        raise ValueError(f"--settings {text}: settings are written as r=10,grad_input_dtype=int8 ({error})") from None
     return settings, more
 
 

@@ -4,8 +4,8 @@
     lora-all:r=16                          LoRA on all linear layers of the encoder
     full+checkpointing                     activations are computed again in the backward pass
     full+compile                           torch.compile
-    lbp-wht:r=10,grad_input=int8           LBP-WHT; the settings are those of its configuration
-    lora-all+lbp-wht:r=3,grad_input=3      LBP-WHT put on LoRA
+    lbp-wht:r=10,grad_input_dtype=int8           LBP-WHT; the settings are those of its configuration
+    lora-all+lbp-wht:r=3,grad_input_rank=3      LBP-WHT put on LoRA
     lbp-wht:compress_activations=int8+norms-only    of what is compressed, only the inputs of norms
 
 To add a word, write a function from model, names of the head's modules and settings to the model, and name it in
@@ -38,17 +38,17 @@ DEFAULT_METHODS = (
     "lora-all",
     "lora-fa",
     "velora",
-    "lbp-wht:r=3,grad_input=3",
-    "lbp-wht:r=10,grad_input=10",
-    "lbp-wht:r=10,grad_input=full",
-    "lbp-wht:r=10,grad_input=int8",
-    "lbp-wht:r=10,grad_input=bf16",
-    "lbp-wht:r=10,grad_input=auto",
-    "lbp-wht:r=10,grad_input=auto,compress_activations=int8",
-    "lora-all+lbp-wht:r=3,grad_input=3",
-    "lora-all+lbp-wht:r=10,grad_input=full",
-    "lora-all+lbp-wht:r=10,grad_input=auto",
-    "lora-qv+lbp-wht:r=10,grad_input=auto",
+    "lbp-wht:r=3,grad_input_rank=3",
+    "lbp-wht:r=10,grad_input_rank=10",
+    "lbp-wht:r=10,grad_input_dtype=full",
+    "lbp-wht:r=10,grad_input_dtype=int8",
+    "lbp-wht:r=10,grad_input_dtype=bf16",
+    "lbp-wht:r=10,grad_input_dtype=auto",
+    "lbp-wht:r=10,grad_input_dtype=auto,compress_activations=int8",
+    "lora-all+lbp-wht:r=3,grad_input_rank=3",
+    "lora-all+lbp-wht:r=10,grad_input_dtype=full",
+    "lora-all+lbp-wht:r=10,grad_input_dtype=auto",
+    "lora-qv+lbp-wht:r=10,grad_input_dtype=auto",
 )
 
 QUERY_AND_VALUE = ("q_proj", "v_proj", "query", "value")
@@ -89,7 +89,7 @@ def words(method: str) -> list[tuple[str, Settings]]:
         if word not in WORDS or not all(value for _, _, value in pairs):
             raise ValueError(
                 f"Cannot read the method {method!r}: choose from {', '.join(WORDS)}, or several of them joined by +, "
-                "with settings as in lbp-wht:r=10,grad_input=3."
+                "with settings as in lbp-wht:r=10,grad_input_rank=3."
             )
         result.append((word, {key: yaml.safe_load(value) for key, _, value in pairs}))
     return result

@@ -3,9 +3,10 @@
     python examples/benchmarks/single_layers.py
     python examples/benchmarks/single_layers.py --bf16 --layers vit-b --modes plain full auto
 
-For each shape the modes take turns. `plain` is the layer without LBP-WHT; the others are values of `grad_input`. The
-floor's two parts stand beside each time: multiply-adds over the rate of matrix products and bytes over the memory
-bandwidth, both measured at the start. How to read them: see docs/benchmarks.md.
+For each shape the modes take turns. `plain` is the layer without LBP-WHT; the others are number formats of the input
+gradient (`grad_input_dtype`), or its ranks (`grad_input_rank`). The floor's two parts stand beside each time:
+multiply-adds over the rate of matrix products and bytes over the memory bandwidth, both measured at the start. How to
+read them: see docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from peft import get_peft_model
 from torch import nn
 from tqdm.auto import tqdm
@@ -100,13 +100,17 @@ def adapted(shape: Shape, mode: str, r: int) -> nn.Module:
     if mode == PLAIN:
         return model
     place = {"target_modules": ["layer"], "grid_size": shape.grid, "num_prefix_tokens": shape.prefix}
-    return get_peft_model(model, LBPWHTConfig(r=r, grad_input=yaml.safe_load(mode), **place))
+    return get_peft_model(model, LBPWHTConfig(r=r, **input_gradient(mode), **place))
+
+
+def input_gradient(mode: str) -> dict[str, Any]:
+    return {"grad_input_rank": int(mode)} if mode.isdigit() else {"grad_input_dtype": mode}
 
 
 def is_known(mode: str) -> bool:
     """Whether it is a mode to this version of LBP-WHT."""
     try:
-        return mode == PLAIN or bool(LBPWHTConfig(grad_input=yaml.safe_load(mode)))
+        return mode == PLAIN or bool(LBPWHTConfig(**input_gradient(mode)))
     except ValueError:
         return False
 
@@ -217,7 +221,11 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", default="", help="only those whose name contains this, as in vit-b or fc1")
-    parser.add_argument("--modes", nargs="+", help="plain, and values of grad_input (default: all known, and r)")
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        help="plain, formats and ranks of the input gradient (default: all, and r)",
+    )
     parser.add_argument("--r", type=int, default=10, help="bases per block for the weight gradient")
     parser.add_argument("--batch-size", type=int, help="images (default: 8, and 1 for the long sequences of SegFormer)")
     parser.add_argument("--bf16", action="store_true", help="everything under bf16 autocast")
@@ -231,7 +239,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     options.modes = options.modes or [mode for mode in (*MODES, str(options.r)) if is_known(mode)]
     unknown = [mode for mode in options.modes if not is_known(mode)]
     if unknown:
-        parser.error(f"LBP-WHT does not know grad_input = {', '.join(unknown)}")
+        parser.error(f"LBP-WHT does not know the input gradients {', '.join(unknown)}")
     options.shapes = [shape for shape in SHAPES if options.layers in shape.layer]
     if not options.shapes:
         parser.error(f"no layer's name contains {options.layers!r}: {', '.join(shape.layer for shape in SHAPES)}")

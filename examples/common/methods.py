@@ -83,7 +83,8 @@ def lora_config(options: Options, heads: list[str]) -> LoraConfig:
 def lbp_wht_config(options: Options, **settings: Any) -> LBPWHTConfig:
     return LBPWHTConfig(
         r=options.r,
-        grad_input=int(options.grad_input) if options.grad_input.isdigit() else options.grad_input,
+        grad_input_rank=options.grad_input_rank,
+        grad_input_dtype=options.grad_input_dtype,
         compress_activations=options.compress_activations or None,
         block_size=options.block_size,
         selection=options.selection,
@@ -93,7 +94,9 @@ def lbp_wht_config(options: Options, **settings: Any) -> LBPWHTConfig:
 
 
 def lbp_wht_label(options: Options) -> str:
-    return f"LBP-WHT r={options.r}" + ("" if options.grad_input == "auto" else f", grad_input={options.grad_input}")
+    rank = "" if options.grad_input_rank is None else f", grad_input_rank={options.grad_input_rank}"
+    dtype = "" if options.grad_input_dtype == "auto" else f", grad_input_dtype={options.grad_input_dtype}"
+    return f"LBP-WHT r={options.r}{rank}{dtype}"
 
 
 def lora(options: Options) -> Method:
@@ -108,7 +111,7 @@ def lbp_wht(options: Options) -> Method:
 
 def lbp_wht_paper(options: Options) -> Method:
     """The setting of the paper: input gradients at the rank of the weight gradients."""
-    return lbp_wht(options.with_overrides(f"grad_input={options.r}"))
+    return lbp_wht(options.with_overrides(f"grad_input_rank={options.r}"))
 
 
 def lora_with_lbp_wht(options: Options) -> Method:
@@ -142,8 +145,8 @@ def chosen_methods(options: Options) -> list[Method]:
                 method.config(["head"])  # refuses values that make no sense
         except (TypeError, ValueError) as error:
             raise SystemExit(f"--methods {text}: {cause_of(error)}") from None
-        ranks = ("r", "lora_r", "grad_input")  # the label has them already
-        shown = [part for part in overrides.split(",") if part and part.split("=")[0] not in ranks]
+        in_label = ("r", "lora_r", "grad_input_rank", "grad_input_dtype")
+        shown = [part for part in overrides.split(",") if part and part.split("=")[0] not in in_label]
         folder = re.sub(r"[^\w.-]+", "-", text)
         methods.append(dataclasses.replace(method, label=", ".join([method.label, *shown]), folder=folder))
     return methods

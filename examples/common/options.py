@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, get_args, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
@@ -23,7 +23,7 @@ LIMITS: list[tuple[str, Callable[[float], bool], tuple[str, ...]]] = [
         "at least 1",
         lambda value: value >= 1,
         (
-            "r", "block_size", "lora_r", "lora_alpha", "epochs", "batch_size", "eval_batch_size",
+            "r", "grad_input_rank", "block_size", "lora_r", "lora_alpha", "epochs", "batch_size", "eval_batch_size",
             "gradient_accumulation_steps", "checkpoint_every", "timing_rounds", "test_images", "train_images",
             "train_images_per_class", "image_size", "images", "patience",
         ),
@@ -42,8 +42,8 @@ LIMITS: list[tuple[str, Callable[[float], bool], tuple[str, ...]]] = [
 ]  # fmt: skip
 # What a method may set for itself: all else is common to the methods that are compared.
 OF_METHODS = (
-    "r", "grad_input", "compress_activations", "block_size", "selection", "boundary", "lora_r", "lora_alpha",
-    "learning_rate", "lora_learning_rate",
+    "r", "grad_input_rank", "grad_input_dtype", "compress_activations", "block_size", "selection", "boundary",
+    "lora_r", "lora_alpha", "learning_rate", "lora_learning_rate",
 )  # fmt: skip
 
 
@@ -142,10 +142,13 @@ class Options(DataOptions):
         "lbp-wht:r=3 or lora:lora_r=4,lora_learning_rate=2e-3.",
     )
     r: int = option(10, "LBP-WHT: Walsh-Hadamard bases per block.")
-    grad_input: str = option(
+    grad_input_rank: int | None = option(
+        None,
+        "LBP-WHT: rank of low-rank input gradients; lbp-wht-paper always takes r. (default: they are not low-rank)",
+    )
+    grad_input_dtype: str = option(
         "auto",
-        "LBP-WHT: `full` for exact input gradients, `int8` or `bf16` for rounded ones, `auto` for the fastest, or "
-        "their rank. (lbp-wht-paper always takes r.)",
+        "LBP-WHT: `full` for exact input gradients, `int8`, `bf16` or `fp8` for rounded ones, `auto` for the fastest.",
     )
     compress_activations: str = option(
         "", "LBP-WHT: `int8` has activation functions and norms keep less. (default: they keep all)"
@@ -219,12 +222,12 @@ class Options(DataOptions):
         return self.keep_best or self.patience is not None
 
     def with_overrides(self, text: str) -> Options:
-        """These options with some replaced, as given by `text`: `r=3,learning_rate=1e-4`.
+        """These options with some replaced, as given by `text`: `r=3,learning_rate=1e-4`. `none` leaves a rank out.
 
         Raises:
             ValueError: an option is none that a method may set for itself, or its value makes no sense.
         """
-        values = {}
+        values, hints = {}, get_type_hints(type(self))
         for part in filter(None, text.split(",")):
             name, equals, value = part.partition("=")
             name = name.strip().replace("-", "_")
@@ -232,9 +235,9 @@ class Options(DataOptions):
                 raise ValueError(
                     f"cannot read {part!r}: a method takes NAME=VALUE with a name of {', '.join(OF_METHODS)}"
                 )
-            kind = type(getattr(self, name))
+            kind, *or_none = get_args(hints[name]) or [hints[name]]
             try:
-                values[name] = kind(value)
+                values[name] = None if or_none and value == "none" else kind(value)
             except ValueError:
                 raise ValueError(f"{name} must be of type {kind.__name__}, not {value!r}") from None
         return dataclasses.replace(self, **values)

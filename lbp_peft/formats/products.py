@@ -333,7 +333,8 @@ def check_precision(precision: str, device: torch.device) -> None:
     """Raise ValueError where a device lacks a precision."""
     if precision == "fp8" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)):
         raise ValueError(
-            f'grad_input="fp8" needs a GPU of compute capability 8.9 or later; this is {device}. Use "int8", or "auto".'
+            f'grad_input_dtype="fp8" needs a GPU of compute capability 8.9 or later; this is {device}. Use "int8" or '
+            '"auto".'
         )
 
 

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from peft.config import PeftConfig
@@ -17,6 +17,7 @@ from peft.utils import PeftType
 from ..bases.basis_set import BOUNDARIES, BasisSet
 from ..bases.walsh import SELECTIONS, is_power_of_two
 from ..formats.products import AUTO, FULL, PRECISIONS, Precision
+from .deprecation import accept_old_names
 from .validation.names import check_adapter_name, is_module_name
 from .validation.patterns import check_pattern, show
 
@@ -26,6 +27,12 @@ _IN_RANK_PATTERN = r"(.*\.)?({})$"
 _IN_LAYERS_PATTERN = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 
 
+GradInputDtype = Literal["auto", "full", "bf16", "int8", "fp8"]
+Selection = Literal["lp_l1", "lp_linf"]
+Boundary = Literal["orthogonal", "reflect"]
+
+
+@accept_old_names
 @dataclass
 class LBPWHTConfig(PeftConfig):
     """Configuration of low-rank backpropagation through linear layers (LBP-WHT, arXiv 2309.15275).
@@ -34,15 +41,17 @@ class LBPWHTConfig(PeftConfig):
         r: Walsh bases kept in each block of `block_size` x `block_size` patches for the weight gradient, 1 to
             block_size**2. It need not be triangular or square. 1, 3, 6, 10, 15, 21, 28, 36 are the paper's LP_L1-1 to
             LP_L1-8.
-        grad_input: The input gradient. "auto": exact, or exact up to the rounding of its product g W to few bits,
-            whichever is faster for the device and the shape; a layer so narrow that exact backpropagation is faster
-            altogether is left to it, with one warning. See docs/configuration.md. "full": exact. "int8", "bf16",
-            "fp8": exact up to the rounding to that type. An int: low-rank, with a rank of its own; the paper's setting
-            is `grad_input=r`. Its error compounds from the last layer to the first, that of the weight gradient does
-            not. A pair, as in (10, "int8"): low-rank, and its product rounded. Beside a product in low precision the
-            two factors of the weight gradient are rounded to bfloat16.
-        rotation: Before g and W are rounded to 8 bits, mix blocks of so many outputs by a Hadamard matrix, a power of
-            two; 0: not. It spreads outliers and cancels in the product.
+        grad_input_rank: Walsh bases kept in each block for the input gradient, 1 to block_size**2; the paper's setting
+            is `grad_input_rank=r`. None: the input gradient is not low-rank. The error of a low-rank input gradient
+            compounds from the last layer to the first, that of the weight gradient does not.
+        grad_input_dtype: Number format of the product g W in the input gradient. "full": that of g, nothing is rounded.
+            "bf16", "int8", "fp8": g and W are rounded to that format. "auto": the fastest for the device and the shape
+            of those that keep the gradient's direction, and exact backpropagation, with one warning, for layers so
+            narrow that it is faster altogether; see docs/configuration.md. Where the input gradient is low-rank,
+            "auto" means "full". Beside a product in low precision the two factors of the weight gradient are rounded
+            to bfloat16.
+        hadamard_size: Before g and W are rounded to 8 bits, mix blocks of this many outputs by a Hadamard matrix, a
+            power of two; 0: do not. It spreads outliers and cancels in the product.
         compress_activations: "int8": activation functions and norms between the adapted layers keep their inputs in 8
             bits for the backward pass, and run again there. Less memory, a little more time, gradients off by the
             rounding. None: they save what they always do.
@@ -54,7 +63,9 @@ class LBPWHTConfig(PeftConfig):
         train_base_weight: True: the adapter is a trained copy of each target's weight and bias. False: it has no
             weights of its own and only makes the backward pass cheap.
         rank_pattern: Ranks that differ from r, by module name suffix or regular expression, as LoRA's. For example
-            `{"layers.11.mlp.fc2": 21}`. It changes r only, not `grad_input`.
+            `{"layers.11.mlp.fc2": 21}`. It changes r only, not `grad_input_rank`.
+        grad_input_rank_pattern: Ranks that differ from grad_input_rank, likewise; None for an input gradient that is
+            not low-rank.
         grid_size: (H, W) of the patch grid. None: found out from the model and the input.
         num_prefix_tokens: Tokens before the patches ([CLS], distillation, registers). None: found out.
         num_suffix_tokens: Tokens after the patches (detection tokens). None: found out.
@@ -76,22 +87,30 @@ class LBPWHTConfig(PeftConfig):
     """
 
     r: int = field(default=10, metadata={"help": "Walsh bases kept per block for the weight gradient."})
-    grad_input: str | int | tuple[int, str] = field(
-        default=AUTO,
-        metadata={"help": '"auto", "full" (exact), "int8", "bf16", "fp8", the rank of a low-rank one, or both.'},
+    grad_input_rank: int | None = field(
+        default=None, metadata={"help": "Walsh bases kept per block for the input gradient; None: it is not low-rank."}
     )
-    rotation: int = field(default=0, metadata={"help": "Outputs mixed by a Hadamard matrix before rounding; 0: none."})
-    compress_activations: str | None = field(
+    grad_input_dtype: GradInputDtype = field(
+        default="auto",
+        metadata={"help": 'Format of the product in the input gradient: "auto", "full", "bf16", "int8" or "fp8".'},
+    )
+    hadamard_size: int = field(
+        default=0, metadata={"help": "Outputs mixed by a Hadamard matrix before rounding; 0: none."}
+    )
+    compress_activations: Literal["int8"] | None = field(
         default=None, metadata={"help": '"int8": activation functions and norms keep their inputs in 8 bits.'}
     )
     block_size: int = field(default=8, metadata={"help": "Order of the 2-D Walsh-Hadamard transform."})
-    selection: str = field(default="lp_l1", metadata={"help": '"lp_l1" or "lp_linf".'})
-    boundary: str = field(default="orthogonal", metadata={"help": '"orthogonal" or "reflect".'})
+    selection: Selection = field(default="lp_l1", metadata={"help": '"lp_l1" or "lp_linf".'})
+    boundary: Boundary = field(default="orthogonal", metadata={"help": '"orthogonal" or "reflect".'})
     train_base_weight: bool = field(
         default=True, metadata={"help": "Train a copy of each target's weight, or only make its backward pass cheap."}
     )
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "{regular expression or suffix: r} where r differs."}
+    )
+    grad_input_rank_pattern: dict[str, int | None] = field(
+        default_factory=dict, metadata={"help": "{regular expression or suffix: rank} where grad_input_rank differs."}
     )
     grid_size: tuple[int, int] | None = field(default=None, metadata={"help": "(H, W) of the patch grid."})
     num_prefix_tokens: int | None = field(default=None, metadata={"help": "Tokens before the patches."})
@@ -123,11 +142,12 @@ class LBPWHTConfig(PeftConfig):
             ValueError: a value is of a wrong type or out of its range.
         """
         self._check_inherited()
-        for name in ("r", "grad_input", "rotation", "block_size", "num_prefix_tokens", "num_suffix_tokens"):
+        for name in (
+            "r", "grad_input_rank", "hadamard_size", "block_size", "num_prefix_tokens", "num_suffix_tokens"
+        ):  # fmt: skip
             setattr(self, name, _as_int(getattr(self, name)))
-        for name in ("grid_size", "grad_input"):
-            if isinstance(value := getattr(self, name), (list, tuple)):  # JSON has no tuples
-                setattr(self, name, tuple(_as_int(item) for item in value))
+        if isinstance(self.grid_size, (list, tuple)):  # JSON has no tuples
+            self.grid_size = tuple(_as_int(side) for side in self.grid_size)
         self._check_transform()
         self._check_layout()
         self._check_modules()
@@ -138,17 +158,15 @@ class LBPWHTConfig(PeftConfig):
         """The bases of the weight gradient of a layer whose rank is r."""
         return BasisSet(r, self.block_size, self.selection, self.boundary)
 
-    def input_bases(self) -> BasisSet | None:
-        """The bases of the input gradient, None where it has all."""
-        rank = self.grad_input[0] if isinstance(self.grad_input, tuple) else self.grad_input
-        if isinstance(rank, str):
-            return None
-        return BasisSet(rank, self.block_size, self.selection, self.boundary)
+    def input_bases(self, rank: int | None) -> BasisSet | None:
+        """The bases of the input gradient of a layer with this rank for it; None where it is not low-rank."""
+        return None if rank is None else BasisSet(rank, self.block_size, self.selection, self.boundary)
 
-    def input_precision(self) -> Precision:
-        """Of the product in the input gradient."""
-        name = self.grad_input[1] if isinstance(self.grad_input, tuple) else self.grad_input
-        return Precision(name, self.rotation) if isinstance(name, str) else FULL
+    def input_precision(self, rank: int | None) -> Precision:
+        """The precision of the product in the input gradient of a layer with this rank for it."""
+        if rank is not None and self.grad_input_dtype == AUTO:
+            return FULL
+        return Precision(self.grad_input_dtype, self.hadamard_size)
 
     def to_dict(self) -> dict[str, Any]:
         output: dict[str, Any] = super().to_dict()
@@ -267,16 +285,18 @@ class LBPWHTConfig(PeftConfig):
                 f"block_size must be a power of two up to {_MAX_BLOCK_SIZE} (the paper uses 8), got {show(size)}."
             )
         self._check_rank("r", self.r)
-        if not isinstance(self.rank_pattern, dict):
+        if self.grad_input_rank is not None:
+            self._check_rank("grad_input_rank", self.grad_input_rank, "None or ")
+        self._check_rank_pattern("rank_pattern")
+        self._check_rank_pattern("grad_input_rank_pattern", "None or ")
+        if not _is_one_of(self.grad_input_dtype, [AUTO, *PRECISIONS]):
             raise ValueError(
-                "rank_pattern must be a dict of ranks by module name or regular expression, {} for none, got "
-                f"{show(self.rank_pattern)}."
+                f"grad_input_dtype must be one of {AUTO}, {', '.join(PRECISIONS)}, got {show(self.grad_input_dtype)}."
             )
-        self.rank_pattern = {pattern: _as_int(rank) for pattern, rank in self.rank_pattern.items()}
-        for pattern, rank in self.rank_pattern.items():
-            check_pattern("A key of rank_pattern", pattern, _IN_RANK_PATTERN)
-            self._check_rank(f"rank_pattern[{show(pattern)}]", rank)
-        self._check_grad_input()
+        if not _is_int(self.hadamard_size) or (self.hadamard_size and not is_power_of_two(self.hadamard_size)):
+            raise ValueError(
+                f"hadamard_size must be a power of two (16 to 128 are useful), or 0, got {show(self.hadamard_size)}."
+            )
         if self.compress_activations is not None and not _is_one_of(self.compress_activations, ["int8"]):
             raise ValueError(f'compress_activations must be "int8" or None, got {show(self.compress_activations)}.')
         if not _is_one_of(self.selection, SELECTIONS):
@@ -284,29 +304,23 @@ class LBPWHTConfig(PeftConfig):
         if not _is_one_of(self.boundary, BOUNDARIES):
             raise ValueError(f"boundary must be one of {', '.join(BOUNDARIES)}, got {show(self.boundary)}.")
 
-    def _check_grad_input(self) -> None:
-        value = self.grad_input
-        if _is_int(value):
-            self._check_rank("grad_input", value)
-        else:
-            name = value
-            if isinstance(value, tuple) and len(value) == 2:
-                rank, name = value
-                self._check_rank("the rank in grad_input", rank)
-            if not _is_one_of(name, [*PRECISIONS, AUTO]):
-                raise ValueError(
-                    f"grad_input must be one of {', '.join(PRECISIONS)}, {AUTO}, a rank (an int), or a pair of a rank "
-                    f"and one of these, got {show(value)}."
-                )
-        if not _is_int(self.rotation) or (self.rotation and not is_power_of_two(self.rotation)):
+    def _check_rank_pattern(self, name: str, or_none: str = "") -> None:
+        given = getattr(self, name)
+        if not isinstance(given, dict):
             raise ValueError(
-                f"rotation must be a power of two (16 to 128 are useful), or 0, got {show(self.rotation)}."
+                f"{name} must be a dict of ranks by module name or regular expression, {{}} for none, got "
+                f"{show(given)}."
             )
+        setattr(self, name, {pattern: _as_int(rank) for pattern, rank in given.items()})
+        for pattern, rank in getattr(self, name).items():
+            check_pattern(f"A key of {name}", pattern, _IN_RANK_PATTERN)
+            if rank is not None or not or_none:
+                self._check_rank(f"{name}[{show(pattern)}]", rank, or_none)
 
-    def _check_rank(self, name: str, rank: Any) -> None:
+    def _check_rank(self, name: str, rank: Any, or_none: str = "") -> None:
         full = self.block_size**2
         if not _is_int(rank) or not 1 <= rank <= full:
-            raise ValueError(f"{name} must be an int from 1 to block_size**2 = {full}, got {show(rank)}.")
+            raise ValueError(f"{name} must be {or_none}an int from 1 to block_size**2 = {full}, got {show(rank)}.")
 
     def _check_layout(self) -> None:
         grid = self.grid_size

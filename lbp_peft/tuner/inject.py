@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
@@ -30,7 +31,10 @@ from .validation.checks import (
     check_targets,
     is_adapted_linear,
     warn_of_unknown_names,
+    warn_of_unmatched_ranks,
 )
+
+_Rank = TypeVar("_Rank", int, "int | None")
 
 
 def prepare(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -> None:
@@ -50,6 +54,7 @@ def prepare(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -> None:
     matches = [(name, m, tuner._check_target_module_exists(config, name)) for name, m in model.named_modules() if name]
     warn_of_unknown_names(model, config, any(isinstance(match, _ExcludedModule) for _, _, match in matches))
     targets = [(name, module) for name, module, match in matches if match]
+    warn_of_unmatched_ranks(config, [name for name, _ in targets])
     check_targets(targets, config.train_base_weight, beside_others=has_other_adapters(model))
 
 
@@ -81,10 +86,11 @@ def create_and_replace(
     **_: Any,
 ) -> None:
     """Give one layer an adapter: in its place if nobody else has to do with it, inside it otherwise."""
-    pattern = get_pattern_key(list(config.rank_pattern), current_key)
+    rank = _rank_of_layer(config.rank_pattern, config.r, current_key)
+    input_rank = _rank_of_layer(config.grad_input_rank_pattern, config.grad_input_rank, current_key)
     rule = BackwardRule(
-        weight_basis=config.weight_bases(config.rank_pattern.get(pattern, config.r)),
-        input_gradient=_input_gradient(config),
+        weight_basis=config.weight_bases(rank),
+        input_gradient=_input_gradient(config, input_rank),
         compress=config.compress_activations == "int8",
         grid_size=config.grid_size,
         num_prefix_tokens=config.num_prefix_tokens,
@@ -114,9 +120,13 @@ def create_and_replace(
             tuner._replace_module(parent, target_name, layer, target)
 
 
-def _input_gradient(config: LBPWHTConfig) -> InputGradient:
-    """How the input gradients of an adapter's layers are computed."""
-    basis, precision = config.input_bases(), config.input_precision()
+def _rank_of_layer(patterns: Mapping[str, _Rank], default: _Rank, name: str) -> _Rank:
+    return patterns.get(get_pattern_key(list(patterns), name), default)
+
+
+def _input_gradient(config: LBPWHTConfig, rank: int | None) -> InputGradient:
+    """How the input gradient of a layer with this rank for it is computed."""
+    basis, precision = config.input_bases(rank), config.input_precision(rank)
     return ExactProduct(precision=precision) if basis is None else FixedBasis(basis, precision=precision)
 
 

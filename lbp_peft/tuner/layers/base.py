@@ -215,8 +215,9 @@ class LBPWHTLayer(BaseTunerLayer):
         or_faster = f" (or {', '.join(faster)})" if faster else ""
         self.finder.warn_once(
             why,
-            f'{self.layer_name} uses exact backpropagation, as do any layers like it: {why}, so grad_input="auto" '
-            f'chose it. To save memory there all the same, set grad_input="full"{or_faster}.',
+            f"{self.layer_name} uses exact backpropagation, as do any layers like it: {why}, so "
+            f'grad_input_dtype="auto" chose it. To save memory there all the same, set grad_input_dtype="full"'
+            f"{or_faster}.",
         )
 
     def _warn_of_slow_dtype(self, x: Tensor) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 import warnings
 from typing import Any
 
@@ -143,6 +144,18 @@ def warn_of_unknown_names(model: nn.Module, config: LBPWHTConfig, excludes_any: 
                 f"{did_you_mean(model, unknown[0])}",
                 stacklevel=2,
             )
+
+
+def warn_of_unmatched_ranks(config: LBPWHTConfig, targets: list[str]) -> None:
+    """Warn about keys of `grad_input_rank_pattern` that match no target; PEFT warns about those of `rank_pattern`.
+
+    Args:
+        config: The configuration as the user gave it.
+        targets: Names of the modules to adapt.
+    """
+    for key in config.grad_input_rank_pattern:
+        if not any(re.match(rf"(.*\.)?({key})$", name) for name in targets):  # as PEFT's get_pattern_key
+            warnings.warn(f"grad_input_rank_pattern has {key!r}, which matches no module to adapt.", stacklevel=2)
 
 
 def _has_state(module: nn.Module) -> bool:
