@@ -11,6 +11,7 @@ Importing the package registers the method with PEFT:
 from . import tuner  # noqa: F401  first: it registers the method
 from .bases.basis_set import BasisSet, LayoutError, TokenLayout
 from .layout import GridMismatchError
+from .ops.adaptive import AdaptiveBasis
 from .ops.linear import Branch, low_rank_linear
 from .ops.plan import BackwardPlan, ExactProduct, FixedBasis, InputGradient
 from .tuner.config import LBPWHTConfig
@@ -23,6 +24,7 @@ from .tuner.verify import LayoutCheck, verify_layout
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveBasis",
     "BackwardPlan",
     "BasisSet",
     "Branch",

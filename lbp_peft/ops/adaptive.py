@@ -1,9 +1,9 @@
 """An input gradient in a basis that is fitted to each image's own gradient, in the backward pass.
 
 Fixed Walsh functions approximate g = dLoss/dy badly where its energy is concentrated in a few irregular patterns over
-the tokens, as attention makes them. A basis found from g itself has no such weakness: a randomized range finder (Halko,
-Martinsson and Tropp, SIAM Review 53, 2011, section 4.5) gives nearly the k leading left singular vectors of g (L, C_out),
-in a few products with k columns. For each image, with S (k, L) fixed random signs:
+the tokens, as attention makes them. A basis found from g itself has no such weakness. A randomized range finder (Halko,
+Martinsson and Tropp, SIAM Review 53, 2011, section 4.5) finds nearly the k leading left singular vectors of g, shape
+(L, C_out), in a few products with k columns. For each image, with S (k, L) fixed random signs:
 
     Z = S g             (k, C_out)    a sketch of the features that occur
     Y = Z g^T           (k, L)        their patterns over the tokens: half a power iteration
@@ -14,13 +14,17 @@ The third product, Q g, is needed anyway. These are 3 L k C_out + k C_out C_in +
 L C_out C_in. Q has orthonormal rows, so dx is the exact input gradient of the nearest gradient in their span. With k at
 least the rank of g that is g itself, and dx is exact.
 
-S is the same for all images, layers and steps, so a run can be repeated to the bit and gradient checkpointing changes
-nothing. It only has to be in no special position to g: after the product with g g^T, the span is that of g's leading
-singular vectors, whatever it was before.
+From one layer to the next the leading patterns change little, because most of the gradient is handed on along the
+residual connections. Within one backward pass of autograd, the Q of the layer before it in that pass is therefore added
+to S: the span is then nearer to the leading patterns of g, and successive layers, which keep and lose the same ones,
+compound less error. [`sign_matrix`] gives the same S for all images, layers and steps, and the order of the layers in
+a backward pass is always the same, so a run can be repeated to the bit. Gradient checkpointing changes nothing, unless
+it is PyTorch's reentrant one, which makes a backward pass of its own of each block.
 """
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -30,13 +34,15 @@ from ..bases.basis_set import TokenLayout
 from ..bounded import BoundedCache
 from ..formats.products import without_autocast
 from ..instructions import product_dtype
-from ..transforms import must_be_functional, outside_transforms
+from ..transforms import in_transform, must_be_functional, outside_transforms
 from .padding_check import zero_if_unused
 from .plan import InputGradient
 
 # Of the trace of Y Y^T, what is added to its diagonal, so that it is positive definite where g has fewer than k
 # directions. It lies far above the rounding errors of float64 and far below those of Y, which is computed in float32.
 _SHIFT = 1e-13
+# The length of S's rows beside those of the Q before, which are of length 1. From 0.03 to 0.3 it makes no difference.
+_LENGTH_OF_SIGNS = 0.1
 
 
 @dataclass(frozen=True)
@@ -49,15 +55,22 @@ class AdaptiveBasis(InputGradient):
     Attributes:
         rank: k, the number of rows of Q for each image. Where it is not below the number of tokens that are fitted, dx
             is exact.
-        energy: Share of the squared norm of g that is to be kept, above 0 and at most 1. Rows that are not needed for
-            it in any image of a batch are left out of the product with W. None: all k rows are used.
+        energy: Share of the squared norm of g that is to be kept, above 0 and at most 1. If the Q of the layer before
+            in the backward pass keeps it in all images of a batch, that is used and none is fitted. Rows that are not
+            needed for it in any image are left out of the product with W. None: a Q is always fitted, and all k rows
+            are used.
     """
 
     rank: int
     energy: float | None = None
 
+    uses_layout = True
+
     def num_coefficients(self, layout: TokenLayout) -> int:
         return min(self.rank + layout.num_outside, layout.num_tokens)
+
+    def num_coefficients_of(self, num_tokens: int) -> int:
+        return min(self.rank, num_tokens)
 
     def projection(
         self, layout: TokenLayout | None, dtype: torch.dtype, device: torch.device, padding_mask: Tensor | None
@@ -105,18 +118,33 @@ class RangeFinder:
         length = tokens.shape[1]
         before, after = (0, 0) if self.layout is None else _outside(self.layout)
         fitted = tokens[:, before : length - after]
-        if self.rank >= fitted.shape[1] or tokens.numel() == 0:
+        if self.rank >= min(fitted.shape[1:]) or tokens.numel() == 0:
             return None, tokens
         with without_autocast(tokens.device):
             wide = fitted.to(product_dtype(fitted.dtype, fitted.device))
-            basis = orthonormal_rows(_leading_patterns(wide, self.rank)).to(wide.dtype)
-            coefficients = torch.bmm(basis, wide)
+            basis, coefficients = self._fit(wide)
             if self.energy is not None:
                 basis, coefficients = _enough_for(self.energy, basis, coefficients, wide)
         coefficients = coefficients.to(tokens.dtype)
         if before or after:
             coefficients = torch.cat((tokens[:, :before], coefficients, tokens[:, length - after :]), dim=1)
-        return AdaptiveProjection(basis, before, after), coefficients
+        return AdaptiveProjection(basis, self.layout), coefficients
+
+    def _fit(self, g: Tensor) -> tuple[Tensor, Tensor]:
+        """Q, shape (N, k, L), and Q g, shape (N, k, C)."""
+        start, before = sign_matrix(self.rank, g.shape[1], g.dtype, g.device), _basis_before(g, self.rank)
+        if before is None:
+            sketch = torch.matmul(start, g)
+        elif self.energy is None:
+            sketch = torch.bmm(torch.add(before, start, alpha=_LENGTH_OF_SIGNS * g.shape[1] ** 0.5), g)
+        else:
+            sketch = torch.bmm(before, g)
+            if bool((sketch.square().sum((1, 2)) >= self.energy * g.square().sum((1, 2))).all()):
+                return before, sketch
+            sketch = torch.add(sketch, torch.matmul(start, g), alpha=_LENGTH_OF_SIGNS * g.shape[1] ** 0.5)
+        basis = orthonormal_rows(_patterns_of(sketch, g)).to(g.dtype)
+        _keep_for_next(basis)
+        return basis, torch.bmm(basis, g)
 
     def fit_image(self, image: Tensor) -> tuple[AdaptiveProjection | None, Tensor]:
         """[`fit`] for the gradient (N, C, H, W) or (N, C, L) of a convolution's outputs."""
@@ -128,14 +156,14 @@ class AdaptiveProjection:
 
     Args:
         basis: Shape (N, k, L - p - s), orthonormal rows for each image; rows that an image has no use for are zero.
-        before, after: p and s, the tokens before and after those that the basis is for. They are their own
-            coefficients.
+        layout: It has p tokens before those that the basis is for, and s after them, which are their own coefficients.
+            None: none.
     """
 
-    def __init__(self, basis: Tensor, before: int = 0, after: int = 0):
+    def __init__(self, basis: Tensor, layout: TokenLayout | None):
         self.basis = basis
-        self.before = before
-        self.after = after
+        self.layout = layout
+        self.before, self.after = (0, 0) if layout is None else _outside(layout)
 
     def of_dtype(self, dtype: torch.dtype) -> AdaptiveProjection:
         """The same for tokens of another dtype."""
@@ -158,21 +186,52 @@ class AdaptiveProjection:
             tokens[:, before + length :] = coefficients[:, coefficients.shape[1] - after :]
             return tokens
 
-    def lift_image(self, coefficients: Tensor, shape: torch.Size) -> Tensor:
-        """(N, k, C) -> (N, C, H, W) or (N, C, L), of the last axes of `shape`."""
+    def lift_image(self, coefficients: Tensor) -> Tensor:
+        """(N, k, C) -> (N, C, H, W), for a layout without tokens outside the grid."""
+        assert self.layout is not None
         inner = coefficients.to(self.basis.dtype)
         with without_autocast(coefficients.device):
             pixels = torch.bmm(inner.mT, self.basis).to(coefficients.dtype)
-        return pixels.view(*pixels.shape[:2], *shape[2:])
+        return pixels.unflatten(2, self.layout.grid)
 
 
 def _outside(layout: TokenLayout) -> tuple[int, int]:
     return layout.num_prefix_tokens, layout.num_suffix_tokens
 
 
-def _leading_patterns(g: Tensor, rank: int) -> Tensor:
-    """Y of the module's description: (N, L, C) -> (N, k, L), each image up to a factor."""
-    sketch = torch.matmul(sign_matrix(rank, g.shape[1], g.dtype, g.device), g)
+class _Before(threading.local):
+    """The last Q that this thread fitted, and the number of the backward pass of autograd in which it did."""
+
+    basis: Tensor | None = None
+    backward_pass = -1
+
+
+_before = _Before()
+
+
+def _backward_pass_number() -> int:
+    """The number of the backward pass that runs in this thread; -1: none, or one in which nothing may be kept."""
+    if torch.compiler.is_compiling() or in_transform():
+        return -1
+    return int(torch._C._current_graph_task_id())
+
+
+def _basis_before(g: Tensor, rank: int) -> Tensor | None:
+    """Q of the layer before in this backward pass, if it had as many images, tokens and rows."""
+    basis = _before.basis
+    if basis is None or _before.backward_pass == -1 or _before.backward_pass != _backward_pass_number():
+        return None
+    fits = basis.shape == (g.shape[0], rank, g.shape[1]) and basis.dtype == g.dtype and basis.device == g.device
+    return basis if fits else None
+
+
+def _keep_for_next(basis: Tensor) -> None:
+    number = _backward_pass_number()
+    _before.basis, _before.backward_pass = (None if number == -1 else basis), number
+
+
+def _patterns_of(sketch: Tensor, g: Tensor) -> Tensor:
+    """Y of the module's description from Z: (N, k, C), (N, L, C) -> (N, k, L), each image up to a factor."""
     # So that no product of two small or two large numbers leaves the range of the dtype.
     largest = sketch.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)
     return torch.bmm(sketch / largest, g.mT)
@@ -181,9 +240,9 @@ def _leading_patterns(g: Tensor, rank: int) -> Tensor:
 def orthonormal_rows(matrices: Tensor) -> Tensor:
     """Orthonormal rows with the same span, by Cholesky's factorization of the Gram matrix (Cholesky QR).
 
-    In float64, except on devices without it, since the Gram matrix has the square of the condition number. Where a matrix
-    has fewer independent rows than k, the superfluous ones come out shorter than 1, down to 0: applied as a projection,
-    Q^T Q never lengthens a vector.
+    In float64, except on devices without it, since the Gram matrix has the square of the condition number. Where a
+    matrix has fewer independent rows than k, the superfluous ones come out shorter than 1, down to 0: applied as a
+    projection, Q^T Q never lengthens a vector.
 
     Args:
         matrices: Shape (N, k, L), k at most L.

@@ -13,6 +13,7 @@ from torch import nn
 from ..encoder import encoder_linears, is_pointwise_conv, is_transposed_linear
 from ..formats.products import forget
 from ..layout import LayoutFinder
+from ..ops.adaptive import AdaptiveBasis
 from ..ops.plan import ExactProduct, FixedBasis, InputGradient
 from .config import LBPWHTConfig
 from .layers.base import BackwardRule, LBPWHTLayer
@@ -127,7 +128,11 @@ def _rank_of_layer(patterns: Mapping[str, _Rank], default: _Rank, name: str) -> 
 def _input_gradient(config: LBPWHTConfig, rank: int | None) -> InputGradient:
     """How the input gradient of a layer with this rank for it is computed."""
     basis, precision = config.input_bases(rank), config.input_precision(rank)
-    return ExactProduct(precision=precision) if basis is None else FixedBasis(basis, precision=precision)
+    if rank is None or basis is None:
+        return ExactProduct(precision=precision)
+    if config.grad_input_basis == "adaptive":
+        return AdaptiveBasis(rank, config.grad_input_energy, precision=precision)
+    return FixedBasis(basis, precision=precision)
 
 
 def _layer_class(target: nn.Module) -> type[LBPWHTLinear]:
