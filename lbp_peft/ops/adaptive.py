@@ -34,7 +34,7 @@ from ..bases.basis_set import TokenLayout
 from ..bounded import BoundedCache
 from ..formats.products import without_autocast
 from ..instructions import product_dtype
-from ..transforms import in_transform, must_be_functional, outside_transforms
+from ..transforms import must_be_functional, outside_transforms
 from .padding_check import zero_if_unused
 from .plan import InputGradient
 
@@ -211,23 +211,23 @@ _before = _Before()
 
 def _backward_pass_number() -> int:
     """The number of the backward pass that runs in this thread; -1: none, or one in which nothing may be kept."""
-    if torch.compiler.is_compiling() or in_transform():
-        return -1
-    return int(torch._C._current_graph_task_id())
+    return -1 if must_be_functional() else int(torch._C._current_graph_task_id())
 
 
 def _basis_before(g: Tensor, rank: int) -> Tensor | None:
     """Q of the layer before in this backward pass, if it had as many images, tokens and rows."""
+    if (number := _backward_pass_number()) == -1:
+        return None
     basis = _before.basis
-    if basis is None or _before.backward_pass == -1 or _before.backward_pass != _backward_pass_number():
+    if basis is None or _before.backward_pass != number:
         return None
     fits = basis.shape == (g.shape[0], rank, g.shape[1]) and basis.dtype == g.dtype and basis.device == g.device
     return basis if fits else None
 
 
 def _keep_for_next(basis: Tensor) -> None:
-    number = _backward_pass_number()
-    _before.basis, _before.backward_pass = (None if number == -1 else basis), number
+    if (number := _backward_pass_number()) != -1:
+        _before.basis, _before.backward_pass = basis, number
 
 
 def _patterns_of(sketch: Tensor, g: Tensor) -> Tensor:
