@@ -39,12 +39,13 @@ from benchmarks.tables import aligned
 from lbp_peft import LBPWHTConfig, LBPWHTLinear, exact_backward
 
 SETTINGS = [
-    f"r={r},grad_input_{more}"
+    *(f"r=10,grad_input_basis=adaptive,grad_input_rank={rank}" for rank in (8, 16, 24, 32)),
+    *(f"r={r},grad_input_{more}"
     for r in (3, 10, 21)
     for more in (
         f"rank={r}", "dtype=full", "dtype=bf16", "dtype=int8", "dtype=int8,hadamard_size=16", "dtype=auto",
         *(f"dtype=full,compress_activations=int8{only}" for only in ("", "+norms-only", "+functions-only")),
-    )
+    )),
 ]  # fmt: skip
 
 
