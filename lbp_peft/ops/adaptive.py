@@ -121,7 +121,9 @@ class RangeFinder:
         if self.rank >= min(fitted.shape[1:]) or tokens.numel() == 0:
             return None, tokens
         with without_autocast(tokens.device):
-            wide = fitted.to(product_dtype(fitted.dtype, fitted.device))
+            # Sums over tokens of a small loss's gradients can be too small for float16.
+            is_half = fitted.dtype == torch.float16
+            wide = fitted.to(torch.float32 if is_half else product_dtype(fitted.dtype, fitted.device))
             basis, coefficients = self._fit(wide)
             if self.energy is not None:
                 basis, coefficients = _enough_for(self.energy, basis, coefficients, wide)
@@ -200,7 +202,10 @@ def _outside(layout: TokenLayout) -> tuple[int, int]:
 
 
 class _Before(threading.local):
-    """The last Q that this thread fitted, and the number of the backward pass of autograd in which it did."""
+    """The last Q that this thread fitted, and the number of the backward pass of autograd in which it did.
+
+    It stays in memory until the next one is fitted: N k L numbers.
+    """
 
     basis: Tensor | None = None
     backward_pass = -1
