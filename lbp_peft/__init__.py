@@ -8,8 +8,10 @@ Importing the package registers the method with PEFT:
     model = get_peft_model(vit, LBPWHTConfig(r=10, modules_to_save=["classifier"]))
 """
 
-from . import tuner  # noqa: F401  first: it registers the method
+from . import measure, tuner  # importing tuner registers the method
 from .bases.basis_set import BasisSet, LayoutError, TokenLayout
+from .formats.products import Precision
+from .layer_types import LayerType, register_layer_type
 from .layout import GridMismatchError
 from .ops.adaptive import AdaptiveBasis
 from .ops.linear import Branch, low_rank_linear
@@ -21,7 +23,7 @@ from .tuner.model import LBPWHTModel
 from .tuner.report import LayoutReport, exact_backward, layout_report
 from .tuner.verify import LayoutCheck, verify_layout
 
-__version__ = "0.1.0"
+__version__ = "0.1.0"  # the only place; pyproject.toml reads it from here
 
 __all__ = [
     "AdaptiveBasis",
@@ -36,12 +38,17 @@ __all__ = [
     "LBPWHTLayer",
     "LBPWHTLinear",
     "LBPWHTModel",
+    "LayerType",
     "LayoutCheck",
     "LayoutError",
     "LayoutReport",
+    "Precision",
     "TokenLayout",
     "exact_backward",
     "layout_report",
     "low_rank_linear",
+    "measure",
+    "register_layer_type",
+    "tuner",
     "verify_layout",
 ]

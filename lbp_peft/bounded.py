@@ -1,4 +1,4 @@
-"""A cache of bounded size."""
+"""Caches of bounded size."""
 
 from __future__ import annotations
 
@@ -34,3 +34,10 @@ class BoundedCache(dict[Key, Value]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.limit,), None, None, iter(self.items())
+
+
+class ScratchCache(BoundedCache[Key, Value]):
+    """A [`BoundedCache`] whose copies and pickles are empty, for entries that mean nothing elsewhere."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.limit,)

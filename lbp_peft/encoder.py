@@ -10,7 +10,8 @@ from functools import cache
 from typing import Any, TypeGuard
 
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+
+from .layer_types import is_plain_linear, layer_type_of
 
 # What turns the encoder's tokens into answers. The name alone does not tell: such a part is not given images.
 _AFTER_THE_ENCODER = re.compile(r"Decoder|Head$")
@@ -18,35 +19,6 @@ _AFTER_THE_ENCODER = re.compile(r"Decoder|Head$")
 _IMAGES = ("pixel_values", "flattened_patches", "image_patches", "grid_thw")
 _SOUND = ("input_features", "input_values")
 _MOST_CHANNELS_OF_IMAGES = 4
-
-
-def is_plain_linear(module: nn.Module) -> bool:
-    """Whether a module computes x W^T + b the way `nn.Linear` does (subclasses that override forward do not)."""
-    cls = getattr(type(module), "plain_class", type(module))  # LBP-WHT may run a layer's forward pass from inside
-    return isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward
-
-
-def is_transposed_linear(module: nn.Module) -> bool:
-    """Whether a module computes x W + b: transformers' `Conv1D`, a linear layer with its weight as (C_in, C_out)."""
-    cls = getattr(type(module), "plain_class", type(module))
-    return isinstance(module, Conv1D) and cls.forward is Conv1D.forward
-
-
-def is_pointwise_conv(module: nn.Module) -> bool:
-    """Whether a module multiplies the channels of every pixel by one matrix: a 1-D or 2-D convolution with kernel 1."""
-    cls: Any = getattr(type(module), "plain_class", type(module))
-    return (
-        isinstance(module, (nn.Conv1d, nn.Conv2d))
-        and cls.forward in (nn.Conv1d.forward, nn.Conv2d.forward)
-        and {*module.kernel_size, *module.stride, *module.dilation} == {1}
-        and module.padding in ((0,), (0, 0), 0, "same", "valid")
-        and module.groups == 1
-    )
-
-
-def is_supported(module: nn.Module) -> bool:
-    """Whether a module treats every token by one matrix, in one of the three ways above."""
-    return is_plain_linear(module) or is_transposed_linear(module) or is_pointwise_conv(module)
 
 
 def encoder_linears(model: nn.Module) -> list[str]:
@@ -178,7 +150,7 @@ def _linears(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_adaptable(module: nn.Module) -> bool:
-    return is_supported(_unwrapped(module))
+    return layer_type_of(_unwrapped(module)) is not None
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

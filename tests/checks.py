@@ -25,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 import lbp_peft.projection
 import lbp_peft.tuner.layers.base
 from lbp_peft import LBPWHTConfig, exact_backward, layout_report
-from lbp_peft.encoder import is_pointwise_conv
+from lbp_peft.tuner.layers.conv1x1 import is_pointwise_conv
 
 R = 3
 

@@ -10,10 +10,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import peft
+import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import ViTConfig, ViTForImageClassification
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from lbp_peft import LBPWHTConfig, LBPWHTLayer
 from lbp_peft.tuner.patches.forward_patch import PATCH_ATTR
@@ -123,6 +128,14 @@ def input_gradient(way: int | str | tuple[int, str]) -> dict:
     """The settings of an input gradient of some rank, in some number format, or both."""
     rank, dtype = way if isinstance(way, tuple) else (None, way) if isinstance(way, str) else (way, "auto")
     return {"grad_input_rank": rank, "grad_input_dtype": dtype}
+
+
+# From 5.24 on, the methods of transformers' own models that add, switch and delete adapters need a peft that is not out
+# yet. Those that load adapters do not.
+with_transformers_own_adapters = pytest.mark.skipif(
+    Version(peft.__version__) < Version(MIN_PEFT_VERSION),
+    reason=f"transformers {transformers.__version__}'s own adapters need peft >= {MIN_PEFT_VERSION}",
+)
 
 
 @dataclass(frozen=True)

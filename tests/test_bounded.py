@@ -17,7 +17,7 @@ from lbp_peft.bases import basis_set as bases
 from lbp_peft.bases.basis_set import BasisSet, TokenLayout, TokenOrder
 from lbp_peft.bounded import BoundedCache
 from lbp_peft.formats import products as precision
-from lbp_peft.tuner.stacking.layer import _patched_class
+from lbp_peft.tuner.patches.forward_patch import _patched_class
 
 
 def test_the_oldest_entry_goes():

@@ -3,8 +3,6 @@
 import copy
 import dataclasses
 import json
-import subprocess
-import sys
 import warnings
 from contextlib import contextmanager
 
@@ -145,16 +143,15 @@ def test_mistakes(settings, message, tmp_path):
 
 
 def test_a_script_shows_the_warning(tmp_path):
-    """Python shows DeprecationWarnings of the main program only, and so where they point at it."""
+    """By default Python shows DeprecationWarnings only where they point at the main program."""
     saved(tmp_path, {"grad_input": 6})
-    script = tmp_path / "script.py"
-    script.write_text(
-        "from peft import PeftConfig\n"
-        "from lbp_peft import LBPWHTConfig\n"
-        "LBPWHTConfig(rotation=16)\n"
-        f"PeftConfig.from_pretrained({str(tmp_path)!r})\n"
-    )
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "script.py:3: DeprecationWarning" in done.stderr and "Write hadamard_size=16 instead" in done.stderr
-    assert "script.py:4: DeprecationWarning" in done.stderr and "Write grad_input_rank=6 instead" in done.stderr
+    script = f"LBPWHTConfig(rotation=16)\nPeftConfig.from_pretrained({str(tmp_path)!r})\n"
+    main = {"__name__": "__main__", "LBPWHTConfig": LBPWHTConfig, "PeftConfig": PeftConfig}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.resetwarnings()
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.filterwarnings("default", category=DeprecationWarning, module="__main__")  # as Python itself
+        exec(compile(script, "script.py", "exec"), main)
+    shown = [(w.filename, w.lineno, str(w.message)) for w in caught if issubclass(w.category, DeprecationWarning)]
+    assert [where[:2] for where in shown] == [("script.py", 1), ("script.py", 2)]
+    assert "Write hadamard_size=16 instead" in shown[0][2] and "Write grad_input_rank=6 instead" in shown[1][2]

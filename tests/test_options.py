@@ -173,6 +173,9 @@ def test_flags_win_over_the_file_and_the_file_over_the_embedded_example(tmp_path
     ("lbp-wht:horizontal_flip=false", "cannot read"),
     ("lbp-wht:r=x", "r must be of type int"),
     ("lbp-wht:r=0", "--r must be at least 1"),
+    ("lbp-wht:grad_input_rank=x", "grad_input_rank must be of type int"),
+    ("lbp-wht:grad_input_rank=0", "--grad_input_rank must be at least 1"),
+    ("lbp-wht:grad_input=10", "cannot read 'grad_input=10': a method takes.*grad_input_rank"),
     ("lbp-wht:r=100", "r must be an int from 1 to"),
     ("lbp-wht:selection=foo", "selection must be one of"),
     ("lora+lbp-wht:grad_input_dtype=foo", "grad_input_dtype must be one of"),
@@ -181,6 +184,19 @@ def test_flags_win_over_the_file_and_the_file_over_the_embedded_example(tmp_path
 def test_mistakes_in_methods(text, expected):
     with pytest.raises(SystemExit, match=expected):
         chosen_methods(Options(methods=[text]))
+
+
+def test_a_method_may_have_its_own_input_gradients():
+    texts = ["lbp-wht", "lbp-wht:grad_input_rank=3,grad_input_dtype=int8", "lbp-wht:grad_input_rank=none"]
+    labels, configs = [], []
+    for method in chosen_methods(Options(methods=texts, grad_input_rank=6)):
+        labels.append(method.label)
+        configs.append(method.config(["head"]))
+    assert [config.grad_input_rank for config in configs] == [6, 3, None]
+    assert [config.grad_input_dtype for config in configs] == ["auto", "int8", "auto"]
+    assert labels == [
+        "LBP-WHT r=10, grad_input_rank=6", "LBP-WHT r=10, grad_input_rank=3, grad_input_dtype=int8", "LBP-WHT r=10",
+    ]  # fmt: skip
 
 
 def test_a_folder_that_holds_a_run_is_refused(tmp_path):

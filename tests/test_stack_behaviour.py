@@ -22,6 +22,7 @@ from models import (
     state_of,
     tiny_vit,
     train,
+    with_transformers_own_adapters,
 )
 from peft import (
     LoHaConfig,
@@ -67,7 +68,11 @@ def on_transformers_own(config, **settings):
     return get_peft_model(base, lbp_config(**settings))
 
 
-WAYS = [on_a_peft_model, from_one_config, on_transformers_own]
+WAYS = [
+    on_a_peft_model,
+    from_one_config,
+    pytest.param(on_transformers_own, marks=with_transformers_own_adapters),
+]
 
 
 def stacked(way=on_a_peft_model, config=None, steps=2, **settings):
@@ -483,6 +488,10 @@ def test_weighted_adapters_beneath_need_a_method_that_has_them():
     loha = stacked(config=LoHaConfig(r=2, target_modules=["fc1"]), steps=0)
     with pytest.raises(ValueError, match="default, cannot be combined: LoHaModel has no add_weighted_adapter"):
         loha.add_weighted_adapter(["default"], [1.0], "mean")
+
+
+@with_transformers_own_adapters
+def test_weighted_adapters_beneath_need_a_tuner():
     with pytest.raises(ValueError, match="transformers injected them. Put them on with get_peft_model"):
         stacked(on_transformers_own, steps=0).add_weighted_adapter(["default"], [1.0], "mean")
 
@@ -737,6 +746,7 @@ def test_lbp_first_in_a_mixed_model(train_base_weight):
     torch.testing.assert_close(outputs(merged, X), expected)
 
 
+@with_transformers_own_adapters
 def test_transformers_takes_both_of_its_own():
     torch.manual_seed(0)
     model = tiny_vit()

@@ -18,7 +18,6 @@ A low-rank update beside the weight (LoRA, arXiv 2106.09685), y += s (x A^T) B^T
 from __future__ import annotations
 
 import functools
-import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -135,8 +134,21 @@ class _LowRankLinear(torch.autograd.Function):
         return None, *(once_differentiable(gradients, ctx.is_tracked) if second_order else gradients)
 
 
-# PyTorch binds the arguments in each call, and would find out what there are each time: a third of its own part of it.
-_LowRankLinear.forward.__signature__ = inspect.signature(_LowRankLinear.forward)  # type: ignore[attr-defined]
+class _EagerLowRankLinear(_LowRankLinear):
+    """The same outside of `torch.func` and `torch.compile`.
+
+    PyTorch binds the arguments of a function with a `setup_context` to its signature in every call, which takes longer
+    than all else that a call does in Python. Only transforms of `torch.func` need that method.
+    """
+
+    generate_vmap_rule = False
+    setup_context = torch.autograd.Function.setup_context
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        output = _LowRankLinear.forward(*inputs)
+        _LowRankLinear.setup_context(ctx, inputs, output)
+        return output
 
 
 def once_differentiable(gradients: Iterable[Tensor | None], are_tracked: bool = False) -> list[Tensor | None]:
@@ -393,7 +405,8 @@ def low_rank_linear(
             else (source_of_weight(weight, parameter, plan.precision), weakref.ref(source))
         ),
     )
-    return _LowRankLinear.apply(state, *tensors)
+    function = _LowRankLinear if must_be_functional() else _EagerLowRankLinear
+    return function.apply(state, *tensors)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch]) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..bases.basis_set import BasisSet, TokenLayout
-from ..formats.products import FULL, Precision, kept_dtype
+from ..formats.products import Precision, kept_dtype
 from ..projection import Projection, num_kept, projection
 
 
@@ -59,7 +59,8 @@ class InputGradient:
         uses_layout: Whether it makes use of the layout where that is known.
     """
 
-    precision: Precision = field(default=FULL, kw_only=True)
+    # A factory, here and below: before torch 2.13, torch.compile refuses dataclasses with objects for defaults.
+    precision: Precision = field(default_factory=Precision, kw_only=True)
 
     needs_layout = False
     uses_layout = False
@@ -118,9 +119,6 @@ class FixedBasis(InputGradient):
         return projection(layout, self.basis, dtype, device, padding_mask)
 
 
-_EXACT = ExactProduct()
-
-
 @dataclass(frozen=True)
 class BackwardPlan:
     """How a layer runs its backward pass.
@@ -137,7 +135,7 @@ class BackwardPlan:
 
     layout: TokenLayout | None = None
     weight_basis: BasisSet | None = None
-    input_gradient: InputGradient = _EXACT
+    input_gradient: InputGradient = field(default_factory=ExactProduct)
     padding_mask: Tensor | None = None
 
     @property

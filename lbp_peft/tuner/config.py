@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 from peft.config import PeftConfig
@@ -353,7 +353,7 @@ class LBPWHTConfig(PeftConfig):
             if rank is not None or not or_none:
                 self._check_rank(f"{name}[{show(pattern)}]", rank, or_none, has_limit)
 
-    def _check_rank(self, name: str, rank: Any, or_none: str = "", has_limit: bool = True) -> None:
+    def _check_rank(self, name: str, rank: object, or_none: str = "", has_limit: bool = True) -> None:
         """Check a rank, which is at most the number of functions of a block if it has a limit."""
         full = self.block_size**2
         if not has_limit and not (_is_int(rank) and rank >= 1):
@@ -373,7 +373,7 @@ class LBPWHTConfig(PeftConfig):
                 raise ValueError(f"{name} must be an int of at least 0, got {show(number)}.")
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -382,11 +382,11 @@ def _as_int(value: Any) -> Any:
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
 
-def _is_one_of(value: Any, allowed: Iterable[str]) -> bool:
+def _is_one_of(value: object, allowed: Iterable[str]) -> bool:
     return isinstance(value, str) and value in allowed
 
 
-def _are_names(value: Any) -> bool:
+def _are_names(value: object) -> bool:
     return isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) and name for name in value)
 
 

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
-from ..encoder import encoder_linears, is_pointwise_conv, is_transposed_linear
+from ..encoder import encoder_linears
 from ..formats.products import forget
+from ..layer_types import layer_type_of
 from ..layout import LayoutFinder
 from ..ops.adaptive import AdaptiveBasis
 from ..ops.plan import ExactProduct, FixedBasis, InputGradient
 from .config import LBPWHTConfig
 from .layers.base import BackwardRule, LBPWHTLayer
 from .layers.calling import has_own_forward, onloaded
-from .layers.conv1d import LBPWHTTransposedLinear
-from .layers.conv1x1 import LBPWHTPointwiseConv
 from .layers.linear import LBPWHTLinear
 from .patches.activation_patch import compress_activations
 from .patches.attention_patch import patch_attention
@@ -84,7 +83,7 @@ def create_and_replace(
     target_name: str,
     parent: nn.Module,
     current_key: str,
-    **_: Any,
+    **_: object,
 ) -> None:
     """Give one layer an adapter: in its place if nobody else has to do with it, inside it otherwise."""
     rank = _rank_of_layer(config.rank_pattern, config.r, current_key)
@@ -115,7 +114,7 @@ def create_and_replace(
         finder = layout_finder(tuner.model)
         train, inference = config.train_base_weight, config.inference_mode
         with onloaded(target):  # the adapter's weights go to the device of the target's
-            layer = _layer_class(target)(target, finder, current_key, adapter_name, rule, train, inference)
+            layer = _adapting_class(target)(target, finder, current_key, adapter_name, rule, train, inference)
             if adapter_name not in tuner.active_adapters:  # an additional adapter is not trained until it is activated
                 layer.requires_grad_(False)
             tuner._replace_module(parent, target_name, layer, target)
@@ -135,10 +134,9 @@ def _input_gradient(config: LBPWHTConfig, rank: int | None) -> InputGradient:
     return FixedBasis(basis, precision=precision)
 
 
-def _layer_class(target: nn.Module) -> type[LBPWHTLinear]:
-    if is_pointwise_conv(target):
-        return LBPWHTPointwiseConv
-    return LBPWHTTransposedLinear if is_transposed_linear(target) else LBPWHTLinear
+def _adapting_class(target: nn.Module) -> type[LBPWHTLinear]:
+    layer_type = layer_type_of(target)
+    return LBPWHTLinear if layer_type is None else layer_type.adapting_class  # None: quantised
 
 
 def detach_all(model: nn.Module) -> set[LayoutFinder]:

@@ -213,7 +213,8 @@ class LBPWHTModel(BaseTuner):
             adapters: Names of adapters that have weights of their own.
             weights: One for each, of any sign.
             adapter_name: Of the new adapter.
-            combination_type: "linear", the default, and the only one.
+            *args: `combination_type`: "linear", the default, and the only one.
+            **kwargs: The same by name.
 
         Raises:
             ValueError: a name is unknown or taken, an adapter has no weights (train_base_weight=False), the numbers of

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 from numbers import Real
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
@@ -21,7 +21,7 @@ from .validation.patterns import show
 
 def add_weighted_adapter(
     tuner: BaseTuner,
-    configs: Any,
+    configs: MutableMapping[str, LBPWHTConfig],
     adapters: list[str],
     weights: list[float],
     adapter_name: str,
@@ -88,7 +88,9 @@ def _factors(adapters: list[str], weights: list[float]) -> list[tuple[str, float
     return [(name, float(weight)) for name, weight in zip(adapters, weights, strict=True)]
 
 
-def _check_adapters(tuner: BaseTuner, configs: Any, adapters: list[str], adapter_name: str) -> None:
+def _check_adapters(
+    tuner: BaseTuner, configs: Mapping[str, LBPWHTConfig], adapters: list[str], adapter_name: str
+) -> None:
     for name in adapters:
         if name not in configs:
             beneath = f" {name!r} is beneath them." if name in tuner.peft_config else ""

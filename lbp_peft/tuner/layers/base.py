@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ...bases.basis_set import BasisSet, LayoutError, TokenLayout
-from ...bounded import BoundedCache
+from ...bounded import BoundedCache, ScratchCache
 from ...formats.products import AUTO, FULL
 from ...heuristics import adaptive_basis_pays, faster_formats, fastest_precision, low_rank_pays
 from ...instructions import product_dtype
@@ -72,6 +72,15 @@ class BackwardPass:
     known_by: str = ""
 
 
+class _MadePlan(NamedTuple):
+    """A plan as a layer remembers it: making it takes longer than a small product, and most calls are alike."""
+
+    plan: BackwardPlan | None
+    ran: BackwardPass | None
+    rule: BackwardRule
+    record: LayoutRecord
+
+
 class LBPWHTLayer(BaseTunerLayer):
     """A layer with adapters, each of which has a rule for the layer's backward pass.
 
@@ -98,6 +107,7 @@ class LBPWHTLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._why_not_token_wise: BoundedCache[Hashable, str] = BoundedCache(16)
+        self._plans: ScratchCache[Hashable, _MadePlan] = ScratchCache(16)
 
     # How to run the backward pass
 
@@ -119,27 +129,47 @@ class LBPWHTLayer(BaseTunerLayer):
         self.finder.note_call(self.layer_name, x, self._channels_axis(x))
 
     def _choose_rule(self, x: Tensor) -> BackwardRule | None:
-        rules = set(self.rules_in_effect())
+        rules = self.rules_in_effect()
         if rules and in_forward_mode():
             why = "forward-mode differentiation (torch.func.jvp, jacfwd, hessian) has no backward pass"
             self._fall_back(x, why, "Use lbp_peft.exact_backward(model) or model.eval() to silence this.", cause=why)
             return None
         if len(rules) > 1:
-            rules = {replace(rule, compress=False) for rule in rules}  # that concerns other layers than this one
+            rules = list({replace(rule, compress=False) for rule in rules})  # that concerns other layers than this one
         if len(rules) > 1:
             why = f"the active adapters {', '.join(self.active_adapters)} ask for different ranks or layouts"
             self._fall_back(x, why, "Give them equal settings, or activate one at a time.", cause="rules")
             return None
-        return rules.pop() if rules else None
+        return rules[0] if rules else None
 
     def _plan(self, x: Tensor, base: nn.Module, train_weight: bool, rule: BackwardRule) -> BackwardPlan | None:
         """The plan of the backward pass; None if it has to be exact, or if nothing is gained otherwise."""
-        self._warn_of_slow_dtype(x)
         record = self.finder.record(self.layer_name, x, self._channels_axis(x))
+        if torch.compiler.is_compiling():
+            return self._plan_for(x, base, train_weight, rule, record)
+        if record.text or in_transform():  # the plan depends on the attention mask of the pass, or on the transform
+            return self._make_plan(x, base, train_weight, rule, record).plan
+        # All that a plan depends on. Rules and records are immutable, and the entry keeps them alive, so that no other
+        # one can have the same id.
+        key = (
+            x.shape, x.dtype, x.device, x.requires_grad, _dtype_of_layer(x), self._channels_axis(x),
+            train_weight, self._trains_whole_weight(base), base.weight.shape, id(rule), id(record),
+        )  # fmt: skip
+        made = self._plans.get(key)
+        if made is None:
+            made = self._plans[key] = self._make_plan(x, base, train_weight, rule, record)
+        elif self.last_backward is not made.ran:
+            self.last_backward = made.ran
+        return made.plan
+
+    def _make_plan(
+        self, x: Tensor, base: nn.Module, train_weight: bool, rule: BackwardRule, record: LayoutRecord
+    ) -> _MadePlan:
+        self._warn_of_slow_dtype(x)
         plan = self._plan_for(x, base, train_weight, rule, record)
-        if not torch.compiler.is_compiling() and (ran := self.last_backward) is not None:
+        if (ran := self.last_backward) is not None:
             self.last_backward = replace(ran, known_by=_known_by(record, rule, ran))
-        return plan
+        return _MadePlan(plan, self.last_backward, rule, record)
 
     def _plan_for(
         self, x: Tensor, base: nn.Module, train_weight: bool, rule: BackwardRule, record: LayoutRecord

@@ -7,7 +7,7 @@ if their weights are offloaded, they must be called nevertheless.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,14 +39,14 @@ def has_hooks(module: nn.Module) -> bool:
         module._backward_pre_hooks,
         module._backward_hooks,
     )
-    of_all: tuple[dict[int, Any], ...] = (_before_all, _after_all, _before_all_backward, _after_all_backward)
+    of_all: tuple[Mapping[int, object], ...] = (_before_all, _after_all, _before_all_backward, _after_all_backward)
     if not (any(own) or any(of_all)):  # nearly always
         return False
     only_bring = all(_all_from(_ONLY_BRING_PARAMETERS, hooks) for hooks in own)
     return not (only_bring and all(_all_from(_ONLY_NOTE, hooks) for hooks in of_all))
 
 
-def _all_from(package: str, hooks: dict[int, Any]) -> bool:
+def _all_from(package: str, hooks: Mapping[int, object]) -> bool:
     return all((getattr(hook, "__module__", None) or "").startswith(package) for hook in hooks.values())
 
 
@@ -83,14 +83,14 @@ def _is_trained_offloaded(module: nn.Module) -> bool:
     return is_offloaded(module) and any(p.requires_grad for p in module.parameters(recurse=False))
 
 
-def call_with(module: nn.Module, forward: Callable[..., Any], x: Tensor) -> Any:
+def call_with(module: nn.Module, forward: Callable[..., Tensor], x: Tensor) -> Tensor:
     """Call a module with another forward method; its hooks and accelerate's wrapper run around that method."""
     with forward_replaced(module, forward):
         return module(x)
 
 
 @contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
     """Replace a module's forward method within the block, for calls from this thread only."""
     attributes = vars(module)
     name = "_old_forward" if "_old_forward" in attributes else "forward"  # what accelerate's wrapper calls
@@ -120,7 +120,7 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator
 _lock = threading.Lock()
 
 
-def eagerly(function: Callable[..., Any], *args: Any) -> Any:
+def eagerly(function: Callable[..., Tensor], *args: object) -> Tensor:
     """Call a function outside any graph that is being compiled."""
     return torch.compiler.disable(function)(*args) if torch.compiler.is_compiling() else function(*args)
 
@@ -135,13 +135,13 @@ class _StandIn:
         users: The number of replacements in force.
     """
 
-    def __init__(self, module: nn.Module, replaced: Callable[..., Any] | None):
+    def __init__(self, module: nn.Module, replaced: Callable[..., Tensor] | None):
         self.module = module
         self.replaced = replaced
-        self.forwards: dict[int, Callable[..., Any]] = {}
+        self.forwards: dict[int, Callable[..., Tensor]] = {}
         self.users = 0
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         forward = self.forwards.get(threading.get_ident()) or self.replaced
         if forward is None:
             return type(self.module).forward(self.module, *args, **kwargs)

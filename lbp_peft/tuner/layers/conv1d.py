@@ -6,21 +6,25 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from ...encoder import is_transposed_linear
+from ...layer_types import register_layer_type, runs_forward_of
 from ...ops.plan import BackwardPlan
 from .linear import LBPWHTLinear
 
 
+def is_transposed_linear(module: nn.Module) -> bool:
+    """Whether a module computes x W + b: transformers' `Conv1D`, a linear layer with its weight as (C_in, C_out)."""
+    return runs_forward_of(module, Conv1D)
+
+
+@register_layer_type("transformers' Conv1D", is_transposed_linear)
 class LBPWHTTransposedLinear(LBPWHTLinear):
     """`transformers.pytorch_utils.Conv1D` with LBP-WHT adapters: see [`LBPWHTLinear`]."""
 
     def __init__(self, base_layer: nn.Module, *args: Any, **kwargs: Any):
         super().__init__(base_layer, *args, **kwargs)
         self.nx, self.nf = self.in_features, self.out_features
-
-    def _is_plain(self, base: nn.Module) -> bool:
-        return is_transposed_linear(base)
 
     def _num_features(self, base: Any) -> tuple[int, int]:
         return tuple(base.weight.shape)

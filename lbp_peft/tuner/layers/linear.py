@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ...encoder import is_plain_linear
+from ...layer_types import LayerType, is_plain_linear, register_layer_type
 from ...layout import LayoutFinder
 from ...ops.linear import low_rank_linear
 from ...ops.plan import BackwardPlan
@@ -31,6 +31,7 @@ from .calling import (
 )
 
 
+@register_layer_type("torch.nn.Linear", is_plain_linear)
 class LBPWHTLinear(nn.Module, LBPWHTLayer):
     """`nn.Linear` with LBP-WHT adapters. An adapter's weight is a full copy of the base weight, trained; the base stays
     intact.
@@ -39,10 +40,14 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
         base_layer: The adapted layer.
         finder: Knows where tokens lie; shared by all layers of the model.
         layer_name: Of the layer in the model, for messages.
-        adapter_name, rule, train_base_weight, inference_mode: The first adapter, see [`update_layer`].
+        adapter_name: The first adapter.
+        rule: Its backward pass.
+        train_base_weight: Whether it trains a copy of the weight and the bias.
+        inference_mode: Whether it is frozen.
     """
 
     adapter_layer_names = ("lbpwht_weight", "lbpwht_bias")
+    layer_type: ClassVar[LayerType]
 
     def __init__(
         self,
@@ -95,7 +100,7 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
             return self._compute(x, rule)
 
     def _compute(self, x: Tensor, rule: BackwardRule | None) -> Tensor:
-        if not self._is_plain(self.get_base_layer()) or has_own_forward(self.base_layer):
+        if not self.layer_type.matches(self.get_base_layer()) or has_own_forward(self.base_layer):
             return self._run_base_layer(x, rule)
         if not has_to_be_called(self.base_layer):
             return self._multiply_adapted(rule, x)
@@ -161,8 +166,8 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
                 "that they are trained on."
             )
 
-    def _is_plain(self, base: nn.Module) -> bool:
-        return is_plain_linear(base)
+    def _channels_axis(self, x: Tensor) -> int:
+        return self.layer_type.channels_axis
 
     def _num_features(self, base: Any) -> tuple[int, int]:
         return base.in_features, base.out_features
@@ -328,7 +333,7 @@ def weighted_sum_of_changes(base: Tensor, adapted: list[tuple[Tensor, float]]) -
 
 
 @torch.no_grad()
-def _restore(base: Any, stash: Any, merged: Any, copy: Tensor) -> None:
+def _restore(base: Tensor, stash: Any, merged: Any, copy: Tensor) -> None:
     """Put the stash back into a parameter; what it differs by from what was merged goes to the adapter's copy."""
     if base.dtype == stash.dtype and not torch.equal(base, merged):
         copy += (base - merged).to(copy)

@@ -14,8 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ...bases.basis_set import TokenLayout
-from ...encoder import is_plain_linear, is_pointwise_conv
 from ...formats.products import FULL
+from ...layer_types import is_plain_linear, layer_type_of
 from ...layout import LayoutFinder
 from ...ops.linear import Branch, low_rank_linear
 from ...ops.plan import BackwardPlan, ExactProduct
@@ -76,7 +76,8 @@ class LBPWHTStacked(nn.Module, ForwardPatch, LBPWHTLayer):
         """The host's forward pass."""
         plain = type(host).plain_class.forward
         base = self._base_layer(host)
-        self._on_images = is_pointwise_conv(base)
+        layer_type = layer_type_of(base)
+        self._on_images = layer_type is not None and layer_type.channels_axis == 1
         if self.disable_adapters or args or kwargs:
             self._note_call(x)
             return plain(host, x, *args, **kwargs)
@@ -131,11 +132,11 @@ class LBPWHTStacked(nn.Module, ForwardPatch, LBPWHTLayer):
 
 
 def _is_trained(host: nn.Module) -> bool:
-    """FSDP1 puts plain tensors in the place of parameters while a layer runs."""
-    in_their_place = [
-        value for module in host.modules() for value in vars(module).values() if isinstance(value, Tensor)
-    ]
-    return any(tensor.requires_grad for tensor in [*host.parameters(), *in_their_place])
+    if any(parameter.requires_grad for parameter in host.parameters()):
+        return True
+    # FSDP1 puts plain tensors in the place of parameters while a layer runs.
+    attributes = (value for module in host.modules() for value in vars(module).values())
+    return any(isinstance(value, Tensor) and value.requires_grad for value in attributes)
 
 
 class _ChannelsLast(nn.Module):
@@ -152,7 +153,7 @@ class _ChannelsLast(nn.Module):
         return self.layer(x.movedim(-1, 1)).movedim(1, -1)
 
 
-def _adapters_in_use(host: Any) -> tuple:
+def _adapters_in_use(host: object) -> tuple[str, ...]:
     """The adapters that a host computes with. Merging changes its weights without their version counters."""
     names = ("active_adapters", "disable_adapters", "merged_adapters")
     return tuple(str(getattr(host, name, None)) for name in names)

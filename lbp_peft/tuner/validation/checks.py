@@ -6,7 +6,6 @@ import copy
 import itertools
 import re
 import warnings
-from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -15,7 +14,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from ...encoder import is_supported
+from ...layer_types import described_layer_types, layer_type_of
 from ..compat.wrappers import without_wrappers
 from ..config import LBPWHTConfig
 from ..layers.base import LBPWHTLayer
@@ -44,14 +43,12 @@ def check_targets(targets: list[tuple[str, nn.Module]], train_base_weight: bool,
             )
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
         quantised = _is_quantised(base)
-        if not quantised and not is_supported(base):
-            what = type(base).__name__
-            if isinstance(base, (nn.Conv1d, nn.Conv2d)):
-                what += f" (kernel {base.kernel_size}, stride {base.stride}, groups {base.groups})"
+        if not quantised and layer_type_of(base) is None:
+            settings = f" ({base.extra_repr()})" if base.extra_repr() else ""
             raise TypeError(
-                f"Target module {name} is of type {what}, which LBP-WHT does not support. Supported are "
-                "torch.nn.Linear, transformers' Conv1D, and torch.nn.Conv1d and Conv2d with kernel 1, stride 1 and one "
-                "group. Leave it out of target_modules, or name it in exclude_modules."
+                f"Target module {name} is of type {type(base).__name__}{settings}, which LBP-WHT does not support. "
+                f"Supported are {described_layer_types()}. Leave it out of target_modules, or name it in "
+                "exclude_modules."
             )
         if quantised and train_base_weight:
             raise ValueError(
@@ -173,7 +170,7 @@ def is_adapted_linear(module: nn.Module) -> bool:
     if not isinstance(module, BaseTunerLayer) or isinstance(module, LBPWHTLayer):
         return False
     base = module.get_base_layer()
-    return is_supported(base) or _is_quantised(base)
+    return layer_type_of(base) is not None or _is_quantised(base)
 
 
 def adapter_keys(model: nn.Module, adapter_name: str) -> set[str]:
@@ -232,12 +229,13 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
 
 def _is_untrained(model: nn.Module, adapter_name: str) -> bool:
     """Whether an adapter's weights are still those of the base model, so that nothing is lost with them."""
-    pairs: list[tuple[Any, Any]] = []
+    pairs: list[tuple[Tensor, Tensor]] = []
     for module in model.modules():
         if isinstance(module, LBPWHTLinear):
             weight, bias = module._base_parameters()
             pairs += [(module.lbpwht_weight[adapter_name], weight)] if adapter_name in module.lbpwht_weight else []
-            pairs += [(module.lbpwht_bias[adapter_name], bias)] if adapter_name in module.lbpwht_bias else []
+            if bias is not None and adapter_name in module.lbpwht_bias:
+                pairs.append((module.lbpwht_bias[adapter_name], bias))
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             copy, original = module.modules_to_save[adapter_name], module.original_module
             pairs += zip(copy.parameters(), original.parameters(), strict=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Any
 
 from torch import nn
 
@@ -21,7 +20,7 @@ _OF_TASKS = {
 }
 
 
-def check_adapter_name(name: Any, field: str) -> None:
+def check_adapter_name(name: object, field: str) -> None:
     """Refuse names that are unsafe for a folder: PEFT saves an adapter in a folder of its name and splits keys at dots.
 
     Args:
@@ -53,7 +52,7 @@ def is_free_in_dictionaries(name: str) -> bool:
     return bool(name) and "." not in name and not taken
 
 
-def is_module_name(name: Any) -> bool:
+def is_module_name(name: object) -> bool:
     """Whether `name` can be a module's name or the end of one. PEFT reads some of these as regular expressions."""
     return isinstance(name, str) and re.fullmatch(r"[\w.\-]+", name) is not None
 

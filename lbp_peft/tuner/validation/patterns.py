@@ -25,7 +25,7 @@ _MAX_STEPS = 1_000_000  # for one name; a name takes about ten milliseconds then
 _REPEATS = {constants.MAX_REPEAT, constants.MIN_REPEAT, getattr(constants, "POSSESSIVE_REPEAT", None)}
 
 
-def check_pattern(field: str, pattern: Any, template: str = "{}") -> None:
+def check_pattern(field: str, pattern: object, template: str = "{}") -> None:
     """Refuse values that are not regular expressions, and expressions that could take forever to match.
 
     Args:
@@ -55,7 +55,7 @@ def check_pattern(field: str, pattern: Any, template: str = "{}") -> None:
         )
 
 
-def show(value: Any) -> str:
+def show(value: object) -> str:
     """A value as text for a message, shortened if it is long."""
     short = reprlib.Repr()
     short.maxstring = short.maxother = short.maxlong = 200

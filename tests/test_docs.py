@@ -1,0 +1,71 @@
+"""The documentation: its links lead somewhere, and the tutorial's notebooks run and show their results."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "docs" / "tutorial").glob("*.ipynb"))
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *NOTEBOOKS])
+
+
+def cells(notebook: Path, kind: str) -> list[dict]:
+    return [cell for cell in json.loads(notebook.read_text())["cells"] if cell["cell_type"] == kind]
+
+
+def prose(page: Path) -> str:
+    """The page's Markdown without its blocks of code."""
+    if page.suffix == ".ipynb":
+        text = "\n\n".join("".join(cell["source"]) for cell in cells(page, "markdown"))
+    else:
+        text = page.read_text()
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors that GitHub and the site make of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), flags=re.MULTILINE)
+    plain = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading).lower() for heading in headings]
+    return {re.sub(r"[^\w\- ]", "", heading).strip().replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_relative_links_lead_to_a_file_and_a_heading(page):
+    broken = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists() or (anchor and anchor not in anchors(file)):
+            broken.append(target)
+    assert not broken
+
+
+def test_there_are_three_numbered_notebooks():
+    assert [notebook.name[:2] for notebook in NOTEBOOKS] == ["1-", "2-", "3-"]
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_notebooks_run(notebook, monkeypatch, tmp_path):
+    pytest.importorskip("sklearn", reason="the notebooks' digits need scikit-learn")
+    matplotlib = pytest.importorskip("matplotlib", reason="the notebooks draw with Matplotlib")
+    matplotlib.use("Agg")
+    monkeypatch.chdir(tmp_path)
+    names = {"__name__": "notebook"}
+    for number, cell in enumerate(cells(notebook, "code")):
+        exec(compile("".join(cell["source"]), f"{notebook.name}, code cell {number}", "exec"), names)
+    matplotlib.pyplot.close("all")
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_notebooks_are_stored_with_what_they_print_and_draw(notebook):
+    """The site shows the stored outputs and runs nothing."""
+    for cell in cells(notebook, "code"):
+        source, outputs = "".join(cell["source"]), cell["outputs"]
+        if re.search(r"^ *print\(", source, flags=re.MULTILINE):
+            assert any(output.get("name") == "stdout" for output in outputs), source
+        assert source.count("plt.show()") == sum("image/png" in output.get("data", {}) for output in outputs), source
+        assert not any(output.get("name") == "stderr" or output["output_type"] == "error" for output in outputs)
