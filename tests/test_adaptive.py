@@ -1,7 +1,7 @@
 """Input gradients in a basis that is fitted to each image's own gradient."""
 
-import contextlib
 import copy
+from dataclasses import replace
 
 import pytest
 import reference
@@ -17,6 +17,7 @@ from lbp_peft import (
     BackwardPlan,
     BasisSet,
     Branch,
+    ExactProduct,
     LBPWHTConfig,
     TokenLayout,
     layout_report,
@@ -311,10 +312,6 @@ def exact_gradients(model, x):
 
 
 def exact_rule(rule):
-    from dataclasses import replace
-
-    from lbp_peft import ExactProduct
-
     return replace(rule, input_gradient=ExactProduct())
 
 
@@ -383,8 +380,7 @@ def test_narrow_layers_are_left_exact():
     assert adaptive_basis_pays(197, 32, 768, 768) and adaptive_basis_pays(197, 32, 768, 3072)
     assert not adaptive_basis_pays(197, 32, 96, 96) and not adaptive_basis_pays(40, 32, 768, 768)
     model = adapted(grad_input_rank=12)
-    with contextlib.suppress(ValueError):
-        forward(model, images()).sum().backward()
+    forward(model, images()).sum().backward()
     assert {ran.kept_for_input for ran in layout_report(model).layers.values()} == {65}
 
 
