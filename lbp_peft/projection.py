@@ -10,6 +10,7 @@ from torch import Tensor
 
 from . import kernels
 from .bases.basis_set import BasisSet, TokenLayout, bases_along, check_side, grid_bases, num_bases
+from .bases.packed import PackedLayout
 from .bounded import BoundedCache
 from .heuristics import one_matrix_pays, two_images_at_once_pay
 from .instructions import product_dtype
@@ -27,6 +28,8 @@ def num_kept(layout: TokenLayout, bases: BasisSet | None) -> int:
     """
     if bases is None:
         return layout.num_tokens
+    if isinstance(layout, PackedLayout):
+        return sum(num_kept(part, bases) for part in layout.parts)
     for side in layout.grid:
         check_side(side, bases_along(layout.grid, bases).block_size, bases.boundary)
     on_grid = _num_bases(*layout.grid, bases.r, bases.block_size, bases.selection, bases.boundary)
@@ -432,6 +435,10 @@ def projection(
     kept = num_kept(layout, bases)
     if kept == layout.num_tokens:
         return None
+    if isinstance(layout, PackedLayout):
+        from .packed_projection import PackedProjection  # which makes projections, too
+
+        return PackedProjection(layout, bases, dtype, device, padding)
     if not kernels.IN_USE and product_dtype(dtype, device) != dtype:
         return InFloat32(layout, bases, dtype, device, padding)
     by_axis_is_larger = _functions_outnumber_tokens(

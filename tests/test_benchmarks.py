@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import input_gradients, methods, projections, single_layers, training_step
+from benchmarks import input_gradients, methods, projections, single_layers, tracing_cost, training_step
 from benchmarks.floors import Rates, Work, measure_rates
 from benchmarks.methods import NotAvailable, adapted, default_methods, words
 from benchmarks.models import MODELS, Model
@@ -303,3 +303,13 @@ def test_projections(tmp_path, capsys, monkeypatch):
     ]  # fmt: skip
     assert all(row["project_ratio"][0] > 0 and row["chosen"] == "one matrix" for row in rows)
     assert "one matrix ms" in capsys.readouterr().out
+
+
+def test_tracing_cost(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny", TINY)
+    output = tmp_path / "tracing_cost.json"
+    small = ["--models", "tiny", "--batch-size", "2", "--rounds", "3", "--device", "cpu"]
+    tracing_cost.main([*small, "--output", str(output)])
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["traced_forward_ratio"][1] > 1 > row["look_ups_of_step"][1] > 0
+    assert "traced / forward" in capsys.readouterr().out

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..bases.basis_set import TokenLayout
+from ..bases.packed import PackedLayout
 from ..layout import LayoutFinder
 from .layers.base import BackwardPass, LBPWHTLayer
 
@@ -42,11 +44,18 @@ class LayoutReport:
 def _row(name: str, ran: BackwardPass | None) -> tuple[str, ...]:
     if ran is None:
         return (name, *["-"] * 7, "not called in training mode yet")
-    grid = f"{ran.layout.grid[0]} x {ran.layout.grid[1]}" if ran.layout else "-"
+    grid = _words_for_grids(ran.layout) if ran.layout else "-"
     outside = str(ran.layout.num_outside) if ran.layout else "-"
     kept = [str(ran.kept_for_weight), str(ran.kept_for_input)] if not ran.why_exact else ["-", "-"]
     how = f"exact: {ran.why_exact}" if ran.why_exact else "low-rank"
     return (name, grid, ran.known_by or "-", outside, str(ran.num_tokens), *kept, ran.precision, how)
+
+
+def _words_for_grids(layout: TokenLayout) -> str:
+    """The grids of a layout, such as "8 x 12" or "8 x 12, 4 x 8"; of many, the first ones."""
+    grids = layout.grids if isinstance(layout, PackedLayout) else (layout.grid,)
+    shown = ", ".join(f"{height} x {width}" for height, width in grids[:3])
+    return shown if len(grids) <= 3 else f"{shown} and {len(grids) - 3} more"
 
 
 def layout_report(model: nn.Module) -> LayoutReport:
