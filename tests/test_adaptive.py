@@ -23,6 +23,7 @@ from lbp_peft import (
     layout_report,
     low_rank_linear,
 )
+from lbp_peft.bases.packed import PackedLayout
 from lbp_peft.formats.products import Precision
 from lbp_peft.heuristics import adaptive_basis_pays
 from lbp_peft.ops.adaptive import orthonormal_rows, sign_matrix
@@ -241,6 +242,14 @@ def test_padding_is_left_out_and_a_loss_that_depends_on_it_is_refused():
     found = input_gradient(x, weight, grad, given)
     assert not found[mask].any()
     assert relative(found, input_gradient(x, weight, grad, plan(3))) < 1e-12
+
+
+def test_images_of_several_sizes_in_one_sequence_are_exact():
+    x, weight, grad = problem(batch=1)
+    layout = PackedLayout.of((TokenLayout((3, 4)), TokenLayout((2, 3), 2)))
+    given = plan(3, layout)
+    assert torch.equal(input_gradient(x, weight, grad, given), grad @ weight)
+    assert given.input_gradient.num_coefficients(layout) == 20
 
 
 def test_a_second_derivative_is_refused():

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from ..bases.basis_set import TokenLayout
+from ..bases.packed import PackedLayout
 from ..bounded import BoundedCache
 from ..formats.products import without_autocast
 from ..instructions import product_dtype
@@ -52,6 +53,8 @@ class AdaptiveBasis(InputGradient):
     No layout is needed. Where it is known, tokens outside the grid ([CLS], registers) and padding are left out of the
     fit: the former get an exact input gradient, the latter none.
 
+    Images of several sizes that are packed into one sequence have exact input gradients.
+
     Attributes:
         rank: k, the number of rows of Q for each image. Where it is not below the number of tokens that are fitted, dx
             is exact.
@@ -67,6 +70,8 @@ class AdaptiveBasis(InputGradient):
     uses_layout = True
 
     def num_coefficients(self, layout: TokenLayout) -> int:
+        if isinstance(layout, PackedLayout):
+            return layout.num_tokens
         return min(self.rank + layout.num_outside, layout.num_tokens)
 
     def num_coefficients_of(self, num_tokens: int) -> int:
@@ -74,7 +79,9 @@ class AdaptiveBasis(InputGradient):
 
     def projection(
         self, layout: TokenLayout | None, dtype: torch.dtype, device: torch.device, padding_mask: Tensor | None
-    ) -> RangeFinder:
+    ) -> RangeFinder | None:
+        if isinstance(layout, PackedLayout):
+            return None
         return RangeFinder(self.rank, self.energy, layout, padding_mask)
 
 
