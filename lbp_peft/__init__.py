@@ -10,12 +10,15 @@ Importing the package registers the method with PEFT:
 
 from . import measure, tuner  # importing tuner registers the method
 from .bases.basis_set import BasisSet, LayoutError, TokenLayout
+from .callback import LBPWHTCallback
 from .formats.products import Precision
 from .layer_types import LayerType, register_layer_type
 from .layout import GridMismatchError
+from .measure.gradients import GradientQuality, gradient_quality
 from .ops.adaptive import AdaptiveBasis
 from .ops.linear import Branch, low_rank_linear
 from .ops.plan import BackwardPlan, ExactProduct, FixedBasis, InputGradient
+from .recommendation import BudgetError, Candidate, Recommendation, recommend
 from .tuner.config import LBPWHTConfig
 from .tuner.layers.base import LBPWHTLayer
 from .tuner.layers.linear import LBPWHTLinear
@@ -30,10 +33,14 @@ __all__ = [
     "BackwardPlan",
     "BasisSet",
     "Branch",
+    "BudgetError",
+    "Candidate",
     "ExactProduct",
     "FixedBasis",
+    "GradientQuality",
     "GridMismatchError",
     "InputGradient",
+    "LBPWHTCallback",
     "LBPWHTConfig",
     "LBPWHTLayer",
     "LBPWHTLinear",
@@ -43,11 +50,14 @@ __all__ = [
     "LayoutError",
     "LayoutReport",
     "Precision",
+    "Recommendation",
     "TokenLayout",
     "exact_backward",
+    "gradient_quality",
     "layout_report",
     "low_rank_linear",
     "measure",
+    "recommend",
     "register_layer_type",
     "tuner",
     "verify_layout",

@@ -14,15 +14,13 @@ from benchmarks import input_gradients, methods, projections, single_layers, tra
 from benchmarks.floors import Rates, Work, measure_rates
 from benchmarks.methods import NotAvailable, adapted, default_methods, words
 from benchmarks.models import MODELS, Model
-from benchmarks.peak_memory import allocated
-from common.timing import interleaved, quartiles, ratios, rounds_within
 from models import tiny_vit
 from torch import nn
 
 from lbp_peft.bases.basis_set import TokenLayout
 from lbp_peft.measure import multiply_adds
-from lbp_peft.tuner.patches.activation_patch import LBPWHTCompressed
-from lbp_peft.tuner.patches.forward_patch import PATCH_ATTR
+from lbp_peft.measure.memory import allocated
+from lbp_peft.measure.timing import interleaved, quartiles, ratios, rounds_within
 
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 CPU = torch.device("cpu")
@@ -282,12 +280,9 @@ def _half_of_it():
     counted.total //= 2
 
 
-@pytest.mark.parametrize(("word", "number"), [("norms-only", 2 * 2), ("functions-only", 2)])
-def test_one_kind_of_compressed_activations_alone(word, number):
-    model = adapted(tiny_vit(), f"lbp-wht:r=3,compress_activations=int8+{word}", ["classifier"])
-    hosts = [module for module in model.modules() if isinstance(getattr(module, PATCH_ATTR, None), LBPWHTCompressed)]
-    assert len(hosts) == number
-    assert all(isinstance(host, torch.nn.LayerNorm) == (word == "norms-only") for host in hosts)
+def test_several_words_are_joined_by_a_slash():
+    model = adapted(tiny_vit(), "lbp-wht:r=3,compress_activations=norm/activation", ["classifier"])
+    assert model.active_peft_config.compress_activations == ("activation", "norm")
 
 
 def test_projections(tmp_path, capsys, monkeypatch):

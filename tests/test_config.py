@@ -187,7 +187,7 @@ def test_defaults_survive_json(tmp_path):
     ({"stack_on": PeftConfig(peft_type="LORA")}, r"stack_on\['default'\] must be a LoraConfig for the peft_type LORA"),
     ({"selection": ["lp_l1"]}, "selection must be one of"),
     ({"boundary": None}, "boundary must be one of"),
-    ({"compress_activations": True}, 'compress_activations must be "int8" or None, got True'),
+    ({"compress_activations": True}, 'compress_activations must be "all", some of activation, norm, attention, proj'),
     ({"base_model_name_or_path": 5}, "base_model_name_or_path must be a string or None, got 5"),
     ({"peft_version": ["0.21.0"]}, r"peft_version must be a string or None, got \['0.21.0'\]"),
     ({"peft_type": "LORA"}, "The peft_type of an LBPWHTConfig is LBPWHT, got 'LORA'"),

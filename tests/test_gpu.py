@@ -99,7 +99,7 @@ def test_low_precision_stays_near(precision, bound, rotation, with_kernels):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("settings", [{}, {"grad_input_rank": 6}, {"compress_activations": "int8"}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"grad_input_rank": 6}, {"compress_activations": "all"}], ids=str)
 def test_autocast_stays_near(dtype, settings, with_kernels):
     model, x = adapted(**settings).cuda(), images(3).cuda()
     expected = gradients(model, x)

@@ -23,14 +23,13 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.timing import interleaved, now, quartiles
-
-from benchmarks.environment import environment, in_words, write_record
 from benchmarks.floors import measure_rates
 from benchmarks.tables import aligned, number
 from lbp_peft import kernels
 from lbp_peft.bases.basis_set import BasisSet, TokenLayout
+from lbp_peft.environment import environment, in_words, write_record
 from lbp_peft.formats.products import rotated, rounded
+from lbp_peft.measure.timing import interleaved, now, quartiles
 from lbp_peft.projection import Projection
 
 DTYPES = {"bf16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

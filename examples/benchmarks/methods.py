@@ -6,7 +6,7 @@
     full+compile                           torch.compile
     lbp-wht:r=10,grad_input_dtype=int8           LBP-WHT; the settings are those of its configuration
     lora-all+lbp-wht:r=3,grad_input_rank=3      LBP-WHT put on LoRA
-    lbp-wht:compress_activations=int8+norms-only    of what is compressed, only the inputs of norms
+    lbp-wht:compress_activations=norm/activation    several words are joined by a slash
 
 To add a word, write a function from model, names of the head's modules and settings to the model, and name it in
 `WORDS`.
@@ -23,12 +23,10 @@ import peft
 import yaml
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
 
 from lbp_peft import LBPWHTConfig
 from lbp_peft.encoder import encoder_linears
-from lbp_peft.tuner.patches.activation_patch import LBPWHTCompressed, is_norm
-from lbp_peft.tuner.patches.forward_patch import PATCH_ATTR, detach
+from lbp_peft.recommendation.candidates import NotApplicableError, enable_checkpointing
 
 # Those that this version of LBP-WHT does not know are left out, see `default_methods`.
 DEFAULT_METHODS = (
@@ -45,7 +43,7 @@ DEFAULT_METHODS = (
     "lbp-wht:r=10,grad_input_dtype=int8",
     "lbp-wht:r=10,grad_input_dtype=bf16",
     "lbp-wht:r=10,grad_input_dtype=auto",
-    "lbp-wht:r=10,grad_input_dtype=auto,compress_activations=int8",
+    "lbp-wht:r=10,grad_input_dtype=auto,compress_activations=all",
     "lora-all+lbp-wht:r=3,grad_input_rank=3",
     "lora-all+lbp-wht:r=10,grad_input_basis=adaptive,grad_input_rank=24",
     "lora-all+lbp-wht:r=10,grad_input_dtype=full",
@@ -93,8 +91,13 @@ def words(method: str) -> list[tuple[str, Settings]]:
                 f"Cannot read the method {method!r}: choose from {', '.join(WORDS)}, or several of them joined by +, "
                 "with settings as in lbp-wht:r=10,grad_input_rank=3."
             )
-        result.append((word, {key: yaml.safe_load(value) for key, _, value in pairs}))
+        result.append((word, {key: setting(value) for key, _, value in pairs}))
     return result
+
+
+def setting(text: str) -> Any:
+    """The value of a setting: as YAML has it, or a list of words that are joined by a slash."""
+    return text.split("/") if "/" in text else yaml.safe_load(text)
 
 
 def default_methods() -> list[str]:
@@ -116,38 +119,15 @@ def full(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
 
 
 def checkpointing(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
-            if hasattr(module, "activation_checkpointing_enable"):  # the newer name in transformers
-                module.activation_checkpointing_enable({"use_reentrant": False})
-            else:
-                module.gradient_checkpointing_enable({"use_reentrant": False})
-            return model
-        if hasattr(module, "set_grad_checkpointing"):  # timm
-            module.set_grad_checkpointing()
-            return model
-    raise NotAvailable("the model has no gradient checkpointing")
+    try:
+        enable_checkpointing(model)
+    except NotApplicableError as error:
+        raise NotAvailable(str(error)) from error
+    return model
 
 
 def compiled(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
     model.compile(**settings)
-    return model
-
-
-def norms_only(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
-    """Compressed activations, of norms alone: what they cost, apart from what those of activation functions do."""
-    return _uncompressed(model, lambda host: not is_norm(host))
-
-
-def functions_only(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
-    """The reverse of [`norms_only`]."""
-    return _uncompressed(model, is_norm)
-
-
-def _uncompressed(model: nn.Module, condition: Callable[[nn.Module], bool]) -> nn.Module:
-    hosts = [m for m in model.modules() if isinstance(getattr(m, PATCH_ATTR, None), LBPWHTCompressed) and condition(m)]
-    for host in hosts:
-        detach(host)
     return model
 
 
@@ -214,8 +194,6 @@ WORDS: dict[str, Callable[[nn.Module, list[str], Settings], nn.Module]] = {
     "lora-fa": lora_fa,
     "velora": velora,
     "lbp-wht": lbp_wht,
-    "norms-only": norms_only,
-    "functions-only": functions_only,
     "checkpointing": checkpointing,
     "compile": compiled,
 }

@@ -24,13 +24,12 @@ from torch import nn
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.timing import interleaved, now, quartiles, ratios
-
-from benchmarks.environment import environment, in_words, write_record
 from benchmarks.models import MODELS, Model
 from benchmarks.tables import aligned, number
 from lbp_peft import LBPWHTConfig
+from lbp_peft.environment import environment, in_words, write_record
 from lbp_peft.layout import LayoutFinder
+from lbp_peft.measure.timing import interleaved, now, quartiles, ratios
 
 # The methods of a finder that run in each forward pass.
 IN_EACH_PASS = ("before", "after", "record", "padding", "is_exact")

@@ -23,14 +23,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.timing import interleaved, now, quartiles, ratios, rounds_within, touch
-
-from benchmarks.environment import environment, in_words, write_record
 from benchmarks.methods import NotAvailable, adapted, default_methods, words
 from benchmarks.models import MODELS, Batch, Model
-from benchmarks.peak_memory import allocated
 from benchmarks.tables import aligned, number
+from lbp_peft.environment import environment, in_words, write_record
 from lbp_peft.measure import multiply_adds, saved_activations
+from lbp_peft.measure.memory import allocated
+from lbp_peft.measure.timing import interleaved, now, quartiles, ratios, rounds_within, touch
 
 # What others are compared with, where it is among the methods: key in the JSON file, method, heading.
 REFERENCES = (("full", "full", "/ full"), ("lora_all", "lora-all", "/ LoRA all"), ("lora_qv", "lora-qv", "/ LoRA qv"))

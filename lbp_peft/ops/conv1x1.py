@@ -90,7 +90,7 @@ class _LowRankPointwise(torch.autograd.Function):
         with tracked_by_transforms():
             x_hat = _rows(x, state.weight_projection) if ctx.needs_input_grad[2] else None
         if x_hat is not None and state.weight_projection is not None:
-            x_hat = x_hat.to(state.plan.saved_dtype(x_hat.dtype))
+            x_hat = x_hat.to(state.plan.saved_dtype(x_hat.dtype)) if in_transform() else state.plan.to_saved(x_hat)
         ctx.save_for_backward(x_hat, weight if ctx.needs_input_grad[1] else None)
 
     @staticmethod
@@ -112,6 +112,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     g_hat: Any = None
     if needs_weight:
         g_hat = _rows(grad, weight_projection, is_gradient=True)
+        x_hat = state.plan.from_saved(x_hat, grad.dtype)
         gradients[1] = weight_grad(g_hat, x_hat).unflatten(1, (-1, *[1] * (grad.dim() - 2))).to(ctx.weight_dtype)
     if needs_x:
         matrix = weight.flatten(1)

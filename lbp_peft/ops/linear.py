@@ -164,8 +164,9 @@ def once_differentiable(gradients: Iterable[Tensor | None], are_tracked: bool = 
 
 
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    x_hat, weight, *saved = ctx.saved_tensors
+    saved_x, weight, *saved = ctx.saved_tensors
     state: _State = ctx.state
+    x_hat: Any = None if saved_x is None else state.plan.from_saved(saved_x, grad.dtype)
     plan, weight_projection = state.plan, state.weight_projection
     input_projection: Any = state.input_projection
     _, needs_x, needs_weight, needs_bias, *needs = ctx.needs_input_grad
@@ -181,7 +182,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     if needs_weight:
         gradients[1] = weight_grad(g_hat, x_hat).to(ctx.weight_dtype)
     for (own_x_hat, down, up), needed, scaling, _ in branches:
-        z_hat = x_hat if own_x_hat is None else own_x_hat
+        z_hat = x_hat if own_x_hat is None else plan.from_saved(own_x_hat, grad.dtype)
         gradients += (
             None,
             weight_grad(g_hat @ up, z_hat) * scaling if needed[1] else None,
@@ -275,7 +276,7 @@ def input_to_save(x: Tensor, projection: Projection | None, plan: BackwardPlan, 
         source: The tensor that x was cast from; None: x itself.
 
     Returns:
-        Shape (N, k, C), or (N, L, C) without a projection.
+        Shape (N, k, C), or (N, L, C) without a projection; in the form of [`BackwardPlan.to_saved`].
     """
     layout = plan.layout
     if projection is None:
@@ -283,17 +284,24 @@ def input_to_save(x: Tensor, projection: Projection | None, plan: BackwardPlan, 
     if in_transform():
         with tracked_by_transforms():
             return projection.project(as_tokens(x, layout)).to(x.dtype)
-    dtype = plan.saved_dtype(x.dtype)
     source, last = x if source is None else source, _shared.last
     # The compiler finds the common expression by itself. Inference tensors have no version counter, and those of other
     # classes, as a tracer's, no address.
     if last is None or must_be_functional() or source.is_inference() or type(source) is not Tensor:
-        return projection.project(as_tokens(x, layout)).to(dtype)
+        return plan.to_saved(projection.project(as_tokens(x, layout)))
     identity = source._version, source.data_ptr(), source.shape, source.stride()
-    key = (*identity, x.dtype, dtype, projection.layout, projection.bases, id(projection.padding))
+    key = (
+        *identity,
+        x.dtype,
+        plan.saved_dtype(x.dtype),
+        plan.saves_8_bits,
+        projection.layout,
+        projection.bases,
+        id(projection.padding),
+    )
     if last.x() is source and last.key == key and (x_hat := last.x_hat()) is not None:
         return x_hat
-    x_hat = projection.project(as_tokens(x, layout)).to(dtype)
+    x_hat = plan.to_saved(projection.project(as_tokens(x, layout)))
     last.x, last.x_hat, last.key = weakref.ref(source), weakref.ref(x_hat), key
     return x_hat
 

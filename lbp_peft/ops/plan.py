@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ..bases.basis_set import BasisSet, TokenLayout
+from ..formats.in_groups import restored_rows, rows_with_scales
 from ..formats.products import Precision, kept_dtype
 from ..projection import Projection, num_kept, projection
+from .kept import keep
 
 
 class InputProjection(Protocol):
@@ -131,12 +133,14 @@ class BackwardPlan:
         input_gradient: How the input gradient is computed; an exact product by default.
         padding_mask: Shape (N, L), bool, True where a token is padding. Padding is projected and lifted as zero, so it
             does not enter the gradients of other tokens. None: there is no padding.
+        saves_8_bits: Whether the projection of the input is saved in int8, with one scale for each row.
     """
 
     layout: TokenLayout | None = None
     weight_basis: BasisSet | None = None
     input_gradient: InputGradient = field(default_factory=ExactProduct)
     padding_mask: Tensor | None = None
+    saves_8_bits: bool = False
 
     @property
     def precision(self) -> Precision:
@@ -146,6 +150,16 @@ class BackwardPlan:
     def saved_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which the projection of an input of a dtype is saved for the weight gradient."""
         return kept_dtype(dtype, self.precision)
+
+    def to_saved(self, x_hat: Tensor) -> Tensor:
+        """A projected input, shape (N, k, C), in the form in which it is saved for the weight gradient."""
+        if self.saves_8_bits and x_hat.dtype != torch.float64:
+            return keep(rows_with_scales(x_hat))
+        return x_hat.to(self.saved_dtype(x_hat.dtype))
+
+    def from_saved(self, saved: Tensor, dtype: torch.dtype) -> Tensor:
+        """The inverse of [`to_saved`], up to rounding; `dtype` is that of the layer's input or of its gradient."""
+        return restored_rows(saved, self.saved_dtype(dtype)) if saved.dtype == torch.int8 else saved
 
     def weight_projection(self, dtype: torch.dtype, device: torch.device) -> Projection | None:
         """The projection that the weight gradient is computed from; None: it is exact."""

@@ -143,7 +143,11 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         )
     num_inputs = 1 + len(state.dropouts)
     saved = ctx.saved_tensors  # read once: gradient checkpointing returns each tensor a single time
-    xs_hat, held = saved[:num_inputs], saved[num_inputs:]
+    held = saved[num_inputs:]
+    xs_hat: list[Any] = [
+        z if z is None else state.plan.from_saved(z, dtype)
+        for z, dtype in zip(saved[:num_inputs], ctx.dtypes, strict=True)
+    ]
     needed = ctx.needs_input_grad[2:]
     trained = needed[num_inputs:]
     g = as_tokens(grad, state.plan.layout)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -18,6 +19,7 @@ from ..bases.basis_set import BOUNDARIES, BasisSet
 from ..bases.walsh import SELECTIONS, is_power_of_two
 from ..formats.products import AUTO, FULL, PRECISIONS, Precision
 from .deprecation import accept_old_names
+from .layers.base import COMPRESSIBLE
 from .validation.names import check_adapter_name, is_module_name
 from .validation.patterns import check_pattern, show
 
@@ -61,9 +63,11 @@ class LBPWHTConfig(PeftConfig):
             to bfloat16.
         hadamard_size: Before g and W are rounded to 8 bits, mix blocks of this many outputs by a Hadamard matrix, a
             power of two; 0: do not. It spreads outliers and cancels in the product.
-        compress_activations: "int8": activation functions and norms between the adapted layers keep their inputs in 8
-            bits for the backward pass, and run again there. Less memory, a little more time, gradients off by the
-            rounding. None: they save what they always do.
+        compress_activations: What keeps few bits for the backward pass in blocks with adapted layers: "all", or some of
+            "activation" (activation functions keep their derivative in 4 bits), "norm" (norms keep their normalised
+            input in 8 bits), "attention" (query, key and value in 8 bits) and "projection" (adapted layers keep
+            projected inputs in 8 bits). The forward pass is exact, gradients are off by the rounding. None: nothing.
+            "gelu" is "activation"; "int8" is a deprecated name of ("activation", "norm").
         block_size: Order of the two-dimensional Walsh-Hadamard transform, a power of two, 128 at most.
         selection: Which bases (i, j) come first: "lp_l1" by i + j, "lp_linf" by max(i, j). Ties: see
             [`lbp_peft.bases.walsh.basis_order`].
@@ -112,8 +116,9 @@ class LBPWHTConfig(PeftConfig):
     hadamard_size: int = field(
         default=0, metadata={"help": "Outputs mixed by a Hadamard matrix before rounding; 0: none."}
     )
-    compress_activations: Literal["int8"] | None = field(
-        default=None, metadata={"help": '"int8": activation functions and norms keep their inputs in 8 bits.'}
+    compress_activations: str | tuple[str, ...] | None = field(
+        default=None,
+        metadata={"help": '"all", or some of "activation", "norm", "attention", "projection", to keep in few bits.'},
     )
     block_size: int = field(default=8, metadata={"help": "Order of the 2-D Walsh-Hadamard transform."})
     selection: Selection = field(default="lp_l1", metadata={"help": '"lp_l1" or "lp_linf".'})
@@ -182,6 +187,13 @@ class LBPWHTConfig(PeftConfig):
         if rank is not None and self.grad_input_dtype == AUTO:
             return FULL
         return Precision(self.grad_input_dtype, self.hadamard_size)
+
+    def compressed_words(self) -> tuple[str, ...]:
+        """What keeps few bits for the backward pass: some of [`COMPRESSIBLE`]."""
+        value = self.compress_activations
+        if isinstance(value, str):
+            return COMPRESSIBLE
+        return value or ()
 
     def to_dict(self) -> dict[str, Any]:
         output: dict[str, Any] = super().to_dict()
@@ -318,8 +330,7 @@ class LBPWHTConfig(PeftConfig):
             raise ValueError(
                 f"hadamard_size must be a power of two (16 to 128 are useful), or 0, got {show(self.hadamard_size)}."
             )
-        if self.compress_activations is not None and not _is_one_of(self.compress_activations, ["int8"]):
-            raise ValueError(f'compress_activations must be "int8" or None, got {show(self.compress_activations)}.')
+        self.compress_activations = _checked_words(self.compress_activations)
         if not _is_one_of(self.selection, SELECTIONS):
             raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {show(self.selection)}.")
         if not _is_one_of(self.boundary, BOUNDARIES):
@@ -371,6 +382,29 @@ class LBPWHTConfig(PeftConfig):
             number = getattr(self, name)
             if number is not None and (not _is_int(number) or number < 0):
                 raise ValueError(f"{name} must be an int of at least 0, got {show(number)}.")
+
+
+def _checked_words(value: Any) -> str | tuple[str, ...] | None:
+    """A value of compress_activations in the form in which it is kept: None, "all", or words in their usual order."""
+    if value is None or _is_one_of(value, ["all"]):
+        return "all" if value else None
+    if _is_one_of(value, ["int8"]):
+        warnings.warn(
+            'compress_activations="int8" is deprecated. It now means ("activation", "norm"), which takes less memory '
+            'and less time: write that, or "all".',
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return "activation", "norm"
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, (list, tuple, set, frozenset)):
+        words = [None]
+    found = {"activation" if word == "gelu" else word for word in words if isinstance(word, str)}
+    if len(words) == 0 or not all(isinstance(word, str) for word in words) or not found <= set(COMPRESSIBLE):
+        raise ValueError(
+            f'compress_activations must be "all", some of {", ".join(COMPRESSIBLE)}, or None, got {show(value)}.'
+        )
+    return tuple(word for word in COMPRESSIBLE if word in found)
 
 
 def _is_int(value: object) -> TypeGuard[int]:

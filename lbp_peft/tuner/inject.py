@@ -91,7 +91,7 @@ def create_and_replace(
     rule = BackwardRule(
         weight_basis=config.weight_bases(rank),
         input_gradient=_input_gradient(config, input_rank),
-        compress=config.compress_activations == "int8",
+        compress=config.compressed_words(),
         grid_size=config.grid_size,
         num_prefix_tokens=config.num_prefix_tokens,
         num_suffix_tokens=config.num_suffix_tokens,

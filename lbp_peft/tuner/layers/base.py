@@ -23,6 +23,9 @@ from ...ops.recompute import why_not_token_wise
 from ...projection import num_kept
 from ...transforms import in_forward_mode, in_transform
 
+# What `compress_activations` may name.
+COMPRESSIBLE = ("activation", "norm", "attention", "projection")
+
 _USUAL_BATCH = 8
 
 
@@ -37,13 +40,13 @@ class BackwardRule:
     Attributes:
         weight_basis: Basis of the weight gradient.
         input_gradient: How the input gradient is computed. The name of its precision may be "auto".
-        compress: Whether activation functions and norms around the layer keep their inputs in 8 bits.
+        compress: What is saved in few bits in the block of the layer, words of `compress_activations`.
         grid_size, num_prefix_tokens, num_suffix_tokens: As given in the configuration.
     """
 
     weight_basis: BasisSet
     input_gradient: InputGradient = ExactProduct()
-    compress: bool = False
+    compress: tuple[str, ...] = ()
     grid_size: tuple[int, int] | None = None
     num_prefix_tokens: int | None = None
     num_suffix_tokens: int | None = None
@@ -135,7 +138,9 @@ class LBPWHTLayer(BaseTunerLayer):
             self._fall_back(x, why, "Use lbp_peft.exact_backward(model) or model.eval() to silence this.", cause=why)
             return None
         if len(rules) > 1:
-            rules = list({replace(rule, compress=False) for rule in rules})  # that concerns other layers than this one
+            # Activation functions, norms and attention serve each rule for itself.
+            words = tuple(word for word in COMPRESSIBLE if all(word in rule.compress for rule in rules))
+            rules = list({replace(rule, compress=words) for rule in rules})
         if len(rules) > 1:
             why = f"the active adapters {', '.join(self.active_adapters)} ask for different ranks or layouts"
             self._fall_back(x, why, "Give them equal settings, or activate one at a time.", cause="rules")
@@ -214,7 +219,7 @@ class LBPWHTLayer(BaseTunerLayer):
         if min(kept_for_weight, kept_for_input) == layout.num_tokens and precision in ("full", AUTO):
             self._note(x, "it would keep as many rows as there are tokens", layout)
             return None
-        plan = BackwardPlan(layout, weight_basis, input_gradient, padding_mask)
+        plan = BackwardPlan(layout, weight_basis, input_gradient, padding_mask, "projection" in rule.compress)
         return self._with_chosen_precision(x, base, plan, kept_for_weight, kept_for_input)
 
     def _adaptive_if_it_pays(self, x: Tensor, base: Any, input_gradient: AdaptiveBasis) -> InputGradient:
