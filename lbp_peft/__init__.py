@@ -15,6 +15,7 @@ from .formats.products import Precision
 from .layer_types import LayerType, register_layer_type
 from .layout import GridMismatchError
 from .measure.gradients import GradientQuality, gradient_quality
+from .ops.adaptive import AdaptiveBasis
 from .ops.linear import Branch, low_rank_linear
 from .ops.plan import BackwardPlan, ExactProduct, FixedBasis, InputGradient
 from .recommendation import BudgetError, Candidate, Recommendation, recommend
@@ -28,6 +29,7 @@ from .tuner.verify import LayoutCheck, verify_layout
 __version__ = "0.1.0"  # the only place; pyproject.toml reads it from here
 
 __all__ = [
+    "AdaptiveBasis",
     "BackwardPlan",
     "BasisSet",
     "Branch",

@@ -23,6 +23,8 @@ _GPU_RATE_IN_16_BITS = 15.0
 # Of PyTorch's own products in 16 bits on a CPU without instructions for them. The least that was measured is 2.4, with
 # AVX-512, and most take far longer. Low-rank layers multiply in float32 there.
 _SLOW_PRODUCT = 2.0
+# Of products with few rows, in float32 on a CPU with AVX-512 or AVX2, relative to that of a large one.
+_SMALL_PRODUCTS = 1.5
 
 
 def fastest_precision(rows: int, out_features: int, in_features: int, dtype: torch.dtype, device: torch.device) -> str:
@@ -78,6 +80,18 @@ def low_rank_pays(
         price = projecting.get(dtype, projecting[torch.float32])
     saved = exact * (1 - kept / num_tokens) + exact - min(times.values())
     return saved > price * (1 / out_features + 1 / in_features)
+
+
+def adaptive_basis_pays(num_tokens: int, rank: int, out_features: int, in_features: int) -> bool:
+    """Whether an input gradient in an adaptive basis takes less time than an exact one.
+
+    Args:
+        num_tokens: L.
+        rank: k, the rows of the basis of each image.
+        out_features, in_features: C_out and C_in.
+    """
+    products = 3 * rank / in_features + rank / out_features + rank / num_tokens
+    return _SMALL_PRODUCTS * products < 1
 
 
 def _times_of_product(

@@ -247,6 +247,16 @@ class Projection:
             return self.project(tokens)
         return self._project_all(self._without_padding(tokens, zero_if_unused(tokens, self.padding)))
 
+    def fit(self, tokens: Tensor) -> tuple[Projection, Tensor]:
+        """Itself, since it is the same for all gradients, and [`project_gradient`] of one, (N, L, C) -> (N, k, C)."""
+        return self, self.project_gradient(tokens)
+
+    def fit_image(self, image: Tensor) -> tuple[Projection, Tensor]:
+        """[`fit`] for the gradient (N, C, H, W) or (N, C, L) of a convolution's outputs."""
+        if image.dim() == 4:
+            return self, self.project_image(image)
+        return self.fit(image.transpose(1, 2))
+
     def lift(self, coefficients: Tensor) -> Tensor:
         """(N, k, C) -> (N, L, C)."""
         if _kernels_serve(coefficients, self):

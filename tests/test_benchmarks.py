@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import methods, peak_memory_table, projections, single_layers, tracing_cost, training_step
+from benchmarks import (
+    input_gradients,
+    methods,
+    peak_memory_table,
+    projections,
+    single_layers,
+    tracing_cost,
+    training_step,
+)
 from benchmarks.floors import Rates, Work, measure_rates
 from benchmarks.methods import NotAvailable, adapted, default_methods, words
 from benchmarks.models import MODELS, Model
@@ -166,6 +174,18 @@ def test_training_step(tmp_path, capsys, monkeypatch):
         assert rows[leaner]["saved_over_full"] < 0.9
     assert rows["lora-fa"]["saved_mib"] < rows["lora-all"]["saved_mib"]
     assert rows["full+checkpointing"]["backward_gmacs"] > full["backward_gmacs"]
+
+
+@pytest.mark.parametrize("flags", [[], ["--cpu-time"]])
+def test_input_gradients(flags, tmp_path, capsys):
+    output = tmp_path / "input_gradients.json"
+    small = ["--width", "32", "--grid", "6", "--batch-size", "2", "--rounds", "2", "--device", "cpu"]
+    input_gradients.main([*small, *flags, "--adaptive", "3", "--output", str(output)])
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["way"] for row in rows] == ["exact", "walsh r=10", "adaptive k=3"] * 3
+    assert {tuple(row["features"]) for row in rows} == {(32, 32), (32, 128), (128, 32)}
+    assert all(abs(sum(row["parts_ms"].values()) - row["least_ms"]) < 1e-6 for row in rows)
+    assert "adaptive k=3" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags", [[], ["--bf16"]])

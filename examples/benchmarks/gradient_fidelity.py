@@ -41,12 +41,13 @@ from lbp_peft.loading.terminal import plain_messages
 
 WORDS_OF_COMPRESSION = ("all", "activation", "norm", "attention", "projection")
 SETTINGS = [
-    f"r={r},grad_input_{more}"
+    *(f"r=10,grad_input_basis=adaptive,grad_input_rank={rank}" for rank in (8, 16, 24, 32)),
+    *(f"r={r},grad_input_{more}"
     for r in (3, 10, 21)
     for more in (
         f"rank={r}", "dtype=full", "dtype=bf16", "dtype=int8", "dtype=int8,hadamard_size=16", "dtype=auto",
         *(f"dtype=full,compress_activations={word}" for word in WORDS_OF_COMPRESSION),
-    )
+    )),
 ]  # fmt: skip
 
 

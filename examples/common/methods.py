@@ -97,6 +97,8 @@ def lbp_wht_config(options: Options, **settings: Any) -> LBPWHTConfig:
     return LBPWHTConfig(
         r=options.r,
         grad_input_rank=options.grad_input_rank,
+        grad_input_basis=options.grad_input_basis,
+        grad_input_energy=options.grad_input_energy,
         grad_input_dtype=options.grad_input_dtype,
         compress_activations=_words(options.compress_activations),
         block_size=options.block_size,
@@ -108,6 +110,7 @@ def lbp_wht_config(options: Options, **settings: Any) -> LBPWHTConfig:
 
 def lbp_wht_label(options: Options) -> str:
     rank = "" if options.grad_input_rank is None else f", grad_input_rank={options.grad_input_rank}"
+    rank += "" if options.grad_input_basis == "walsh" else f" ({options.grad_input_basis})"
     dtype = "" if options.grad_input_dtype == "auto" else f", grad_input_dtype={options.grad_input_dtype}"
     return f"LBP-WHT r={options.r}{rank}{dtype}"
 
@@ -124,7 +127,7 @@ def lbp_wht(options: Options) -> Method:
 
 def lbp_wht_paper(options: Options) -> Method:
     """The setting of the paper: input gradients at the rank of the weight gradients."""
-    return lbp_wht(options.with_overrides(f"grad_input_rank={options.r}"))
+    return lbp_wht(options.with_overrides(f"grad_input_rank={options.r},grad_input_basis=walsh"))
 
 
 def lora_with_lbp_wht(options: Options) -> Method:
@@ -184,7 +187,7 @@ def chosen_methods(options: Options) -> list[Method]:
                 method.config(["head"])  # refuses values that make no sense
         except (TypeError, ValueError) as error:
             raise SystemExit(f"--methods {text}: {cause_of(error)}") from None
-        in_label = ("r", "lora_r", "grad_input_rank", "grad_input_dtype")
+        in_label = ("r", "lora_r", "grad_input_rank", "grad_input_basis", "grad_input_dtype")
         shown = [part for part in overrides.split(",") if part and part.split("=")[0] not in in_label]
         folder = re.sub(r"[^\w.-]+", "-", text)
         methods.append(dataclasses.replace(method, label=", ".join([method.label, *shown]), folder=folder))

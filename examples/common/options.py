@@ -27,13 +27,14 @@ OWN_LIMITS: Limits = [
         ("learning_rate", "lora_learning_rate", "max_grad_norm"),
     ),
     ("above 0 and below 1", lambda value: 0 < value < 1, ("ema_decay",)),
-    ("above 0 and at most 1", lambda value: 0 < value <= 1, ("min_crop",)),
+    ("above 0 and at most 1", lambda value: 0 < value <= 1, ("min_crop", "grad_input_energy")),
     ("from 0 to 1", lambda value: 0 <= value <= 1, ("warmup_ratio", "mixup", "cutmix")),
     ("from 1 to 29", lambda value: 1 <= value <= 29, ("rand_augment",)),
 ]  # fmt: skip
 # What a method may set for itself: all else is common to the methods that are compared.
 OF_METHODS = (
-    "r", "grad_input_rank", "grad_input_dtype", "compress_activations", "block_size", "selection", "boundary",
+    "r", "grad_input_rank", "grad_input_basis", "grad_input_energy", "grad_input_dtype", "compress_activations",
+    "block_size", "selection", "boundary",
     "lora_r", "lora_alpha", "learning_rate", "lora_learning_rate",
 )  # fmt: skip
 
@@ -61,6 +62,12 @@ class Options(DataOptions):
     grad_input_rank: int | None = option(
         None,
         "LBP-WHT: rank of low-rank input gradients; lbp-wht-paper always takes r. (default: they are not low-rank)",
+    )
+    grad_input_basis: str = option(
+        "walsh", "LBP-WHT: basis of low-rank input gradients, `walsh` or, found for each image, `adaptive`."
+    )
+    grad_input_energy: float | None = option(
+        None, "LBP-WHT: share of the gradient's energy that an adaptive basis keeps. (default: as much as it can)"
     )
     grad_input_dtype: str = option(
         "auto",

@@ -184,11 +184,11 @@ def product(grad: Tensor, weight: Tensor, precision: Precision, source: Tensor |
     if name == "full":
         return _product_of_one_dtype(grad, weight.to(grad.dtype))
     check_precision(name, grad.device)
-    with _without_autocast(grad.device):
+    with without_autocast(grad.device):
         return _product_of_rounded(grad, weight, precision, source)
 
 
-def _without_autocast(device: torch.device) -> AbstractContextManager:
+def without_autocast(device: torch.device) -> AbstractContextManager:
     """Where products of float32 are in float32, although backward may be called under autocast."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
@@ -234,7 +234,7 @@ def _product_of_one_dtype(left: Tensor, right: Tensor) -> Tensor:
     dtype = product_dtype(left.dtype, left.device)
     if dtype == left.dtype:
         return left @ right
-    with _without_autocast(left.device):
+    with without_autocast(left.device):
         return (left.to(dtype) @ right.to(dtype)).to(left.dtype)
 
 

@@ -34,7 +34,7 @@ from ..formats.products import FULL, Origin, Precision, origin, product, weight_
 from ..projection import Projection, num_kept
 from ..transforms import backward_pass, in_forward_mode, in_transform, must_be_functional, tracked_by_transforms
 from .checkpointing import only_saved_tensors_matter, saved_tensors_are_discarded
-from .plan import BackwardPlan
+from .plan import BackwardPlan, InputProjection
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -83,7 +83,7 @@ class _State:
 
     plan: BackwardPlan
     weight_projection: Projection | None
-    input_projection: Projection | None
+    input_projection: InputProjection | None
     scalings: tuple[float, ...]
     # The dtype that the weight is cast to in each pass; None: it is used as it is.
     cast_weight: torch.dtype | None = None
@@ -195,7 +195,8 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     saved_x, weight, *saved = ctx.saved_tensors
     state: _State = ctx.state
     x_hat: Any = None if saved_x is None else state.plan.from_saved(saved_x, grad.dtype)
-    plan, weight_projection, input_projection = state.plan, state.weight_projection, state.input_projection
+    plan, weight_projection = state.plan, state.weight_projection
+    input_projection: Any = state.input_projection
     _, needs_x, needs_weight, needs_bias, *needs = ctx.needs_input_grad
     branches = list(zip(_grouped(saved, 3), _grouped(needs, 4), state.scalings, ctx.owns_x, strict=True))
     g = as_tokens(grad, plan.layout)
@@ -222,7 +223,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     if input_projection is None:
         g_hat = g
     elif g_hat is None or weight_projection is None or input_projection.bases != weight_projection.bases:
-        g_hat = input_projection.project_gradient(g)
+        input_projection, g_hat = input_projection.fit(g)
     grad_x: Any = product(g_hat, weight, precision_now(plan.precision), state.source) if needs_x else None
     for index, ((_, down, up), needed, scaling, owns_x) in enumerate(branches):
         if owns_x and needed[0]:
@@ -239,7 +240,7 @@ def _grouped(items: Sequence, size: int) -> list[Sequence]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def _lifted(grad_x: Tensor, projection: Projection | None, like: Tensor, layout: TokenLayout | None) -> Tensor:
+def _lifted(grad_x: Tensor, projection: Any, like: Tensor, layout: TokenLayout | None) -> Tensor:
     """The gradient of an input, lifted from its coefficients if it was projected, in the shape of the output's."""
     tokens = projection.lift(grad_x) if projection else grad_x
     return from_tokens(tokens, like.shape, layout)

@@ -8,6 +8,7 @@ ways that have different settings.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,34 @@ from ..formats.in_groups import BYTES_OF_SCALE, restored_rows, rows_with_scales
 from ..formats.products import Precision, kept_dtype
 from ..projection import Projection, num_kept, projection
 from .kept import keep
+
+
+class InputProjection(Protocol):
+    """What the operations project the gradient of the outputs with, before its product with W."""
+
+    @property
+    def bases(self) -> BasisSet | None:
+        """The fixed functions that it projects on; None: they depend on g.
+
+        Where they are those of the weight gradient, g is projected once for both.
+        """
+
+    def of_dtype(self, dtype: torch.dtype) -> Any:
+        """The same for tokens of another dtype."""
+
+    def fit(self, tokens: Tensor) -> tuple[Any, Tensor]:
+        """The projection to lift the product with, None if it is the identity, and the coefficients of g.
+
+        Args:
+            tokens: g, shape (N, L, C).
+
+        Returns:
+            An object with the methods `of_dtype`, `lift` and `lift_image` of [`lbp_peft.projection.Projection`], or
+            None, and shape (N, k, C).
+        """
+
+    def fit_image(self, image: Tensor) -> tuple[Any, Tensor]:
+        """[`fit`] for the gradient (N, C, H, W) or (N, C, L) of a convolution's outputs."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +58,14 @@ class InputGradient:
         precision: Number format of the product with W. If it is low, the projected input of the weight gradient is
             saved in bfloat16 too.
         needs_layout: Whether it can only be computed where the layout of the tokens is known.
+        uses_layout: Whether it makes use of the layout where that is known.
     """
 
     # A factory, here and below: before torch 2.13, torch.compile refuses dataclasses with objects for defaults.
     precision: Precision = field(default_factory=Precision, kw_only=True)
 
     needs_layout = False
+    uses_layout = False
 
     @property
     def is_exact(self) -> bool:
@@ -49,9 +80,13 @@ class InputGradient:
         """The number of rows that represent the L tokens in the product with W; L if none is saved."""
         return layout.num_tokens
 
+    def num_coefficients_of(self, num_tokens: int) -> int:
+        """[`num_coefficients`] of L tokens whose layout is not known."""
+        return num_tokens
+
     def projection(
         self, layout: TokenLayout | None, dtype: torch.dtype, device: torch.device, padding_mask: Tensor | None
-    ) -> Projection | None:
+    ) -> InputProjection | None:
         """The projection of g before the product with W; None if g is multiplied as it is."""
         return None
 
@@ -75,7 +110,7 @@ class FixedBasis(InputGradient):
 
     basis: BasisSet
 
-    needs_layout = True
+    needs_layout = uses_layout = True
 
     def num_coefficients(self, layout: TokenLayout) -> int:
         return num_kept(layout, self.basis)
@@ -137,7 +172,7 @@ class BackwardPlan:
         """The projection that the weight gradient is computed from; None: it is exact."""
         return projection(self.layout, self.weight_basis, dtype, device, self.padding_mask)
 
-    def input_projection(self, dtype: torch.dtype, device: torch.device) -> Projection | None:
+    def input_projection(self, dtype: torch.dtype, device: torch.device) -> InputProjection | None:
         """The projection that the input gradient is computed from; None: there is none."""
         return self.input_gradient.projection(self.layout, dtype, device, self.padding_mask)
 

@@ -27,7 +27,7 @@ from ..projection import Projection
 from ..transforms import backward_pass
 from .layer_state import LayerRecord, same_autocast, to_save
 from .linear import as_tokens, from_tokens, input_to_save, once_differentiable, sum_of_tokens
-from .plan import BackwardPlan
+from .plan import BackwardPlan, InputProjection
 
 
 def low_rank_layer(
@@ -93,7 +93,7 @@ class _State:
     plan: BackwardPlan
     layer: LayerRecord
     weight_projection: Projection | None
-    input_projection: Projection | None
+    input_projection: InputProjection | None
     dropouts: list[nn.Module]
     autocast: Callable[[], Any]
     fingerprint: Callable[[], Hashable]
@@ -175,7 +175,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         if share_basis:
             input_grads, needs_inputs = [z[:-1].unflatten(0, g_hat.shape[:2]) for z in row_grads], False
     if needs_inputs:  # the layer is affine: its derivative is the same at any x
-        g_hat = input_projection.of_dtype(g.dtype).project_gradient(g)
+        input_projection, g_hat = input_projection.of_dtype(g.dtype).fit(g)
         rows = g_hat.flatten(0, 1)
         zeros = [
             rows.new_zeros(len(rows), shape[-1], dtype=dtype)
@@ -183,11 +183,13 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         ]
         row_grads, _ = _differentiate(state, zeros, held, rows, inputs_too=True, trained=[False] * len(held))
         input_grads = [z.unflatten(0, g_hat.shape[:2]) for z in row_grads]
-    if input_projection is not None:
+    if state.input_projection is not None:
+
+        def lifted(z: Tensor) -> Tensor:
+            return z if input_projection is None else input_projection.of_dtype(z.dtype).lift(z)
+
         input_grads = [
-            from_tokens(input_projection.of_dtype(z.dtype).lift(z), shape, state.plan.layout)
-            if need and z is not None
-            else None
+            from_tokens(lifted(z), shape, state.plan.layout) if need and z is not None else None
             for z, shape, need in zip(input_grads, ctx.shapes, needed, strict=False)
         ]
     return [*input_grads, *trained_grads]

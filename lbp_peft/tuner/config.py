@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, TypeGuard
 
 import numpy as np
@@ -24,6 +24,7 @@ from .layers.waiting import BASE_WEIGHTS
 from .validation.names import check_adapter_name, is_module_name
 from .validation.patterns import check_pattern, show
 
+GRAD_INPUT_BASES = ("walsh", "adaptive")
 _MAX_BLOCK_SIZE = 128  # its Walsh functions are block_size**2 numbers, its bases block_size**4
 # How PEFT embeds regular expressions in its own.
 _IN_RANK_PATTERN = r"(.*\.)?({})$"
@@ -31,6 +32,7 @@ _IN_LAYERS_PATTERN = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 
 
 GradInputDtype = Literal["auto", "full", "bf16", "int8", "fp8"]
+GradInputBasis = Literal["walsh", "adaptive"]
 Selection = Literal["lp_l1", "lp_linf"]
 Boundary = Literal["orthogonal", "reflect"]
 
@@ -47,6 +49,13 @@ class LBPWHTConfig(PeftConfig):
         grad_input_rank: Walsh bases kept in each block for the input gradient, 1 to block_size**2; the paper's setting
             is `grad_input_rank=r`. None: the input gradient is not low-rank. The error of a low-rank input gradient
             compounds from the last layer to the first, that of the weight gradient does not.
+        grad_input_basis: What a low-rank input gradient is a combination of. "walsh": the Walsh functions that come
+            first. "adaptive": in each backward pass and for each image, orthonormal patterns over the tokens that fit
+            the gradient; `grad_input_rank` is then their number for each image (16 to 32 are useful), tokens outside
+            the grid come in addition, and layers whose tokens lie on no known grid have a low-rank input gradient too.
+        grad_input_energy: With grad_input_basis="adaptive", the share of the squared norm of each image's gradient that
+            is to be kept, above 0 and at most 1: of the `grad_input_rank` patterns, only as many are used as a batch
+            needs for it. None: all are used. It has no effect under `torch.compile` and in transforms of `torch.func`.
         grad_input_dtype: Number format of the product g W in the input gradient. "full": that of g, nothing is rounded.
             "bf16", "int8", "fp8": g and W are rounded to that format. "auto": the fastest for the device and the shape
             of those that keep the gradient's direction, and exact backpropagation, with one warning, for layers so
@@ -99,6 +108,12 @@ class LBPWHTConfig(PeftConfig):
     r: int = field(default=10, metadata={"help": "Walsh bases kept per block for the weight gradient."})
     grad_input_rank: int | None = field(
         default=None, metadata={"help": "Walsh bases kept per block for the input gradient; None: it is not low-rank."}
+    )
+    grad_input_basis: GradInputBasis = field(
+        default="walsh", metadata={"help": 'Of a low-rank input gradient: "walsh", or "adaptive" to each image.'}
+    )
+    grad_input_energy: float | None = field(
+        default=None, metadata={"help": "Share of the gradient's energy that an adaptive basis has to keep, up to 1."}
     )
     grad_input_dtype: GradInputDtype = field(
         default="auto",
@@ -175,7 +190,7 @@ class LBPWHTConfig(PeftConfig):
         return BasisSet(r, self.block_size, self.selection, self.boundary)
 
     def input_bases(self, rank: int | None) -> BasisSet | None:
-        """The bases of the input gradient of a layer with this rank for it; None where it is not low-rank."""
+        """The Walsh functions of a layer's input gradient of this rank; None where it is not low-rank."""
         return None if rank is None else BasisSet(rank, self.block_size, self.selection, self.boundary)
 
     def input_precision(self, rank: int | None) -> Precision:
@@ -317,11 +332,17 @@ class LBPWHTConfig(PeftConfig):
             raise ValueError(
                 f"block_size must be a power of two up to {_MAX_BLOCK_SIZE} (the paper uses 8), got {show(size)}."
             )
+        if not _is_one_of(self.grad_input_basis, GRAD_INPUT_BASES):
+            raise ValueError(
+                f"grad_input_basis must be one of {', '.join(GRAD_INPUT_BASES)}, got {show(self.grad_input_basis)}."
+            )
+        has_limit = self.grad_input_basis != "adaptive"
         self._check_rank("r", self.r)
         if self.grad_input_rank is not None:
-            self._check_rank("grad_input_rank", self.grad_input_rank, "None or ")
+            self._check_rank("grad_input_rank", self.grad_input_rank, "None or ", has_limit)
         self._check_rank_pattern("rank_pattern")
-        self._check_rank_pattern("grad_input_rank_pattern", "None or ")
+        self._check_rank_pattern("grad_input_rank_pattern", "None or ", has_limit)
+        self._check_adaptive()
         if not _is_one_of(self.grad_input_dtype, [AUTO, *PRECISIONS]):
             raise ValueError(
                 f"grad_input_dtype must be one of {AUTO}, {', '.join(PRECISIONS)}, got {show(self.grad_input_dtype)}."
@@ -336,7 +357,22 @@ class LBPWHTConfig(PeftConfig):
         if not _is_one_of(self.boundary, BOUNDARIES):
             raise ValueError(f"boundary must be one of {', '.join(BOUNDARIES)}, got {show(self.boundary)}.")
 
-    def _check_rank_pattern(self, name: str, or_none: str = "") -> None:
+    def _check_adaptive(self) -> None:
+        is_adaptive, energy = self.grad_input_basis == "adaptive", self.grad_input_energy
+        if is_adaptive and self.grad_input_rank is None and not any(self.grad_input_rank_pattern.values()):
+            raise ValueError(
+                'grad_input_basis="adaptive" needs grad_input_rank, the number of patterns for each image. Useful are '
+                "16 to 32."
+            )
+        if energy is None:
+            return
+        if not isinstance(energy, Real) or isinstance(energy, (bool, np.bool_)) or not 0 < energy <= 1:
+            raise ValueError(f"grad_input_energy must be None or a number above 0 and at most 1, got {show(energy)}.")
+        if not is_adaptive:
+            raise ValueError('grad_input_energy needs grad_input_basis="adaptive", since Walsh functions are fixed.')
+        self.grad_input_energy = float(energy)
+
+    def _check_rank_pattern(self, name: str, or_none: str = "", has_limit: bool = True) -> None:
         given = getattr(self, name)
         if not isinstance(given, dict):
             raise ValueError(
@@ -347,11 +383,14 @@ class LBPWHTConfig(PeftConfig):
         for pattern, rank in getattr(self, name).items():
             check_pattern(f"A key of {name}", pattern, _IN_RANK_PATTERN)
             if rank is not None or not or_none:
-                self._check_rank(f"{name}[{show(pattern)}]", rank, or_none)
+                self._check_rank(f"{name}[{show(pattern)}]", rank, or_none, has_limit)
 
-    def _check_rank(self, name: str, rank: object, or_none: str = "") -> None:
+    def _check_rank(self, name: str, rank: object, or_none: str = "", has_limit: bool = True) -> None:
+        """Check a rank, which is at most the number of functions of a block if it has a limit."""
         full = self.block_size**2
-        if not _is_int(rank) or not 1 <= rank <= full:
+        if not has_limit and not (_is_int(rank) and rank >= 1):
+            raise ValueError(f"{name} must be {or_none}an int of at least 1, got {show(rank)}.")
+        if has_limit and not (_is_int(rank) and 1 <= rank <= full):
             raise ValueError(f"{name} must be {or_none}an int from 1 to block_size**2 = {full}, got {show(rank)}.")
 
     def _check_layout(self) -> None:

@@ -16,6 +16,7 @@ from ..encoder import encoder_linears
 from ..formats.products import forget
 from ..layer_types import layer_type_of
 from ..layout import LayoutFinder
+from ..ops.adaptive import AdaptiveBasis
 from ..ops.plan import ExactProduct, FixedBasis, InputGradient
 from .config import LBPWHTConfig
 from .layers.base import BackwardRule, LBPWHTLayer
@@ -150,7 +151,11 @@ def _rank_of_layer(patterns: Mapping[str, _Rank], default: _Rank, name: str) -> 
 def _input_gradient(config: LBPWHTConfig, rank: int | None) -> InputGradient:
     """How the input gradient of a layer with this rank for it is computed."""
     basis, precision = config.input_bases(rank), config.input_precision(rank)
-    return ExactProduct(precision=precision) if basis is None else FixedBasis(basis, precision=precision)
+    if rank is None or basis is None:
+        return ExactProduct(precision=precision)
+    if config.grad_input_basis == "adaptive":
+        return AdaptiveBasis(rank, config.grad_input_energy, precision=precision)
+    return FixedBasis(basis, precision=precision)
 
 
 def _adapting_class(target: nn.Module) -> type[LBPWHTLinear]:

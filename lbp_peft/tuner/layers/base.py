@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from ...bases.basis_set import BasisSet, LayoutError, TokenLayout
 from ...bounded import BoundedCache, ScratchCache
 from ...formats.products import AUTO, FULL
-from ...heuristics import faster_formats, fastest_precision, low_rank_pays
+from ...heuristics import adaptive_basis_pays, faster_formats, fastest_precision, low_rank_pays
 from ...instructions import product_dtype
 from ...layout import NOT_TRACED, GridMismatchError, LayoutFinder, LayoutRecord, given_layout
+from ...ops.adaptive import AdaptiveBasis
 from ...ops.plan import BackwardPlan, ExactProduct, InputGradient
 from ...ops.recompute import why_not_token_wise
 from ...projection import num_kept
@@ -193,7 +194,12 @@ class LBPWHTLayer(BaseTunerLayer):
         if x.dim() > 2 and _num_tokens(self._shape_of_tokens(x)) <= 1 and math.prod(x.shape[:-1]) == x.shape[0]:
             self._note(x, "its input has a single token")
             return None
-        if weight_basis is None and not input_gradient.needs_layout:
+        if isinstance(input_gradient, AdaptiveBasis):
+            input_gradient = self._adaptive_if_it_pays(x, base, input_gradient)
+            if weight_basis is None and input_gradient.is_exact:
+                self._note(x, "exact backpropagation is faster for so narrow a layer")
+                return None
+        if weight_basis is None and not input_gradient.uses_layout:
             return self._with_chosen_precision(x, base, BackwardPlan(input_gradient=input_gradient))
         try:
             layout, padding_mask = self._layout(x, record, rule)
@@ -203,14 +209,32 @@ class LBPWHTLayer(BaseTunerLayer):
             self._note(x, error.why)
             return None
         except LayoutError as error:
-            self._fall_back(x, error.why, error.remedy, cause=error.why)
-            return None
+            if input_gradient.needs_layout or not input_gradient.uses_layout or x.dim() < 3:
+                self._fall_back(x, error.why, error.remedy, cause=error.why)
+                return None
+            if weight_basis is not None:
+                self._fall_back(x, error.why, error.remedy, cause=error.why, instead="computes exact weight gradients")
+            return self._without_layout(x, base, input_gradient)
         precision = input_gradient.precision.name if needs_x else "full"
         if min(kept_for_weight, kept_for_input) == layout.num_tokens and precision in ("full", AUTO):
             self._note(x, "it would keep as many rows as there are tokens", layout)
             return None
         plan = BackwardPlan(layout, weight_basis, input_gradient, padding_mask, "projection" in rule.compress)
         return self._with_chosen_precision(x, base, plan, kept_for_weight, kept_for_input)
+
+    def _adaptive_if_it_pays(self, x: Tensor, base: Any, input_gradient: AdaptiveBasis) -> InputGradient:
+        shape = self._shape_of_tokens(x)
+        in_features = int(shape[-1])
+        out_features, num_tokens = base.weight.numel() // in_features, max(_num_tokens(shape), 1)
+        if x.dim() < 3 or adaptive_basis_pays(num_tokens, input_gradient.rank, out_features, in_features):
+            return input_gradient
+        return ExactProduct(precision=input_gradient.precision)
+
+    def _without_layout(self, x: Tensor, base: Any, input_gradient: InputGradient) -> BackwardPlan | None:
+        """The plan for tokens of an unknown layout: the weight gradient is exact."""
+        num_tokens = _num_tokens(self._shape_of_tokens(x))
+        kept_for_input = input_gradient.num_coefficients_of(num_tokens)
+        return self._with_chosen_precision(x, base, BackwardPlan(input_gradient=input_gradient), 0, kept_for_input)
 
     def _with_chosen_precision(
         self, x: Tensor, base: Any, plan: BackwardPlan, kept_for_weight: int = 0, kept_for_input: int = 0
@@ -342,13 +366,15 @@ class LBPWHTLayer(BaseTunerLayer):
             self._fall_back(x, why, "Leave it out with exclude_modules to silence this.", cause=why)
         return not why
 
-    def _fall_back(self, x: Tensor, why: str, remedy: str, cause: str) -> None:
+    def _fall_back(
+        self, x: Tensor, why: str, remedy: str, cause: str, instead: str = "uses exact backpropagation"
+    ) -> None:
         self._note(x, why)
         if why == NOT_TRACED.why_unknown:  # the next forward pass is traced again
             return
         self.finder.warn_once(
             cause,
-            f"{self.layer_name} uses exact backpropagation, as do any layers like it: {why}. {remedy} "
+            f"{self.layer_name} {instead}, as do any layers like it: {why}. {remedy} "
             "lbp_peft.layout_report(model) lists all layers.",
         )
 
