@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from common.classification import Classification
 from common.experiment import main
-from common.terminal import plain_messages
+
+from lbp_peft.loading.terminal import plain_messages
 
 if __name__ == "__main__":
     with plain_messages(training=True):

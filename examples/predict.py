@@ -19,11 +19,12 @@ import numpy as np
 import torch
 import transformers
 from common.adapters import Predictor, load, pixels
-from common.datasources import images_in
-from common.storedimages import opened, why_unreadable
-from common.terminal import in_one_line, plain_messages
 from PIL import Image
 from torch.nn import functional as F
+
+from lbp_peft.loading.datasources import images_in
+from lbp_peft.loading.storedimages import opened, why_unreadable
+from lbp_peft.loading.terminal import in_one_line, plain_messages
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 from common.experiment import main
 from common.segmentation import Segmentation
-from common.terminal import plain_messages
+
+from lbp_peft.loading.terminal import plain_messages
 
 if __name__ == "__main__":
     with plain_messages(training=True):

@@ -13,7 +13,7 @@ import argparse
 
 import numpy as np
 import torch
-from common.terminal import plain_messages
+from lbp_peft.loading.terminal import plain_messages
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from peft import LoraConfig, get_peft_model
 from sklearn.datasets import load_digits

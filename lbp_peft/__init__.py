@@ -14,11 +14,15 @@ from .bases.basis_set import BasisSet
 from .bases.dense import DenseBasis
 from .bases.grids import LayoutError, TokenLayout
 from .bases.listed import ListedBasis
+from .callback import LBPWHTCallback
 from .formats.products import Precision
 from .layer_types import LayerType, register_layer_type
 from .layout import GridMismatchError
+from .measure.gradients import GradientQuality, gradient_quality
+from .ops.adaptive import AdaptiveBasis
 from .ops.linear import Branch, low_rank_linear
 from .ops.plan import BackwardPlan, ExactProduct, FixedBasis, InputGradient
+from .recommendation import BudgetError, Candidate, Recommendation, recommend
 from .tuner.config import LBPWHTConfig
 from .tuner.layers.base import LBPWHTLayer
 from .tuner.layers.linear import LBPWHTLinear
@@ -29,15 +33,20 @@ from .tuner.verify import LayoutCheck, verify_layout
 __version__ = "0.1.0"  # the only place; pyproject.toml reads it from here
 
 __all__ = [
+    "AdaptiveBasis",
     "BackwardPlan",
     "Basis",
     "BasisSet",
     "Branch",
+    "BudgetError",
+    "Candidate",
     "DenseBasis",
     "ExactProduct",
     "FixedBasis",
+    "GradientQuality",
     "GridMismatchError",
     "InputGradient",
+    "LBPWHTCallback",
     "LBPWHTConfig",
     "LBPWHTLayer",
     "LBPWHTLinear",
@@ -48,11 +57,14 @@ __all__ = [
     "LayoutReport",
     "ListedBasis",
     "Precision",
+    "Recommendation",
     "TokenLayout",
     "exact_backward",
+    "gradient_quality",
     "layout_report",
     "low_rank_linear",
     "measure",
+    "recommend",
     "register_layer_type",
     "tuner",
     "verify_layout",

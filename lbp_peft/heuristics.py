@@ -24,6 +24,8 @@ _PROJECTING_ON_GPU = {torch.float32: 60, torch.float16: 20, torch.bfloat16: 20}
 # The cost of PyTorch's own products in 16 bits on a CPU without instructions for them. The least that was measured is
 # 2.4, with AVX-512, and most take far longer. Low-rank layers multiply in float32 there.
 _SLOW_PRODUCT = 2.0
+# The cost of products with few rows, in float32 on a CPU with AVX-512 or AVX2, relative to that of a large one.
+_SMALL_PRODUCTS = 1.5
 
 
 class Heuristics:
@@ -82,6 +84,17 @@ class Heuristics:
             price = projecting.get(dtype, projecting[torch.float32])
         saved = exact * (1 - kept / num_tokens) + exact - min(costs.values())
         return saved > price * (1 / out_features + 1 / in_features)
+
+    def use_adaptive_basis(self, num_tokens: int, rank: int, out_features: int, in_features: int) -> bool:
+        """Whether an input gradient in an adaptive basis is faster than an exact one.
+
+        Args:
+            num_tokens: L.
+            rank: k, the rows of the basis of each image.
+            out_features, in_features: C_out and C_in.
+        """
+        products = 3 * rank / in_features + rank / out_features + rank / num_tokens
+        return _SMALL_PRODUCTS * products < 1
 
     def use_dense_projection(self, kept: int, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether projecting tokens by one matrix (k, L) is faster than axis by axis.

@@ -78,6 +78,25 @@ class Elsewhere:
 
 
 @dataclass(frozen=True)
+class OneAfterAnother:
+    """Several grids, one after another along the tokens of an input (N, L, C), or (L, C).
+
+    Attributes:
+        parts: Each (H, W), (H, W, tokens before), (H, W, tokens before, tokens after), or `Elsewhere`.
+    """
+
+    parts: tuple
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """The tokens of each grid, (N, L, C)."""
+        counts = [
+            part.height * part.width + part.before if isinstance(part, Elsewhere) else part[0] * part[1] + sum(part[2:])
+            for part in self.parts
+        ]
+        return list((x if x.dim() == 3 else x[None]).split(counts, dim=1))
+
+
+@dataclass(frozen=True)
 class Architecture:
     """A model of one type, small, and where the tokens of its adapted layers lie.
 
@@ -86,9 +105,9 @@ class Architecture:
         task: The auto class, or the model's class, to make it with.
         settings: Of the configuration; a dict with a "model_type" becomes a configuration itself.
         grids: {part of a layer's name: (H, W), (H, W, tokens before), (H, W, tokens before, tokens after),
-            `Unrolled`, `InWindows` or `Elsewhere`; or a reason for which the layer is exact. The last part that occurs
-            in a name, as a regular expression, counts. Layers on images (N, C, H, W) need none: they are their own
-            grid.
+            `Unrolled`, `InWindows`, `Elsewhere` or `OneAfterAnother`; or a reason for which the layer is exact. The
+            last part that occurs in a name, as a regular expression, counts. Layers on images (N, C, H, W) need none:
+            they are their own grid.
         image: (H, W).
         inputs: Makes the model's inputs of images (2, 3, H, W); None: they are its `pixel_values`.
         config_type: The configuration's model type, where it is not `model_type`.
@@ -268,7 +287,9 @@ def _swin(grids: tuple = (S4, S8, S16, S32)) -> dict[str, Any]:
 DECODER = {r"decoder\.layers": QUERIES, r"decoder\.bbox_embed": QUERIES}
 DETR_GRIDS = {r"encoder\.layers": S32} | DECODER | {r"decoder.*encoder_attn\.(k|v)(_content|_pos)?_proj": S32}
 RT_DETR_GRIDS = {r"encoder\.aifi": S32} | DECODER | {r"decoder.*encoder_attn\.value_proj": SCALES}
-DEFORMABLE_GRIDS = {r"encoder\.layers": SCALES} | DECODER | {r"decoder.*attn\.value_proj": SCALES}
+DEFORMABLE_GRIDS = (
+    {r"encoder\.layers": OneAfterAnother(((4, 6), (2, 3)))} | DECODER | {r"decoder.*attn\.value_proj": SCALES}
+)
 MASK_GRIDS = _swin() | {r"pixel_level_module\.decoder\.encoder": SCALES}
 
 ARCHITECTURES = [
@@ -352,7 +373,7 @@ ARCHITECTURES = [
                  {r"layer\.0": (4, 6), r"layer\.1\.": InWindows(8, 12, 2, 2), "intermediate": (4, 6)}),
     Architecture("maskformer-swin", "AutoBackbone", SWIN, _swin((S4, S8))),
     Architecture("rf_detr_dinov2", "AutoBackbone", FLAT | {"num_windows": 2, "window_block_indexes": [0]},
-                 {"": (4, 4, 1), r"layer\.1\.attention": "a [CLS] token before each window"}, (64, 64)),
+                 {"": (4, 4, 1), r"layer\.1\.attention": OneAfterAnother(((4, 4, 1),) * 4)}, (64, 64)),
     Architecture("swin", "AutoModelForImageClassification", SWIN, _swin((S4, S8))),
     Architecture("swin", "AutoModelForMaskedImageModeling", SWIN, _swin(((16, 16), (8, 8))), (64, 64),
                  variant="masked"),
@@ -552,7 +573,7 @@ ARCHITECTURES = [
     Architecture("rf_detr", "AutoModelForObjectDetection", LW_DETR | {
         "backbone_config": FLAT | {"model_type": "rf_detr_dinov2", "num_windows": 2, "window_block_indexes": [0],
                                    "out_features": ["stage2"]}, "intermediate_size": 32}, {
-            r"encoder\.layer": (4, 4, 1), r"encoder\.layer\.1\.attention": "a [CLS] token before each window",
+            r"encoder\.layer": (4, 4, 1), r"encoder\.layer\.1\.attention": OneAfterAnother(((4, 4, 1),) * 4),
             "enc_out_bbox_embed": (8, 8)} | DECODER | {r"cross_attn\.value_proj": (8, 8)}, (64, 64)),
     Architecture("rt_detr", "AutoModelForObjectDetection", RT_DETR_ON_RESNET, RT_DETR_GRIDS),
     Architecture("rt_detr_v2", "AutoModelForObjectDetection", RT_DETR_ON_RESNET, RT_DETR_GRIDS),

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import reference
 import torch
-from architectures import Elsewhere, InWindows, Unrolled
+from architectures import Elsewhere, InWindows, OneAfterAnother, Unrolled
 from models import layers_of
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -79,8 +79,14 @@ def check_layouts(architecture, model, record):
         if isinstance(expected, str):
             assert ran.layout is None and ran.why_exact, (name, expected, ran)
             continue
-        height, width, before, after = sides_and_others(expected)
         assert ran.layout is not None, (name, expected, ran)
+        if isinstance(expected, OneAfterAnother):
+            found = getattr(ran.layout, "parts", (ran.layout,) * ran.layout.packed)
+            sides = [sides_and_others(part) for part in expected.parts]
+            assert [(*p.grid, p.num_prefix_tokens, p.num_suffix_tokens) for p in found] == sides, (name, expected, ran)
+            assert not ran.why_exact
+            continue
+        height, width, before, after = sides_and_others(expected)
         assert (ran.layout.grid, ran.layout.num_prefix_tokens) == ((height, width), before), (name, expected, ran)
         assert ran.num_tokens == ran.layout.num_tokens == before + height * width + after, (name, expected, ran)
         assert (not ran.why_exact) == (height * width > R), (name, ran)
@@ -155,21 +161,30 @@ class Record:
         layout = layout_of(architecture, name, self.layers[name], x)
         if is_pointwise_conv(self.layers[name]):
             x, grad = x.movedim(1, -1), grad.movedim(1, -1)
-        if isinstance(layout, Elsewhere):
-            x, grad = layout.tokens(x), layout.tokens(grad)
-        if x.dim() == 4 and not isinstance(layout, str):
-            x, grad = x.flatten(1, 2), grad.flatten(1, 2)
-        x, grad = x.double(), grad.double()
-        if isinstance(layout, str):
-            return torch.einsum("...o,...i->oi", grad, x)
-        height, width, before, _ = sides_and_others(layout)
-        bases = orthogonal_bases((height, width))
-        if isinstance(layout, (Unrolled, InWindows)):
-            bases = bases[:, layout.places()]
-        on_grid = slice(before, before + height * width)
-        x_hat, g_hat = (torch.einsum("kl,nlc->nkc", bases, tokens[:, on_grid]) for tokens in (x, grad))
-        beside = [torch.einsum("nlo,nli->oi", grad[:, part], x[:, part]) for part in outside(on_grid)]
-        return torch.einsum("nko,nki->oi", g_hat, x_hat) + sum(beside)
+        if isinstance(layout, OneAfterAnother):
+            return sum(
+                of_grid(part, *both) for part, *both in zip(layout.parts, *map(layout.split, (x, grad)), strict=True)
+            )
+        return of_grid(layout, x, grad)
+
+
+def of_grid(layout, x, grad):
+    """The weight gradient of a layer whose tokens lie on one grid, or exact."""
+    if isinstance(layout, Elsewhere):
+        x, grad = layout.tokens(x), layout.tokens(grad)
+    if x.dim() == 4 and not isinstance(layout, str):
+        x, grad = x.flatten(1, 2), grad.flatten(1, 2)
+    x, grad = x.double(), grad.double()
+    if isinstance(layout, str):
+        return torch.einsum("...o,...i->oi", grad, x)
+    height, width, before, _ = sides_and_others(layout)
+    bases = orthogonal_bases((height, width))
+    if isinstance(layout, (Unrolled, InWindows)):
+        bases = bases[:, layout.places()]
+    on_grid = slice(before, before + height * width)
+    x_hat, g_hat = (torch.einsum("kl,nlc->nkc", bases, tokens[:, on_grid]) for tokens in (x, grad))
+    beside = [torch.einsum("nlo,nli->oi", grad[:, part], x[:, part]) for part in outside(on_grid)]
+    return torch.einsum("nko,nki->oi", g_hat, x_hat) + sum(beside)
 
 
 @cache
@@ -185,14 +200,16 @@ def outside(part):
 def layout_of(architecture: Any, name: str, layer: nn.Module, x: Tensor):
     """As in `Architecture.grids`: where the tokens of x lie, or why they lie on no grid."""
     matching = [grid for part, grid in architecture.grids.items() if re.search(part, name)]
-    if x.dim() == 2 and matching and isinstance(matching[-1], (str, Elsewhere)):  # images one after another
+    if (
+        x.dim() == 2 and matching and isinstance(matching[-1], (str, Elsewhere, OneAfterAnother))
+    ):  # images one after another
         return matching[-1]
     if x.dim() < 3 or x[0].numel() == x.shape[1 if is_pointwise_conv(layer) else -1]:
         return "a single token"
     if is_pointwise_conv(layer) and not (matching and isinstance(matching[-1], str)):
         return tuple(x.shape[2:])
     assert matching, f"{name}: no grid is known for {tuple(x.shape)}"
-    if not isinstance(matching[-1], (str, Elsewhere)):
+    if not isinstance(matching[-1], (str, Elsewhere, OneAfterAnother)):
         height, width, before, after = sides_and_others(matching[-1])
         assert x[0].numel() == (height * width + before + after) * x.shape[-1], (name, matching[-1], x.shape)
     return matching[-1]

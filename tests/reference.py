@@ -137,3 +137,22 @@ def reflect_gradients(x: Tensor, weight: Tensor, grad: Tensor, grid, prefix: int
     lifted = lifted.flatten(2, 3).flatten(3, 4)
     lifted = lifted[:, :, pads[2] : pads[2] + height, pads[0] : pads[0] + width]
     return grad_weight, torch.cat([grad[:, :prefix] @ weight, lifted.flatten(2).transpose(1, 2)], dim=1)
+
+
+def adaptive_input_gradient(grad: Tensor, weight: Tensor, start: Tensor, prefix: int = 0, suffix: int = 0) -> Tensor:
+    """dx in the span of g g^T S^T, image by image; the orthonormal basis comes from LAPACK's SVD.
+
+    Args:
+        grad: Shape (N, L, C_out).
+        weight: Shape (C_out, C_in).
+        start: S, shape (k, L - prefix - suffix).
+        prefix, suffix: Tokens whose gradient is exact.
+    """
+    images = []
+    for g in grad.double():
+        inner = g[prefix : len(g) - suffix]
+        vectors, values, _ = torch.linalg.svd(inner @ (inner.t() @ start.double().t()), full_matrices=False)
+        vectors = vectors[:, values > 1e-10 * values[0]]
+        kept = vectors @ (vectors.t() @ inner)
+        images.append(torch.cat([g[:prefix], kept, g[len(g) - suffix :]]))
+    return torch.stack(images) @ weight.double()

@@ -10,19 +10,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import methods, projections, single_layers, training_step
+from benchmarks import (
+    input_gradients,
+    methods,
+    peak_memory_table,
+    projections,
+    single_layers,
+    tracing_cost,
+    training_step,
+)
 from benchmarks.floors import Rates, Work, measure_rates
 from benchmarks.methods import NotAvailable, adapted, default_methods, words
 from benchmarks.models import MODELS, Model
-from benchmarks.peak_memory import allocated
-from common.timing import interleaved, quartiles, ratios, rounds_within
 from models import tiny_vit
 from torch import nn
 
 from lbp_peft.bases.grids import TokenLayout
 from lbp_peft.measure import multiply_adds
-from lbp_peft.tuner.patches.activation_patch import LBPWHTCompressed
-from lbp_peft.tuner.patches.forward_patch import PATCH_ATTR
+from lbp_peft.measure.memory import allocated
+from lbp_peft.measure.timing import interleaved, quartiles, ratios, rounds_within
 
 BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
 CPU = torch.device("cpu")
@@ -170,6 +176,18 @@ def test_training_step(tmp_path, capsys, monkeypatch):
     assert rows["full+checkpointing"]["backward_gmacs"] > full["backward_gmacs"]
 
 
+@pytest.mark.parametrize("flags", [[], ["--cpu-time"]])
+def test_input_gradients(flags, tmp_path, capsys):
+    output = tmp_path / "input_gradients.json"
+    small = ["--width", "32", "--grid", "6", "--batch-size", "2", "--rounds", "2", "--device", "cpu"]
+    input_gradients.main([*small, *flags, "--adaptive", "3", "--output", str(output)])
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["way"] for row in rows] == ["exact", "walsh r=10", "adaptive k=3"] * 3
+    assert {tuple(row["features"]) for row in rows} == {(32, 32), (32, 128), (128, 32)}
+    assert all(abs(sum(row["parts_ms"].values()) - row["least_ms"]) < 1e-6 for row in rows)
+    assert "adaptive k=3" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("flags", [[], ["--bf16"]])
 def test_single_layers(flags, tmp_path, capsys):
     output = tmp_path / "layers.json"
@@ -270,12 +288,9 @@ def _half_of_it():
     counted.total //= 2
 
 
-@pytest.mark.parametrize(("word", "number"), [("norms-only", 2 * 2), ("functions-only", 2)])
-def test_one_kind_of_compressed_activations_alone(word, number):
-    model = adapted(tiny_vit(), f"lbp-wht:r=3,compress_activations=int8+{word}", ["classifier"])
-    hosts = [module for module in model.modules() if isinstance(getattr(module, PATCH_ATTR, None), LBPWHTCompressed)]
-    assert len(hosts) == number
-    assert all(isinstance(host, torch.nn.LayerNorm) == (word == "norms-only") for host in hosts)
+def test_several_words_are_joined_by_a_slash():
+    model = adapted(tiny_vit(), "lbp-wht:r=3,compress_activations=norm/activation", ["classifier"])
+    assert model.active_peft_config.compress_activations == ("activation", "norm")
 
 
 def test_projections(tmp_path, capsys, monkeypatch):
@@ -291,3 +306,71 @@ def test_projections(tmp_path, capsys, monkeypatch):
     ]  # fmt: skip
     assert all(row["project_ratio"][0] > 0 and row["chosen"] == "one matrix" for row in rows)
     assert "one matrix ms" in capsys.readouterr().out
+
+
+def test_tracing_cost(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny", TINY)
+    output = tmp_path / "tracing_cost.json"
+    small = ["--models", "tiny", "--batch-size", "2", "--rounds", "3", "--device", "cpu"]
+    tracing_cost.main([*small, "--output", str(output)])
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["traced_forward_ratio"][1] > 1 > row["look_ups_of_step"][1] > 0
+    assert "traced / forward" in capsys.readouterr().out
+
+
+# Peaks of processes
+
+
+def test_every_other_block_is_checkpointed():
+    blocks = adapted(tiny_vit(), "lbp-wht:r=3+checkpointing:every=2", ["classifier"]).base_model.model.vit.layers
+    assert [block.gradient_checkpointing for block in blocks] == [False, True]
+    for wrong in ("every=0", "each=2"):
+        with pytest.raises(NotAvailable, match="every"):
+            adapted(tiny_vit(), f"full+checkpointing:{wrong}", ["classifier"])
+
+
+def test_the_peak_of_this_process_grows_with_what_it_holds():
+    before = peak_memory_table.peak_of_process()
+    held = torch.ones(2**24)  # 64 MiB
+    assert peak_memory_table.peak_of_process() >= max(before, held.nbytes)
+
+
+def test_peaks_are_measured_once_and_put_beside_those_of_the_references(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "peaks.json"
+    arguments = ["--model", "vit-s", "--methods", "full", "lora-all", "lbp-wht", "velora", "--output", str(output)]
+    asked = []
+
+    def in_a_process(given, limit):
+        asked.append(given)
+        method = given[given.index("--methods") + 1]
+        if "times" in given:
+            return {name: {"step_ms": [1, 2, 3], "least_ms": 1, "over full": [1, 1.5, 2]} for name in ("full",)}, ""
+        if method == "velora":
+            return None, "ended by signal 9"
+        return {"peak_mib": {"full": 1000, "lora-all": 1200, "lbp-wht": 900}[method], "libraries_mib": 300}, ""
+
+    monkeypatch.setattr(peak_memory_table, "in_a_process", in_a_process)
+    peak_memory_table.main(arguments)
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if line.startswith("lbp-wht") and "MiB" not in line)
+    assert line.split()[1:5] == ["900", "0.900", "0.750", "600"] and "velora, batch 8: ended by signal 9" in printed
+    assert len(asked) == 5 and json.loads(output.read_text())["peaks"]["8"]["full"]["peak_mib"] == 1000
+    peak_memory_table.main([*arguments, "--rounds", "0"])
+    assert len(asked) == 6  # only the one that failed
+    with pytest.raises(SystemExit, match="other options"):
+        peak_memory_table.main([*arguments, "--steps", "3"])
+    with pytest.raises(SystemExit):
+        peak_memory_table.main([*arguments, "--steps", "1"])
+
+
+def test_a_process_trains_and_reports_its_peak(monkeypatch, capsys):
+    monkeypatch.setitem(MODELS, "vit-s", Model(lambda size: tiny_vit(), size=(32, 32), batch=small_batch))
+    peak_memory_table.main(["--model", "vit-s", "--only", "peak", "--methods", "lbp-wht", "--device", "cpu"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["peak_mib"] >= found["libraries_mib"] > 0
+    peak_memory_table.main(["--model", "vit-s", "--only", "peak", "--methods", "lbp-wht:r=99", "--device", "cpu"])
+    assert "r must be" in json.loads(capsys.readouterr().out)["left out"]
+
+
+def small_batch(batch_size, size):
+    return {"pixel_values": torch.randn(batch_size, 3, *size), "labels": torch.zeros(batch_size, dtype=torch.long)}

@@ -45,8 +45,13 @@ WAYS = {
     "bf16": {"grad_input_dtype": "bf16"},
     "auto": {"grad_input_dtype": "auto"},
     "low-rank int8": {"grad_input_rank": 10, "grad_input_dtype": "int8"},
-    "compressed": {"grad_input_dtype": "full", "compress_activations": "int8"},
-    "all": {"grad_input_rank": 10, "grad_input_dtype": "int8", "hadamard_size": 16, "compress_activations": "int8"},
+    "compressed": {"grad_input_dtype": "full", "compress_activations": ("activation", "norm")},
+    "all": {
+        "grad_input_rank": 10,
+        "grad_input_dtype": "int8",
+        "hadamard_size": 16,
+        "compress_activations": ("activation", "norm"),
+    },
 }
 
 

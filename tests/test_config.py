@@ -22,6 +22,7 @@ from lbp_peft.bases.walsh import SELECTIONS
 from lbp_peft.formats.products import AUTO, FULL, Precision
 from lbp_peft.formats.registry import FORMATS
 from lbp_peft.tuner.compat.registration import check_peft_version, register
+from lbp_peft.tuner.config import GRAD_INPUT_BASES
 
 ROOT = Path(__file__).resolve().parents[1]
 ENCODER = {
@@ -37,7 +38,8 @@ def adapted_names(model) -> set[str]:
 
 def test_settings_survive_json(tmp_path):
     config = LBPWHTConfig(
-        r=7, grad_input_rank=5, grad_input_dtype="bf16", hadamard_size=32, block_size=4, selection="lp_linf",
+        r=7, grad_input_rank=5, grad_input_basis="adaptive", grad_input_energy=0.9,
+        grad_input_dtype="bf16", hadamard_size=32, block_size=4, selection="lp_linf",
         boundary="reflect", train_base_weight=False, rank_pattern={"fc2": 3},
         grad_input_rank_pattern={"fc1": 2, "fc2": None}, grid_size=[4, 6], num_prefix_tokens=2, num_suffix_tokens=3,
         target_modules=["fc1", "fc2"],
@@ -78,7 +80,10 @@ def test_rank_and_format_of_the_input_gradient_survive_json(tmp_path, rank, dtyp
 
 def test_choices_are_literal_types_of_what_is_accepted():
     types = get_type_hints(LBPWHTConfig)  # as transformers' HfArgumentParser reads them
-    choices = {"grad_input_dtype": {AUTO, *FORMATS}, "selection": set(SELECTIONS), "boundary": set(BOUNDARIES)}
+    choices = {
+        "grad_input_basis": set(GRAD_INPUT_BASES), "grad_input_dtype": {AUTO, *FORMATS},
+        "selection": set(SELECTIONS), "boundary": set(BOUNDARIES),
+    }  # fmt: skip
     for name, values in choices.items():
         assert get_origin(types[name]) is Literal and set(get_args(types[name])) == values
     for field in dataclasses.fields(LBPWHTConfig):
@@ -183,7 +188,7 @@ def test_defaults_survive_json(tmp_path):
     ({"stack_on": PeftConfig(peft_type="LORA")}, r"stack_on\['default'\] must be a LoraConfig for the peft_type LORA"),
     ({"selection": ["lp_l1"]}, "selection must be one of"),
     ({"boundary": None}, "boundary must be one of"),
-    ({"compress_activations": True}, 'compress_activations must be "int8" or None, got True'),
+    ({"compress_activations": True}, 'compress_activations must be "all", some of activation, norm, attention, proj'),
     ({"base_model_name_or_path": 5}, "base_model_name_or_path must be a string or None, got 5"),
     ({"peft_version": ["0.21.0"]}, r"peft_version must be a string or None, got \['0.21.0'\]"),
     ({"peft_type": "LORA"}, "The peft_type of an LBPWHTConfig is LBPWHT, got 'LORA'"),

@@ -15,7 +15,7 @@ from lbp_peft.bases.basis_set import BasisSet
 from lbp_peft.bases.grids import TokenLayout
 from lbp_peft.heuristics import Heuristics
 from lbp_peft.instructions import Instructions, multiplies_bf16, multiplies_int8, product_dtype
-from lbp_peft.projection import DenseProjection, Float32Projection, SeparableProjection, projection, with_dtype
+from lbp_peft.projection import DenseProjection, Float32Projection, SeparableProjection, projection
 
 HEURISTICS = Heuristics()
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -343,10 +343,10 @@ def test_tokens_are_projected_in_float32_where_there_are_no_instructions(process
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.05)
     torch.testing.assert_close(slow.lift(found), fast.lift(expected), rtol=0.02, atol=0.05)
     torch.testing.assert_close(slow.sum(found), fast.sum(expected), rtol=0.02, atol=1.0)
-    wide = with_dtype(slow, FLOAT)
+    wide = slow.of_dtype(FLOAT)
     assert wide.dtype == FLOAT and type(wide) is not Float32Projection
-    assert type(with_dtype(wide, dtype)) is Float32Projection
-    assert with_dtype(slow, torch.float64).project(tokens.double()).dtype == torch.float64
+    assert type(wide.of_dtype(dtype)) is Float32Projection
+    assert slow.of_dtype(torch.float64).project(tokens.double()).dtype == torch.float64
     image = tokens[:, 1:].transpose(1, 2).unflatten(2, (16, 16))
     on_image = projection(TokenLayout((16, 16)), bases, dtype, CPU)
     assert on_image.project_image(image).dtype == dtype

@@ -13,19 +13,21 @@ pytest.importorskip("evaluate", reason="the examples need evaluate")
 import datasets
 from accelerate import Accelerator
 from common import experiment
-from common.classification import Classification, ClassificationOptions, classes_in, with_labels
-from common.datasources import Source, draw, hold_out
+from common.classification import Classification, ClassificationOptions
 from common.experiment import Experiment, load, shrink
-from common.images import Preprocessor
 from common.methods import chosen_methods
 from common.models import head_modules
-from common.places import local_folder, looks_like_path
 from common.segmentation import Segmentation, SegmentationOptions
-from common.storedimages import as_rgb
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from models import tiny_vit
 from PIL import Image as PILImage
 from transformers import BertConfig, BertModel, ViTConfig
+
+from lbp_peft.loading.classification import classes_in, with_labels
+from lbp_peft.loading.datasources import Source, draw, hold_out
+from lbp_peft.loading.places import local_folder, looks_like_path
+from lbp_peft.loading.preprocessing import Preprocessor
+from lbp_peft.loading.storedimages import as_rgb
 
 
 @pytest.fixture(autouse=True)

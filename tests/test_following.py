@@ -1,9 +1,12 @@
 """Where tokens lie is followed from the image, not guessed from their number: cases in which a guess goes wrong."""
 
 import copy
+import itertools
+import random
 import threading
 import warnings
 
+import numpy as np
 import pytest
 import reference
 import torch
@@ -112,6 +115,15 @@ def test_tokens_in_any_arrangement_are_projected_on_the_bases_of_their_grid(name
     assert not layout_report(model).exact and verify_layout(model, {"x": images()}).ok
 
 
+def test_windows_of_six_axes():
+    """As those of Twins. Windows below one another are one grid."""
+    model = adapted(Net(lambda t: t.unflatten(1, (2, 4, 2, 4)).transpose(2, 3)))
+    gradient, x, g = last_layer(model)
+    x, g = (t.permute(0, 2, 1, 3, 4, 5).reshape(4, SIDE * 4, -1) for t in (x, g))
+    assert {(layout.grid, layout.axes) for layout in found(model)} == {((SIDE, 4), (1, 3, 4))}
+    assert close(gradient, expected_gradient(x, g, reference.orthogonal_bases((SIDE, 4), 3)))
+
+
 @pytest.mark.parametrize("num_images", [2, SIDE**2])
 def test_as_many_images_as_tokens_are_no_grid(num_images):
     model = adapted(Net(lambda t: t.transpose(0, 1)))
@@ -140,7 +152,12 @@ def without_one(tokens):
     return tokens[:, torch.arange(SIDE**2) != 20]
 
 
+def gated(tokens):
+    return shuffled_by_data(tokens) * tokens.mean(2, keepdim=True)
+
+
 LOST = {
+    "shuffled, times a gate in order": lambda: Net(gated),
     "a mixer's features": Mixer,
     "shuffled by their values": lambda: Net(shuffled_by_data),
     "shuffled by chance": lambda: Net(lambda t: t[:, torch.randperm(SIDE**2)]),
@@ -251,6 +268,267 @@ def test_a_mask_belongs_to_its_own_pass():
                    {"inputs_embeds": embeds, "attention_mask": other}):  # fmt: skip
         model(**inputs).logits.sum().backward()
     assert {layout.grid for layout in found(model)} == {(1, 24)}
+
+
+# Several grids one after another
+
+
+def two_sizes(tokens):
+    """A square image and a part of it, in one sequence."""
+    part = tokens.unflatten(1, (SIDE, SIDE))[:, 2:6].flatten(1, 2)
+    return torch.cat((tokens[:1], part[1:]), 1)
+
+
+def scales(tokens):
+    pooled = nn.functional.avg_pool2d(tokens.transpose(1, 2).unflatten(2, (SIDE, SIDE)), 2).flatten(2).transpose(1, 2)
+    return torch.cat((tokens, pooled), 1)
+
+
+def windows_with_a_token_each(tokens):
+    windows = tokens.unflatten(1, (2, 4, 2, 4)).transpose(2, 3).flatten(1, 2).flatten(2, 3)
+    return torch.cat((torch.zeros_like(windows[:, :, :1]), windows), 2).flatten(1, 2)
+
+
+def padded(tokens):
+    """Images of two sizes, filled up to one length."""
+    filled = torch.zeros_like(tokens[1:])
+    filled[:, :24] = tokens[1:].unflatten(1, (SIDE, SIDE))[:, :4, :6].flatten(1, 2)
+    return torch.cat((tokens[:1], filled))
+
+
+SEVERAL = {
+    # name: an arrangement, and the grids with the tokens before each
+    "images of two sizes": (two_sizes, [(8, 8, 0), (4, 8, 0)]),
+    "scales": (scales, [(8, 8, 0), (4, 4, 0)]),
+    "windows with a token each": (windows_with_a_token_each, [(4, 4, 1)] * 4),
+    "images filled up": (padded, [(8, 8, 0), (4, 6, 0)]),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_each_of_several_grids_has_its_own_bases(name):
+    arrange, grids = SEVERAL[name]
+    model = adapted(Net(arrange))
+    gradient, x, g = last_layer(model)
+    (layout,) = found(model)
+    parts = getattr(layout, "parts", (layout,) * layout.packed)
+    assert [(*part.grid, part.num_prefix_tokens) for part in parts] == grids
+    if layout.axes == (0, 1):
+        x, g = x.flatten(0, 1)[None], g.flatten(0, 1)[None]
+    blocks = []
+    for part in parts:
+        before, after = torch.eye(part.num_prefix_tokens), torch.eye(part.num_suffix_tokens)
+        blocks.append(torch.block_diag(before, reference.orthogonal_bases(part.grid, 3), after))
+    assert close(gradient, expected_gradient(x, g, torch.block_diag(*blocks).double()))
+    assert verify_layout(model, {"x": images()}).ok
+    assert "8 x 8" in str(layout_report(model)) or "4 x 4" in str(layout_report(model))
+
+
+# What the model's code decides by, besides the shapes of its inputs
+
+
+def rolled(tokens, places):
+    return tokens.unflatten(1, (SIDE, SIDE)).roll(places, 1).flatten(1, 2)
+
+
+class Ordered(Net):
+    """Puts its tokens in the order that a buffer holds."""
+
+    def __init__(self):
+        super().__init__(lambda tokens: tokens[:, self.order])
+        self.register_buffer("order", torch.arange(SIDE**2))
+
+
+class Counting(Net):
+    """Rolls its tokens by an attribute, which it changes."""
+
+    offset = 0
+
+    def __init__(self):
+        super().__init__(lambda tokens: rolled(tokens, self.count + self.offset))
+        self.count = 0
+
+    def forward(self, x):
+        self.count = (self.count + 1) % 3
+        return super().forward(x)
+
+
+def _shuffle(model):
+    model.order = torch.randperm(SIDE**2)
+
+
+def _shuffle_in_place(model):
+    model.order.copy_(torch.randperm(SIDE**2))
+
+
+settings, generator = {"places": 0}, random.Random(0)
+PLACES = 0
+
+
+def _change_setting(model):
+    settings["places"] += 1
+
+
+def _change_class(model):
+    type(model).offset += 1
+
+
+def _change_global(model):
+    globals()["PLACES"] += 1
+
+
+DECISIONS = {
+    # name: a model, what is done before each pass, and how often five passes are traced
+    "random numbers": (lambda: Net(lambda t: rolled(t, random.randrange(8))), None, 5),
+    "random numbers of NumPy": (lambda: Net(lambda t: rolled(t, int(np.random.randint(8)))), None, 5),
+    "a generator of its own": (lambda: Net(lambda t: rolled(t, generator.randrange(8))), None, 5),
+    "a random tensor's value": (lambda: Net(lambda t: rolled(t, torch.randint(8, ()).item())), None, 5),
+    "a list of random values": (lambda: Net(lambda t: t[:, torch.randperm(SIDE**2).tolist()]), None, 5),
+    "values of the data": (lambda: Net(lambda t: t[:, t[0, :, 0].argsort().tolist()]), None, 5),
+    "a variable of its closure": (lambda: Net(lambda t: rolled(t, settings["places"])), _change_setting, 5),
+    "a global variable": (lambda: Net(lambda t: rolled(t, PLACES)), _change_global, 5),
+    "an attribute": (Counting, None, 3),
+    "an attribute of its class": (Counting, _change_class, 5),
+    "a buffer that is replaced": (Ordered, _shuffle, 5),
+    "a buffer that is changed in place": (Ordered, _shuffle_in_place, 5),
+    "nothing": (Net, None, 1),
+}
+
+
+@pytest.mark.parametrize("name", DECISIONS)
+@pytest.mark.filterwarnings("ignore:Each forward pass is traced")
+def test_what_pythons_code_decides_is_followed_in_each_pass(name, monkeypatch):
+    build, change, num_traced = DECISIONS[name]
+    model = adapted(build())
+    net, first = model.base_model.model, next(iter(layers_of(model).values()))
+    traced, seen = [], {}
+    trace = PositionTracer.__init__
+    monkeypatch.setattr(PositionTracer, "__init__", lambda self, model: traced.append(model) or trace(self, model))
+    first.register_forward_pre_hook(lambda module, args: seen.update(tokens=args[0].detach()))
+    x = images()
+    for _ in range(5):
+        if change is not None:
+            change(net)
+        model(x).sum().backward()
+        in_order = net.cut(x).detach().flatten(2).transpose(1, 2)
+        expected = torch.cdist(seen["tokens"][0], in_order[0]).argmin(1).tolist()
+        layout = layout_report(model).layers[first.layer_name].layout
+        assert list(layout.order or range(SIDE**2)) == expected
+    assert len(traced) == num_traced
+
+
+@pytest.mark.parametrize("decide", [lambda t: random.random(), lambda t: t.sum().item()])
+def test_a_model_that_is_traced_in_each_pass_says_why(decide):
+    model = adapted(Net(lambda t: rolled(t, int(decide(t)))))
+    with pytest.warns(
+        UserWarning, match=r"Each forward pass is traced.*(random numbers|item in test_following.py:\d+)"
+    ):
+        model(images()).sum().backward()
+
+
+def test_code_after_the_last_layer_decides_nothing():
+    class WithLoss(Net):
+        def forward(self, x):
+            y = super().forward(x)
+            return y * random.random() if y.sum().item() > 0 else y
+
+    model = adapted(WithLoss())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for _ in range(2):
+            model(images()).sum().backward()
+
+
+class Stepped(Net):
+    def forward(self, x, step=0, names=(), options=None):
+        places = step % 3 + len(names) + (options.places if options else 0)
+        tokens = rolled(self.cut(x).flatten(2).transpose(1, 2), places)
+        for block in self.blocks:
+            tokens = tokens + torch.tanh(block["fc"](tokens))
+        return tokens
+
+
+class Options:
+    def __init__(self, places):
+        self.places = places
+
+
+@pytest.mark.parametrize("argument", ["step", "names", "options"])
+def test_arguments_that_are_no_tensors_decide(argument):
+    model = adapted(Stepped())
+    values = {"step": range(12), "names": [["a"] * n for n in range(12)], "options": [Options(n) for n in range(12)]}
+    with pytest.warns(UserWarning, match=f"traced again and again.*the argument '{argument}'") as caught:
+        for value in values[argument]:
+            model(images(), **{argument: value}).sum().backward()
+            places = value % 3 if argument == "step" else len(value) if argument == "names" else value.places
+            orders = {layout.order for layout in found(model)}
+            assert orders == {None if places % SIDE == 0 else _rows_from(-places % SIDE)}
+    assert len([w for w in caught if "again and again" in str(w.message)]) == 1
+
+
+def _rows_from(first):
+    return tuple(torch.arange(SIDE**2).view(SIDE, SIDE).roll(-first, 0).flatten().tolist())
+
+
+@pytest.mark.filterwarnings("ignore:Each forward pass is traced")
+@pytest.mark.parametrize("way", [True, False])
+def test_a_pass_with_decisions_is_run_again_with_its_own_layouts(way):
+    class Checkpointed(Net):
+        def forward(self, x):
+            tokens = rolled(self.cut(x).flatten(2).transpose(1, 2), random.randrange(8)).requires_grad_()
+            for block in self.blocks:
+                tokens = tokens + torch.tanh(checkpoint(block["fc"], tokens, use_reentrant=way))
+            return tokens
+
+    def run(model):
+        random.seed(0)
+        return sum(model(images(seed=seed)).square().sum() for seed in range(3))
+
+    with exact_backward(model := adapted(Checkpointed(), r=64)):
+        expected = gradients_of(model, run)
+    assert largest_difference(gradients_of(model, run), expected) < 1e-4
+    assert largest_difference(gradients_of(adapted(Checkpointed(), r=3), run), expected) > 1e-2
+
+
+def test_sizes_that_change_unseen_are_exact_and_told_if_that_lasts():
+    sizes = itertools.cycle([SIDE, 4])
+
+    def crop(tokens):
+        return tokens.unflatten(1, (SIDE, SIDE))[:, : next(sizes)].flatten(1, 2)
+
+    model = adapted(Net(crop))
+    with pytest.warns(UserWarning, match="blocks.0.fc uses exact backpropagation in some of the forward passes"):
+        for _ in range(6):
+            low = gradients(model, images())
+    with exact_backward(model):
+        next(sizes)
+        assert largest_difference(low, gradients(model, images())) == 0
+
+
+def test_layers_that_were_left_out_are_listed():
+    model = adapted(tiny_vit(), target_modules=["fc1"])
+    left_out = verify_layout(model, {"pixel_values": images()}).left_out
+    assert {name.rpartition(".")[2] for name in left_out} == {"fc2", "q_proj", "k_proj", "v_proj", "o_proj"}
+    assert not verify_layout(adapted(tiny_vit()), {"pixel_values": images()}).left_out
+
+
+def test_numbers_held_by_tensors_lose_the_tokens_that_they_move():
+    model = adapted(Net(lambda t: rolled(t, torch.randint(8, ()))))
+    with pytest.warns(UserWarning, match="positions were lost in 'roll'"):
+        model(images()).sum().backward()
+
+
+@pytest.mark.parametrize("added", [-torch.inf, -10000.0, torch.finfo(torch.float32).min])
+def test_masks_that_are_added_and_masks_of_padding_tell_the_same(added):
+    from lbp_peft.layout.masks import mask_of, padding_of
+
+    keep = torch.arange(6) < torch.tensor([[4], [6]])
+    for name, mask in (("attention_mask", keep.long()), ("attention_mask", keep.float()),
+                       ("attention_mask", torch.zeros(2, 6).masked_fill(~keep, added)),
+                       ("key_padding_mask", ~keep)):  # fmt: skip
+        assert torch.equal(padding_of(name, mask), ~keep)
+        assert mask_of({name: mask}, "input_ids") is mask
+    assert not padding_of("attention_mask", torch.zeros(2, 6)).any()  # added to the scores: nothing is padding
 
 
 # Passes and their reruns
@@ -484,3 +762,60 @@ def test_a_mean_over_all_pixels_has_no_position():
     assert bool((positions < 0).all())
     positions, _ = traced(lambda x: x * x.mean((2, 3), keepdim=True))
     assert rows_and_columns(positions[0, 0, :1, :2]) == [(0, 0), (0, 1)]
+
+
+# Parts of a pass within parts that are run again
+
+
+class Nested(nn.Module):
+    """One layer, called three times on grids of 64 tokens: square, flat in an inner part, square again."""
+
+    def __init__(self, outer, inner):
+        super().__init__()
+        torch.manual_seed(0)
+        self.outer, self.inner = outer, inner
+        self.square, self.flat = nn.Conv2d(3, 16, 4, 4), nn.Conv2d(3, 16, (2, 8), (2, 8))
+        self.blocks = nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(16, 16)})])
+
+    def part(self, square, flat):
+        block = self.blocks[0]["fc"]
+        square = torch.tanh(block(square))
+        inner = block if self.inner is None else lambda t: checkpoint(block, t, use_reentrant=self.inner)
+        flat = torch.tanh(inner(flat))
+        return torch.tanh(block(square + 1)) * flat
+
+    def forward(self, x):
+        streams = [cut(x).flatten(2).transpose(1, 2).requires_grad_() for cut in (self.square, self.flat)]
+        if self.outer is None:
+            return self.part(*streams)
+        return checkpoint(self.part, *streams, use_reentrant=self.outer) * 2 - checkpoint(
+            self.part, *streams, use_reentrant=self.outer
+        )
+
+
+@pytest.mark.parametrize("outer", [True, False])
+@pytest.mark.parametrize("inner", [True, False, None])
+def test_calls_within_nested_parts_that_are_run_again_keep_their_grids(outer, inner):
+    expected = gradients(adapted(Nested(None, None), grad_input_rank=3), images())
+    found = gradients(adapted(Nested(outer, inner), grad_input_rank=3), images())
+    assert largest_difference(found, expected) < 1e-5
+
+
+def test_two_threads_with_images_of_two_sizes_under_checkpointing():
+    model = checkpointed(adapted(tiny_vit(), grad_input_rank=6), False)
+    sizes, seen, begin = ((32, 64), (64, 32)), {}, threading.Barrier(2)
+    wanted = [p for n, p in model.named_parameters() if p.requires_grad and "fc1" in n]
+    expected = {size: torch.autograd.grad(loss_at(model, *size), wanted) for size in sizes}
+
+    def run(size):
+        begin.wait()
+        seen[size] = [torch.autograd.grad(loss_at(model, *size), wanted) for _ in range(3)]
+
+    threads = [threading.Thread(target=run, args=(size,)) for size in sizes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for size in sizes:
+        for found in seen[size]:
+            assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(found, expected[size], strict=True))

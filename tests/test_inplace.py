@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lbp_peft import LBPWHTConfig, layout_report
 from lbp_peft.ops.activation import compressed_layer
-from lbp_peft.ops.attention import AttentionByProducts
+from lbp_peft.ops.attention import AttentionMode, attention
 
 
 class Net(nn.Module):
@@ -116,13 +116,13 @@ def test_of_a_layer_that_another_method_adapts(change, method, images):
 @pytest.mark.parametrize("method", [None, "lora", "dora"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_of_layers_that_keep_their_inputs_in_8_bits(change, method):
-    check(adapted(change, method, compress_activations="int8"))
+    check(adapted(change, method, compress_activations="all"))
 
 
 @pytest.mark.parametrize("method", [None, "lora", "dora"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_under_autocast(change, method):
-    check(adapted(change, method, compress_activations="int8"), autocast=True)
+    check(adapted(change, method, compress_activations="all"), autocast=True)
 
 
 @pytest.mark.parametrize("method", ["lora", "loha"])
@@ -147,7 +147,7 @@ def test_of_attention(decide):
     tensors = [torch.randn(2, 2, 9, 4, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     found = []
     for copies in (False, True):
-        with AttentionByProducts() as mode:
+        with AttentionMode(attention) as mode:
             y = nn.functional.scaled_dot_product_attention(*tensors)
         assert mode.was_called
         y = y.clone() if copies else y

@@ -9,6 +9,7 @@ from test_lowrank import problem, relative
 
 from lbp_peft import BasisSet, TokenLayout, low_rank_linear
 from lbp_peft.bases.grids import TokenOrder
+from lbp_peft.bases.packed import PackedLayout
 
 pytestmark = pytest.mark.usefixtures("way")
 
@@ -94,6 +95,55 @@ def test_tokens_along_other_axes(axes, packed, ranks):
         assert relative(ours, usual) < 1e-12
 
 
+PARTS = {
+    "images of three sizes": (TokenLayout((8, 12)), TokenLayout((4, 8)), TokenLayout((16, 9))),
+    "tokens beside each": (TokenLayout((8, 8), 1), TokenLayout((6, 4), 2, 3)),
+    "in units of two": (
+        TokenLayout((8, 8), order=TokenOrder(reference.unrolled((8, 8), ((2, 2),)))),
+        TokenLayout((4, 8), order=TokenOrder(reference.unrolled((4, 8), ((2, 2),)))),
+    ),
+    "one of few tokens": (TokenLayout((1, 2)), TokenLayout((9, 9))),
+}
+
+
+def of_parts(parts, rank):
+    """Block-diagonal bases of several grids, one after another."""
+
+    def of(part):
+        rows = reference.orthogonal_bases(part.grid, rank)
+        rows = rows if part.order is None else rows[:, list(part.order)]
+        return among(rows, part.num_prefix_tokens, part.num_suffix_tokens)
+
+    return torch.block_diag(*map(of, parts))
+
+
+@pytest.mark.parametrize("ranks", RANKS)
+@pytest.mark.parametrize("axes", [None, (0,)])
+@pytest.mark.parametrize("name", PARTS)
+def test_several_grids_one_after_another(name, axes, ranks):
+    parts = PARTS[name]
+    layout = PackedLayout.of(parts, axes)
+    x, weight, bias, grad = problem((1, layout.num_tokens), 0)
+    expected = through(lambda r: of_parts(parts, r), x.detach(), weight.detach(), grad, ranks)
+    if axes is not None:  # (L, N, C)
+        x, grad = x.detach().transpose(0, 1).requires_grad_(), grad.transpose(0, 1)
+    found = found_gradients(x, weight, bias, grad, layout, ranks)
+    assert relative(found[0], expected[0]) < 1e-12
+    assert relative(found[1] if axes is None else found[1].transpose(0, 1), expected[1]) < 1e-12
+    assert relative(found[2], grad.sum((0, 1))) < 1e-12
+
+
+def test_padding_among_several_grids():
+    layout = PackedLayout.of((TokenLayout((1, 20)), TokenLayout((1, 30))))
+    x, weight, bias, grad = problem((1, 50), 0)
+    padding = (torch.arange(50) % 20 > 14).expand(2, -1)
+    grad = grad.masked_fill(padding[..., None], 0)
+    x_kept = x.detach().masked_fill(padding[..., None], 0)
+    found = found_gradients(x, weight, bias, grad, layout, (3, None), padding_mask=padding)
+    expected = through(lambda r: of_parts(layout.parts, r), x_kept, weight.detach(), grad, (3, None))
+    assert relative(found[0], expected[0]) < 1e-12 and relative(found[1], expected[1]) < 1e-12
+
+
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("length", [9, 64, 77, 200])
 def test_a_sequence_has_blocks_as_long_as_square_ones_have_tokens(length, ranks):
@@ -110,7 +160,7 @@ def test_padding_is_taken_as_zero(ranks):
     x, weight, bias, grad = problem((1, length), 0)
     padding = torch.arange(length) >= torch.tensor([[25], [40]])
     grad = grad.masked_fill(padding[..., None], 0)
-    found = found_gradients(x, weight, bias, grad, TokenLayout((1, length)), ranks, padding=padding)
+    found = found_gradients(x, weight, bias, grad, TokenLayout((1, length)), ranks, padding_mask=padding)
     expected = through(
         lambda r: reference.orthogonal_bases((1, length), r),
         x.detach().masked_fill(padding[..., None], 0),

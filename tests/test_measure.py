@@ -1,15 +1,17 @@
 """Costs, against numbers worked out by hand."""
 
+import time
+
 import pytest
 import torch
 import torch.nn.functional as F
-from models import images, input_gradient, tiny_vit
+from models import images, input_gradient, same_state, state_of, tiny_vit
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lbp_peft import LBPWHTConfig
-from lbp_peft.measure import multiply_adds, saved_activations
+from lbp_peft import LBPWHTConfig, exact_backward, gradient_quality, layout_report
+from lbp_peft.measure import memory, multiply_adds, peak_memory, saved_activations, step_cost
 from lbp_peft.projection import DenseProjection
 
 N, L, C_IN, C_OUT = 2, 64, 12, 20
@@ -206,3 +208,112 @@ def test_a_low_rank_step_of_a_model_is_cheaper():
     full = cost(tiny_vit())
     low = cost(get_peft_model(tiny_vit(), LBPWHTConfig(r=3, grad_input_rank=3)))
     assert low[0] < full[0] and low[1] < 0.7 * full[1]
+
+
+# Whole steps
+
+
+class Normed(nn.Module):
+    """Batch norm's buffers and dropout around a ViT."""
+
+    def __init__(self, **settings):
+        super().__init__()
+        config = LBPWHTConfig(**({"r": 3, "grad_input_rank": 3, "modules_to_save": ["classifier"]} | settings))
+        self.norm, self.vit = nn.BatchNorm2d(3), get_peft_model(tiny_vit(hidden_dropout_prob=0.1), config)
+
+    def forward(self, pixel_values, labels):
+        return self.vit(pixel_values=self.norm(pixel_values), labels=labels)
+
+
+def a_batch():
+    return {"pixel_values": images(4), "labels": torch.arange(4)}
+
+
+@pytest.mark.parametrize("measured", [gradient_quality, step_cost])
+def test_a_measurement_leaves_no_trace(measured):
+    model = Normed()
+    model.eval()
+    model.vit.train()
+    model(**a_batch()).loss.backward()
+    before, modes = state_of(model), [module.training for module in model.modules()]
+    gradients = [None if p.grad is None else (p.grad, p.grad.clone()) for p in model.parameters()]
+    report, random = str(layout_report(model)), torch.get_rng_state()
+    measured(model, a_batch())
+    assert same_state(state_of(model), before) and torch.equal(torch.get_rng_state(), random)
+    assert [module.training for module in model.modules()] == modes and str(layout_report(model)) == report
+    for parameter, pair in zip(model.parameters(), gradients, strict=True):
+        assert parameter.grad is (pair and pair[0]) and (pair is None or torch.equal(*pair))
+
+
+def test_gradient_quality_is_one_at_full_rank_and_the_cosine_below():
+    exact = gradient_quality(Normed(r=64, grad_input_rank=64), a_batch())
+    assert exact.cosine == pytest.approx(1, abs=1e-6) and exact.norm_ratio == pytest.approx(1, abs=1e-5)
+    model = get_peft_model(tiny_vit(), LBPWHTConfig(r=3, grad_input_rank=3, modules_to_save=["classifier"])).train()
+    found = gradient_quality(model, a_batch())
+
+    def gradients():
+        model.zero_grad()
+        model(**a_batch()).loss.backward()
+        return {name: p.grad.double() for name, p in model.named_parameters() if p.grad is not None}
+
+    low = gradients()
+    with exact_backward(model):
+        expected = gradients()
+    assert found.tensors.keys() == low.keys()
+    for name, quality in found.tensors.items():
+        one, other = low[name].flatten(), expected[name].flatten()
+        assert quality.cosine == pytest.approx(float(one @ other / one.norm() / other.norm()), abs=1e-4), name
+        assert quality.norm_ratio == pytest.approx(float(one.norm() / other.norm()), rel=1e-3), name
+    matrices = [name for name in low if "lbpwht_weight" in name]
+    one, other = (torch.cat([g[name].flatten() for name in matrices]) for g in (low, expected))
+    assert found.cosine == pytest.approx(float(one @ other / one.norm() / other.norm()), abs=1e-5) and found.cosine < 1
+    assert found.worst in str(found)
+
+
+def test_gradient_quality_needs_lbp_wht_and_a_loss():
+    with pytest.raises(ValueError, match="no LBP-WHT layers"):
+        gradient_quality(tiny_vit(), a_batch())
+    with pytest.raises(ValueError, match="returned no loss"):
+        gradient_quality(Normed().vit, {"pixel_values": images()})
+    quality = gradient_quality(
+        Normed().vit, images(), loss_fn=lambda model, x: model(pixel_values=x).logits.square().sum()
+    )
+    assert 0 < quality.cosine <= 1
+
+
+def test_step_cost_has_time_memory_and_multiply_adds():
+    model = tiny_vit()
+    cost = step_cost(model, a_batch(), steps=1)
+    with saved_activations(model) as saved, multiply_adds() as there:
+        loss = model.train()(**a_batch()).loss
+    with multiply_adds() as back:
+        loss.backward()
+    assert (cost.saved_bytes, cost.forward_multiply_adds, cost.backward_multiply_adds) == (
+        saved.bytes, there.total, back.total,
+    )  # fmt: skip
+    assert cost.trained_parameters == sum(p.numel() for p in model.parameters())
+    assert min(cost.forward, cost.backward, cost.optimiser) > 0 and cost.peak_bytes > 50 * 2**20
+    assert "backward" in str(cost)
+
+
+def test_step_cost_refuses_gradients_that_would_do_harm():
+    model = tiny_vit()
+    before = state_of(model)
+    with pytest.raises(ValueError, match="not finite"):
+        step_cost(model, a_batch() | {"pixel_values": images(4) * float("nan")})
+    assert same_state(state_of(model), before)
+    with pytest.raises(ValueError, match="no trained parameters"):
+        step_cost(tiny_vit().requires_grad_(False), a_batch())
+
+
+@pytest.mark.parametrize("reset", [True, False])
+def test_the_peak_of_the_process_includes_what_is_freed_again(monkeypatch, reset):
+    if not reset:  # as on other systems than Linux
+        monkeypatch.setattr(memory, "_reset_high_water_mark", lambda: False)
+    with peak_memory(torch.device("cpu")) as small:
+        pass
+    with peak_memory(torch.device("cpu")) as large:
+        block = torch.ones(40 << 20)
+        time.sleep(0.02 * (not reset))  # until it is looked at
+        del block
+    assert 120 < large.mib - small.mib < 250  # 160 MiB

@@ -15,11 +15,13 @@ from benchmarks import gradient_fidelity
 from common.classification import Classification, ClassificationOptions
 from common.experiment import prepare_output
 from common.methods import chosen_methods
-from common.options import Options, Parser, parse
+from common.options import Options
 from common.outputs import default_output, output_folder, write_somewhere
 from common.segmentation import Segmentation, SegmentationOptions
 from common.tables import aligned
-from common.terminal import plain_messages
+
+from lbp_peft.loading.options import Parser, parse
+from lbp_peft.loading.terminal import plain_messages
 
 KINDS = [ClassificationOptions, SegmentationOptions, gradient_fidelity.FidelityOptions]
 OWN = ["--model", "m", "--dataset", "d"]
@@ -279,7 +281,7 @@ def test_warnings_stand_on_lines_of_their_own(capsys):
 def test_tables_are_at_most_120_columns_wide():
     header = ["method", "trainable", "accuracy", "step time", "saved activations", "backward mult-adds"]
     cells = ["1.36 M", "78.5 % ± 2.0", "1.00 x", "59.9 MiB", "4.63 G"]
-    label = "LoRA r=8 + LBP-WHT r=10, grad_input_rank=10, compress_activations=int8, learning_rate=1e-3"
+    label = "LoRA r=8 + LBP-WHT r=10, grad_input_rank=10, compress_activations=all, learning_rate=1e-3"
     for rows in ([["full", *cells]], [["full", *cells], [label, *cells]], [[label + ", more" * 20, *cells]]):
         text = aligned(header, rows)
         assert max(map(len, text.splitlines())) <= 120

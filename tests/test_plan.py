@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from lbp_peft import BackwardPlan, BasisSet, ExactProduct, FixedBasis, InputGradient, TokenLayout, low_rank_linear
+from lbp_peft import (
+    AdaptiveBasis,
+    BackwardPlan,
+    BasisSet,
+    ExactProduct,
+    FixedBasis,
+    InputGradient,
+    TokenLayout,
+    low_rank_linear,
+)
 from lbp_peft.formats.products import FULL, Precision
 from lbp_peft.ops.conv1x1 import low_rank_pointwise_conv
 from lbp_peft.ops.recompute import low_rank_layer
@@ -20,6 +29,8 @@ PLANS = [
     BackwardPlan(LAYOUT, BasisSet(3), FixedBasis(BasisSet(3))),
     BackwardPlan(LAYOUT, BasisSet(6), FixedBasis(BasisSet(3))),
     BackwardPlan(LAYOUT, None, FixedBasis(BasisSet(3))),
+    BackwardPlan(LAYOUT, BasisSet(3), AdaptiveBasis(2)),
+    BackwardPlan(LAYOUT, None, AdaptiveBasis(3, energy=0.5)),
     BackwardPlan(LAYOUT, BasisSet(3), padding_mask=torch.arange(64).expand(2, 64) >= 60),
 ]
 
@@ -69,6 +80,8 @@ def test_an_input_gradient_of_another_kind_takes_one_class():
 
     @dataclass(frozen=True)
     class OfMeans(InputGradient):
+        uses_layout = True
+
         def num_coefficients(self, layout):
             return layout.num_outside + 1
 

@@ -729,7 +729,7 @@ def swapping():
 
 @pytest.mark.parametrize("settings", [
     {},
-    {"compress_activations": "int8"},
+    {"compress_activations": ("activation", "norm")},
     {"train_base_weight": False, "stack_on": LoraConfig(**LORA)},
     {"train_base_weight": False, "stack_on": LoraConfig(**LORA, use_dora=True)},
 ], ids=["alone", "compressed", "LoRA", "DoRA"])  # fmt: skip

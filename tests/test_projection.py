@@ -16,7 +16,6 @@ from lbp_peft.projection import (
     SeparableProjection,
     num_kept,
     projection,
-    with_dtype,
 )
 
 CPU = torch.device("cpu")
@@ -70,9 +69,9 @@ def test_both_ways_agree_in_other_dtypes(dtype, bound):
     tokens = draw(2, layout.num_tokens, 5, dtype=dtype)
     expected = SeparableProjection(layout, bases, torch.float64, CPU).project(tokens.double())
     for maps in both(layout, bases):
-        narrow = with_dtype(maps, dtype)
+        narrow = maps.of_dtype(dtype)
         same_way = type(maps) if product_dtype(dtype, CPU) == dtype else Float32Projection
-        assert type(narrow) is same_way and with_dtype(narrow, dtype) is narrow
+        assert type(narrow) is same_way and narrow.of_dtype(dtype) is narrow
         found = narrow.project(tokens)
         assert found.dtype == narrow.lift(found).dtype == dtype
         assert (found.double() - expected).norm() < bound * expected.norm()

@@ -37,11 +37,13 @@ from lbp_peft import LBPWHTConfig, exact_backward, layout_report
 pytest.importorskip("datasets", reason="the example needs datasets")
 pytest.importorskip("evaluate", reason="the example needs evaluate")
 
-from common.images import Preprocessor
 from common.metrics import MeanIoU, confusion_matrix, load_metric, score
 from common.models import head_modules, train_mode
-from common.segmentation import Segmentation, SegmentationOptions, label_map, upernet
-from common.views import View
+from common.segmentation import Segmentation, SegmentationOptions
+
+from lbp_peft.loading.preprocessing import Preprocessor
+from lbp_peft.loading.segmentation import label_map, upernet
+from lbp_peft.loading.views import View
 
 torch.set_num_threads(1)
 

@@ -20,7 +20,6 @@ pytest.importorskip("evaluate", reason="the examples need evaluate")
 from common import augmentation, experiment, remaining, training
 from common.checkpoints import save_checkpoint
 from common.classification import Classification, ClassificationOptions
-from common.datasources import Source
 from common.digits import EMBEDDED, digits
 from common.methods import chosen_methods
 from common.metrics import Confusion, confusion_matrix, per_class_scores
@@ -29,6 +28,8 @@ from common.selection import Average, Best, is_over, kept_epoch, with_validation
 from datasets import Dataset, Features, Image
 from PIL import Image as PILImage
 from transformers import ViTConfig, ViTForImageClassification
+
+from lbp_peft.loading.datasources import Source
 
 needs_kornia = pytest.mark.skipif(
     importlib.util.find_spec("kornia") is None, reason="mixup, CutMix and RandAugment are kornia's: not installed"
@@ -391,7 +392,7 @@ def test_images_are_augmented_in_training_alone(model_folder, source):
 
 
 def test_segmentation_has_no_flags_for_what_it_cannot_do():
-    from common.options import parse
+    from lbp_peft.loading.options import parse
 
     with pytest.raises(SystemExit):
         parse(Segmentation.options, Segmentation.defaults, "", ["--mixup", "0.5"])

@@ -108,7 +108,7 @@ def test_jacobians():
     assert largest_difference({n: t[1] for n, t in found.items()}, expected) < 1e-4
 
 
-@pytest.mark.parametrize("settings", [input_gradient("int8"), input_gradient("bf16"), {"compress_activations": "int8"}])
+@pytest.mark.parametrize("settings", [input_gradient("int8"), input_gradient("bf16"), {"compress_activations": "all"}])
 def test_what_is_rounded_elsewhere_is_not_here(settings):
     model, x = adapted(**settings), images(3)
     settings = input_gradient("full") if "grad_input_dtype" in settings else {}

@@ -10,11 +10,20 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from architectures import FLAT, SQUARE, SQUARE_CLS, SWIN, TEXT, TOKENS_FIRST, Architecture, Elsewhere
+from architectures import (
+    FLAT,
+    SQUARE,
+    SQUARE_CLS,
+    SWIN,
+    TEXT,
+    TOKENS_FIRST,
+    Architecture,
+    Elsewhere,
+    OneAfterAnother,
+)
 from torch import Tensor
 
 IMAGE_TOKEN = 99
-SIZES = "images of two sizes one after another"
 
 # A decoder of each family of language models
 LLAMA = TEXT | {"model_type": "llama", "num_key_value_heads": 1, "head_dim": 16, "max_position_embeddings": 128}
@@ -127,19 +136,22 @@ ARCHITECTURES = [
                  inputs=patches_of((8, 12)), variant="one image"),
     Architecture("qwen2_vl", "Qwen2VLForConditionalGeneration", QWEN_2, {"": in_units(8, 12)},
                  inputs=patches_of((8, 12), (8, 12)), variant="two images of one size"),
-    Architecture("qwen2_vl", "Qwen2VLForConditionalGeneration", QWEN_2, {"": SIZES},
+    Architecture("qwen2_vl", "Qwen2VLForConditionalGeneration", QWEN_2, {
+                     "": OneAfterAnother((in_units(8, 12), in_units(4, 8)))},
                  inputs=patches_of((8, 12), (4, 8)), variant="two images of two sizes"),
     Architecture("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", QWEN_2_5, {"": in_windows(8, 12, 4)},
                  inputs=patches_of((8, 12)), variant="one image"),
     Architecture("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", QWEN_2_5, {"": in_windows(8, 12, 4)},
                  inputs=patches_of((8, 12), (8, 12)), variant="two images of one size"),
-    Architecture("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", QWEN_2_5, {"": SIZES},
+    Architecture("qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration", QWEN_2_5, {
+                     "": OneAfterAnother((in_windows(8, 12, 4), in_windows(4, 8, 4)))},
                  inputs=patches_of((8, 12), (4, 8)), variant="two images of two sizes"),
     Architecture("qwen3_vl", "Qwen3VLForConditionalGeneration", QWEN_3, {"": in_units(8, 12)},
                  inputs=patches_of((8, 12)), variant="one image"),
     Architecture("qwen3_vl", "Qwen3VLForConditionalGeneration", QWEN_3, {"": in_units(8, 12)},
                  inputs=patches_of((8, 12), (8, 12)), variant="two images of one size"),
-    Architecture("qwen3_vl", "Qwen3VLForConditionalGeneration", QWEN_3, {"": SIZES},
+    Architecture("qwen3_vl", "Qwen3VLForConditionalGeneration", QWEN_3, {
+                     "": OneAfterAnother((in_units(8, 12), in_units(4, 8)))},
                  inputs=patches_of((8, 12), (4, 8)), variant="two images of two sizes"),
     Architecture("llava", "LlavaForConditionalGeneration", {
         "vision_config": CLIP, "text_config": LLAMA, "image_token_index": IMAGE_TOKEN}, SQUARE_CLS, (64, 64),

@@ -22,11 +22,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.environment import environment, in_words
 from benchmarks.methods import lbp_wht, lora
 from benchmarks.models import MODELS, efficientformer_l1
 from benchmarks.tables import aligned, number
 from lbp_peft.encoder import encoder_linears
+from lbp_peft.environment import environment, in_words
 from lbp_peft.measure import multiply_adds
 
 MODEL = MODELS["efficientformer-l1"]

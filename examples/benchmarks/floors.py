@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from common.timing import now
+
+from lbp_peft.measure.timing import now
 
 PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}
 

@@ -23,16 +23,15 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.timing import interleaved, now, quartiles
-
-from benchmarks.environment import environment, in_words, write_record
 from benchmarks.floors import measure_rates
 from benchmarks.tables import aligned, number
 from lbp_peft import kernels
 from lbp_peft.bases.basis_set import BasisSet
 from lbp_peft.bases.grids import TokenLayout
+from lbp_peft.environment import environment, in_words, write_record
 from lbp_peft.formats.hadamard import rotate
 from lbp_peft.formats.registry import FORMATS
+from lbp_peft.measure.timing import interleaved, now, quartiles
 from lbp_peft.projection import SeparableProjection
 
 DTYPES = {"bf16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}

@@ -5,7 +5,7 @@
 
 For each setting: the cosine over the gradients of all adapted weights together, and those of the first, the middle and
 the last block alone, the least of its layers. Settings are those of `LBPWHTConfig`, as in `r=10,grad_input_dtype=int8`;
-what examples/benchmarks/methods.py does to a model may follow, as in `compress_activations=int8+norms-only`.
+what examples/benchmarks/methods.py does to a model may follow, as in `compress_activations=norm/activation`.
 """
 
 from __future__ import annotations
@@ -26,25 +26,28 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.classification import Classification, ClassificationData, ClassificationOptions
+from common.classification import Classification, ClassificationOptions
 from common.experiment import Experiment, load
 from common.models import head_modules
-from common.options import option, parse
-from common.places import local_folder
-from common.terminal import plain_messages
 
-from benchmarks.environment import environment, in_words, write_record
-from benchmarks.methods import WORDS
+from benchmarks.methods import WORDS, setting
 from benchmarks.tables import aligned
 from lbp_peft import LBPWHTConfig, LBPWHTLinear, exact_backward
+from lbp_peft.environment import environment, in_words, write_record
+from lbp_peft.loading.classification import ClassificationData
+from lbp_peft.loading.options import option, parse
+from lbp_peft.loading.places import local_folder
+from lbp_peft.loading.terminal import plain_messages
 
+WORDS_OF_COMPRESSION = ("all", "activation", "norm", "attention", "projection")
 SETTINGS = [
-    f"r={r},grad_input_{more}"
+    *(f"r=10,grad_input_basis=adaptive,grad_input_rank={rank}" for rank in (8, 16, 24, 32)),
+    *(f"r={r},grad_input_{more}"
     for r in (3, 10, 21)
     for more in (
         f"rank={r}", "dtype=full", "dtype=bf16", "dtype=int8", "dtype=int8,hadamard_size=16", "dtype=auto",
-        *(f"dtype=full,compress_activations=int8{only}" for only in ("", "+norms-only", "+functions-only")),
-    )
+        *(f"dtype=full,compress_activations={word}" for word in WORDS_OF_COMPRESSION),
+    )),
 ]  # fmt: skip
 
 
@@ -92,7 +95,7 @@ class FidelityOptions(ClassificationData):
 
 
 def in_parts(text: str) -> tuple[dict[str, Any], list[str]]:
-    """ "r=10,grad_input_dtype=int8+norms-only" -> ({"r": 10, "grad_input_dtype": "int8"}, ["norms-only"])
+    """ "r=10,grad_input_dtype=int8+compile" -> ({"r": 10, "grad_input_dtype": "int8"}, ["compile"])
 
     Raises:
         ValueError: it cannot be read, or `LBPWHTConfig` refuses it.
@@ -101,7 +104,7 @@ def in_parts(text: str) -> tuple[dict[str, Any], list[str]]:
     if unknown := [word for word in more if word not in WORDS]:
         raise ValueError(f"--settings {text}: unknown word {unknown[0]!r}, choose from {', '.join(WORDS)}")
     try:
-        settings = {key: yaml.safe_load(value) for key, value in (pair.split("=", 1) for pair in pairs.split(","))}
+        settings = {key: setting(value) for key, value in (pair.split("=", 1) for pair in pairs.split(","))}
         LBPWHTConfig(**settings)
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"--settings {text}: settings are written as r=10,grad_input_dtype=int8 ({error})") from None

@@ -3,10 +3,11 @@
     full                                   all weights are trained
     lora-all:r=16                          LoRA on all linear layers of the encoder
     full+checkpointing                     activations are computed again in the backward pass
+    lbp-wht+checkpointing:every=2          those of every second block
     full+compile                           torch.compile
     lbp-wht:r=10,grad_input_dtype=int8           LBP-WHT; the settings are those of its configuration
     lora-all+lbp-wht:r=3,grad_input_rank=3      LBP-WHT put on LoRA
-    lbp-wht:compress_activations=int8+norms-only    of what is compressed, only the inputs of norms
+    lbp-wht:compress_activations=norm/activation    several words are joined by a slash
 
 To add a word, write a function from model, names of the head's modules and settings to the model, and name it in
 `WORDS`.
@@ -23,12 +24,11 @@ import peft
 import yaml
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lbp_peft import LBPWHTConfig
 from lbp_peft.encoder import encoder_linears
-from lbp_peft.tuner.patches.activation_patch import LBPWHTCompressed, is_norm
-from lbp_peft.tuner.patches.forward_patch import PATCH_ATTR, detach
+from lbp_peft.recommendation.candidates import NotApplicableError, enable_checkpointing
 
 # Those that this version of LBP-WHT does not know are left out, see `default_methods`.
 DEFAULT_METHODS = (
@@ -40,15 +40,21 @@ DEFAULT_METHODS = (
     "velora",
     "lbp-wht:r=3,grad_input_rank=3",
     "lbp-wht:r=10,grad_input_rank=10",
+    "lbp-wht:r=10,grad_input_basis=adaptive,grad_input_rank=24",
     "lbp-wht:r=10,grad_input_dtype=full",
     "lbp-wht:r=10,grad_input_dtype=int8",
     "lbp-wht:r=10,grad_input_dtype=bf16",
     "lbp-wht:r=10,grad_input_dtype=auto",
-    "lbp-wht:r=10,grad_input_dtype=auto,compress_activations=int8",
+    "lbp-wht:r=10,grad_input_dtype=auto,compress_activations=all",
     "lora-all+lbp-wht:r=3,grad_input_rank=3",
+    "lora-all+lbp-wht:r=10,grad_input_basis=adaptive,grad_input_rank=24",
     "lora-all+lbp-wht:r=10,grad_input_dtype=full",
     "lora-all+lbp-wht:r=10,grad_input_dtype=auto",
     "lora-qv+lbp-wht:r=10,grad_input_dtype=auto",
+    "lora-all+checkpointing",
+    "lbp-wht+checkpointing",
+    "lbp-wht+checkpointing:every=2",
+    "lora-all+lbp-wht+checkpointing",
 )
 
 QUERY_AND_VALUE = ("q_proj", "v_proj", "query", "value")
@@ -70,7 +76,11 @@ def adapted(base: nn.Module, method: str, heads: list[str]) -> nn.Module:
         ValueError: there is no such method.
     """
     shared = {id(parameter): nn.Parameter(parameter.detach()) for parameter in base.parameters()}
-    model = copy.deepcopy(base, shared)
+    return applied(copy.deepcopy(base, shared), method, heads)
+
+
+def applied(model: nn.Module, method: str, heads: list[str]) -> nn.Module:
+    """The model itself, made ready to be trained by a method. Raises as [`adapted`] does."""
     for word, settings in words(method):
         model = WORDS[word](model, heads, settings)
     return model
@@ -91,13 +101,26 @@ def words(method: str) -> list[tuple[str, Settings]]:
                 f"Cannot read the method {method!r}: choose from {', '.join(WORDS)}, or several of them joined by +, "
                 "with settings as in lbp-wht:r=10,grad_input_rank=3."
             )
-        result.append((word, {key: yaml.safe_load(value) for key, _, value in pairs}))
+        result.append((word, {key: setting(value) for key, _, value in pairs}))
     return result
+
+
+def setting(text: str) -> Any:
+    """The value of a setting: as YAML has it, or a list of words that are joined by a slash."""
+    return text.split("/") if "/" in text else yaml.safe_load(text)
 
 
 def default_methods() -> list[str]:
     """`DEFAULT_METHODS` without the settings that this version of LBP-WHT does not accept."""
     return [method for method in DEFAULT_METHODS if all(_is_known(*word) for word in words(method))]
+
+
+def compressed() -> str:
+    """The setting for as few saved activations as this version of LBP-WHT has."""
+    settings = ("all", "int8")
+    return next(
+        f"compress_activations={one}" for one in settings if _is_known("lbp-wht", {"compress_activations": one})
+    )
 
 
 def _is_known(word: str, settings: Settings) -> bool:
@@ -114,38 +137,26 @@ def full(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
 
 
 def checkpointing(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel) and module.supports_gradient_checkpointing:
-            if hasattr(module, "activation_checkpointing_enable"):  # the newer name in transformers
-                module.activation_checkpointing_enable({"use_reentrant": False})
-            else:
-                module.gradient_checkpointing_enable({"use_reentrant": False})
-            return model
-        if hasattr(module, "set_grad_checkpointing"):  # timm
-            module.set_grad_checkpointing()
-            return model
-    raise NotAvailable("the model has no gradient checkpointing")
+    """Checkpointing of all blocks, or of the last of every so many (`every`)."""
+    every = settings.get("every", 1)
+    if set(settings) - {"every"} or not isinstance(every, int) or every < 1:
+        raise NotAvailable(f"checkpointing takes every=1, 2, ..., got {settings}")
+    try:
+        enable_checkpointing(model)
+    except NotApplicableError as error:
+        raise NotAvailable(str(error)) from error
+    if every > 1:
+        blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", None) is True]
+        blocks = [module for module in blocks if isinstance(module, GradientCheckpointingLayer)]
+        if not blocks:
+            raise NotAvailable("the model checkpoints all of its blocks or none")
+        for index, block in enumerate(blocks, start=1):
+            block.gradient_checkpointing = index % every == 0
+    return model
 
 
 def compiled(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
     model.compile(**settings)
-    return model
-
-
-def norms_only(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
-    """Compressed activations, of norms alone: what they cost, apart from what those of activation functions do."""
-    return _uncompressed(model, lambda host: not is_norm(host))
-
-
-def functions_only(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
-    """The reverse of [`norms_only`]."""
-    return _uncompressed(model, is_norm)
-
-
-def _uncompressed(model: nn.Module, condition: Callable[[nn.Module], bool]) -> nn.Module:
-    hosts = [m for m in model.modules() if isinstance(getattr(m, PATCH_ATTR, None), LBPWHTCompressed) and condition(m)]
-    for host in hosts:
-        detach(host)
     return model
 
 
@@ -212,8 +223,6 @@ WORDS: dict[str, Callable[[nn.Module, list[str], Settings], nn.Module]] = {
     "lora-fa": lora_fa,
     "velora": velora,
     "lbp-wht": lbp_wht,
-    "norms-only": norms_only,
-    "functions-only": functions_only,
     "checkpointing": checkpointing,
     "compile": compiled,
 }

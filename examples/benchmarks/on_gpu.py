@@ -24,8 +24,8 @@ ROOT = HERE.parents[1]
 EAGER = (
     "full", "full+checkpointing", "lora-qv", "lora-all", "lora-all+checkpointing",
     "lbp-wht:r=10,grad_input_dtype=full", "lbp-wht:r=10,grad_input_dtype=fp8", "lbp-wht:r=10,grad_input_dtype=int8",
-    "lbp-wht:r=10,grad_input_dtype=auto", "lbp-wht:r=10,grad_input_rank=10", "lbp-wht:r=10,compress_activations=int8",
-    "lbp-wht:r=10+checkpointing", "lora-all+lbp-wht:r=10", "lora-all+lbp-wht:r=10,compress_activations=int8",
+    "lbp-wht:r=10,grad_input_dtype=auto", "lbp-wht:r=10,grad_input_rank=10", "lbp-wht:r=10,compress_activations=all",
+    "lbp-wht:r=10+checkpointing", "lora-all+lbp-wht:r=10", "lora-all+lbp-wht:r=10,compress_activations=all",
     "lora-all+lbp-wht:r=10+checkpointing",
 )  # fmt: skip
 COMPILED = ("full+compile", "lora-all+compile", "lbp-wht:r=10+compile", "lora-all+lbp-wht:r=10+compile")

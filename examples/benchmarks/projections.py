@@ -18,13 +18,12 @@ import torch
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.timing import interleaved, now, quartiles, ratios
-
-from benchmarks.environment import environment, in_words, write_record
 from benchmarks.tables import aligned, number
 from lbp_peft.bases.basis_set import BasisSet
 from lbp_peft.bases.grids import TokenLayout
+from lbp_peft.environment import environment, in_words, write_record
 from lbp_peft.heuristics import active
+from lbp_peft.measure.timing import interleaved, now, quartiles, ratios
 from lbp_peft.projection import DenseProjection, SeparableProjection, num_kept
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}

@@ -4,9 +4,9 @@
     python examples/benchmarks/single_layers.py --bf16 --layers vit-b --modes plain full auto
 
 For each shape the modes take turns. `plain` is the layer without LBP-WHT; the others are number formats of the input
-gradient (`grad_input_dtype`), or its ranks (`grad_input_rank`). The floor's two parts stand beside each time:
-multiply-adds over the rate of matrix products and bytes over the memory bandwidth, both measured at the start. How to
-read them: see docs/benchmarks.md.
+gradient (`grad_input_dtype`), its ranks (`grad_input_rank`), or adaptive-16: a rank in a basis that is adapted to each
+image. The floor's two parts stand beside each time: multiply-adds over the rate of matrix products and bytes over the
+memory bandwidth, both measured at the start. How to read them: see docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ from torch import nn
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.timing import interleaved, now, quartiles, ratios, touch
-
-from benchmarks.environment import environment, in_words, write_record
 from benchmarks.floors import Rates, Work, measure_rates
 from benchmarks.tables import aligned, number
 from lbp_peft import LBPWHTConfig
 from lbp_peft.bases.basis_set import BasisSet
 from lbp_peft.bases.grids import TokenLayout
+from lbp_peft.environment import environment, in_words, write_record
+from lbp_peft.measure.timing import interleaved, now, quartiles, ratios, touch
 from lbp_peft.projection import num_kept
 
-PLAIN = "plain"
+PLAIN, ADAPTIVE = "plain", "adaptive"
 MODES = (PLAIN, "full", "bf16", "int8", "auto")  # and the rank of the weight gradient, as in the paper
 
 
@@ -105,6 +104,9 @@ def adapted(shape: Shape, mode: str, r: int) -> nn.Module:
 
 
 def input_gradient(mode: str) -> dict[str, Any]:
+    name, _, rank = mode.rpartition("-")
+    if name == ADAPTIVE and rank.isdigit():
+        return {"grad_input_basis": ADAPTIVE, "grad_input_rank": int(rank)}
     return {"grad_input_rank": int(mode)} if mode.isdigit() else {"grad_input_dtype": mode}
 
 
@@ -158,7 +160,9 @@ def work(shape: Shape, mode: str, r: int, batch: int, bf16: bool, rates: Rates) 
     fastest = max(rates.multiply_adds, key=lambda precision: rates.multiply_adds[precision])
     for_weight = tokens if mode == PLAIN else num_kept(shape.layout, BasisSet(r))
     for_input, of_input, of_weight = tokens, own, own
-    if mode.isdigit():
+    if (rank := input_gradient(mode).get("grad_input_rank")) and not mode.isdigit():
+        for_input = min(rank + shape.prefix, tokens)
+    elif mode.isdigit():
         for_input = num_kept(shape.layout, BasisSet(int(mode)))
     elif mode not in (PLAIN, "full"):
         of_input, of_weight = fastest if mode == "auto" else mode, fastest

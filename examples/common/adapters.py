@@ -26,12 +26,11 @@ from transformers import AutoConfig, AutoImageProcessor, PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
 import lbp_peft  # noqa: F401  registers LBP-WHT with PEFT
-
-from .images import Preprocessor
-from .models import forward_arguments
-from .places import looks_like_path
-from .storedimages import as_rgb
-from .terminal import cause_of
+from lbp_peft.loading.models import forward_arguments
+from lbp_peft.loading.places import looks_like_path
+from lbp_peft.loading.preprocessing import Preprocessor
+from lbp_peft.loading.storedimages import as_rgb
+from lbp_peft.loading.terminal import cause_of
 
 MODEL_CONFIG = "model_config"
 CANNOT_READ = (OSError, ValueError, KeyError, HFValidationError)

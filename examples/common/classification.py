@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,31 +10,19 @@ import evaluate
 import numpy as np
 import torch
 from accelerate import Accelerator
-from datasets import ClassLabel, Dataset, Image, Value
+from datasets import Dataset
 from PIL import Image as PILImage
 from transformers import AutoModelForImageClassification
 
+from lbp_peft.loading.classification import ClassificationData, load_classification
+from lbp_peft.loading.datasources import Source, draw
+from lbp_peft.loading.options import option
+from lbp_peft.loading.views import View
+
 from .augmentation import check_augmentation, mix, rand_augment
-from .datasources import Source, columns_of, draw, hold_out, load_splits, with_columns
 from .metrics import Accuracy, Confusion, confusion_matrix
-from .options import DataOptions, Options, option
+from .options import Options
 from .task import Embedded, Task
-from .views import View
-
-
-@dataclass
-class ClassificationData(DataOptions):
-    """What classification asks of its data."""
-
-    label_column: str | None = option(None, "Column of labels. (default: the first of classes, else `label`)")
-    train_images_per_class: int | None = option(
-        None, "Small-data protocol: train on so many images of each class. (default: all)"
-    )
-
-    def check_together(self) -> None:
-        super().check_together()
-        if self.train_images and self.train_images_per_class:
-            raise ValueError("give --train_images or --train_images_per_class, not both")
 
 
 @dataclass
@@ -76,32 +63,7 @@ class Classification(Task):
         return EMBEDDED
 
     def load(self, options: ClassificationData) -> Source:
-        train, test, validation = load_splits(options)
-        image = options.image_column or next(iter(columns_of(train, Image)), "image")
-        if not options.image_column and image not in train.column_names:
-            raise SystemExit(
-                f"there are no images, only the columns {', '.join(train.column_names)}: see --image_column"
-            )
-        label = options.label_column or next(iter(columns_of(train, ClassLabel)), "label")
-        if not options.label_column and label not in train.column_names:
-            raise SystemExit(
-                f"there are no labels, only the columns {', '.join(train.column_names)}: put the images of each of two "
-                "or more classes into a folder of its own (DATA/train/CLASS/1.png), or name the column with "
-                "--label_column"
-            )
-        names = classes_in(train, label)
-        train, test, validation = (
-            part and with_labels(with_columns(part, image, label), names) for part in (train, test, validation)
-        )
-        if test is None:
-            train, test = hold_out(train, options, self.classes(train))
-        present = sorted(set(self.classes(train)))
-        if len(present) < 2:
-            raise SystemExit(
-                f"all {len(train)} images to train on are of the class {names[present[0]]!r}: training needs two or "
-                "more (in folders, DATA/train/CLASS/1.png)"
-            )
-        return Source(train, test, names, validation)
+        return load_classification(options)
 
     def few(self, source: Source, options: ClassificationData) -> Dataset:
         """So many images of each class, or so many of all classes in proportion."""
@@ -146,58 +108,3 @@ class Classification(Task):
 
     def picture(self, output: Path, source: Source, folders: dict[str, Path], options: Options) -> None:
         """Nothing, likewise."""
-
-
-def classes_in(dataset: Dataset, column: str) -> list[str]:
-    """The classes in a column of labels, in the order of their numbers.
-
-    Raises:
-        SystemExit: there is no such column, or it holds no classes.
-    """
-    if column not in dataset.column_names:
-        raise SystemExit(f"--label_column: there is no column {column!r}; there are: {', '.join(dataset.column_names)}")
-    feature = dataset.features[column]
-    if isinstance(feature, ClassLabel):
-        return feature.names
-    if not isinstance(feature, Value) or not re.match("u?int|bool|string|large_string", feature.dtype):
-        raise SystemExit(
-            f"the column {column!r} holds {getattr(feature, 'dtype', None) or feature}, not one class for each image "
-            "(text or whole numbers): name another with --label_column"
-        )
-    values = dataset.unique(column)
-    if len(values) > len(dataset) / 2 and len(values) > 1000:
-        raise SystemExit(f"the column {column!r} has {len(values)} different values: name another with --label_column")
-    return [str(value) for value in sorted(value for value in values if value is not None)]
-
-
-def with_labels(dataset: Dataset, names: list[str]) -> Dataset:
-    """The dataset with its column `label` as numbers of these classes.
-
-    Raises:
-        SystemExit: an image has no label, or one that is none of them.
-    """
-    feature = dataset.features["label"]
-    if isinstance(feature, ClassLabel) and feature.names == names:
-        found = set(dataset.unique("label"))
-        unknown = [value for value in found if value is None or not 0 <= value < len(names)]
-    else:
-        texts = [
-            value if value is None else feature.int2str(value) if isinstance(feature, ClassLabel) else str(value)
-            for value in dataset.unique("label")
-        ]
-        unknown = sorted(set(texts) - set(names), key=str)
-    if unknown and unknown[0] in (None, -1):
-        raise SystemExit(
-            "there are images without a label: in folders, each must lie in one that is named after its class; "
-            "elsewhere, choose another split or --label_column"
-        )
-    if unknown:
-        raise SystemExit(f"there are images of the class {unknown[0]!r}, which is not trained on: see --test_split")
-    if isinstance(feature, ClassLabel) and feature.names == names:
-        return dataset
-    if isinstance(feature, ClassLabel):
-        numbers = [names.index(feature.int2str(value)) for value in dataset["label"]]
-    else:
-        place = {name: number for number, name in enumerate(names)}
-        numbers = [place[str(value)] for value in dataset["label"]]
-    return dataset.remove_columns("label").add_column("label", numbers).cast_column("label", ClassLabel(names=names))

@@ -10,7 +10,8 @@ from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor, set_seed
 
-from .datasources import Source
+from lbp_peft.loading.datasources import Source
+
 from .task import Embedded
 
 SIZE = 32

@@ -20,25 +20,29 @@ from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lbp_peft.loading.datasources import Source, draw
+from lbp_peft.loading.models import class_names, forward_arguments
+from lbp_peft.loading.options import parse
+from lbp_peft.loading.places import local_folder
+from lbp_peft.loading.preprocessing import Preprocessor
+from lbp_peft.loading.terminal import cause_of, say
+
 from .adapters import processor_in_effect, write_beside
 from .checkpoints import KEPT, checkpoints, remove_checkpoints, write_whole
-from .datasources import Source, draw
-from .images import Images, Preprocessor, loader
+from .images import Images, loader
 from .measuring import Cost, measure_costs
 from .methods import METHODS, Method, chosen_methods
 from .metrics import Confusion, load_metric, per_class_scores
 from .model_card import Card, describe_data
-from .models import class_names, forward_arguments, head_modules, trainable_parameters
-from .options import Options, parse
+from .models import head_modules, trainable_parameters
+from .options import Options
 from .outputs import OPTIONS, default_output, output_folder, write_somewhere
-from .places import local_folder
 from .processes import SHARDED, make_accelerator, on_main
 from .remaining import Remaining
 from .report import Row, plot, show_confusions, table, write_classes_json, write_json
 from .selection import kept_epoch, with_validation
 from .soundness import sound
 from .task import Task
-from .terminal import cause_of, say
 from .training import Run, check_scheduler, train
 
 RECORD, CONFUSION = "history.json", "confusion.json"  # of a part that is finished

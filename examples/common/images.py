@@ -2,92 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from PIL import Image
 from torch.utils.data import DataLoader, Sampler
-from transformers import AutoImageProcessor, PretrainedConfig, ViTImageProcessor
 
-from .options import Options, as_size
-from .storedimages import as_rgb
+from lbp_peft.loading.preprocessing import Preprocessor
+from lbp_peft.loading.views import random_view
+
+from .options import Options
 from .task import Task
-from .terminal import cause_of
-from .views import View, random_view
-
-IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-
-
-class Preprocessor:
-    """The image processor of a checkpoint, at a size of our choice.
-
-    Args:
-        options: Name the checkpoint, and the size if it is not the checkpoint's.
-        config: Of the model; tells the size where there is no image processor.
-        whole_image: Resize images as a whole, cropping nothing, so that pixels in and out correspond.
-    """
-
-    def __init__(self, options: Options, config: PretrainedConfig, whole_image: bool = False):
-        self.overrides: dict[str, Any] = {}
-        self.notice: str | None = None
-        self.whole_image = whole_image
-        size = as_size(options.image_size)
-        try:
-            self.processor = AutoImageProcessor.from_pretrained(options.model)
-        except (OSError, ValueError) as error:
-            file = Path(options.model).expanduser() / "preprocessor_config.json"
-            if file.exists():
-                raise SystemExit(f"{file} cannot be used: {cause_of(error)}") from None
-            size = size or as_size(getattr(config, "image_size", None))
-            if size is None:
-                raise SystemExit(f"{options.model} says no image size: give --image_size.") from None
-            sides = {"height": size[0], "width": size[1]}
-            self.processor = ViTImageProcessor(size=sides, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD)
-            shown = size[0] if size[0] == size[1] else f"{size[0]} x {size[1]}"
-            self.notice = (
-                f"{options.model} has no image processor: using ImageNet's mean and deviation, {shown} pixels."
-            )
-        if whole_image:
-            size = size or self._size_of(Image.new("RGB", (64, 64)))
-        if size and (options.image_size or whole_image):
-            self.overrides = self._resized(size)
-        self.size = self._size_of(Image.new("RGB", (64, 64)))
-
-    def _size_of(self, image: Image.Image) -> tuple[int, int]:
-        height, width = self(image).shape[-2:]
-        return height, width
-
-    def _resized(self, size: tuple[int, int]) -> dict[str, Any]:
-        """Arguments that make the processor give this size, keeping its margin around the centre crop if it may."""
-        sides = {"height": size[0], "width": size[1]}
-        if self.whole_image:
-            other = ("do_center_crop", "do_pad", "keep_aspect_ratio")
-            return {"size": sides} | {name: False for name in other if hasattr(self.processor, name)}
-        crop = dict(getattr(self.processor, "crop_size", None) or {})
-        edge = dict(self.processor.size).get("shortest_edge")
-        if edge and crop.get("height") and getattr(self.processor, "do_center_crop", False):
-            return {"size": {"shortest_edge": round(min(size) * edge / crop["height"])}, "crop_size": sides}
-        return {"size": sides, "do_center_crop": False} if crop else {"size": sides}
-
-    def __call__(
-        self,
-        image: Image.Image,
-        view: View | None = None,
-        augment: Callable[[Image.Image], Image.Image] | None = None,
-    ) -> torch.Tensor:
-        """The pixel values of an image, or of a part of it at the full size, augmented then."""
-        image, arguments = as_rgb(image), self.overrides
-        if view is not None:
-            image = view.of(image, self.size, Image.Resampling.BICUBIC)
-            image = augment(image) if augment else image
-            crop = {"do_center_crop": False} if hasattr(self.processor, "do_center_crop") else {}
-            arguments = arguments | {"do_resize": False} | crop
-        return self.processor(images=image, return_tensors="pt", **arguments)["pixel_values"][0]
 
 
 class Images(torch.utils.data.Dataset):

@@ -14,9 +14,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lbp_peft.measure import multiply_adds, saved_activations
+from lbp_peft.measure.timing import interleaved, now, ratios, touch
 
 from .models import trainable_parameters
-from .timing import interleaved, now, ratios, touch
 
 
 @dataclass

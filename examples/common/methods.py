@@ -6,6 +6,7 @@ To add one, write a function from options to [`Method`] and name it in `METHODS`
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,10 +17,11 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from lbp_peft import LBPWHTConfig
+from lbp_peft.loading.terminal import cause_of
+from lbp_peft.recommendation.candidates import NotApplicableError, enable_checkpointing
 
 from .models import head_modules
-from .options import Options
-from .terminal import cause_of
+from .options import OF_METHODS, Options
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,21 @@ class Method:
         learning_rate: Peak learning rate.
         config: From the names of the head's modules to the PEFT configuration; none trains the model itself.
         folder: Where its runs are kept, inside the output folder.
+        checkpointing: Whether it turns gradient checkpointing on, whatever the options say.
     """
 
     label: str
     learning_rate: float
     config: Callable[[list[str]], PeftConfig] | None
     folder: str = ""
+    checkpointing: bool = False
 
     def adapt(self, model: PreTrainedModel, options: Options) -> PreTrainedModel | PeftModel:
+        if self.checkpointing or options.gradient_checkpointing:
+            try:
+                enable_checkpointing(model)
+            except NotApplicableError as error:
+                raise SystemExit(f"--gradient_checkpointing: {error}") from None
         if self.config is None:
             return model
         return get_peft_model(model, self.config(head_modules(model, options)))
@@ -80,12 +89,18 @@ def lora_config(options: Options, heads: list[str]) -> LoraConfig:
     )
 
 
+def _words(text: str) -> str | list[str] | None:
+    return text.split("/") if "/" in text else text or None
+
+
 def lbp_wht_config(options: Options, **settings: Any) -> LBPWHTConfig:
     return LBPWHTConfig(
         r=options.r,
         grad_input_rank=options.grad_input_rank,
+        grad_input_basis=options.grad_input_basis,
+        grad_input_energy=options.grad_input_energy,
         grad_input_dtype=options.grad_input_dtype,
-        compress_activations=options.compress_activations or None,
+        compress_activations=_words(options.compress_activations),
         block_size=options.block_size,
         selection=options.selection,
         boundary=options.boundary,
@@ -95,6 +110,7 @@ def lbp_wht_config(options: Options, **settings: Any) -> LBPWHTConfig:
 
 def lbp_wht_label(options: Options) -> str:
     rank = "" if options.grad_input_rank is None else f", grad_input_rank={options.grad_input_rank}"
+    rank += "" if options.grad_input_basis == "walsh" else f" ({options.grad_input_basis})"
     dtype = "" if options.grad_input_dtype == "auto" else f", grad_input_dtype={options.grad_input_dtype}"
     return f"LBP-WHT r={options.r}{rank}{dtype}"
 
@@ -111,7 +127,7 @@ def lbp_wht(options: Options) -> Method:
 
 def lbp_wht_paper(options: Options) -> Method:
     """The setting of the paper: input gradients at the rank of the weight gradients."""
-    return lbp_wht(options.with_overrides(f"grad_input_rank={options.r}"))
+    return lbp_wht(options.with_overrides(f"grad_input_rank={options.r},grad_input_basis=walsh"))
 
 
 def lora_with_lbp_wht(options: Options) -> Method:
@@ -123,12 +139,38 @@ def lora_with_lbp_wht(options: Options) -> Method:
     return Method(f"LoRA r={options.lora_r} + {lbp_wht_label(options)}", options.lora_learning_rate, config)
 
 
+def recommended(options: Options) -> Method:
+    """What `lbp-peft recommend` found for this model, read from the file that it wrote.
+
+    Raises:
+        SystemExit: there is no such file, or it cannot be read.
+    """
+    path = Path(options.recommendation).expanduser()
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found = options.with_overrides(
+            ",".join(f"{name}={value}" for name, value in record["options"].items() if name in OF_METHODS)
+        )
+        (name,) = record["options"]["methods"]
+        method = METHODS[name](found)
+    except FileNotFoundError:
+        raise SystemExit(
+            f"--methods recommended: there is no file {path}. Run `lbp-peft recommend` with the same model and data "
+            "first, or name its file with --recommendation"
+        ) from None
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise SystemExit(f"--recommendation {path}: not a file of `lbp-peft recommend` ({cause_of(error)})") from None
+    label = f"recommended: {record['recommended']}"
+    return dataclasses.replace(method, label=label, checkpointing=bool(record["gradient_checkpointing"]))
+
+
 METHODS: dict[str, Callable[[Options], Method]] = {
     "full": full,
     "lora": lora,
     "lbp-wht": lbp_wht,
     "lbp-wht-paper": lbp_wht_paper,
     "lora+lbp-wht": lora_with_lbp_wht,
+    "recommended": recommended,
 }
 
 
@@ -145,7 +187,7 @@ def chosen_methods(options: Options) -> list[Method]:
                 method.config(["head"])  # refuses values that make no sense
         except (TypeError, ValueError) as error:
             raise SystemExit(f"--methods {text}: {cause_of(error)}") from None
-        in_label = ("r", "lora_r", "grad_input_rank", "grad_input_dtype")
+        in_label = ("r", "lora_r", "grad_input_rank", "grad_input_basis", "grad_input_dtype")
         shown = [part for part in overrides.split(",") if part and part.split("=")[0] not in in_label]
         folder = re.sub(r"[^\w.-]+", "-", text)
         methods.append(dataclasses.replace(method, label=", ".join([method.label, *shown]), folder=folder))

@@ -8,9 +8,10 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+from lbp_peft.loading.terminal import cause_of
+
 from .options import Options
 from .task import Task
-from .terminal import cause_of
 
 FAILED_WRITE = re.compile("no space left|i/o error|write failed|failed writing|read-only file system", re.IGNORECASE)
 OPTIONS = "options.yaml"  # of the run that the folder holds; alone it means that nothing was trained

@@ -11,7 +11,8 @@ from sklearn.datasets import load_digits
 from torch import nn
 from transformers import SegformerConfig, SegformerForSemanticSegmentation, SegformerImageProcessor, set_seed
 
-from .datasources import Source
+from lbp_peft.loading.datasources import Source
+
 from .task import Embedded
 
 HEIGHT, WIDTH = 64, 128

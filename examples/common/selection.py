@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from .datasources import VALIDATION, Source, hold_out
+from lbp_peft.loading.datasources import VALIDATION, Source, hold_out
+
 from .options import Options
 from .task import Task
 

@@ -12,10 +12,11 @@ from datasets import Dataset
 from datasets import Image as ImageFeature
 from tqdm.auto import tqdm
 
-from .datasources import Source
+from lbp_peft.loading.datasources import Source
+from lbp_peft.loading.storedimages import opened, why_unreadable
+
 from .options import Options
 from .processes import on_main
-from .storedimages import opened, why_unreadable
 from .task import Task
 
 ROWS = 256  # held in memory at a time

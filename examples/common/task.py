@@ -16,10 +16,11 @@ from PIL import Image
 from transformers import PreTrainedModel
 from transformers.image_processing_base import ImageProcessingMixin
 
-from .datasources import Source
-from .models import load_model
+from lbp_peft.loading.datasources import Source
+from lbp_peft.loading.models import load_model
+from lbp_peft.loading.views import View
+
 from .options import Options
-from .views import View
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from lbp_peft.loading.terminal import cause_of
+
 from .augmentation import loss_of
 from .checkpoints import Part, load_checkpoint, save_checkpoint
 from .metrics import Confusion, load_metric, score
@@ -29,7 +31,6 @@ from .processes import freeze_unused, plain_copy, whole_model
 from .remaining import Remaining
 from .selection import Average, Best, is_over, kept_epoch
 from .task import Task
-from .terminal import cause_of
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from ..bases.grids import TokenLayout, TokenOrder
+from ..bases.packed import PackedLayout
 
 if TYPE_CHECKING:
-    from .finder import LayoutFinder, LayoutRecord
+    from .finder import LayoutFinder
+    from .records import LayoutRecord
 
 FINDERS: weakref.WeakValueDictionary[int, LayoutFinder] = weakref.WeakValueDictionary()
 # By finder, the arguments that its model is compiled for: tensors as (shape without batch, dtype), others as they are.
@@ -66,7 +68,7 @@ def record(key: int, name: str, x: Tensor, channels_axis: int, layouts: str) -> 
         x, channels_axis: The input, and which of its axes runs over channels.
         layouts: Of the eager pass that the compiled part belongs to, if there is one. The compiler guards on it.
     """
-    from .finder import LayoutRecord
+    from .records import LayoutRecord
 
     shape = list(x.shape)
     del shape[channels_axis]
@@ -103,6 +105,15 @@ def _plain_record(key: int, name: str, layouts: str, *shape: int) -> tuple:
             )
         return (False, 0, 0, 0, 0, None, None, 1, why, "")
     (layout, why, text), *_ = found
+    if isinstance(layout, PackedLayout):
+        layout, why = None, "its tokens lie on several grids, one after another, which only eager models can use"
+        if "packed" not in finder.told:
+            finder.told.add("packed")
+            warnings.warn(
+                f"{name} uses exact backpropagation, as do any layers like it: {why}. Do not compile the model, or "
+                "give it images of one size at a time.",
+                stacklevel=2,
+            )
     if layout is None:
         return (False, 0, 0, 0, 0, None, None, 1, why, "")
     order = None if layout.order is None else tuple(layout.order)
@@ -113,7 +124,7 @@ def _plain_record(key: int, name: str, layouts: str, *shape: int) -> tuple:
 def _found(
     finder: LayoutFinder, name: str, shape: tuple[int, ...], inputs: dict[str, Any]
 ) -> list[tuple[TokenLayout | None, str, str]]:
-    from .finder import fits
+    from .records import fits
 
     shapes = {input_name: value[0] for input_name, value in inputs.items() if isinstance(value, tuple)}
     records = [r for r in finder.known(name, shapes) if r.shape[1:] == shape and fits(r, r.shape)]

@@ -2,167 +2,59 @@
 
 The first forward pass with inputs of new shapes is traced, and the layouts are kept; later passes look them up. Layers
 that gradient checkpointing runs again in the backward pass use the layouts of their own forward pass, see `reruns.py`.
+What else the layouts may depend on is checked in each pass, see `dependencies.py`.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
-import math
 import threading
 import warnings
 import weakref
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..bases.grids import LayoutError, TokenLayout
 from ..bounded import BoundedCache
-from ..transforms import outside_transforms
+from ..transforms import in_transform, outside_transforms
 from . import compiled
-from .inputs import named_inputs, positions_of_images, signature, start, tensors_in
+from .dependencies import ModelState, changed, random_state, why_undecided
+from .inputs import TENSORS, described_inputs, named_inputs, positions_of_images, signature, start, tensors_in
+from .masks import is_mask, mask_of, padding_of
 from .operations import with_mixed_channels
-from .positions import FIRST_TEXT, mixed
-from .recognition import NoTokensError, SingleTokenError, UnknownLayoutError, read_layout
-from .reruns import PassHistory, calls_to_rerun, current_hook, forget_rerun, next_number
+from .passes import ForwardPass, Trace, same
+from .records import (
+    CALLED_ALONE,
+    NOT_TRACED,
+    LayoutRecord,
+    fits,
+    fitting,
+    positions_of_tokens,
+    read_record,
+    record_of_positions,
+    token_shape,
+)
+from .reruns import (
+    AmbiguousRerunError,
+    PassHistory,
+    calls_to_rerun,
+    cannot_be_told_apart,
+    forget_rerun,
+    frames_to_rerun,
+    in_backward,
+    the_only,
+)
 from .tracer import PositionTracer
 
 _MOST_TRACES = 64
-
-
-class GridMismatchError(ValueError):
-    """A `grid_size` or `num_prefix_tokens` from the configuration does not fit the number of tokens."""
-
-
-@dataclass(frozen=True)
-class LayoutRecord:
-    """What the tracer found about the input of one call of a layer.
-
-    Attributes:
-        layout: Where its tokens lie; None where that is not known.
-        why_unknown: The reason.
-        remedy: What the user can do about it.
-        steps: Operations between the model's input and the layer's.
-        text: Name of the input that the tokens are words of; "" for patches of an image.
-        shape: Of the input, without channels.
-        is_surprising: Whether there may be tokens that would be worth it if their layout were known.
-        source: Number of the input that the tokens come from.
-    """
-
-    layout: TokenLayout | None = None
-    why_unknown: str = ""
-    steps: int = 0
-    text: str = ""
-    shape: tuple[int, ...] = ()
-    is_surprising: bool = True
-    source: int = 0
-    remedy: str = UnknownLayoutError.remedy
-
-
-NOT_TRACED = LayoutRecord(why_unknown="it was not called in the forward pass in which the model was traced")
-
-
-CALLED_ALONE = LayoutRecord(why_unknown="it was called by itself, so that its input cannot be followed from an image")
-
-
-@dataclass
-class Trace:
-    """The result of tracing a forward pass: the records of each layer's calls in order, by the layer's name."""
-
-    records: dict[str, list[LayoutRecord]] = field(default_factory=dict)
-    is_complete: bool = True
-    input_shapes: tuple[tuple[int, ...], ...] = ()
-    layouts: str = ""
-
-    def has_inputs(self, shapes: list[tuple[int, ...]]) -> bool:
-        """Whether its inputs had these shapes, without their axis of images, in any order."""
-        given, own = (sorted(shape for shape in several if shape) for several in (shapes, self.input_shapes))
-        return given == own  # labels and numbers decide no layout
-
-    def is_ambiguous(self) -> bool:
-        """Whether inputs of one shape, of one layer, lay otherwise in different calls."""
-        return any(
-            one.shape[1:] == other.shape[1:] and one.layout != other.layout
-            for records in self.records.values()
-            for one, other in itertools.pairwise(records)
-        )
-
-    def summary(self) -> str:
-        """The same for traces with the same layouts."""
-        return str(hash(tuple((name, *(r.layout for r in found)) for name, found in sorted(self.records.items()))))
-
-
-@dataclass(frozen=True)
-class Call:
-    """A call of a layer.
-
-    Attributes:
-        name: The layer's name.
-        record: The record that the layer used.
-        number: The number of the next node of autograd's graph at that moment.
-        had_grad: Whether autograd was on; it is off within gradient checkpointing with use_reentrant=True.
-        region: The number of the part of the pass that gradient checkpointing with use_reentrant=False will run again;
-            0 outside of such parts.
-    """
-
-    name: str
-    record: LayoutRecord
-    number: int
-    had_grad: bool
-    region: int
-
-
-@dataclass(eq=False)
-class ForwardPass:
-    """A forward pass of the model that is running, or a past one whose layers may be run again.
-
-    Attributes:
-        trace: What is known of it.
-        exact: Names of the layers whose backward pass is to be exact.
-        paddings: Of the texts that the model was given, by the names of their masks: True for words that are only
-            padding.
-        tracer: While it is being traced.
-        texts: Names of the texts, while it is being traced.
-        calls: Of layers, so far.
-        counts: How often each was called.
-        contexts: In force until it ends.
-    """
-
-    trace: Trace
-    exact: frozenset[str]
-    paddings: dict[str, Tensor]
-    tracer: PositionTracer | None = None
-    texts: dict[int, str] = field(default_factory=dict)
-    calls: list[Call] = field(default_factory=list)
-    counts: dict[str, int] = field(default_factory=dict)
-    contexts: ExitStack = field(default_factory=ExitStack)
-    _hook: Any = None
-    _region: int = 0
-
-    def note(self, name: str, record: LayoutRecord) -> None:
-        """Record a call of a layer."""
-        if (hook := current_hook()) is not None and hook is not self._hook:
-            self._region += 1
-        self._hook = hook
-        region = 0 if hook is None else self._region
-        self.calls.append(Call(name, record, next_number(), torch.is_grad_enabled(), region))
-
-    def end(self) -> None:
-        """End the pass, and release what only a running pass needs."""
-        self.contexts.close()
-        self.tracer = self._hook = None
-
-    def is_like(self, other: ForwardPass) -> bool:
-        """Whether layers that are run again get the same in both."""
-        same_paddings = self.paddings.keys() == other.paddings.keys() and all(
-            _same(padding, other.paddings[name]) for name, padding in self.paddings.items()
-        )
-        return self.trace is other.trace and self.exact == other.exact and same_paddings
+# After so many warn of them.
+_MANY_VALUES = 8
+_MANY_PASSES = 3
 
 
 class _Thread(threading.local):
@@ -194,6 +86,11 @@ class LayoutFinder:
         self._kept: dict[str, list[Tensor | None]] | None = None
         self._history = PassHistory()
         self._alone: BoundedCache[Hashable, LayoutRecord] = BoundedCache(_MOST_TRACES)
+        self._state = ModelState(ignored=_is_own)
+        # What the last traced pass was given, and how often a traced pass differed from the one before in one thing.
+        self._given: dict[str, Hashable] = {}
+        self._num_values: Counter[str] = Counter()
+        self._num_not_traced: Counter[str] = Counter()
         # One pass for each distinct trace, setting and mask, for layers whose own pass cannot be found.
         self._kinds: list[ForwardPass] = []
         self.key = next(_keys)
@@ -245,7 +142,7 @@ class LayoutFinder:
         thread = self._thread
         if thread.passes or not self._is_training(module):
             return
-        if _in_backward() and module is not self.model():  # a part of the model is run again, which begins no pass
+        if in_backward() and module is not self.model():  # a part of the model is run again, which begins no pass
             return
         one = self._begin(module, args, kwargs)
         self.layouts = one.trace.layouts
@@ -264,47 +161,79 @@ class LayoutFinder:
             return
         _, one = thread.passes.pop()
         if one.tracer is not None:
-            one.trace.layouts = one.trace.summary()
-            if one.trace.is_ambiguous():  # calls may come in another order, so each pass is traced
-                one.trace.is_complete = False
+            self._keep(one)
         self.layouts = ""
         one.end()
 
+    def _keep(self, one: ForwardPass) -> None:
+        """Keep the trace of a pass that ends, for later passes with the same inputs."""
+        trace = one.trace
+        trace.layouts = trace.summary()
+        if trace.is_ambiguous():  # calls may come in another order, so each pass is traced
+            trace.is_valid = False
+        if one.decided_by:
+            trace.is_valid = False
+            self.warn_once(
+                "decisions",
+                f"Each forward pass is traced, which takes time: the model's Python code {one.decided_by}, and may "
+                "choose by it where tokens go. Have tensor operations choose instead, or set such numbers once, as "
+                "attributes of a module.",
+            )
+        with self._lock:
+            self._traces[one.key] = trace
+            self._traces.move_to_end(one.key)
+            if len(self._traces) > _MOST_TRACES:
+                self._traces.popitem(last=False)
+
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ForwardPass:
         exact = self.exact
-        if _in_backward():  # the whole model is run again
-            exact = (
-                _the_only([other.exact for other in self._passes_to_rerun()], "the model", "exact_backward") or exact
-            )
+        if in_backward():  # the whole model is run again
+            exact = the_only([other.exact for other in self._passes_to_rerun()], "the model", "exact_backward") or exact
         else:
             forget_rerun()
         inputs = named_inputs(module, args, kwargs)
-        key = (_structure(module), signature(inputs))
-        paddings = {name: value == 0 for name, value in inputs.items() if _is_mask(name, value)}
-        with self._lock:
-            trace = self._traces.get(key)
-            is_new = trace is None or not trace.is_complete
-            if is_new and not torch.is_grad_enabled():  # no layer needs its layout unless the pass is run again
-                trace, is_new = Trace(is_complete=False), False
-            elif is_new:
-                trace = self._traces[key] = trace or Trace()
-                if len(self._traces) > _MOST_TRACES:
-                    self._traces.popitem(last=False)
-            assert trace is not None
-            if key in self._traces:
-                self._traces.move_to_end(key)
+        paddings = {name: padding_of(name, value) for name, value in inputs.items() if is_mask(name, value)}
+        has_padding = None if in_transform() else tuple(bool(padding.any()) for padding in paddings.values())
+        key = (id(module), self._state.key(module), signature(inputs), has_padding)
+        trace = self._traces.get(key)
+        if trace is not None and trace.is_valid and trace.depends_on.hold(module, self._state):
             one = ForwardPass(trace, exact, paddings)
-            if is_new:
-                trace.is_complete = True
-                tensors = [value for _, value in tensors_in(inputs) if isinstance(value, Tensor)]
-                trace.input_shapes = tuple(tuple(tensor.shape[1:]) for tensor in tensors)
-                one.tracer = PositionTracer(module)
-                with outside_transforms():
-                    one.texts = start(one.tracer, inputs, self._merge_size)
+        elif torch.is_grad_enabled():
+            one = self._begin_traced(module, inputs, ForwardPass(Trace(), exact, paddings, key=key))
+        else:  # no layer needs its layout unless the pass is run again
+            one = ForwardPass(Trace(is_valid=False), exact, paddings)
+        with self._lock:
             if not any(one.is_like(other) for other in self._kinds):
                 self._kinds = [*self._kinds[-_MOST_TRACES:], one]
         self._history.add(one)
         return one
+
+    def _begin_traced(self, module: nn.Module, inputs: dict[str, Any], one: ForwardPass) -> ForwardPass:
+        if one.key not in self._traces:
+            self._warn_of_many_values(described_inputs(inputs) | self._state.described(module))
+        tensors = [value for _, value in tensors_in(inputs) if isinstance(value, Tensor)]
+        one.trace.input_shapes = tuple(tuple(tensor.shape[1:]) for tensor in tensors)
+        one.generators = self._state.generators(module)
+        one.random_state = random_state(one.generators)
+        one.tracer = PositionTracer(module)
+        with outside_transforms():
+            one.texts = start(one.tracer, inputs, self._merge_size)
+        return one
+
+    def _warn_of_many_values(self, given: dict[str, Hashable]) -> None:
+        """Warn of an argument or an attribute that makes pass after pass be traced, by taking ever new values."""
+        differing, self._given = changed(self._given, given), given
+        if len(differing) != 1 or TENSORS in differing:
+            return
+        (name,) = differing
+        self._num_values[name] += 1
+        if self._num_values[name] >= _MANY_VALUES:
+            self.warn_once(
+                f"values of {name}",
+                f"Forward passes are traced again and again, which takes time, because {name} takes ever new values, "
+                "and the model's Python code may choose by them where tokens go. Pass a number as a tensor, and leave "
+                "out, or do not keep in the model, what it does not need.",
+            )
 
     def model(self) -> nn.Module | None:
         """The model that is followed; None if it no longer exists."""
@@ -321,10 +250,14 @@ class LayoutFinder:
         traces = [trace for trace in self._traces.values() if shapes and trace.has_inputs(list(shapes.values()))]
         return [record for trace in traces for record in trace.records.get(name, [])]
 
+    def forget_traces(self) -> None:
+        """Have the next forward pass traced, whether there was one like it or not."""
+        self._traces.clear()
+
     @contextmanager
     def keeping_positions(self) -> Iterator[dict[str, list[Tensor | None]]]:
         """Trace passes anew within the block, and yield a dictionary that collects the positions of layers' tokens."""
-        self._traces.clear()
+        self.forget_traces()
         self._kept = {}
         try:
             yield self._kept
@@ -345,19 +278,52 @@ class LayoutFinder:
             return compiled.record(self.key, name, x, channels_axis, self.layouts)
         one, shape = self._current(), token_shape(x, channels_axis)
         if one is None:
-            return self._record_to_rerun(name, shape) if _in_backward() else self._record_alone(x, channels_axis)
+            return self._record_to_rerun(name, shape) if in_backward() else self._record_alone(x, channels_axis)
         number = one.counts.get(name, 0)
         one.counts[name] = number + 1
         if one.tracer is not None:
-            record = _read(one, x, channels_axis)
-            if self._kept is not None:
-                self._kept.setdefault(name, []).append(_positions_of_tokens(one, x, channels_axis))
-            _put(one.trace.records.setdefault(name, []), number, record)
+            record = self._record_traced(one, name, x, channels_axis)
         else:
             record = fitting(one.trace.records.get(name, []), number, shape)
             if record is NOT_TRACED:
-                one.trace.is_complete = False
-        one.note(name, record)
+                self._note_not_traced(one, name)
+        self._note(one, name, record)
+        return record
+
+    def _note(self, one: ForwardPass, name: str, record: LayoutRecord) -> None:
+        frames = frames_to_rerun()
+        one.note(name, record, frames)
+        self._history.add_frames(one, frames)
+
+    def record_now(self, x: Tensor, channels_axis: int = -1) -> LayoutRecord:
+        """What is known about any tensor in the pass that is being traced; nothing in other passes."""
+        one = self._current()
+        if one is None or one.tracer is None:
+            return NOT_TRACED
+        with one.tracer.paused():
+            return read_record(one.tracer, one.texts, x, channels_axis)
+
+    def _note_not_traced(self, one: ForwardPass, name: str) -> None:
+        """Have the next pass traced again, and warn if that does not help."""
+        one.trace.is_valid = False
+        self._num_not_traced[name] += 1
+        if self._num_not_traced[name] >= _MANY_PASSES:
+            self.warn_once(
+                "not traced",
+                f"{name} uses exact backpropagation in some of the forward passes, as may other layers: "
+                f"{NOT_TRACED.why_unknown}, and that has come {_MANY_PASSES} times. {NOT_TRACED.remedy}",
+            )
+
+    def _record_traced(self, one: ForwardPass, name: str, x: Tensor, channels_axis: int) -> LayoutRecord:
+        assert one.tracer is not None
+        with one.tracer.paused():
+            record = read_record(one.tracer, one.texts, x, channels_axis)
+            if self._kept is not None:
+                self._kept.setdefault(name, []).append(positions_of_tokens(one.tracer, x, channels_axis))
+        one.trace.records.setdefault(name, []).append(record)
+        # What code does after the last call of a layer decides nothing about the layers.
+        one.trace.depends_on.update(one.tracer.consulted)
+        one.decided_by = one.decided_by or why_undecided(one.tracer.read_by, one.random_state, one.generators)
         return record
 
     def _record_alone(self, x: Tensor, channels_axis: int) -> LayoutRecord:
@@ -370,14 +336,19 @@ class LayoutFinder:
             is_image = x.dim() == 4 and channels_axis == 1
             record = CALLED_ALONE
             if positions is not None and is_image:
-                record = _read_positions(positions, x, channels_axis)
+                record = record_of_positions(positions, x, channels_axis)
             self._alone[key] = record
         return record
 
     def note_call(self, name: str, x: Tensor, channels_axis: int = -1) -> None:
         """Record a call that needs no layout now: gradient checkpointing may run the layer again later."""
-        if not torch.compiler.is_dynamo_compiling() and self._current() is not None:
+        if torch.compiler.is_dynamo_compiling():
+            return
+        if self._current() is not None:
             self.record(name, x, channels_axis)
+        elif in_backward():
+            with suppress(AmbiguousRerunError):
+                self.record(name, x, channels_axis)
 
     def as_one_operation(self, x: Tensor, run: Callable[[], Tensor], channels_axis: int = -1) -> Tensor:
         """Run a function of x that only mixes the channels of each token; it is traced as a single operation."""
@@ -388,9 +359,9 @@ class LayoutFinder:
             return run()
         with one.tracer.paused():
             output = run()
-        with outside_transforms(), torch.no_grad():
-            size = output.shape[channels_axis]
-            positions = with_mixed_channels(one.tracer.positions(x), size, channels_axis)
+            with outside_transforms(), torch.no_grad():
+                size = output.shape[channels_axis]
+                positions = with_mixed_channels(one.tracer.positions(x), size, channels_axis)
         one.tracer.continue_at(output, x, positions)
         return output
 
@@ -399,23 +370,25 @@ class LayoutFinder:
         if torch.compiler.is_dynamo_compiling():
             return name in self.exact
         one = self._current()
-        if one is None and _in_backward():
-            return _the_only([name in other.exact for other in self._passes_to_rerun()], name, "exact_backward")
+        if one is None and in_backward():
+            return the_only([name in other.exact for other in self._passes_to_rerun()], name, "exact_backward")
         return name in (self.exact if one is None else one.exact)
 
     def padding(self, name: str, record: LayoutRecord, x: Tensor) -> Tensor | None:
         """A mask of shape (N, L), True where a word is padding; None if the model was given no attention mask."""
         if not record.text:
             return None
+        is_sequence_first = record.layout is not None and record.layout.axes == (0,)
+        shape = x.shape[1::-1] if is_sequence_first else x.shape[:2]
         if torch.compiler.is_dynamo_compiling():
             padding = mask_of(self.compiled_paddings, record.text)
-            return None if padding is None or padding.shape != x.shape[: padding.dim()] else padding
+            return None if padding is None or padding.shape != shape else padding
         one = self._current()
-        passes = [one] if one is not None else self._passes_to_rerun() if _in_backward() else []
+        passes = [one] if one is not None else self._passes_to_rerun() if in_backward() else []
         paddings = [mask_of(other.paddings, record.text) for other in passes]
-        paddings = [None if p is None or p.shape != x.shape[: p.dim()] else p for p in paddings]
-        if not all(_same(p, paddings[0]) for p in paddings):
-            raise RuntimeError(_cannot_be_told_apart(name, "attention masks"))
+        paddings = [None if p is None or p.shape != shape else p for p in paddings]
+        if not all(same(p, paddings[0]) for p in paddings):
+            raise AmbiguousRerunError(cannot_be_told_apart(name, "attention masks"))
         return paddings[0] if paddings else None
 
     def warn_once(self, cause: str, message: str) -> None:
@@ -432,15 +405,20 @@ class LayoutFinder:
 
     def _passes_to_rerun(self) -> list[ForwardPass]:
         """The passes that the code that is run again now may belong to."""
-        return self._history.of_current_node() or self._kinds
+        return self._history.to_rerun() or self._kinds
 
     def _record_to_rerun(self, name: str, shape: tuple[int, ...]) -> LayoutRecord:
+        passes = self._passes_to_rerun()
         found = []
-        for one in self._passes_to_rerun():
+        for one in passes:
             found += [record for record in calls_to_rerun(one, name) if fits(record, shape)]
             self._history.add(one)
-        record = _the_only([(r.layout, r.why_unknown, r.text) for r in found], name, "layouts of tokens", found)
-        return record or NOT_TRACED
+        record = the_only([(r.layout, r.why_unknown, r.text) for r in found], name, "layouts of tokens", found)
+        if record is None:
+            return NOT_TRACED
+        if len(passes) == 1:  # a part within the one that is run again will be run again by itself
+            self._note(passes[0], name, record)
+        return record
 
 
 class _Before:
@@ -457,7 +435,7 @@ class _Before:
             compiled.note_inputs(self.finder.key, args, kwargs)
             inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
             self.finder.compiled_paddings = {
-                name: value == 0 for name, value in inputs.items() if _is_mask(name, value)
+                name: padding_of(name, value) for name, value in inputs.items() if is_mask(name, value)
             }
 
 
@@ -475,140 +453,9 @@ class _After:
             self.finder.compiled_paddings = {}
 
 
-def given_layout(
-    num_tokens: int, record: LayoutRecord, grid_size: tuple[int, int], before: int | None, after: int | None
-) -> TokenLayout:
-    """The layout for a grid given in the configuration.
-
-    Raises:
-        GridMismatchError: the grid does not fit the number of tokens.
-    """
-    rest = num_tokens - grid_size[0] * grid_size[1]
-    if before is None and after is None:
-        seen = record.layout
-        if rest == 0:
-            before = after = 0
-        elif seen is not None and seen.num_outside == rest:
-            before, after = seen.num_prefix_tokens, seen.num_suffix_tokens
-    else:
-        before, after = before or 0, after or 0
-    if before is None or after is None or before + after != rest:
-        given = [f"grid_size={grid_size}"]
-        given += [f"num_prefix_tokens={before}"] if before else []
-        given += [f"num_suffix_tokens={after}"] if after else []
-        total = num_tokens - rest + (before or 0) + (after or 0)
-        hint = (
-            f"If {rest} of them come before the grid, set num_prefix_tokens to that; else "
-            if before is None and rest > 0
-            else ""
-        )
-        raise GridMismatchError(
-            f"{' and '.join(given)} makes {total} tokens, but {num_tokens} arrived. {hint}"
-            "correct grid_size, or leave it out to have the grid found from the model and the image."
-        )
-    return TokenLayout(grid_size, before, after)
-
-
-def mask_of(masks: dict[str, Tensor], text: str) -> Tensor | None:
-    """The mask, or the padding, that belongs to a text, by name: decoder_attention_mask to decoder_input_ids."""
-    for ending in ("input_ids", "inputs_embeds"):
-        if text.endswith(ending) and (mask := masks.get(f"{text.removesuffix(ending)}attention_mask")) is not None:
-            return mask
-    return None
-
-
-def _is_mask(name: str, value: Any) -> bool:
-    """Whether an argument is an attention mask (N, L) of ones and zeros; those of floating point may be summands."""
-    is_mask = name.endswith("attention_mask") and isinstance(value, Tensor) and value.dim() == 2
-    return is_mask and (not value.is_floating_point() or not value.requires_grad)
-
-
-def _read(one: ForwardPass, x: Tensor, channels_axis: int) -> LayoutRecord:
-    assert one.tracer is not None
-    trail, shape = one.tracer.trail(x), token_shape(x, channels_axis)
-    if trail is None:
-        why = "its tokens do not come from the model's input"
-        return LayoutRecord(None, why, 0, "", shape, is_surprising=x.dim() > 2)
-    lost = f" (positions were lost in {trail.lost_by!r})" if trail.lost_by else ""
-    if not trail.is_certain and channels_axis == -1:
-        why = "its input may have its channels along either of two axes"
-        return LayoutRecord(None, why, trail.steps, "", shape)
-    if trail.positions is None:
-        return LayoutRecord(None, f"it is not known where its tokens lie{lost}", trail.steps, "", shape)
-    record = _read_positions(trail.positions, x, channels_axis)
-    text = one.texts.get(record.source, "") if record.source >= FIRST_TEXT else ""
-    return replace(record, why_unknown=record.why_unknown and record.why_unknown + lost, steps=trail.steps, text=text)
-
-
-def _positions_of_tokens(one: ForwardPass, x: Tensor, channels_axis: int) -> Tensor | None:
-    assert one.tracer is not None
-    positions = one.tracer.positions(x)
-    return None if positions is None else mixed(positions, channels_axis).squeeze(channels_axis)
-
-
-def _read_positions(positions: Tensor, x: Tensor, channels_axis: int) -> LayoutRecord:
-    shape = token_shape(x, channels_axis)
-    with outside_transforms(), torch.no_grad():
-        try:
-            found = read_layout(mixed(positions, channels_axis).squeeze(channels_axis))
-        except UnknownLayoutError as error:
-            benign = (SingleTokenError, NoTokensError) if x.dim() == 2 else SingleTokenError
-            is_surprising = not isinstance(error, benign)
-            return LayoutRecord(None, str(error), shape=shape, is_surprising=is_surprising, remedy=error.remedy)
-    return LayoutRecord(found.layout, shape=shape, source=found.source)
-
-
-def _put(records: list[LayoutRecord], number: int, record: LayoutRecord) -> None:
-    if number < len(records):
-        records[number] = record
-    else:
-        records.append(record)
-
-
-def fitting(records: list[LayoutRecord], number: int, shape: tuple[int, ...]) -> LayoutRecord:
-    """The record of the same call in the traced pass, or else the only record with this number of tokens."""
-    if number < len(records) and fits(records[number], shape):
-        return records[number]
-    others = {(r.layout, r.text): r for r in records if r.layout is not None and fits(r, shape)}
-    return next(iter(others.values())) if len(others) == 1 else NOT_TRACED
-
-
-def fits(record: LayoutRecord, shape: tuple[int, ...]) -> bool:
-    """Whether an input has the number of tokens in a record; its shape is given without channels."""
-    layout = record.layout
-    return layout is None or num_tokens(shape, layout.axes) == layout.num_tokens * layout.packed
-
-
-def num_tokens(shape: tuple[int, ...], axes: tuple[int, ...] | None = None) -> int:
-    """The number of tokens along some axes of a shape without channels; None: along all axes but the first."""
-    return math.prod(shape[1:] if axes is None else (shape[axis] for axis in axes if axis < len(shape)))
-
-
-def token_shape(x: Tensor, channels_axis: int) -> tuple[int, ...]:
-    """The shape of an input without its axis of channels."""
-    shape = list(x.shape)
-    del shape[channels_axis]
-    return tuple(shape)
-
-
-def _structure(module: nn.Module) -> int:
-    """Changes when modules, hooks, strides or forward methods do. Replicas, made for one pass, count by their kinds."""
-    is_replica = getattr(module, "_is_replica", False)
-    found: list[Hashable] = []
-    left = [module]
-    while left:  # module.modules() takes five times as long
-        one = left.pop()
-        attributes = one.__dict__
-        found.append(
-            (
-                id(type(one)) if is_replica else id(one),
-                attributes.get("stride"),
-                id(attributes.get("forward")),
-                len(one._forward_pre_hooks) + len(one._forward_hooks),
-            )
-        )
-        left.extend(child for child in one._modules.values() if child is not None)
-    return hash(tuple(found))
+def _is_own(module: nn.Module) -> bool:
+    """Whether a module is a layer of this package, whose attributes decide nothing about the model."""
+    return isinstance(module.__dict__.get("finder"), LayoutFinder)
 
 
 def _merge_size(module: nn.Module) -> int:
@@ -616,35 +463,4 @@ def _merge_size(module: nn.Module) -> int:
     return size if isinstance(size, int) else 0
 
 
-def _the_only(answers: list[Any], name: str, what: str, values: list[Any] | None = None) -> Any:
-    """The common answer, or the first of the values that go with the answers; None if there are no answers.
-
-    Raises:
-        RuntimeError: the answers differ.
-    """
-    if any(answer != answers[0] for answer in answers):
-        raise RuntimeError(_cannot_be_told_apart(name, what))
-    return (answers if values is None else values)[0] if answers else None
-
-
-def _same(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b or (a is not None and b is not None and a.shape == b.shape and torch.equal(a, b))
-
-
-def _cannot_be_told_apart(name: str, what: str) -> str:
-    return (
-        f"Gradient checkpointing runs {name} again, and it is not known for which of several forward passes with "
-        f"different {what}: they cannot be told apart. Call backward after each forward pass, or do without gradient "
-        "checkpointing."
-    )
-
-
-def _in_backward() -> bool:
-    """Whether a backward pass is running, so that a forward pass now is a rerun by gradient checkpointing."""
-    return torch._C._current_graph_task_id() != -1
-
-
 _keys = itertools.count()
-
-
-__all__ = ["GridMismatchError", "LayoutError", "LayoutFinder", "LayoutRecord", "given_layout"]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .dependencies import described
+from .masks import is_mask
 from .positions import FIRST_TEXT, encode, moved_to, number_of
 from .tracer import PositionTracer
 
@@ -21,6 +23,7 @@ _EMBEDDED = ("embeds",)
 # Which arguments may hold the sizes of images; the values of others are not looked at.
 _SIZES = re.compile(r"grid|shape|size|thw|_hw")
 _MOST_VALUES = 4096
+TENSORS = "all tensors"
 
 
 def named_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -56,8 +59,21 @@ def signature(inputs: dict[str, Any]) -> tuple:
             if _holds_sizes(name, value):
                 parts.append(tuple(value.flatten().tolist()))
         else:
-            parts.append((name, value if isinstance(value, (bool, int, float, str, type(None))) else type(value)))
+            parts.append((name, described(value)))
     return tuple(parts)
+
+
+def described_inputs(inputs: dict[str, Any]) -> dict[str, Hashable]:
+    """The parts of [`signature`]: one for all tensors, and others by the name of the argument."""
+    parts: dict[str, Hashable] = {}
+    tensors = []
+    for name, value in inputs.items():
+        has_tensors = any(isinstance(one, Tensor) for _, one in tensors_in(value))
+        if has_tensors:
+            tensors.append((name, value))
+        else:
+            parts[f"the argument {name!r}"] = signature({name: value})
+    return parts | {TENSORS: signature(dict(tensors))}
 
 
 def _holds_sizes(name: str, tensor: Tensor) -> bool:
@@ -97,7 +113,7 @@ def start(tracer: PositionTracer, inputs: dict[str, Any], merge_size: int = 1) -
             source = by_kind.setdefault(_kind_of_text(name), FIRST_TEXT + len(by_kind))
             texts.setdefault(source, name)
             positions = _of_text(source, tensor, text_shape) if source < 16 else None
-        tracer.start(tensor, positions, is_certain=_is_certain(tensor, positions))
+        tracer.start(tensor, positions, _is_certain(tensor, positions), is_mask(name, tensor))
     for given in sizes:
         tracer.start_constant(given)
     return texts

@@ -56,11 +56,16 @@ _PLAIN_NAMES = {
 } | {"__neg__": "neg", "__invert__": "bitwise_not", "__abs__": "abs", "__eq__": "eq", "__ne__": "ne", "__lt__": "lt",
      "__le__": "le", "__gt__": "gt", "__ge__": "ge"}  # fmt: skip
 
-# Operations that create tensors without any tensor as an argument and without random numbers.
-DATA_INDEPENDENT = frozenset(
+# Operations that take from a tensor, if they are given one, its shape, dtype and device alone.
+FILLED = frozenset(
+    _names("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty empty_strided")
+)
+# Operations that create tensors without random numbers, though perhaps from numbers that Python code chose: see
+# `dependencies.py`.
+DATA_INDEPENDENT = FILLED | frozenset(
     _names("""
-        arange zeros ones full eye empty linspace logspace range tril_indices triu_indices new_zeros new_ones
-        new_full new_empty zeros_like ones_like full_like empty_like hann_window scalar_tensor empty_strided
+        arange zeros ones full eye empty linspace logspace range tril_indices triu_indices hann_window scalar_tensor
+        tensor as_tensor asarray from_numpy new_tensor
     """)
 )
 RANDOM = frozenset(
@@ -68,6 +73,17 @@ RANDOM = frozenset(
         rand randn randint randperm normal bernoulli multinomial poisson rand_like randn_like randint_like uniform
         random exponential geometric cauchy log_normal gumbel_softmax rrelu dropout
         dropout1d dropout2d dropout3d alpha_dropout feature_dropout
+    """)
+)
+
+# Models ask for these in training, to clamp what has overflowed.
+FINITENESS = frozenset(_names("isfinite isinf isnan"))
+
+# Operations by which Python code reads values of a tensor, and may decide by them what comes next.
+READING = frozenset(
+    _names("""
+        item tolist __bool__ __int__ __float__ __complex__ __index__ __contains__ numpy __array__ equal allclose
+        is_nonzero
     """)
 )
 
@@ -100,13 +116,32 @@ def _moves(*names: str) -> None:
         RULES[name] = _applied_to_positions(name)
 
 
+_LIKE_OTHERS = ("view_as", "reshape_as", "expand_as")  # take another tensor for its shape
+
+
 def _applied_to_positions(name: str) -> Callable[..., Any]:
     method = getattr(Tensor, name, None) or getattr(torch, name)
 
     def rule(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # An argument such as how often each element is repeated may be a tensor.
+        if name not in _LIKE_OTHERS and not _are_fixed((args, kwargs), tracer):
+            return None
         return _run(method, tracer.positions(x), args, kwargs)
 
     return rule
+
+
+def _are_fixed(values: Any, tracer: Any) -> bool:
+    """Whether all tensors in nested arguments are the same in each pass."""
+    if isinstance(values, Tensor):
+        return bool(tracer.is_constant(values))
+    if isinstance(values, slice):
+        return _are_fixed((values.start, values.stop, values.step), tracer)
+    if isinstance(values, dict):
+        return _are_fixed(tuple(values.values()), tracer)
+    if isinstance(values, (tuple, list)):
+        return all(_are_fixed(value, tracer) for value in values)
+    return True
 
 
 def _run(function: Callable[..., Any], positions: Tensor | None, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -234,10 +269,8 @@ def _picked_axes(index: Any, num_axes: int, tracer: Any) -> list[int]:
             axis += num_axes - consumed
             continue
         width = _num_consumed(part)
-        fixed = (
-            part is None or isinstance(part, (int, slice)) or (isinstance(part, Tensor) and tracer.is_constant(part))
-        )
-        if not fixed:
+        # Numbers, and lists of them, were chosen by Python code: see `dependencies.py`.
+        if not _are_fixed(part, tracer):
             picked += range(axis, axis + width)
         axis += width
     return picked
@@ -316,9 +349,19 @@ def _copied_to_places(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 
 def _element_wise(tracer: Any, *args: Any, **kwargs: Any) -> Any:
+    """The positions of those operands that have any.
+
+    A sum of tokens whose places are known and of others whose places are not, as x + f(x) with an f that has no rule,
+    keeps the places that are known: of a residual stream they are right, and the bases need smooth tokens there, not
+    tokens that are nothing but smooth. A factor that is only broadcast, as a gate of each token, says nothing about the
+    order of the tokens that it is applied to, so that these have to be known themselves.
+    """
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     operands = [p for x in tensors if (p := tracer.positions(x)) is not None]
     shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+    lost = [x for x in tensors if (trail := tracer.trail(x)) is not None and trail.positions is None]
+    if any(x.shape == shape for x in lost) and not any(p.shape == shape for p in operands):
+        return None
     return merged(operands, shape)
 
 
@@ -485,6 +528,16 @@ def _attention(tracer: Any, query: Tensor, key: Tensor, value: Tensor, *args: An
     if not bool((compact(of_values) >= 0).any()) or of_values.shape[:-2] != query.shape[:-2]:
         return positions
     return of_values.expand(*query.shape[:-1], value.shape[-1])
+
+
+@rule("grid_sample", "grid_sampler")
+def _grid_sample(tracer: Any, x: Tensor, grid: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """An output is where the token is that chose the places to sample, as in deformable attention."""
+    positions = tracer.positions(grid)
+    if positions is None:
+        return None
+    positions = mixed(positions, -1).squeeze(-1)[:, None]
+    return positions.expand(x.shape[0], x.shape[1], *positions.shape[2:])
 
 
 @rule("multi_head_attention_forward")

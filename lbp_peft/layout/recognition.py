@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from ..bases.grids import TokenLayout, TokenOrder
+from ..bases.packed import PackedLayout
 from ..bounded import BoundedCache
 from .positions import LOST, NOWHERE
 
@@ -99,14 +100,19 @@ def _read_layout(positions: Tensor) -> FoundLayout:
         raise max(errors, key=lambda error: not isinstance(error, (NoTokensError, SingleTokenError)))
     usual = tuple(range(1, positions.dim()))
 
-    def preference(item: tuple[_Grid, tuple[int, ...]]) -> tuple:
-        """Prefer row-by-row order, unpacked images, the usual axes, and tokens that are neighbours in the image."""
+    def preference(item: tuple[_Grid | _Grids, tuple[int, ...]]) -> tuple:
+        """Prefer a single grid, row-by-row order, unpacked images, the usual axes, and neighbours in the image."""
         grid, token_axes = item
-        return grid.order is not None, grid.packed > 1, token_axes != usual, grid.spacing, -grid.num_tokens
+        is_unusual = token_axes != usual
+        if isinstance(grid, _Grids):
+            return True, any(part.order is not None for part in grid.parts), True, is_unusual, 0, -grid.num_tokens
+        return False, grid.order is not None, grid.packed > 1, is_unusual, grid.spacing, -grid.num_tokens
 
     grid, token_axes = min(found, key=preference)
     axes = None if token_axes == usual else token_axes
-    return FoundLayout(TokenLayout(grid.shape, grid.before, grid.after, grid.order, axes, grid.packed), grid.source)
+    if isinstance(grid, _Grids):
+        return FoundLayout(PackedLayout.of(tuple(part.layout() for part in grid.parts), axes), grid.source)
+    return FoundLayout(replace(grid.layout(), axes=axes, packed=grid.packed), grid.source)
 
 
 @dataclass(frozen=True)
@@ -123,11 +129,81 @@ class _Grid:
     def num_tokens(self) -> int:
         return self.shape[0] * self.shape[1]
 
+    def layout(self) -> TokenLayout:
+        return TokenLayout(self.shape, self.before, self.after, self.order)
 
-def _read_rows(rows: np.ndarray) -> _Grid:
+
+@dataclass(frozen=True)
+class _Grids:
+    """Several grids, one after another."""
+
+    parts: tuple[_Grid, ...]
+    source: int
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(part.num_tokens for part in self.parts)
+
+
+def _read_rows(rows: np.ndarray) -> _Grid | _Grids:
+    """The grid, or the grids one after another, that each of several rows (rows, tokens) lies on, the same for all."""
+    try:
+        return _read_grid(rows)
+    except (NoTokensError, SingleTokenError):
+        raise
+    except UnknownLayoutError:
+        grids = _read_several(rows)
+        if grids is None:
+            raise
+        return grids
+
+
+def _read_several(rows: np.ndarray) -> _Grid | _Grids | None:
+    """The grids that come one after another: of several images, windows with tokens of their own, or several scales."""
+    if (rows == LOST).any():
+        return None
+    rows, source = _of_one_source(np.unique(rows, axis=0))
+    image = np.where(rows < 0, -1, rows >> 40)
+    parts: list[_Grid] = []
+    for piece in _split(rows, (image[:, 1:] != image[:, :-1]) & ((image[:, 1:] < 0) | (image[:, :-1] >= 0))):
+        if (piece < 0).all() and parts:  # at the end
+            parts[-1] = replace(parts[-1], after=parts[-1].after + piece.shape[1])
+            continue
+        row = piece >> 20 & 2**20 - 1
+        known = piece >= 0
+        of_scales = _split(piece, (row[:, 1:] < row[:, :-1]) & known[:, 1:] & known[:, :-1])
+        found = _read_all([piece]) or _read_all(of_scales)
+        if not found:
+            return None
+        parts += found
+    if len(parts) < 2:
+        return None
+    return replace(parts[0], packed=len(parts)) if len(set(parts)) == 1 else _Grids(tuple(parts), source)
+
+
+def _split(rows: np.ndarray, begins: np.ndarray) -> list[np.ndarray]:
+    """Pieces of rows (rows, tokens), the next of which begins after a token where it does so in all rows."""
+    return np.split(rows, np.flatnonzero(begins.all(axis=0)) + 1, axis=1)
+
+
+def _read_all(pieces: list[np.ndarray]) -> list[_Grid]:
+    """The grid of each piece; none if one of them has none."""
+    found = []
+    for piece in pieces:
+        try:
+            grid = _read_grid(piece)
+        except UnknownLayoutError:
+            return []
+        if grid.packed > 1:
+            return []
+        found.append(replace(grid, spacing=0))
+    return found
+
+
+def _read_grid(rows: np.ndarray) -> _Grid:
     """The grid that each of several rows of tokens (rows, tokens) lies on, the same for all."""
     if (count := _num_packed(rows)) > 1:
-        return replace(_read_rows(rows.reshape(len(rows) * count, -1)), packed=count)
+        return replace(_read_grid(rows.reshape(len(rows) * count, -1)), packed=count)
     rows, source = _of_one_source(np.unique(rows, axis=0))
     known = rows >= 0
     if not known.any(axis=1).all():

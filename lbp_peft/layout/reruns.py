@@ -1,21 +1,33 @@
-"""Finds the forward pass that a layer belongs to when gradient checkpointing runs it again in the backward pass.
+"""Finds the forward pass, and the call in it, that a layer belongs to when gradient checkpointing runs it again.
 
-Autograd numbers the nodes of its graph in the order in which a thread creates them. The node that is executing when a
-layer is run again was created in the layer's own forward pass, so its number identifies that pass and the part of it.
+With use_reentrant=False, PyTorch keeps a frame object for each part of a pass that will be run again. It is reached
+through the hooks on saved tensors that are in force, in the forward pass as in the rerun, so the frame identifies the
+part.
+
+With use_reentrant=True, the part is run again by the node of autograd's graph that ran it before. Autograd numbers
+nodes in the order in which a thread creates them, so the number of the node that is executing identifies the part.
+
+Parts may be nested. A part within another is run again with the outer one first, and by itself later; what is found in
+the first rerun is recorded as a call for the second.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
-from collections import deque
+import weakref
+from collections import Counter, deque
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils import checkpoint as _checkpointing
 
 if TYPE_CHECKING:
-    from .finder import ForwardPass, LayoutRecord
+    from .passes import ForwardPass
+    from .records import LayoutRecord
 
 _MOST_PASSES = 128
+_Frame: Any = getattr(_checkpointing, "_CheckpointFrame", ())
 
 
 class PassHistory:
@@ -24,6 +36,7 @@ class PassHistory:
     def __init__(self) -> None:
         self._passes: dict[int, deque[tuple[int, ForwardPass]]] = {}
         self._forgotten: dict[int, int] = {}
+        self._by_frame: weakref.WeakKeyDictionary[Any, ForwardPass] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
     def add(self, one: ForwardPass) -> None:
@@ -38,8 +51,16 @@ class PassHistory:
                 passes.popleft()
                 self._forgotten[thread] = passes[0][0]
 
-    def of_current_node(self) -> list[ForwardPass] | None:
-        """The passes that may have created the executing node; None if they may have been forgotten."""
+    def add_frames(self, one: ForwardPass, frames: tuple[Any, ...]) -> None:
+        """Record that frames of parts that will be run again belong to a pass."""
+        for frame in frames:
+            self._by_frame[frame] = one
+
+    def to_rerun(self) -> list[ForwardPass] | None:
+        """The passes that what is run again now may belong to; None if they may have been forgotten."""
+        frame, _ = rerun_frame()
+        if frame is not None and (one := self._by_frame.get(frame)) is not None:
+            return [one]
         number = current_number()
         if number is None:
             return None
@@ -59,10 +80,10 @@ class PassHistory:
 
 
 class _Rerun(threading.local):
-    """The number of reruns of each layer, by name, for the node that one thread is executing."""
+    """The number of reruns of each layer, by name, of the part that one thread is running again."""
 
-    node: Any = None
-    counts: dict[str, int]
+    part: Any = None  # a node, or the hook of the rerun of a frame
+    counts: Counter[str]
 
 
 _rerun = _Rerun()
@@ -70,29 +91,28 @@ _rerun = _Rerun()
 
 def forget_rerun() -> None:
     """Release the node of the last backward pass."""
-    _rerun.node = None
+    _rerun.part = None
 
 
 def calls_to_rerun(one: ForwardPass, name: str) -> list[LayoutRecord]:
     """The records of a layer in the part of a pass that is run again; several if the call cannot be identified."""
-    records = [call.record for call in one.calls if call.name == name]
-    distinct = list(dict.fromkeys(records))
+    distinct = list(dict.fromkeys(call.record for call in one.calls if call.name == name))
     if len(distinct) <= 1:
         return distinct
-    node, number = torch._C._current_autograd_node(), current_number()
-    assert number is not None
-    if _rerun.node is not node:
-        _rerun.node, _rerun.counts = node, {}
-    count = _rerun.counts[name] = _rerun.counts.get(name, 0) + 1
-    # With use_reentrant=True, the executing node ran this part in the forward pass, without creating further nodes.
-    part = [call for call in one.calls if call.number == number + 1 and not call.had_grad]
-    if not part:
-        before = [index for index, call in enumerate(one.calls) if call.number <= number and call.had_grad]
-        if not before or one.calls[before[-1]].region == 0:
-            return distinct
-        part = [call for call in one.calls if call.region == one.calls[before[-1]].region]
-    of_name = [call.record for call in part if call.name == name]
-    return of_name[count - 1 : count] or distinct
+    frame, hook = rerun_frame()
+    if frame is not None:
+        calls = [call for call in one.calls if any(other is frame for other in call.frames)]
+    else:  # use_reentrant=True: the part was run, without autograd, right after the executing node had been created
+        calls = [call for call in one.calls if not call.had_grad]
+        number = current_number()
+        calls = list(itertools.dropwhile(lambda call: number is None or call.number <= number, calls))
+    part = torch._C._current_autograd_node() if hook is None else hook
+    if _rerun.part is not part:
+        _rerun.part, _rerun.counts = part, Counter()
+    count = _rerun.counts[name]
+    _rerun.counts[name] += 1
+    of_name = [call.record for call in calls if call.name == name]
+    return of_name[count : count + 1] or distinct
 
 
 def next_number() -> int:
@@ -107,7 +127,81 @@ def current_number() -> int | None:
     return None if node is None else node._sequence_nr()
 
 
-def current_hook() -> Any:
-    """The current hook on saved tensors: gradient checkpointing sets a new one for each part that it runs again."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks[0] if hooks else None
+def frames_to_rerun() -> tuple[Any, ...]:
+    """The frames of the parts, one within the other, that what is running now will be run again with."""
+    return tuple(frame for pack in _hooks() for frame, is_rerun in [_frame_of(pack)] if frame and not is_rerun)
+
+
+def rerun_frame() -> tuple[Any, Any]:
+    """The frame of the innermost part that is being run again, and the hook of that rerun; None and None without."""
+    for pack in reversed(_hooks()):
+        frame, is_rerun = _frame_of(pack)
+        if is_rerun:
+            return frame, pack
+    return None, None
+
+
+def _hooks() -> list[Any]:
+    """The hooks in force that pack saved tensors, the outermost first."""
+    autograd = torch._C._autograd
+    hooks: list[Any] = []
+    try:
+        while top := autograd._top_saved_tensors_default_hooks(False):
+            hooks.append(top)
+            autograd._pop_saved_tensors_default_hooks()
+    finally:
+        for pack, unpack in reversed(hooks):
+            autograd._push_saved_tensors_default_hooks(pack, unpack)
+    return [pack for pack, _ in reversed(hooks)]
+
+
+def _frame_of(pack: Any) -> tuple[Any, bool]:
+    """The frame that a hook of gradient checkpointing belongs to, and whether it is that of a rerun."""
+    if not isinstance(_Frame, type):
+        return None, False
+    function = getattr(pack, "_torchdynamo_orig_callable", pack)
+    for cell in getattr(function, "__closure__", None) or ():
+        try:
+            value = cell.cell_contents
+        except ValueError:  # not assigned
+            continue
+        if isinstance(value, _Frame):
+            return value, False
+        if isinstance(value, weakref.ref) and isinstance(value(), _Frame):
+            return value(), True
+    return None, False
+
+
+class AmbiguousRerunError(RuntimeError):
+    """A layer is run again, and it is not known for which of several forward passes."""
+
+
+def in_backward() -> bool:
+    """Whether a backward pass is running, so that a forward pass now is a rerun by gradient checkpointing."""
+    return torch._C._current_graph_task_id() != -1
+
+
+def the_only(answers: list[Any], name: str, what: str, values: list[Any] | None = None) -> Any:
+    """The common answer, or the first of the values that go with the answers; None if there are no answers.
+
+    Args:
+        answers: What each of the passes that may be run again says.
+        name: The layer's name, for the message.
+        what: What the answers are, for the message.
+        values: One for each answer.
+
+    Raises:
+        AmbiguousRerunError: the answers differ.
+    """
+    if any(answer != answers[0] for answer in answers):
+        raise AmbiguousRerunError(cannot_be_told_apart(name, what))
+    return (answers if values is None else values)[0] if answers else None
+
+
+def cannot_be_told_apart(name: str, what: str) -> str:
+    """The message for a layer that is run again for one of several passes, of which it is not known which."""
+    return (
+        f"Gradient checkpointing runs {name} again, and it is not known for which of several forward passes with "
+        f"different {what}: they cannot be told apart. Call backward after each forward pass, or do without gradient "
+        "checkpointing."
+    )

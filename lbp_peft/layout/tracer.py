@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..transforms import in_transform, outside_transforms
-from .operations import DATA_INDEPENDENT, RANDOM, RULES, RULES_BY_RESULT, SPATIAL, name_of
+from .dependencies import version_of
+from .operations import DATA_INDEPENDENT, FILLED, FINITENESS, RANDOM, READING, RULES, RULES_BY_RESULT, SPATIAL, name_of
 from .positions import LOST, compact
 
 
@@ -26,12 +29,14 @@ class Trail:
         steps: Operations since the input.
         lost_by: Name of the operation behind which positions were no longer known; "" if there was none.
         is_certain: Whether it is sure which axis of the input runs over channels. A convolution makes it sure.
+        of_mask: Whether it depends on attention masks alone.
     """
 
     positions: Tensor | None
     steps: int = 0
     lost_by: str = ""
     is_certain: bool = True
+    of_mask: bool = False
 
 
 class PositionTracer(TorchFunctionMode):
@@ -46,17 +51,23 @@ class PositionTracer(TorchFunctionMode):
 
     Attributes:
         current_name: The name of the operation whose rule is being applied.
+        read_by: Where Python code first read a value that may differ in the next pass, such as "item in model.py:12";
+            "" if it has read none.
+        consulted: The model's tensors by whose values tokens were ordered, each with its version at that moment, by id.
     """
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.current_name = ""
+        self.read_by = ""
+        self.consulted: dict[int, tuple[Tensor, int]] = {}
         self._is_paused = False
         self._trails: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        # Tensors known to depend neither on the input nor on random numbers.
+        # Tensors known to depend neither on the input nor on random numbers, each with the model's tensors that it was
+        # made of.
         self._constants: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         for tensor in _tensors_of(model):
-            self._constants[tensor] = True
+            self._constants[tensor] = (tensor,)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -67,14 +78,14 @@ class PositionTracer(TorchFunctionMode):
         finally:
             self._is_paused = before
 
-    def start(self, tensor: Tensor, positions: Tensor | None, is_certain: bool = True) -> None:
+    def start(self, tensor: Tensor, positions: Tensor | None, is_certain: bool = True, is_mask: bool = False) -> None:
         """Follow a tensor of the input from here; None: it has no positions, but other tensors depend on it."""
-        self._trails[tensor] = Trail(positions, is_certain=is_certain)
+        self._trails[tensor] = Trail(positions, is_certain=is_certain, of_mask=is_mask)
         self._constants.pop(tensor, None)
 
     def start_constant(self, tensor: Tensor) -> None:
         """Treat a tensor of the input as a constant: the trace is then valid for its values only."""
-        self._constants[tensor] = True
+        self._constants[tensor] = ()
 
     def trail(self, tensor: Tensor) -> Trail | None:
         """The trail of a tensor; None if it is not known to depend on the input."""
@@ -87,8 +98,11 @@ class PositionTracer(TorchFunctionMode):
         return None if trail is None else trail.positions
 
     def is_constant(self, tensor: Tensor) -> bool:
-        """Whether a tensor is certain to be the same in each forward pass."""
-        return tensor in self._constants
+        """Whether a tensor is certain to be the same in each forward pass, as long as the model's tensors are."""
+        made_of = self._constants.get(tensor)
+        for one in made_of or ():
+            self.consulted.setdefault(id(one), (one, version_of(one)))
+        return made_of is not None
 
     def continue_at(self, output: Tensor, x: Tensor, positions: Tensor | None) -> None:
         """Follow the output of a layer with input x that was traced as a single operation."""
@@ -101,16 +115,20 @@ class PositionTracer(TorchFunctionMode):
             return function(*args, **kwargs)
         name = name_of(function)
         given = list(_tensors_in((args, kwargs)))
+        if name in READING:
+            self._note_reading(name, given)
         trails = [trail for t in given if (trail := self._trails.get(t)) is not None]
         if not trails:
+            version = version_of(given[0]) if given else 0
             result = function(*args, **kwargs)
-            if (isinstance(result, Tensor) and given and result is given[0]) or name in ("__setitem__", "__set__"):
+            if given and (version_of(given[0]) != version or name == "__set__"):
                 self._forget_constants(given[0])  # changed in place, and perhaps otherwise in the next pass
             if name in RANDOM:
                 self._note(result, name, args, kwargs, None, trails)
             elif (given or name in DATA_INDEPENDENT) and all(t in self._constants for t in given):
+                made_of = _union(self._constants[t] for t in given)
                 for tensor in _tensors_in(result):
-                    self._constants[tensor] = True
+                    self._constants[tensor] = made_of
             return result
         has_positions = any(trail.positions is not None for trail in trails)
         positions = None
@@ -126,6 +144,13 @@ class PositionTracer(TorchFunctionMode):
         if result is given[0] or name == "__set__":
             self._note_change_in_place(given[0], before)
         return result
+
+    def _note_reading(self, name: str, tensors: list[Tensor]) -> None:
+        if name == "__bool__" and all((t := self._trails.get(tensor)) and t.of_mask for tensor in tensors):
+            return  # whether there is padding is part of the trace's key
+        are_constant = [self.is_constant(tensor) for tensor in tensors]  # all of them are to be noted
+        if not all(are_constant) and not self.read_by and (caller := _caller()):
+            self.read_by = f"{name} in {caller}"
 
     def _note_change_in_place(self, tensor: Tensor, before: Trail | None) -> None:
         """What shares the memory of a tensor whose elements have moved is not known any more."""
@@ -167,12 +192,35 @@ class PositionTracer(TorchFunctionMode):
         lost_by = next((trail.lost_by for trail in trails if trail.lost_by), "")
         had_positions = any(trail.positions is not None for trail in trails)
         is_certain = name in SPATIAL or all(trail.is_certain for trail in trails)
+        of_mask = all(trail.of_mask for trail in trails) and len(trails) > 0
         for output, p in zip(outputs, found, strict=False):
             if p is not None and p.shape != output.shape:  # another operation of the same name
                 p = None
             newly_lost = had_positions and not lost_by and (p is None or bool((compact(p) == LOST).any()))
-            self._trails[output] = Trail(p, steps, name if newly_lost else lost_by, is_certain)
+            has_shape_alone = name in FILLED and len(trails) == 1 and bool(args) and args[0] in self._trails
+            if has_shape_alone or name in FINITENESS:  # what is not finite has no useful gradients anyway
+                self._constants[output] = ()
+                continue
+            self._trails[output] = Trail(p, steps, name if newly_lost else lost_by, is_certain, of_mask)
             self._constants.pop(output, None)
+
+
+def _union(several: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    found = {id(tensor): tensor for tensors in several for tensor in tensors}
+    return tuple(found.values())
+
+
+def _caller() -> str:
+    """The innermost line of code outside of PyTorch and this module; "" if it belongs to this package."""
+    own = __name__.partition(".")[0]
+    for frame, line in traceback.walk_stack(None):
+        name = frame.f_globals.get("__name__", "")
+        package = name.partition(".")[0]
+        if package == own and name != __name__:
+            return ""
+        if package not in ("torch", "traceback", own):
+            return f"{Path(frame.f_code.co_filename).name}:{line}"
+    return "the model"
 
 
 def _address(tensor: Tensor) -> int | None:

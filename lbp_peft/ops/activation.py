@@ -14,31 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats.scaling import largest_magnitude, scaled_to_range
+from ..formats.in_groups import restored, rounded_in_groups
 from ..transforms import backward_pass
 from .layer_state import LayerRecord, same_autocast, to_save
 from .linear import once_differentiable
-
-# One scale for so many neighbouring channels: a few outlying channels then cost the others nothing.
-_GROUP = 64
-
-
-def rounded_in_groups(x: Tensor) -> tuple[Tensor, Tensor]:
-    """(..., C) -> int8 values (..., C), and float32 scales (..., C / 64), or (..., 1) where 64 does not divide C."""
-    grouped = x.unflatten(-1, (-1, _group(x.shape[-1])))
-    largest = largest_magnitude(grouped, dim=-1)
-    values = scaled_to_range(grouped, largest, torch.int8).round_().to(torch.int8)
-    return values.flatten(-2), (largest / 127).squeeze(-1)
-
-
-def restored(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of [`rounded_in_groups`], up to half a step."""
-    grouped = values.unflatten(-1, (scales.shape[-1], -1))
-    return (grouped * scales.unsqueeze(-1)).to(dtype).flatten(-2)
-
-
-def _group(channels: int) -> int:
-    return _GROUP if channels % _GROUP == 0 else channels
 
 
 def compressed_layer(layer: nn.Module, x: Tensor) -> Tensor:

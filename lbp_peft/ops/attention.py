@@ -14,6 +14,7 @@ of v over the keys cancels. It is taken off before, so that what cancels is not 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,8 +30,11 @@ from .linear import once_differentiable
 _ENTRIES_AT_ONCE = 2**20
 
 
-class AttentionByProducts(TorchFunctionMode):
-    """Within this context, `F.scaled_dot_product_attention` goes backward by [`attention`], whoever calls it.
+class AttentionMode(TorchFunctionMode):
+    """Within this context, `F.scaled_dot_product_attention` is another function, whoever calls it.
+
+    Args:
+        attention: Takes its place: [`attention`], or [`lbp_peft.ops.compressed_attention.compressed_attention`].
 
     Attributes:
         was_called: Whether anybody has.
@@ -38,10 +42,14 @@ class AttentionByProducts(TorchFunctionMode):
 
     was_called = False
 
+    def __init__(self, attention: Callable[..., Tensor]):
+        super().__init__()
+        self.attention = attention
+
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is F.scaled_dot_product_attention:
             self.was_called = True
-            return attention(*args, **kwargs or {})
+            return self.attention(*args, **kwargs or {})
         return function(*args, **kwargs or {})
 
 
@@ -117,35 +125,66 @@ class _Attention(torch.autograd.Function):
 
 
 def _gradients(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, scale: float) -> list[Tensor]:
-    """Those of query, key and value, a few heads at a time."""
-    queries, keys, values, grads = (t.flatten(0, 1).contiguous() for t in (query, key, value, grad))
-    of_queries, of_keys, of_values = (torch.empty_like(t) for t in (queries, keys, values))
-    heads, rows, columns = len(queries), queries.shape[1], keys.shape[1]
+    """Those of query, key and value."""
+    queries, keys, values = (t.flatten(0, 1).contiguous() for t in (query, key, value))
+
+    def some(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        v = values[part]
+        return queries[part], keys[part], v - v.mean(1, keepdim=True)  # what cancels may well be rounded
+
+    return gradients_by_products(some, (query.shape, key.shape, value.shape), grad, scale)
+
+
+def gradients_by_products(
+    some: Callable[[slice], tuple[Tensor, Tensor, Tensor]],
+    shapes: tuple[torch.Size, torch.Size, torch.Size],
+    grad: Tensor,
+    scale: float,
+) -> list[Tensor]:
+    """The gradients of query, key and value, a few heads at a time. See this module.
+
+    Args:
+        some: Returns query, key, and value less its mean over the keys, of some heads; shapes (heads, L or S, d or
+            d_v), float32 or the dtype of `grad`.
+        shapes: Of query, key and value.
+        grad: Gradient of the result; float32 or bfloat16.
+        scale: s.
+
+    Returns:
+        Of these shapes, of the dtype of `grad`.
+    """
+    grads, dtype = grad.flatten(0, 1).contiguous(), grad.dtype
+    of_queries, of_keys, of_values = (grads.new_empty(shape[0] * shape[1], *shape[2:]) for shape in shapes)
+    heads, rows, columns = len(grads), grads.shape[1], shapes[1][2]
     at_once, starts = heads, [0]
     if not torch.compiler.is_compiling():  # in which a loop would be made for batches of one size
         parts = -(-heads * rows * columns // _ENTRIES_AT_ONCE)
         at_once = -(-heads // min(parts, heads))
         starts = list(range(0, heads, at_once))
-    wide, weights = (queries.new_empty(at_once, rows, columns, dtype=torch.float32) for _ in range(2))
-    rounded, narrow = (queries.new_empty(at_once, rows, columns) for _ in range(2))
+    wide, weights = (grads.new_empty(at_once, rows, columns, dtype=torch.float32) for _ in range(2))
+    is_wide = dtype == torch.float32
+    size = 0 if is_wide else at_once
+    rounded, narrow = (grads.new_empty(size, rows, columns) for _ in range(2))
     for start in starts:
         part = slice(start, start + at_once)
-        q, k, v, g = queries[part], keys[part], values[part], grads[part]
-        logits, p, p_rounded, ds = wide[: len(q)], weights[: len(q)], rounded[: len(q)], narrow[: len(q)]
+        (q, k, v), g = some(part), grads[part]
+        logits, p = wide[: len(q)], weights[: len(q)]
         _scaled_product(q.float(), k.float().transpose(1, 2), scale, logits)
         torch.softmax(logits, dim=-1, out=p)
-        p_rounded.copy_(p)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+        p_rounded = p if is_wide else rounded[: len(q)].copy_(p)
         torch.bmm(p_rounded.transpose(1, 2), g, out=of_values[part])
-        v = v - v.mean(1, keepdim=True)  # whatever is taken off cancels: the mean may well be rounded
+        ds = logits if is_wide else narrow[: len(q)]
         torch.bmm(g, v.transpose(1, 2), out=ds)
         # In float32, since the difference may be far smaller than its terms; copied, since of two dtypes at once all
         # but copies are slow. The sum is of the very values that it is taken from: rows of dS then sum to zero.
-        weighted = logits.copy_(ds).mul_(p)
-        ds.copy_(weighted.addcmul_(p, weighted.sum(-1, keepdim=True), value=-1))
+        weighted = (logits if is_wide else logits.copy_(ds)).mul_(p)
+        weighted.addcmul_(p, weighted.sum(-1, keepdim=True), value=-1)
+        if not is_wide:
+            ds.copy_(weighted)
         _scaled_product(ds, k, scale, of_queries[part])
         _scaled_product(ds.transpose(1, 2), q, scale, of_keys[part])
-    found = zip((of_queries, of_keys, of_values), (query, key, value), strict=True)
-    return [gradient.view_as(like) for gradient, like in found]
+    return [found.view(shape) for found, shape in zip((of_queries, of_keys, of_values), shapes, strict=True)]
 
 
 def _scaled_product(a: Tensor, b: Tensor, scale: float, result: Tensor) -> None:

@@ -18,7 +18,7 @@ from ..formats.weight_cache import Origin
 from ..projection import Projection
 from ..transforms import backward_pass, in_forward_mode, in_transform, tracked_by_transforms
 from .linear import cast_as_autocast_would, once_differentiable, precision_now, source_of_weight
-from .plan import BackwardPlan
+from .plan import BackwardPlan, InputProjection
 
 
 def low_rank_pointwise_conv(
@@ -70,7 +70,7 @@ class _State:
 
     plan: BackwardPlan
     weight_projection: Projection | None
-    input_projection: Projection | None
+    input_projection: InputProjection | None
     cast_weight: torch.dtype | None
     source: Origin | None
 
@@ -91,7 +91,7 @@ class _LowRankPointwise(torch.autograd.Function):
         with tracked_by_transforms():
             x_hat = _rows(x, state.weight_projection) if ctx.needs_input_grad[2] else None
         if x_hat is not None and state.weight_projection is not None:
-            x_hat = x_hat.to(state.plan.saved_dtype(x_hat.dtype))
+            x_hat = x_hat.to(state.plan.saved_dtype(x_hat.dtype)) if in_transform() else state.plan.to_saved(x_hat)
         ctx.save_for_backward(x_hat, weight if ctx.needs_input_grad[1] else None)
 
     @staticmethod
@@ -105,13 +105,15 @@ class _LowRankPointwise(torch.autograd.Function):
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     x_hat, weight = ctx.saved_tensors
     state: _State = ctx.state
-    weight_projection, input_projection = state.weight_projection, state.input_projection
+    weight_projection = state.weight_projection
+    input_projection: Any = state.input_projection
     _, needs_x, needs_weight, needs_bias = ctx.needs_input_grad
     precision = precision_now(state.plan.precision)
     gradients: list[Any] = [None, None, None]
     g_hat: Any = None
     if needs_weight:
         g_hat = _rows(grad, weight_projection, is_gradient=True)
+        x_hat = state.plan.from_saved(x_hat, grad.dtype)
         gradients[1] = weight_grad(g_hat, x_hat).unflatten(1, (-1, *[1] * (grad.dim() - 2))).to(ctx.weight_dtype)
     if needs_x:
         matrix = weight.flatten(1)
@@ -122,12 +124,13 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
             gradients[0] = _convolution(grad)(grad, weight.to(grad.dtype).transpose(0, 1))
         else:
             if g_hat is None or weight_projection is None or input_projection.basis != weight_projection.basis:
-                g_hat = _rows(grad, input_projection, is_gradient=True)
+                input_projection, g_hat = input_projection.fit_image(grad)
             rows = product(g_hat, matrix, precision, state.source)
-            on_image = grad.dim() == 4
-            gradients[0] = (
-                input_projection.lift_image(rows) if on_image else input_projection.lift(rows).transpose(1, 2)
-            )
+            if input_projection is not None and grad.dim() == 4:
+                gradients[0] = input_projection.lift_image(rows)
+            else:
+                tokens = rows if input_projection is None else input_projection.lift(rows)
+                gradients[0] = tokens.transpose(1, 2).unflatten(2, grad.shape[2:])
     if needs_bias:
         gradients[2] = grad.sum((0, *range(2, grad.dim())))
     return gradients

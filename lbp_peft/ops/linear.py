@@ -32,9 +32,10 @@ from torch import Tensor, nn
 from ..bases.grids import TokenLayout
 from ..formats.products import FULL, Precision, product, weight_grad
 from ..formats.weight_cache import Origin, origin
-from ..projection import Projection
+from ..projection import Projection, num_kept
 from ..transforms import backward_pass, in_forward_mode, in_transform, must_be_functional, tracked_by_transforms
-from .plan import BackwardPlan
+from .checkpointing import only_saved_tensors_matter, saved_tensors_are_discarded
+from .plan import BackwardPlan, InputProjection
 
 
 class _OnceDifferentiable(torch.autograd.Function):
@@ -83,7 +84,7 @@ class _State:
 
     plan: BackwardPlan
     weight_projection: Projection | None
-    input_projection: Projection | None
+    input_projection: InputProjection | None
     scalings: tuple[float, ...]
     # The dtype that the weight is cast to in each pass; None: it is used as it is.
     cast_weight: torch.dtype | None = None
@@ -152,6 +153,33 @@ class _EagerLowRankLinear(_LowRankLinear):
         return output
 
 
+class _SavedFirst(torch.autograd.Function):
+    """[`_LowRankLinear`] without values: it saves what that saves, and its output is only a place in the graph."""
+
+    @staticmethod
+    def forward(state: _State, x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Tensor | None) -> Tensor:
+        return x.new_empty(()).expand(*x.shape[:-1], weight.shape[0])
+
+    setup_context = staticmethod(_LowRankLinear.setup_context)
+    backward = staticmethod(_LowRankLinear.backward)
+
+
+class _WithValues(torch.autograd.Function):
+    """The values, at a place in the graph."""
+
+    @staticmethod
+    def forward(place: Tensor, values: Tensor) -> Tensor:
+        return values.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None
+
+
 def once_differentiable(gradients: Iterable[Tensor | None], are_tracked: bool = False) -> list[Tensor | None]:
     """The gradients, which raise RuntimeError when they are differentiated again.
 
@@ -165,9 +193,11 @@ def once_differentiable(gradients: Iterable[Tensor | None], are_tracked: bool = 
 
 
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    x_hat, weight, *saved = ctx.saved_tensors
+    saved_x, weight, *saved = ctx.saved_tensors
     state: _State = ctx.state
-    plan, weight_projection, input_projection = state.plan, state.weight_projection, state.input_projection
+    x_hat: Any = None if saved_x is None else state.plan.from_saved(saved_x, grad.dtype)
+    plan, weight_projection = state.plan, state.weight_projection
+    input_projection: Any = state.input_projection
     _, needs_x, needs_weight, needs_bias, *needs = ctx.needs_input_grad
     branches = list(zip(_grouped(saved, 3), _grouped(needs, 4), state.scalings, ctx.owns_x, strict=True))
     g = as_tokens(grad, plan.layout)
@@ -181,7 +211,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     if needs_weight:
         gradients[1] = weight_grad(g_hat, x_hat).to(ctx.weight_dtype)
     for (own_x_hat, down, up), needed, scaling, _ in branches:
-        z_hat = x_hat if own_x_hat is None else own_x_hat
+        z_hat = x_hat if own_x_hat is None else plan.from_saved(own_x_hat, grad.dtype)
         gradients += (
             None,
             weight_grad(g_hat @ up, z_hat) * scaling if needed[1] else None,
@@ -194,7 +224,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     if input_projection is None:
         g_hat = g
     elif g_hat is None or weight_projection is None or input_projection.basis != weight_projection.basis:
-        g_hat = input_projection.project_gradient(g)
+        input_projection, g_hat = input_projection.fit(g)
     grad_x: Any = product(g_hat, weight, precision_now(plan.precision), state.source) if needs_x else None
     for index, ((_, down, up), needed, scaling, owns_x) in enumerate(branches):
         if owns_x and needed[0]:
@@ -211,7 +241,7 @@ def _grouped(items: Sequence, size: int) -> list[Sequence]:
     return [items[start : start + size] for start in range(0, len(items), size)]
 
 
-def _lifted(grad_x: Tensor, projection: Projection | None, like: Tensor, layout: TokenLayout | None) -> Tensor:
+def _lifted(grad_x: Tensor, projection: Any, like: Tensor, layout: TokenLayout | None) -> Tensor:
     """The gradient of an input, lifted from its coefficients if it was projected, in the shape of the output's."""
     tokens = projection.lift(grad_x) if projection else grad_x
     return from_tokens(tokens, like.shape, layout)
@@ -275,25 +305,38 @@ def input_to_save(x: Tensor, projection: Projection | None, plan: BackwardPlan, 
         source: The tensor that x was cast from; None: x itself.
 
     Returns:
-        Shape (N, k, C), or (N, L, C) without a projection.
+        Shape (N, k, C), or (N, L, C) without a projection; in the form of [`BackwardPlan.to_saved`]. Without values in
+        the first pass of gradient checkpointing, which throws them away.
     """
     layout = plan.layout
     if projection is None:
         return as_tokens(x, layout)
+    if saved_tensors_are_discarded():
+        *_, channels = x.shape
+        num_images = x.numel() // (channels * projection.layout.num_tokens)
+        num_rows = num_kept(projection.layout, projection.basis)
+        return plan.empty_saved(x, (num_images, num_rows, channels))
     if in_transform():
         with tracked_by_transforms():
             return projection.project(as_tokens(x, layout)).to(x.dtype)
-    dtype = plan.saved_dtype(x.dtype)
     source, last = x if source is None else source, _shared.last
     # The compiler finds the common expression by itself. Inference tensors have no version counter, and those of other
     # classes, as a tracer's, no address.
     if last is None or must_be_functional() or source.is_inference() or type(source) is not Tensor:
-        return projection.project(as_tokens(x, layout)).to(dtype)
+        return plan.to_saved(projection.project(as_tokens(x, layout)))
     identity = source._version, source.data_ptr(), source.shape, source.stride()
-    key = (*identity, x.dtype, dtype, projection.layout, projection.basis, id(projection.padding_mask))
+    key = (
+        *identity,
+        x.dtype,
+        plan.saved_dtype(x.dtype),
+        plan.saves_8_bits,
+        projection.layout,
+        projection.basis,
+        id(projection.padding_mask),
+    )
     if last.x() is source and last.key == key and (x_hat := last.x_hat()) is not None:
         return x_hat
-    x_hat = projection.project(as_tokens(x, layout)).to(dtype)
+    x_hat = plan.to_saved(projection.project(as_tokens(x, layout)))
     last.x, last.x_hat, last.key = weakref.ref(source), weakref.ref(x_hat), key
     return x_hat
 
@@ -405,6 +448,11 @@ def low_rank_linear(
             else (source_of_weight(weight, parameter, plan.precision), weakref.ref(source))
         ),
     )
+    if only_saved_tensors_matter():  # nothing after the last one that is saved is computed
+        place = _SavedFirst.apply(state, *tensors)
+        with torch.no_grad():
+            values = _LowRankLinear.forward(state, *tensors)
+        return _WithValues.apply(place, values)
     function = _LowRankLinear if must_be_functional() else _EagerLowRankLinear
     return function.apply(state, *tensors)
 

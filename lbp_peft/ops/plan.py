@@ -8,14 +8,45 @@ ways that have different settings.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ..bases.base import Basis
 from ..bases.grids import TokenLayout
+from ..formats.in_groups import BYTES_OF_SCALE, restored_rows, rows_with_scales
 from ..formats.products import Precision, saved_dtype
 from ..projection import Projection, num_kept, projection
+from .kept import keep
+
+
+class InputProjection(Protocol):
+    """What the operations project the gradient of the outputs with, before its product with W."""
+
+    @property
+    def basis(self) -> Basis | None:
+        """The fixed basis that it projects on; None: it depends on g.
+
+        If it is that of the weight gradient, g is projected once for both.
+        """
+
+    def of_dtype(self, dtype: torch.dtype) -> Any:
+        """The same for tokens of another dtype."""
+
+    def fit(self, tokens: Tensor) -> tuple[Any, Tensor]:
+        """The projection to lift the product with, None if it is the identity, and the coefficients of g.
+
+        Args:
+            tokens: g, shape (N, L, C).
+
+        Returns:
+            An object with the methods `of_dtype`, `lift` and `lift_image` of [`lbp_peft.projection.Projection`], or
+            None, and shape (N, k, C).
+        """
+
+    def fit_image(self, image: Tensor) -> tuple[Any, Tensor]:
+        """[`fit`] for the gradient (N, C, H, W) or (N, C, L) of a convolution's outputs."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +59,14 @@ class InputGradient:
         precision: Number format of the product with W. If it is low, the projected input of the weight gradient is
             saved in bfloat16 too.
         needs_layout: Whether it can only be computed where the layout of the tokens is known.
+        uses_layout: Whether it makes use of the layout where that is known.
     """
 
     # A factory, here and below: before torch 2.13, torch.compile refuses dataclasses with objects for defaults.
     precision: Precision = field(default_factory=Precision, kw_only=True)
 
     needs_layout = False
+    uses_layout = False
 
     @property
     def is_exact(self) -> bool:
@@ -48,9 +81,13 @@ class InputGradient:
         """The number of rows that represent the L tokens in the product with W; L if none is saved."""
         return layout.num_tokens
 
+    def num_coefficients_of(self, num_tokens: int) -> int:
+        """[`num_coefficients`] of L tokens whose layout is not known."""
+        return num_tokens
+
     def projection(
         self, layout: TokenLayout | None, dtype: torch.dtype, device: torch.device, padding_mask: Tensor | None
-    ) -> Projection | None:
+    ) -> InputProjection | None:
         """The projection of g before the product with W; None if g is multiplied as it is."""
         return None
 
@@ -74,7 +111,7 @@ class FixedBasis(InputGradient):
 
     basis: Basis
 
-    needs_layout = True
+    needs_layout = uses_layout = True
 
     def num_coefficients(self, layout: TokenLayout) -> int:
         return num_kept(layout, self.basis)
@@ -97,12 +134,14 @@ class BackwardPlan:
         input_gradient: How the input gradient is computed; an exact product by default.
         padding_mask: Shape (N, L), bool, True where a token is padding. Padding is projected and lifted as zero, so it
             does not enter the gradients of other tokens. None: there is no padding.
+        saves_8_bits: Whether the projection of the input is saved in int8, with one scale for each row.
     """
 
     layout: TokenLayout | None = None
     weight_basis: Basis | None = None
     input_gradient: InputGradient = field(default_factory=ExactProduct)
     padding_mask: Tensor | None = None
+    saves_8_bits: bool = False
 
     @property
     def precision(self) -> Precision:
@@ -113,11 +152,28 @@ class BackwardPlan:
         """The dtype in which the projection of an input of a dtype is saved for the weight gradient."""
         return saved_dtype(dtype, self.precision)
 
+    def to_saved(self, x_hat: Tensor) -> Tensor:
+        """A projected input, shape (N, k, C), in the form in which it is saved for the weight gradient."""
+        if self.saves_8_bits and x_hat.dtype != torch.float64:
+            return keep(rows_with_scales(x_hat))
+        return x_hat.to(self.saved_dtype(x_hat.dtype))
+
+    def empty_saved(self, x: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        """A tensor of the shape and dtype that [`to_saved`] gives for a projection of x of a shape, without memory."""
+        if self.saves_8_bits and x.dtype != torch.float64:
+            num_images, num_rows, channels = shape
+            return x.new_empty((), dtype=torch.int8).expand(num_images, num_rows, channels + BYTES_OF_SCALE)
+        return x.new_empty((), dtype=self.saved_dtype(x.dtype)).expand(shape)
+
+    def from_saved(self, saved: Tensor, dtype: torch.dtype) -> Tensor:
+        """The inverse of [`to_saved`], up to rounding; `dtype` is that of the layer's input or of its gradient."""
+        return restored_rows(saved, self.saved_dtype(dtype)) if saved.dtype == torch.int8 else saved
+
     def weight_projection(self, dtype: torch.dtype, device: torch.device) -> Projection | None:
         """The projection that the weight gradient is computed from; None: it is exact."""
         return projection(self.layout, self.weight_basis, dtype, device, self.padding_mask)
 
-    def input_projection(self, dtype: torch.dtype, device: torch.device) -> Projection | None:
+    def input_projection(self, dtype: torch.dtype, device: torch.device) -> InputProjection | None:
         """The projection that the input gradient is computed from; None: there is none."""
         return self.input_gradient.projection(self.layout, dtype, device, self.padding_mask)
 

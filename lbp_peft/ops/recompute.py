@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..formats.products import FULL
-from ..projection import Projection, with_dtype
+from ..projection import Projection
 from ..transforms import backward_pass
 from .layer_state import LayerRecord, same_autocast, to_save
 from .linear import as_tokens, from_tokens, input_to_save, once_differentiable, sum_of_tokens
-from .plan import BackwardPlan
+from .plan import BackwardPlan, InputProjection
 
 
 def low_rank_layer(
@@ -93,7 +93,7 @@ class _State:
     plan: BackwardPlan
     layer: LayerRecord
     weight_projection: Projection | None
-    input_projection: Projection | None
+    input_projection: InputProjection | None
     dropouts: list[nn.Module]
     autocast: Callable[[], Any]
     fingerprint: Callable[[], Hashable]
@@ -119,7 +119,7 @@ class _LowRankLayer(torch.autograd.Function):
         trains = any(ctx.needs_input_grad[2 + split :])
         xs_hat: list[Tensor | None] = [None] * len(xs)
         if trains:
-            of_dtypes = [state.weight_projection and with_dtype(state.weight_projection, z.dtype) for z in xs]
+            of_dtypes = [state.weight_projection and state.weight_projection.of_dtype(z.dtype) for z in xs]
             xs_hat = [input_to_save(z, p, state.plan) for z, p in zip(xs, of_dtypes, strict=True)]
         saves_layer = trains or state.input_projection is not None
         ctx.save_for_backward(*xs_hat, *(to_save(held) if saves_layer else ()))
@@ -143,7 +143,11 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         )
     num_inputs = 1 + len(state.dropouts)
     saved = ctx.saved_tensors  # read once: gradient checkpointing returns each tensor a single time
-    xs_hat, held = saved[:num_inputs], saved[num_inputs:]
+    held = saved[num_inputs:]
+    xs_hat: list[Any] = [
+        z if z is None else state.plan.from_saved(z, dtype)
+        for z, dtype in zip(saved[:num_inputs], ctx.dtypes, strict=True)
+    ]
     needed = ctx.needs_input_grad[2:]
     trained = needed[num_inputs:]
     g = as_tokens(grad, state.plan.layout)
@@ -152,7 +156,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     input_projection: Any = state.input_projection
     needs_inputs = input_projection is not None and any(needed[:num_inputs])
     if any(trained):
-        weight_projection = state.weight_projection and with_dtype(state.weight_projection, g.dtype)
+        weight_projection = state.weight_projection and state.weight_projection.of_dtype(g.dtype)
         g_hat = g if weight_projection is None else weight_projection.project_gradient(g)
         rows = g_hat.flatten(0, 1)
         sum_dtype = torch.promote_types(rows.dtype, torch.float32)
@@ -171,7 +175,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         if share_basis:
             input_grads, needs_inputs = [z[:-1].unflatten(0, g_hat.shape[:2]) for z in row_grads], False
     if needs_inputs:  # the layer is affine: its derivative is the same at any x
-        g_hat = with_dtype(input_projection, g.dtype).project_gradient(g)
+        input_projection, g_hat = input_projection.of_dtype(g.dtype).fit(g)
         rows = g_hat.flatten(0, 1)
         zeros = [
             rows.new_zeros(len(rows), shape[-1], dtype=dtype)
@@ -179,11 +183,13 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         ]
         row_grads, _ = _differentiate(state, zeros, held, rows, inputs_too=True, trained=[False] * len(held))
         input_grads = [z.unflatten(0, g_hat.shape[:2]) for z in row_grads]
-    if input_projection is not None:
+    if state.input_projection is not None:
+
+        def lifted(z: Tensor) -> Tensor:
+            return z if input_projection is None else input_projection.of_dtype(z.dtype).lift(z)
+
         input_grads = [
-            from_tokens(with_dtype(input_projection, z.dtype).lift(z), shape, state.plan.layout)
-            if need and z is not None
-            else None
+            from_tokens(lifted(z), shape, state.plan.layout) if need and z is not None else None
             for z, shape, need in zip(input_grads, ctx.shapes, needed, strict=False)
         ]
     return [*input_grads, *trained_grads]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..bases.base import Basis
 from ..bases.grids import TokenLayout
+from ..instructions import product_dtype
 from ..ops.padding_check import zero_if_unused
 from ..transforms import must_be_functional
 
@@ -38,6 +39,14 @@ class Projection(ABC):
         self.device = device
         self.padding_mask = padding_mask
         self._make_matrices()
+
+    def of_dtype(self, dtype: torch.dtype) -> Projection:
+        """The same projection for tokens of another dtype."""
+        if self.dtype == dtype:
+            return self
+        if product_dtype(dtype, self.device) == dtype:
+            return type(self)(self.layout, self.basis, dtype, self.device, self.padding_mask)
+        return Float32Projection(self.of_dtype(torch.float32), dtype)
 
     @abstractmethod
     def _make_matrices(self) -> None:
@@ -70,6 +79,16 @@ class Projection(ABC):
             return self.project(tokens)
         return self._project(self._without_padding(tokens, zero_if_unused(tokens, self.padding_mask)))
 
+    def fit(self, tokens: Tensor) -> tuple[Projection, Tensor]:
+        """Itself, since it is the same for all gradients, and [`project_gradient`] of one, (N, L, C) -> (N, k, C)."""
+        return self, self.project_gradient(tokens)
+
+    def fit_image(self, image: Tensor) -> tuple[Projection, Tensor]:
+        """[`fit`] for the gradient (N, C, H, W) or (N, C, L) of a convolution's outputs."""
+        if image.dim() == 4:
+            return self, self.project_image(image)
+        return self.fit(image.transpose(1, 2))
+
     def _without_padding(self, tokens: Tensor, fill: float | Tensor = 0) -> Tensor:
         return tokens if self.padding_mask is None else tokens.masked_fill(self.padding_mask[:, :, None], fill)
 
@@ -84,6 +103,44 @@ class Projection(ABC):
     @abstractmethod
     def lift_image(self, coefficients: Tensor) -> Tensor:
         """(N, k, C) -> (N, C, H, W), for a layout without tokens outside the grid."""
+
+
+class Float32Projection(Projection):
+    """Projects tokens of a 16-bit dtype in float32: for CPUs without instructions for that dtype.
+
+    Args:
+        wide: The projection in float32.
+        dtype: Of the tokens to project.
+    """
+
+    def __init__(self, wide: Projection, dtype: torch.dtype):
+        self.wide = wide
+        super().__init__(wide.layout, wide.basis, dtype, wide.device, wide.padding_mask)
+
+    def of_dtype(self, dtype: torch.dtype) -> Projection:
+        return self if self.dtype == dtype else self.wide.of_dtype(dtype)
+
+    def _make_matrices(self) -> None:
+        """Its matrices are those of the wide one."""
+
+    def sum(self, coefficients: Tensor) -> Tensor:
+        return self._apply("sum", coefficients)
+
+    def _project(self, tokens: Tensor) -> Tensor:
+        return self._apply("_project", tokens)
+
+    def lift(self, coefficients: Tensor) -> Tensor:
+        return self._apply("lift", coefficients)
+
+    def project_image(self, image: Tensor) -> Tensor:
+        return self._apply("project_image", image)
+
+    def lift_image(self, coefficients: Tensor) -> Tensor:
+        return self._apply("lift_image", coefficients)
+
+    def _apply(self, name: str, values: Tensor) -> Tensor:
+        with torch.autocast(values.device.type, enabled=False):
+            return getattr(self.wide, name)(values.float()).to(values.dtype)
 
 
 def is_channels_last(image: Tensor) -> bool:

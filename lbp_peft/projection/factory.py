@@ -8,10 +8,12 @@ from torch import Tensor
 from .. import heuristics, kernels
 from ..bases.base import Basis
 from ..bases.grids import TokenLayout
+from ..bases.packed import PackedLayout
 from ..bases.separable import SeparableBasis
 from ..instructions import product_dtype
-from .base import Projection
+from .base import Float32Projection, Projection
 from .dense import DenseProjection
+from .packed import PackedProjection
 from .separable import SeparableProjection
 
 
@@ -25,6 +27,8 @@ def num_kept(layout: TokenLayout, basis: Basis | None) -> int:
     """
     if basis is None:
         return layout.num_tokens
+    if isinstance(layout, PackedLayout):
+        return sum(num_kept(part, basis) for part in layout.parts)
     return min(basis.num_coefficients(layout), layout.num_tokens)
 
 
@@ -48,8 +52,12 @@ def projection(
     kept = num_kept(layout, basis)
     if kept == layout.num_tokens:
         return None
+    if isinstance(layout, PackedLayout):
+        return _packed_projection(layout, basis, dtype, device, padding_mask)
     if not kernels.IN_USE and product_dtype(dtype, device) != dtype:
-        return Float32Projection(layout, basis, dtype, device, padding_mask)
+        wide = projection(layout, basis, torch.float32, device, padding_mask)
+        assert wide is not None  # since this is no identity
+        return Float32Projection(wide, dtype)
     if not isinstance(basis, SeparableBasis):
         return DenseProjection(layout, basis, dtype, device, padding_mask)
     is_dense = not kernels.IN_USE and (
@@ -58,39 +66,11 @@ def projection(
     return (DenseProjection if is_dense else SeparableProjection)(layout, basis, dtype, device, padding_mask)
 
 
-def with_dtype(of: Projection, dtype: torch.dtype) -> Projection:
-    """The same projection for tokens of another dtype."""
-    if of.dtype == dtype:
-        return of
-    if isinstance(of, Float32Projection):
-        return with_dtype(of.wide, dtype)
-    kind = type(of) if product_dtype(dtype, of.device) == dtype else Float32Projection
-    return kind(of.layout, of.basis, dtype, of.device, of.padding_mask)
-
-
-class Float32Projection(Projection):
-    """Projects tokens of a 16-bit dtype in float32: for CPUs without instructions for that dtype."""
-
-    def _make_matrices(self) -> None:
-        wide = projection(self.layout, self.basis, torch.float32, self.device, self.padding_mask)
-        assert wide is not None  # since this is no identity
-        self.wide = wide
-
-    def sum(self, coefficients: Tensor) -> Tensor:
-        return self._apply("sum", coefficients)
-
-    def _project(self, tokens: Tensor) -> Tensor:
-        return self._apply("_project", tokens)
-
-    def lift(self, coefficients: Tensor) -> Tensor:
-        return self._apply("lift", coefficients)
-
-    def project_image(self, image: Tensor) -> Tensor:
-        return self._apply("project_image", image)
-
-    def lift_image(self, coefficients: Tensor) -> Tensor:
-        return self._apply("lift_image", coefficients)
-
-    def _apply(self, name: str, values: Tensor) -> Tensor:
-        with torch.autocast(values.device.type, enabled=False):
-            return getattr(self.wide, name)(values.float()).to(values.dtype)
+def _packed_projection(
+    layout: PackedLayout, basis: Basis, dtype: torch.dtype, device: torch.device, padding_mask: Tensor | None
+) -> PackedProjection:
+    lengths = [part.num_tokens for part in layout.parts]
+    masks = [None] * len(lengths) if padding_mask is None else padding_mask.split(lengths, dim=1)
+    parts = [projection(part, basis, dtype, device, mask) for part, mask in zip(layout.parts, masks, strict=True)]
+    kept = [num_kept(part, basis) for part in layout.parts]
+    return PackedProjection(layout, basis, dtype, device, padding_mask, parts, kept)

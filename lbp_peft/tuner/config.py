@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any, Literal, TypeGuard
 
 import numpy as np
@@ -20,9 +21,12 @@ from ..bases.walsh import SELECTIONS, is_power_of_two
 from ..formats.products import AUTO, FULL, Precision
 from ..formats.registry import FORMATS, FormatName
 from .deprecation import accept_old_names
+from .layers.base import COMPRESSIBLE
+from .layers.waiting import BASE_WEIGHTS
 from .validation.names import check_adapter_name, is_module_name
 from .validation.patterns import check_pattern, show
 
+GRAD_INPUT_BASES = ("walsh", "adaptive")
 _MAX_BLOCK_SIZE = 128  # its Walsh functions are block_size**2 numbers, its bases block_size**4
 # How PEFT embeds regular expressions in its own.
 _IN_RANK_PATTERN = r"(.*\.)?({})$"
@@ -30,6 +34,7 @@ _IN_LAYERS_PATTERN = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 
 
 GradInputDtype = Literal["auto", FormatName]
+GradInputBasis = Literal["walsh", "adaptive"]
 Selection = Literal["lp_l1", "lp_linf"]
 Boundary = Literal["orthogonal", "reflect"]
 
@@ -46,6 +51,13 @@ class LBPWHTConfig(PeftConfig):
         grad_input_rank: Walsh bases kept in each block for the input gradient, 1 to block_size**2; the paper's setting
             is `grad_input_rank=r`. None: the input gradient is not low-rank. The error of a low-rank input gradient
             compounds from the last layer to the first, that of the weight gradient does not.
+        grad_input_basis: What a low-rank input gradient is a combination of. "walsh": the Walsh functions that come
+            first. "adaptive": in each backward pass and for each image, orthonormal patterns over the tokens that fit
+            the gradient; `grad_input_rank` is then their number for each image (16 to 32 are useful), tokens outside
+            the grid come in addition, and layers whose tokens lie on no known grid have a low-rank input gradient too.
+        grad_input_energy: With grad_input_basis="adaptive", the share of the squared norm of each image's gradient that
+            is to be kept, above 0 and at most 1: of the `grad_input_rank` patterns, only as many are used as a batch
+            needs for it. None: all are used. It has no effect under `torch.compile` and in transforms of `torch.func`.
         grad_input_dtype: Number format of the product g W in the input gradient. "full": that of g, nothing is rounded.
             "bf16", "int8", "fp8": g and W are rounded to that format. "auto": the fastest for the device and the shape
             of those that keep the gradient's direction, and exact backpropagation, with one warning, for layers so
@@ -54,9 +66,11 @@ class LBPWHTConfig(PeftConfig):
             to bfloat16.
         hadamard_size: Before g and W are rounded to 8 bits, mix blocks of this many outputs by a Hadamard matrix, a
             power of two; 0: do not. It spreads outliers and cancels in the product.
-        compress_activations: "int8": activation functions and norms between the adapted layers keep their inputs in 8
-            bits for the backward pass, and run again there. Less memory, a little more time, gradients off by the
-            rounding. None: they save what they always do.
+        compress_activations: What keeps few bits for the backward pass in blocks with adapted layers: "all", or some of
+            "activation" (activation functions keep their derivative in 4 bits), "norm" (norms keep their normalised
+            input in 8 bits), "attention" (query, key and value in 8 bits) and "projection" (adapted layers keep
+            projected inputs in 8 bits). The forward pass is exact, gradients are off by the rounding. None: nothing.
+            "gelu" is "activation"; "int8" is a deprecated name of ("activation", "norm").
         block_size: Order of the two-dimensional Walsh-Hadamard transform, a power of two, 128 at most.
         selection: Which bases (i, j) come first: "lp_l1" by i + j, "lp_linf" by max(i, j). Ties: see
             [`lbp_peft.bases.walsh.basis_order`].
@@ -64,6 +78,11 @@ class LBPWHTConfig(PeftConfig):
             "reflect": as the paper's reference code, which counts border patches twice.
         train_base_weight: True: the adapter is a trained copy of each target's weight and bias. False: it has no
             weights of its own and only makes the backward pass cheap.
+        base_weights: Where a target's base weight waits while one adapter is trained that has a copy of it. "auto": in
+            a file that is mapped into memory ("disk"), or for models on a GPU in the CPU's memory ("cpu").
+            "resident": where it is, so that weights are held twice. "dropped": nowhere; the weight itself is trained,
+            and whatever needs the base weight raises an error. It concerns only the running program and is not saved
+            with the adapter. See docs/memory.md.
         rank_pattern: Ranks that differ from r, by module name suffix or regular expression, as LoRA's. For example
             `{"layers.11.mlp.fc2": 21}`. It changes r only, not `grad_input_rank`.
         grad_input_rank_pattern: Ranks that differ from grad_input_rank, likewise; None for an input gradient that is
@@ -92,6 +111,12 @@ class LBPWHTConfig(PeftConfig):
     grad_input_rank: int | None = field(
         default=None, metadata={"help": "Walsh bases kept per block for the input gradient; None: it is not low-rank."}
     )
+    grad_input_basis: GradInputBasis = field(
+        default="walsh", metadata={"help": 'Of a low-rank input gradient: "walsh", or "adaptive" to each image.'}
+    )
+    grad_input_energy: float | None = field(
+        default=None, metadata={"help": "Share of the gradient's energy that an adaptive basis has to keep, up to 1."}
+    )
     grad_input_dtype: GradInputDtype = field(
         default="auto",
         metadata={"help": 'Format of the product in the input gradient: "auto", "full", "bf16", "int8" or "fp8".'},
@@ -99,14 +124,19 @@ class LBPWHTConfig(PeftConfig):
     hadamard_size: int = field(
         default=0, metadata={"help": "Outputs mixed by a Hadamard matrix before rounding; 0: none."}
     )
-    compress_activations: Literal["int8"] | None = field(
-        default=None, metadata={"help": '"int8": activation functions and norms keep their inputs in 8 bits.'}
+    compress_activations: str | tuple[str, ...] | None = field(
+        default=None,
+        metadata={"help": '"all", or some of "activation", "norm", "attention", "projection", to keep in few bits.'},
     )
     block_size: int = field(default=8, metadata={"help": "Order of the 2-D Walsh-Hadamard transform."})
     selection: Selection = field(default="lp_l1", metadata={"help": '"lp_l1" or "lp_linf".'})
     boundary: Boundary = field(default="orthogonal", metadata={"help": '"orthogonal" or "reflect".'})
     train_base_weight: bool = field(
         default=True, metadata={"help": "Train a copy of each target's weight, or only make its backward pass cheap."}
+    )
+    base_weights: str = field(
+        default="auto",
+        metadata={"help": 'Where base weights wait: "auto", "resident", "cpu", "disk", or "dropped".'},
     )
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "{regular expression or suffix: r} where r differs."}
@@ -152,6 +182,7 @@ class LBPWHTConfig(PeftConfig):
             self.grid_size = tuple(_as_int(side) for side in self.grid_size)
         self._check_transform()
         self._check_layout()
+        self._check_base_weights()
         self._check_modules()
         self._check_layers()
         self._check_stack()
@@ -161,7 +192,7 @@ class LBPWHTConfig(PeftConfig):
         return BasisSet(r, self.block_size, self.selection, self.boundary)
 
     def input_bases(self, rank: int | None) -> BasisSet | None:
-        """The bases of the input gradient of a layer with this rank for it; None where it is not low-rank."""
+        """The Walsh functions of a layer's input gradient of this rank; None where it is not low-rank."""
         return None if rank is None else BasisSet(rank, self.block_size, self.selection, self.boundary)
 
     def input_precision(self, rank: int | None) -> Precision:
@@ -170,8 +201,16 @@ class LBPWHTConfig(PeftConfig):
             return FULL
         return Precision(self.grad_input_dtype, self.hadamard_size)
 
+    def compressed_words(self) -> tuple[str, ...]:
+        """What keeps few bits for the backward pass: some of [`COMPRESSIBLE`]."""
+        value = self.compress_activations
+        if isinstance(value, str):
+            return COMPRESSIBLE
+        return value or ()
+
     def to_dict(self) -> dict[str, Any]:
         output: dict[str, Any] = super().to_dict()
+        del output["base_weights"]  # concerns the machine that it runs on, not the adapter
         if self.stack_on:
             output["stack_on"] = {name: _plain(config.to_dict()) for name, config in self.stack_on.items()}
         return output
@@ -201,6 +240,15 @@ class LBPWHTConfig(PeftConfig):
             if not isinstance(value, (bool, np.bool_)):
                 raise ValueError(f"{name} must be True or False, got {show(value)}.")
             setattr(self, name, bool(value))
+
+    def _check_base_weights(self) -> None:
+        if not _is_one_of(self.base_weights, BASE_WEIGHTS):
+            raise ValueError(f"base_weights must be one of {', '.join(BASE_WEIGHTS)}, got {show(self.base_weights)}.")
+        if not self.train_base_weight and self.base_weights not in ("auto", "resident"):
+            raise ValueError(
+                f"base_weights={show(self.base_weights)} says where base weights wait while copies of them are "
+                "trained. With train_base_weight=False they are in use themselves: leave it out."
+            )
 
     def _check_modules(self) -> None:
         for name in ("target_modules", "exclude_modules"):
@@ -286,11 +334,17 @@ class LBPWHTConfig(PeftConfig):
             raise ValueError(
                 f"block_size must be a power of two up to {_MAX_BLOCK_SIZE} (the paper uses 8), got {show(size)}."
             )
+        if not _is_one_of(self.grad_input_basis, GRAD_INPUT_BASES):
+            raise ValueError(
+                f"grad_input_basis must be one of {', '.join(GRAD_INPUT_BASES)}, got {show(self.grad_input_basis)}."
+            )
+        has_limit = self.grad_input_basis != "adaptive"
         self._check_rank("r", self.r)
         if self.grad_input_rank is not None:
-            self._check_rank("grad_input_rank", self.grad_input_rank, "None or ")
+            self._check_rank("grad_input_rank", self.grad_input_rank, "None or ", has_limit)
         self._check_rank_pattern("rank_pattern")
-        self._check_rank_pattern("grad_input_rank_pattern", "None or ")
+        self._check_rank_pattern("grad_input_rank_pattern", "None or ", has_limit)
+        self._check_adaptive()
         if not _is_one_of(self.grad_input_dtype, [AUTO, *FORMATS]):
             raise ValueError(
                 f"grad_input_dtype must be one of {AUTO}, {', '.join(FORMATS)}, got {show(self.grad_input_dtype)}."
@@ -299,14 +353,28 @@ class LBPWHTConfig(PeftConfig):
             raise ValueError(
                 f"hadamard_size must be a power of two (16 to 128 are useful), or 0, got {show(self.hadamard_size)}."
             )
-        if self.compress_activations is not None and not _is_one_of(self.compress_activations, ["int8"]):
-            raise ValueError(f'compress_activations must be "int8" or None, got {show(self.compress_activations)}.')
+        self.compress_activations = _checked_words(self.compress_activations)
         if not _is_one_of(self.selection, SELECTIONS):
             raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {show(self.selection)}.")
         if not _is_one_of(self.boundary, BOUNDARIES):
             raise ValueError(f"boundary must be one of {', '.join(BOUNDARIES)}, got {show(self.boundary)}.")
 
-    def _check_rank_pattern(self, name: str, or_none: str = "") -> None:
+    def _check_adaptive(self) -> None:
+        is_adaptive, energy = self.grad_input_basis == "adaptive", self.grad_input_energy
+        if is_adaptive and self.grad_input_rank is None and not any(self.grad_input_rank_pattern.values()):
+            raise ValueError(
+                'grad_input_basis="adaptive" needs grad_input_rank, the number of patterns for each image. Useful are '
+                "16 to 32."
+            )
+        if energy is None:
+            return
+        if not isinstance(energy, Real) or isinstance(energy, (bool, np.bool_)) or not 0 < energy <= 1:
+            raise ValueError(f"grad_input_energy must be None or a number above 0 and at most 1, got {show(energy)}.")
+        if not is_adaptive:
+            raise ValueError('grad_input_energy needs grad_input_basis="adaptive", since Walsh functions are fixed.')
+        self.grad_input_energy = float(energy)
+
+    def _check_rank_pattern(self, name: str, or_none: str = "", has_limit: bool = True) -> None:
         given = getattr(self, name)
         if not isinstance(given, dict):
             raise ValueError(
@@ -317,11 +385,14 @@ class LBPWHTConfig(PeftConfig):
         for pattern, rank in getattr(self, name).items():
             check_pattern(f"A key of {name}", pattern, _IN_RANK_PATTERN)
             if rank is not None or not or_none:
-                self._check_rank(f"{name}[{show(pattern)}]", rank, or_none)
+                self._check_rank(f"{name}[{show(pattern)}]", rank, or_none, has_limit)
 
-    def _check_rank(self, name: str, rank: object, or_none: str = "") -> None:
+    def _check_rank(self, name: str, rank: object, or_none: str = "", has_limit: bool = True) -> None:
+        """Check a rank, which is at most the number of functions of a block if it has a limit."""
         full = self.block_size**2
-        if not _is_int(rank) or not 1 <= rank <= full:
+        if not has_limit and not (_is_int(rank) and rank >= 1):
+            raise ValueError(f"{name} must be {or_none}an int of at least 1, got {show(rank)}.")
+        if has_limit and not (_is_int(rank) and 1 <= rank <= full):
             raise ValueError(f"{name} must be {or_none}an int from 1 to block_size**2 = {full}, got {show(rank)}.")
 
     def _check_layout(self) -> None:
@@ -334,6 +405,29 @@ class LBPWHTConfig(PeftConfig):
             number = getattr(self, name)
             if number is not None and (not _is_int(number) or number < 0):
                 raise ValueError(f"{name} must be an int of at least 0, got {show(number)}.")
+
+
+def _checked_words(value: Any) -> str | tuple[str, ...] | None:
+    """A value of compress_activations in the form in which it is kept: None, "all", or words in their usual order."""
+    if value is None or _is_one_of(value, ["all"]):
+        return "all" if value else None
+    if _is_one_of(value, ["int8"]):
+        warnings.warn(
+            'compress_activations="int8" is deprecated. It now means ("activation", "norm"), which takes less memory '
+            'and less time: write that, or "all".',
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return "activation", "norm"
+    words = [value] if isinstance(value, str) else value
+    if not isinstance(words, (list, tuple, set, frozenset)):
+        words = [None]
+    found = {"activation" if word == "gelu" else word for word in words if isinstance(word, str)}
+    if len(words) == 0 or not all(isinstance(word, str) for word in words) or not found <= set(COMPRESSIBLE):
+        raise ValueError(
+            f'compress_activations must be "all", some of {", ".join(COMPRESSIBLE)}, or None, got {show(value)}.'
+        )
+    return tuple(word for word in COMPRESSIBLE if word in found)
 
 
 def _is_int(value: object) -> TypeGuard[int]:

@@ -2,57 +2,199 @@
 
 from __future__ import annotations
 
+import html
+import math
+import re
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
+from ..bases.grids import TokenLayout
+from ..bases.packed import PackedLayout
 from ..layout import LayoutFinder
 from .layers.base import BackwardPass, LBPWHTLayer
+
+# Columns of the report, and what they mean.
+COLUMNS = {
+    "layer": "name in the model; {0..11} stands for the layers of that name with each of these numbers",
+    "grid": "rows and columns of patches that the layer's input was recognised as",
+    "outside": "tokens beside the grid, such as [CLS]; they are kept exactly",
+    "tokens": "L, of each image (or window)",
+    "dW from": "k, the rows that the gradient of the weight is computed from, in the place of L",
+    "dx from": "the same for the gradient of the input; all of L: exact but for the precision",
+    "dx in": "precision of the product that gives the gradient of the input",
+    "found by": "number of operations through which the grid was followed from the model's input, or the setting",
+    "backward": "low-rank, or exact and why",
+}
 
 
 @dataclass(frozen=True)
 class LayoutReport:
-    """How the backward pass of each adapted layer ran last; print it for a table.
+    """How the backward pass of each adapted layer ran last; print it for totals and a table.
 
     Attributes:
         layers: Name of the layer -> its last [`BackwardPass`], None if it has not run in training mode yet.
+        features: Name of the layer -> C_in, the channels of its input; None where it cannot be told.
     """
 
     layers: dict[str, BackwardPass | None]
+    features: dict[str, int | None] = field(default_factory=dict, repr=False)
 
     @property
     def exact(self) -> dict[str, str]:
         """Layers that fell back to, or were meant for, exact backpropagation -> why."""
         return {name: ran.why_exact for name, ran in self.layers.items() if ran is not None and ran.why_exact}
 
-    def __str__(self) -> str:
-        header = ("layer", "grid", "followed through", "outside", "tokens", "k for dW", "k for dx", "dx in", "backward")
-        rows = [header, *(_row(name, ran) for name, ran in self.layers.items())]
+    @property
+    def low_rank(self) -> list[str]:
+        """Layers whose backward pass was low-rank or in low precision."""
+        return [name for name, ran in self.layers.items() if ran is not None and not ran.why_exact]
+
+    def as_text(self, verbose: bool = False) -> str:
+        """Totals, and a table of the layers.
+
+        Args:
+            verbose: One row for each layer, and what all columns mean; else one row for each group of like layers,
+                whose names differ in numbers alone.
+        """
+        rows = [tuple(COLUMNS), *self._rows(verbose)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        meanings = [f"{name}: {meaning}" for name, meaning in COLUMNS.items() if verbose or name in _TO_EXPLAIN]
+        return "\n".join([*self._totals(), "", *table, "", *meanings])
+
+    def __str__(self) -> str:
+        return self.as_text()
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` with one row for each layer.
+
+        Raises:
+            ImportError: pandas is not installed.
+        """
+        import pandas
+
+        return pandas.DataFrame(self._rows(verbose=True), columns=list(COLUMNS))
+
+    def _repr_html_(self) -> str:
+        cells = [[html.escape(cell) for cell in row] for row in self._rows(verbose=False)]
+        heading = "".join(
+            f'<th title="{html.escape(meaning)}">{html.escape(name)}</th>' for name, meaning in COLUMNS.items()
         )
+        body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in cells)
+        totals = "<br>".join(map(html.escape, self._totals()))
+        return f"<p>{totals}</p><table><thead><tr>{heading}</tr></thead><tbody>{body}</tbody></table>"
+
+    def _totals(self) -> list[str]:
+        not_run = sum(ran is None for ran in self.layers.values())
+        lines = [f"{len(self.low_rank)} of {len(self.layers)} adapted layers have a low-rank backward pass."]
+        for why, number in Counter(self.exact.values()).most_common():
+            lines.append(f"{number} {'is' if number == 1 else 'are'} exact: {why}.")
+        if not_run:
+            lines.append(f"{not_run} {'has' if not_run == 1 else 'have'} not been called in training mode yet.")
+        ran = {name: one for name in self.low_rank if (one := self.layers[name]) is not None and one.num_tokens}
+        if ran:
+            kept, total = (
+                sum(getattr(one, name) for one in ran.values()) for name in ("kept_for_weight", "num_tokens")
+            )
+            lines.append(f"Tokens kept of their inputs: {kept} of {total} ({100 * kept / total:.0f} %).")
+        if ran and all(self.features.get(name) for name in ran):
+            sizes = [(one, self.features[name] or 0) for name, one in ran.items()]
+            kept = sum(one.kept_for_weight * channels for one, channels in sizes)
+            total = sum(one.num_tokens * channels for one, channels in sizes)
+            lines.append(
+                f"Values kept of their inputs, each counted once: {kept / 1e6:.2f} M of {total / 1e6:.2f} M for each "
+                f"image or window ({100 * kept / total:.0f} %)."
+            )
+        return lines
+
+    def _rows(self, verbose: bool) -> list[tuple[str, ...]]:
+        if verbose:
+            return [(name, *_cells(ran)) for name, ran in self.layers.items()]
+        groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
+        for name, ran in self.layers.items():
+            # How far the grid was followed grows from block to block, and does not tell groups apart.
+            cells = tuple("" if index == _FOUND_BY else cell for index, cell in enumerate(_cells(ran)))
+            groups.setdefault((re.sub(r"\d+", "#", name), cells), []).append(name)
+        rows = []
+        for names in groups.values():
+            first, last = _cells(self.layers[names[0]]), _cells(self.layers[names[-1]])
+            cells = tuple(
+                one if one == other else f"{one.removesuffix(' operations')} to {other}"
+                for one, other in zip(first, last, strict=True)
+            )
+            rows += [(name, *cells) for name in _grouped(names)]
+        return rows
 
 
-def _row(name: str, ran: BackwardPass | None) -> tuple[str, ...]:
+_TO_EXPLAIN = ("outside", "tokens", "dW from", "dx from", "dx in")
+_FOUND_BY = list(COLUMNS).index("found by") - 1
+
+
+def _cells(ran: BackwardPass | None) -> tuple[str, ...]:
+    """All columns but the name."""
     if ran is None:
-        return (name, *["-"] * 7, "not called in training mode yet")
-    grid = f"{ran.layout.grid[0]} x {ran.layout.grid[1]}" if ran.layout else "-"
+        return (*["-"] * (len(COLUMNS) - 2), "not called in training mode yet")
+    grid = _words_for_grids(ran.layout) if ran.layout else "-"
     outside = str(ran.layout.num_outside) if ran.layout else "-"
     kept = [str(ran.kept_for_weight), str(ran.kept_for_input)] if not ran.why_exact else ["-", "-"]
     how = f"exact: {ran.why_exact}" if ran.why_exact else "low-rank"
-    return (name, grid, ran.known_by or "-", outside, str(ran.num_tokens), *kept, ran.precision, how)
+    return (grid, outside, str(ran.num_tokens), *kept, ran.precision, ran.known_by or "-", how)
+
+
+def _grouped(names: list[str]) -> list[str]:
+    """Names that differ in numbers alone, as one where these are all combinations of the numbers at each place.
+
+    layers.0.fc, layers.1.fc, layers.2.fc -> layers.{0..2}.fc
+    """
+    if len(names) == 1:
+        return names
+    parts = [re.split(r"(\d+)", name) for name in names]
+    columns = [sorted(set(column), key=_as_number) for column in zip(*parts, strict=True)]
+    if math.prod(map(len, columns)) != len(names):  # some combinations are missing: split where the fewest differ
+        split = min((index for index, column in enumerate(columns) if len(column) > 1), key=lambda i: len(columns[i]))
+        inner = [[name for name, own in zip(names, parts, strict=True) if own[split] == one] for one in columns[split]]
+        return [group for own in inner for group in _grouped(own)]
+    return [_with_sets(columns)]
+
+
+def _with_sets(columns: list[list[str]]) -> str:
+    return "".join(column[0] if len(column) == 1 else "{" + _ranges(column) + "}" for column in columns)
+
+
+def _ranges(numbers: list[str]) -> str:
+    """0, 1, 2, 5 -> 0..2,5"""
+    runs: list[list[int]] = []
+    for number in map(int, numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)
+
+
+def _as_number(text: str) -> tuple[int, str]:
+    return (int(text), "") if text.isdigit() else (-1, text)
+
+
+def _words_for_grids(layout: TokenLayout) -> str:
+    """The grids of a layout, such as "8 x 12" or "8 x 12, 4 x 8"; of many, the first ones."""
+    grids = layout.grids if isinstance(layout, PackedLayout) else (layout.grid,)
+    shown = ", ".join(f"{height} x {width}" for height, width in grids[:3])
+    return shown if len(grids) <= 3 else f"{shown} and {len(grids) - 3} more"
 
 
 def layout_report(model: nn.Module) -> LayoutReport:
-    """List, for each layer with LBP-WHT adapters, its grid, prefix tokens, k of L, and why it is exact where it is.
+    """Tell, for each layer with LBP-WHT adapters, its grid, prefix tokens, k of L, and why it is exact where it is.
 
-    The column "followed through" says through how many operations the grid was followed from the model's input.
+    Printed, it shows totals and one row for each group of like layers; `as_text(verbose=True)` has one for each layer,
+    and says what the columns mean. Notebooks show it as a table; `to_pandas()` gives a data frame.
 
     Args:
         model: Any model with LBP-WHT layers. They report their last forward pass in training mode.
@@ -61,8 +203,10 @@ def layout_report(model: nn.Module) -> LayoutReport:
         >>> model(pixel_values=images, labels=labels).loss.backward()
         >>> print(layout_report(model))
     """
+    layers = [module for module in model.modules() if isinstance(module, LBPWHTLayer)]
     return LayoutReport(
-        {module.layer_name: module.last_backward for module in model.modules() if isinstance(module, LBPWHTLayer)}
+        {layer.layer_name: layer.last_backward for layer in layers},
+        {layer.layer_name: getattr(layer, "in_features", None) for layer in layers},
     )
 
 

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..bases.basis_set import BasisSet
+from ..bases.packed import PackedLayout
+from ..layer_types import layer_type_of
+from ..layout import LayoutFinder
 from ..layout.positions import column_of, row_of
 from ..ops.linear import as_tokens
 from ..projection import SeparableProjection
 from .layers.base import LBPWHTLayer
+from .layers.conv1x1 import is_pointwise_conv
 
 # The places where images are changed, as fractions of height and width, away from the borders of patches.
 _PLACES = ((0.03, 0.03), (0.03, 0.97), (0.97, 0.03), (0.53, 0.28))
@@ -29,6 +34,9 @@ class LayoutCheck:
         after_mixing: Layers in which most tokens change with any part of the image, because attention or the like comes
             before them: their layout follows from that of the layers before.
         unknown: Layers without a known layout; their backward pass is exact.
+        left_out: Linear layers that are not adapted although patches of an image pass through them on the way from the
+            first adapted layer to the last one, as in a block that was not recognised or that was left out on purpose.
+            Embeddings come before, heads and decoders after.
         problems: Descriptions of contradictions to the layouts; empty if there are none.
     """
 
@@ -36,6 +44,7 @@ class LayoutCheck:
     after_mixing: tuple[str, ...]
     unknown: tuple[str, ...]
     problems: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -45,6 +54,7 @@ class LayoutCheck:
     def __str__(self) -> str:
         counts = (("confirmed", self.confirmed), ("after mixing", self.after_mixing), ("unknown", self.unknown))
         lines = [f"{len(names)} layers {what}" for what, names in counts]
+        lines += [f"not adapted, though patches pass through: {', '.join(self.left_out)}"] if self.left_out else []
         return "\n".join([*lines, *(self.problems or ["no contradictions"])])
 
 
@@ -73,7 +83,7 @@ def verify_layout(model: nn.Module, batch: Mapping[str, Any]) -> LayoutCheck:
     finder = next(iter(layers.values())).finder
     height, width = image.shape[-2:]
     with _in_training_mode(model), torch.random.fork_rng([image.device] if image.device.type == "cuda" else []):
-        with finder.keeping_positions() as positions:
+        with finder.keeping_positions() as positions, _watching(model, finder) as left_out:
             before = _inputs(model, layers, batch)
         found = {}
         for down, across in _PLACES:
@@ -81,7 +91,7 @@ def verify_layout(model: nn.Module, batch: Mapping[str, Any]) -> LayoutCheck:
             changed = image.clone()
             changed[..., pixel[0], pixel[1]] += 10 * image.std() + 1
             found[pixel] = _inputs(model, layers, {**batch, name: changed})
-    return _compare(layers, before, found, positions)
+    return replace(_compare(layers, before, found, positions), left_out=tuple(left_out))
 
 
 def _inputs(model: nn.Module, layers: dict[str, LBPWHTLayer], batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
@@ -100,6 +110,35 @@ def _inputs(model: nn.Module, layers: dict[str, LBPWHTLayer], batch: Mapping[str
         with torch.enable_grad():  # as in training, since some models take another path without
             model(**batch)
     return seen
+
+
+@contextmanager
+def _watching(model: nn.Module, finder: LayoutFinder) -> Iterator[list[str]]:
+    """Yield a list that holds, afterwards, the layers that are not adapted and that patches pass through."""
+    left_out: list[str] = []
+    seen: list[str] = []
+    has_begun = False
+
+    def look(module: nn.Module, args: tuple, name: str) -> None:
+        if has_begun and name not in (*seen, *left_out) and args and isinstance(args[0], Tensor):
+            record = finder.record_now(args[0], 1 if is_pointwise_conv(module) else -1)
+            if record.layout is not None and not record.text:
+                seen.append(name)
+
+    def adapted(module: nn.Module, args: tuple) -> None:
+        nonlocal has_begun
+        has_begun = True
+        left_out.extend(seen)
+        seen.clear()
+
+    with ExitStack() as stack:
+        inside = {id(part) for m in model.modules() if isinstance(m, LBPWHTLayer) for part in m.modules()}
+        for name, module in model.named_modules():
+            if isinstance(module, LBPWHTLayer) or isinstance(getattr(module, "low_rank_backward", None), LBPWHTLayer):
+                stack.callback(module.register_forward_pre_hook(adapted).remove)
+            elif layer_type_of(module) is not None and id(module) not in inside:
+                stack.callback(module.register_forward_pre_hook(partial(look, name=name)).remove)
+        yield left_out
 
 
 def _compare(
@@ -166,9 +205,14 @@ def _why_not_identity(layer: LBPWHTLayer, inputs: list[Tensor]) -> str:
     if tokens.shape[1] != ran.layout.num_tokens:
         return "its input does not have the recorded number of tokens"
     basis = replace(rule.weight_basis, r=rule.weight_basis.block_size**2)
-    whole = SeparableProjection(ran.layout, basis, torch.float64, tokens.device)
-    error = (whole.lift(whole.project(tokens)) - tokens).norm() / tokens.norm().clamp(min=1e-30)
-    return "" if error < 1e-6 else f"projecting its input onto all bases changes it by {float(error):.1e}"
+    parts = ran.layout.parts if isinstance(ran.layout, PackedLayout) else (ran.layout,)
+    lengths = [part.num_tokens for part in parts]
+    for part, of_part in zip(parts, tokens.split(lengths, dim=1), strict=True):
+        whole = SeparableProjection(part, basis, torch.float64, tokens.device)
+        error = (whole.lift(whole.project(of_part)) - of_part).norm() / of_part.norm().clamp(min=1e-30)
+        if error >= 1e-6:
+            return f"projecting its input onto all bases changes it by {float(error):.1e}"
+    return ""
 
 
 @contextmanager

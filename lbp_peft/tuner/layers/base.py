@@ -18,10 +18,14 @@ from ...bounded import BoundedCache, ScratchCache
 from ...formats.products import AUTO, FULL
 from ...instructions import product_dtype
 from ...layout import NOT_TRACED, GridMismatchError, LayoutFinder, LayoutRecord, given_layout
+from ...ops.adaptive import AdaptiveBasis
 from ...ops.plan import BackwardPlan, ExactProduct, InputGradient
 from ...ops.recompute import why_not_token_wise
 from ...projection import num_kept
 from ...transforms import in_forward_mode, in_transform
+
+# What `compress_activations` may name.
+COMPRESSIBLE = ("activation", "norm", "attention", "projection")
 
 _USUAL_BATCH = 8
 
@@ -37,13 +41,13 @@ class BackwardRule:
     Attributes:
         weight_basis: Basis of the weight gradient.
         input_gradient: How the input gradient is computed. The name of its precision may be "auto".
-        compress: Whether activation functions and norms around the layer keep their inputs in 8 bits.
+        compress: What is saved in few bits in the block of the layer, words of `compress_activations`.
         grid_size, num_prefix_tokens, num_suffix_tokens: As given in the configuration.
     """
 
     weight_basis: Basis
     input_gradient: InputGradient = ExactProduct()
-    compress: bool = False
+    compress: tuple[str, ...] = ()
     grid_size: tuple[int, int] | None = None
     num_prefix_tokens: int | None = None
     num_suffix_tokens: int | None = None
@@ -89,7 +93,7 @@ class LBPWHTLayer(BaseTunerLayer):
         layer_name: The name of the layer in the model, for messages.
     """
 
-    other_param_names = ("lbpwht_rule",)
+    other_param_names: tuple[str, ...] = ("lbpwht_rule",)
 
     if TYPE_CHECKING:  # PEFT's, which is not followed
         active_adapters: list[str]
@@ -135,7 +139,9 @@ class LBPWHTLayer(BaseTunerLayer):
             self._fall_back(x, why, "Use lbp_peft.exact_backward(model) or model.eval() to silence this.", cause=why)
             return None
         if len(rules) > 1:
-            rules = list({replace(rule, compress=False) for rule in rules})  # that concerns other layers than this one
+            # Activation functions, norms and attention serve each rule for itself.
+            words = tuple(word for word in COMPRESSIBLE if all(word in rule.compress for rule in rules))
+            rules = list({replace(rule, compress=words) for rule in rules})
         if len(rules) > 1:
             why = f"the active adapters {', '.join(self.active_adapters)} ask for different ranks or layouts"
             self._fall_back(x, why, "Give them equal settings, or activate one at a time.", cause="rules")
@@ -153,7 +159,7 @@ class LBPWHTLayer(BaseTunerLayer):
         # one can have the same id.
         key = (
             x.shape, x.dtype, x.device, x.requires_grad, _dtype_of_layer(x), self._channels_axis(x),
-            train_weight, self._trains_whole_weight(base), base.weight.shape, id(rule), id(record),
+            train_weight, self._trains_whole_weight(base), self._shape_of_weight(base), id(rule), id(record),
             heuristics.active(),
         )  # fmt: skip
         made = self._plans.get(key)
@@ -190,7 +196,12 @@ class LBPWHTLayer(BaseTunerLayer):
         if x.dim() > 2 and _num_tokens(self._shape_of_tokens(x)) <= 1 and math.prod(x.shape[:-1]) == x.shape[0]:
             self._note(x, "its input has a single token")
             return None
-        if weight_basis is None and not input_gradient.needs_layout:
+        if isinstance(input_gradient, AdaptiveBasis):
+            input_gradient = self._adaptive_if_it_pays(x, base, input_gradient)
+            if weight_basis is None and input_gradient.is_exact:
+                self._note(x, "exact backpropagation is faster for so narrow a layer")
+                return None
+        if weight_basis is None and not input_gradient.uses_layout:
             return self._with_chosen_precision(x, base, BackwardPlan(input_gradient=input_gradient))
         try:
             layout, padding_mask = self._layout(x, record, rule)
@@ -200,14 +211,33 @@ class LBPWHTLayer(BaseTunerLayer):
             self._note(x, error.why)
             return None
         except LayoutError as error:
-            self._fall_back(x, error.why, error.remedy, cause=error.why)
-            return None
+            if input_gradient.needs_layout or not input_gradient.uses_layout or x.dim() < 3:
+                self._fall_back(x, error.why, error.remedy, cause=error.why)
+                return None
+            if weight_basis is not None:
+                self._fall_back(x, error.why, error.remedy, cause=error.why, instead="computes exact weight gradients")
+            return self._without_layout(x, base, input_gradient)
         precision = input_gradient.precision.name if needs_x else "full"
         if min(kept_for_weight, kept_for_input) == layout.num_tokens and precision in ("full", AUTO):
             self._note(x, "it would keep as many rows as there are tokens", layout)
             return None
-        plan = BackwardPlan(layout, weight_basis, input_gradient, padding_mask)
+        plan = BackwardPlan(layout, weight_basis, input_gradient, padding_mask, "projection" in rule.compress)
         return self._with_chosen_precision(x, base, plan, kept_for_weight, kept_for_input)
+
+    def _adaptive_if_it_pays(self, x: Tensor, base: Any, input_gradient: AdaptiveBasis) -> InputGradient:
+        shape = self._shape_of_tokens(x)
+        in_features = int(shape[-1])
+        out_features, num_tokens = base.weight.numel() // in_features, max(_num_tokens(shape), 1)
+        shape_of_product = num_tokens, input_gradient.rank, out_features, in_features
+        if x.dim() < 3 or heuristics.active().use_adaptive_basis(*shape_of_product):
+            return input_gradient
+        return ExactProduct(precision=input_gradient.precision)
+
+    def _without_layout(self, x: Tensor, base: Any, input_gradient: InputGradient) -> BackwardPlan | None:
+        """The plan for tokens of an unknown layout: the weight gradient is exact."""
+        num_tokens = _num_tokens(self._shape_of_tokens(x))
+        kept_for_input = input_gradient.num_coefficients_of(num_tokens)
+        return self._with_chosen_precision(x, base, BackwardPlan(input_gradient=input_gradient), 0, kept_for_input)
 
     def _with_chosen_precision(
         self, x: Tensor, base: Any, plan: BackwardPlan, kept_for_weight: int = 0, kept_for_input: int = 0
@@ -217,7 +247,7 @@ class LBPWHTLayer(BaseTunerLayer):
         num_tokens = plan.layout.num_tokens if plan.layout else _num_tokens(shape)
         kept_for_weight, kept_for_input = kept_for_weight or num_tokens, kept_for_input or num_tokens
         if plan.precision.name == AUTO:
-            features = (base.weight.numel() // int(shape[-1]), int(shape[-1]))
+            features = (self._shape_of_weight(base).numel() // int(shape[-1]), int(shape[-1]))
             dtype = _dtype_of_layer(x)
             on_images = x.dim() == 4 and shape != x.shape
             # A compiled graph has to serve batches of all sizes.
@@ -235,6 +265,11 @@ class LBPWHTLayer(BaseTunerLayer):
             return None
         self._note(x, "", plan.layout, kept_for_weight, kept_for_input, plan.precision.name)
         return plan
+
+    def _shape_of_weight(self, base: Any) -> torch.Size:
+        """The shape of the weight that the layer computes with."""
+        shape: torch.Size = base.weight.shape
+        return shape
 
     def _trains_whole_weight(self, base: Any) -> bool:
         """Whether training this layer means training its whole weight matrix, and not only factors."""
@@ -334,13 +369,15 @@ class LBPWHTLayer(BaseTunerLayer):
             self._fall_back(x, why, "Leave it out with exclude_modules to silence this.", cause=why)
         return not why
 
-    def _fall_back(self, x: Tensor, why: str, remedy: str, cause: str) -> None:
+    def _fall_back(
+        self, x: Tensor, why: str, remedy: str, cause: str, instead: str = "uses exact backpropagation"
+    ) -> None:
         self._note(x, why)
         if why == NOT_TRACED.why_unknown:  # the next forward pass is traced again
             return
         self.finder.warn_once(
             cause,
-            f"{self.layer_name} uses exact backpropagation, as do any layers like it: {why}. {remedy} "
+            f"{self.layer_name} {instead}, as do any layers like it: {why}. {remedy} "
             "lbp_peft.layout_report(model) lists all layers.",
         )
 

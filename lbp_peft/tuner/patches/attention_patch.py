@@ -1,7 +1,7 @@
 """What modules that own adapted layers do for all of these at once.
 
 Layers of one input, as query, key and value, share its projection; and attention goes backward by matrix products where
-these are faster.
+these are faster, or keeps query, key and value in 8 bits.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ...instructions import multiplies_bf16
-from ...ops.attention import AttentionByProducts
+from ...ops.attention import AttentionMode, attention
+from ...ops.compressed_attention import compressed_attention
 from ...ops.linear import shared_projections
 from ..layers.base import LBPWHTLayer
 from ..stacking.layer import LBPWHTStacked
@@ -42,9 +43,16 @@ class LBPWHTAttending(BlockPatch):
     def _attend(self, host: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         plain = type(host).plain_class.forward
         x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-        if x is None or not (self._has_attention and _may_pay(x) and self._is_active(host)):
+        if x is None or not self._has_attention:
             return plain(host, *args, **kwargs)
-        with AttentionByProducts() as mode:
+        rules = self._rules_in_effect(host)
+        if any("attention" in rule.compress for rule in rules):
+            mode = AttentionMode(compressed_attention)
+        elif rules and _may_pay(x):
+            mode = AttentionMode(attention)
+        else:
+            return plain(host, *args, **kwargs)
+        with mode:
             result = plain(host, *args, **kwargs)
         if not torch.compiler.is_compiling():  # it cannot ask the mode, and goes in once
             self._has_attention = mode.was_called

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,9 +27,14 @@ class BlockPatch(ForwardPatch):
         self.block = block
 
     def _is_active(self, host: nn.Module) -> bool:
+        return any(self.is_wanted(rule) for rule in self._rules_in_effect(host))
+
+    def _rules_in_effect(self, host: nn.Module) -> list[BackwardRule]:
+        """Those of the layers in the block, for a forward pass that will be followed by a backward pass."""
+        if not (host.training and torch.is_grad_enabled()):
+            return []
         layers = (module for module in self.block.modules() if isinstance(module, LBPWHTLayer))
-        rules = (rule for layer in layers for rule in layer.rules_in_effect())
-        return host.training and torch.is_grad_enabled() and any(self.is_wanted(rule) for rule in rules)
+        return [rule for layer in layers for rule in layer.rules_in_effect()]
 
     @staticmethod
     def is_wanted(rule: BackwardRule) -> bool:
@@ -43,7 +48,7 @@ class BlockPatch(ForwardPatch):
         return again
 
 
-def attach_to_block_module(host: nn.Module, kind: type[BlockPatch], block: nn.Module) -> None:
+def attach_to_block_module(host: nn.Module, kind: Callable[[nn.Module], BlockPatch], block: nn.Module) -> None:
     """Put one of a kind inside a module of a block, if there is none yet."""
     if not hasattr(host, PATCH_ATTR):
         attach(host, kind(block))

@@ -1,6 +1,6 @@
-"""What a training step costs: saved activations and multiply-adds, measured on the step itself.
+"""The multiply-adds of a training step, counted on the step itself.
 
-Both are read off the running computation, so full fine-tuning, LoRA and LBP-WHT are counted by the same rule.
+They are read off the running computation, so full fine-tuning, LoRA and LBP-WHT are counted by the same rule.
 """
 
 from __future__ import annotations
@@ -12,19 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-
-
-@dataclass
-class SavedActivations:
-    """Bytes that the forward pass keeps for the backward pass, parameters and buffers of the model not counted."""
-
-    bytes: int = 0
-
-    @property
-    def mib(self) -> float:
-        return self.bytes / 2**20
 
 
 @dataclass
@@ -32,37 +20,6 @@ class MultiplyAdds:
     """Multiply-adds of the matrix products in any precision, convolutions and fused attention in a region."""
 
     total: int = 0
-
-
-@contextmanager
-def saved_activations(model: nn.Module) -> Iterator[SavedActivations]:
-    """Count the tensors that autograd saves while the block runs; each storage is counted once.
-
-    Args:
-        model: Its parameters and buffers do not count: they are there whether or not a step is taken.
-
-    Yields:
-        [`SavedActivations`], complete when the block ends.
-
-    Example:
-        >>> with saved_activations(model) as saved:
-        ...     loss = model(**batch).loss
-        >>> print(f"{saved.mib:.0f} MiB")
-    """
-    result = SavedActivations()
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    # Holding the storages keeps their addresses from being given out twice while we count.
-    seen: dict[int, torch.UntypedStorage] = {}
-
-    def note(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            seen.setdefault(storage.data_ptr(), storage)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        yield result
-    result.bytes = sum(storage.nbytes() for storage in seen.values())
 
 
 @contextmanager

@@ -52,6 +52,7 @@ def load_splits(options: DataOptions) -> tuple[Dataset, Dataset | None, Dataset 
         return choose_splits(
             _loaded(_listed([name for part in files.values() for name in part]), "parquet", data_files=files), options
         )
+    assert options.dataset is not None
     folder = local_folder(options.dataset, "--dataset")
     if folder is None:
         near = similar(Path(options.dataset)) if "/" not in options.dataset else ""
@@ -75,7 +76,7 @@ def choose_splits(splits: DatasetDict, options: DataOptions) -> tuple[Dataset, D
         SystemExit: a split is missing or empty, or the validation split is also used for training or testing.
     """
     train, test = options.train_split, options.test_split
-    validation = options.validation_split if options.needs_validation else None
+    validation: str | None = getattr(options, "validation_split", None) if options.needs_validation else None
     for flag, name in (("--train_split", train), ("--test_split", test), ("--validation_split", validation)):
         if name and name not in splits:
             raise SystemExit(f"{flag} {name}: there is no such split; there are: {_listed(splits)}")
@@ -121,7 +122,7 @@ def hold_out(
     return dataset.select(np.setdiff1d(np.arange(total), held_out)), dataset.select(held_out)
 
 
-def draw(total: int, wanted: int, seed: int, labels: Sequence[int] | None = None) -> np.ndarray:
+def draw(total: int, wanted: int, seed: int, labels: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
     """A random choice of rows, in ascending order; equal arguments give the same rows.
 
     Args:

@@ -12,7 +12,7 @@ from PIL import Image
 class View:
     """A box of an image, (left, top, right, bottom) after mirroring where `mirrored` is set."""
 
-    box: tuple[float, ...]
+    box: tuple[float, float, float, float]
     mirrored: bool = False
 
     def of(self, image: Image.Image, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
@@ -28,7 +28,9 @@ def random_view(image: Image.Image, random: np.random.Generator, min_crop: float
     return View(random_box(image.width, image.height, random, min_crop), mirrored)
 
 
-def random_box(width: int, height: int, random: np.random.Generator, min_crop: float) -> tuple[float, ...]:
+def random_box(
+    width: int, height: int, random: np.random.Generator, min_crop: float
+) -> tuple[float, float, float, float]:
     """A box of `min_crop` to 1 of the area, its sides' ratio between 3/4 and 4/3 of the image's, anywhere within."""
     if min_crop >= 1:
         return 0, 0, width, height

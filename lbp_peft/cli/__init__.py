@@ -1,0 +1,81 @@
+"""The command `lbp-peft`: recommend settings, report layouts, print versions."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "recommend": "measure candidate settings on your model, data and machine, and recommend one",
+    "report": "show what the backward pass of each layer would do, and how good the gradients are",
+    "version": "print the versions of lbp-peft and of what it runs on",
+}
+_NEEDED = ("datasets", "PIL")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command.
+
+    Args:
+        arguments: Without the program's name; None takes those of the command line.
+
+    Raises:
+        SystemExit: with a line that says what is wrong, and code 1 or 2; or with 0 after --help.
+    """
+    parser = argparse.ArgumentParser("lbp-peft", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name, text in COMMANDS.items():
+        commands.add_parser(name, help=text, add_help=False, prefix_chars="\0")  # each reads its own flags
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(given[:1])
+    _quieten()
+    from ..loading.terminal import plain_messages
+
+    with plain_messages():
+        if options.command == "version":
+            _print_version()
+            return
+        try:
+            command = importlib.import_module(f".{options.command}", __name__)
+        except ModuleNotFoundError as error:
+            if error.name not in _NEEDED:
+                raise
+            raise SystemExit(
+                f'lbp-peft {options.command} needs the package {error.name}: pip install "lbp-peft[cli]"'
+            ) from None
+        command.main(given[1:])
+
+
+def _quieten() -> None:
+    """Keep transformers and the hub from telling every user what they fall back on; errors end in a line of ours."""
+    import huggingface_hub
+    import transformers
+
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:
+        transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
+    if "HF_HUB_VERBOSITY" not in os.environ:
+        huggingface_hub.logging.set_verbosity_error()
+
+
+def _print_version() -> None:
+    from ..environment import environment
+
+    found = environment()
+    for name in (
+        "lbp-peft",
+        "torch",
+        "transformers",
+        "peft",
+        "timm",
+        "python",
+        "processor",
+        "instructions",
+        "cores",
+        "gpu",
+    ):
+        if found[name] is not None:
+            print(f"{name} {found[name]}")

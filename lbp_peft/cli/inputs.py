@@ -1,0 +1,288 @@
+"""The model and the batches that a user's flags name."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from datasets import Image
+from PIL.Image import Resampling
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
+    PreTrainedModel,
+    ViTImageProcessor,
+    set_seed,
+)
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
+
+from ..loading.classification import ClassificationData, load_classification
+from ..loading.datasources import Source, columns_of, load_splits
+from ..loading.models import class_names, forward_arguments, readable
+from ..loading.options import as_size, option
+from ..loading.places import local_folder
+from ..loading.preprocessing import Preprocessor
+from ..loading.segmentation import SegmentationData, label_map, load_segmentation, load_segmentation_model
+from ..loading.storedimages import opened, why_unreadable
+from ..loading.terminal import cause_of, say
+from ..loading.views import View
+
+_BATCHES = 2
+_WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+
+
+@dataclass
+class InputOptions(ClassificationData, SegmentationData):
+    """Which model, and which images or how large random ones."""
+
+    random_images: list[int] | None = option(
+        None, "Random images of this size in place of data: the side of a square, or height and width. (default: none)"
+    )
+    task: Literal["classification", "segmentation"] | None = option(
+        None, "What the model is for. (default: segmentation where the data has label maps, or the checkpoint says so)"
+    )
+    batch_size: int = option(8, "Images in a batch.")
+    random_weights: bool = option(False, "Take the architecture of --model alone, with random weights.")
+    timm_weights: str | None = option(None, "File with the weights of a --model of timm. (default: timm's own)")
+    mixed_precision: Literal["no", "bf16", "fp16"] = option("no", "Precision of the forward pass, by autocast.")
+    device: str = option("auto", "cpu, cuda, ... (default: a GPU where there is one)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.random_images and (len(self.random_images) > 2 or min(self.random_images) < 1):
+            raise ValueError("--random_images takes one side or two, height and width, of at least 1 pixel")
+
+    def check_together(self) -> None:
+        super().check_together()
+        if not self.model:
+            raise ValueError("give --model, a hub id, a local folder or a name of timm's")
+        if sum(map(bool, (self.dataset, self.train_files, self.random_images))) != 1:
+            raise ValueError("give --dataset, --train_files or --random_images, one of them")
+
+    @property
+    def names_inputs(self) -> bool:
+        return True  # check_together has seen to it
+
+
+@dataclass
+class Inputs:
+    """A model on its device, batches, and how to get the loss of one from the model.
+
+    Attributes:
+        loss_fn: None: the model returns it.
+        size: (height, width) of the images.
+    """
+
+    model: nn.Module
+    batches: list[dict[str, Any]]
+    loss_fn: Callable[[nn.Module, Any], Tensor] | None
+    size: tuple[int, int]
+    task: str
+
+
+def load_inputs(options: InputOptions) -> Inputs:
+    """Load what the flags name.
+
+    Raises:
+        SystemExit: the model or the data cannot be loaded, or no image can be read.
+    """
+    assert options.model is not None
+    device = _device(options.device)
+    timm_name = _is_of_timm(options.model)
+    if not timm_name:
+        options.model = str(local_folder(options.model, "--model") or options.model)
+    source, task = _source(options)
+    if timm_name:
+        inputs = _of_timm(options, source)
+    else:
+        inputs = _of_transformers(options, source, task or _task_of_checkpoint(options.model))
+    inputs.model.to(device)
+    return inputs
+
+
+def loss_of_timm(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Cross-entropy of the logits; the sum of several heads', as of the classes and of a distilled teacher."""
+    logits = model(batch["pixel_values"])
+    heads = logits if isinstance(logits, tuple) else (logits,)
+    return torch.stack([nn.functional.cross_entropy(each, batch["labels"]) for each in heads]).sum()
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return found or torch.device("cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SystemExit(f"--device {name}: {cause_of(error)}") from None
+    return device
+
+
+def _source(options: InputOptions) -> tuple[Source | None, str | None]:
+    """The data, and for which task it is; None where it is random or tells nothing."""
+    if options.random_images:
+        return None, options.task
+    task = options.task
+    if task is None:
+        folder = local_folder(options.dataset, "--dataset") if options.dataset else None
+        in_pairs = folder is not None and any((part / "masks").is_dir() for part in (folder, *folder.iterdir()))
+        if in_pairs or options.mask_column:
+            task = "segmentation"
+        else:
+            task = "segmentation" if len(columns_of(load_splits(options)[0], Image)) > 1 else "classification"
+    return (load_segmentation if task == "segmentation" else load_classification)(options), task
+
+
+def _is_of_timm(name: str) -> bool:
+    if Path(name).expanduser().exists() or importlib.util.find_spec("timm") is None:
+        return False
+    import timm
+
+    return bool(timm.is_model(name))
+
+
+def _of_timm(options: InputOptions, source: Source | None) -> Inputs:
+    import timm
+
+    assert options.model is not None
+    set_seed(0)
+    file = options.timm_weights
+    if file is not None and not Path(file).expanduser().is_file():
+        raise SystemExit(f"--timm_weights {file}: there is no such file")
+    try:
+        model = timm.create_model(
+            options.model, pretrained=not (file or options.random_weights), checkpoint_path=file or ""
+        )
+    except Exception as error:  # of the hub, of files, of shapes
+        raise SystemExit(
+            f"--model {options.model}: timm cannot load its weights ({cause_of(error)}). Give --random_weights, or "
+            "their file as --timm_weights"
+        ) from None
+    if source is not None:
+        model.reset_classifier(len(source.names))
+    config = timm.data.resolve_model_data_config(model)
+    size = as_size(options.random_images or options.image_size) or tuple(config["input_size"][1:])
+    if source is None:
+        return Inputs(
+            model, _random_batches(options, size, model.num_classes, ()), loss_of_timm, size, "classification"
+        )
+    sides = {"height": size[0], "width": size[1]}
+    processor = ViTImageProcessor(size=sides, image_mean=list(config["mean"]), image_std=list(config["std"]))
+
+    def pixels(image: Any) -> Tensor:
+        values: Tensor = processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        return values
+
+    return Inputs(
+        model, _batches(options, source, "classification", pixels, size, {}), loss_of_timm, size, "classification"
+    )
+
+
+def _of_transformers(options: InputOptions, source: Source | None, task: str) -> Inputs:
+    assert options.model is not None
+    auto_model = AutoModelForSemanticSegmentation if task == "segmentation" else AutoModelForImageClassification
+    path = options.model
+    folder = local_folder(path, "--model")
+    with readable(path):
+        config = AutoConfig.from_pretrained(path)
+    names = source.names if source else list(config.id2label.values())
+    is_empty = folder is not None and not any((folder / name).exists() for name in _WEIGHTS)
+    if options.random_weights or is_empty:
+        if is_empty and not options.random_weights:
+            say(f"{path} holds no weights, only a configuration: random weights are taken.")
+        set_seed(0)
+        for key, value in class_names(names).items():
+            if key != "num_labels":
+                setattr(config, key, value)
+        with readable(path):
+            model: PreTrainedModel = auto_model.from_config(config)
+    else:
+        model = load_segmentation_model(auto_model, path, names, 0, options)
+    if source is None:
+        size = as_size(options.random_images)
+        assert size is not None
+        batches = _random_batches(options, size, len(names), size if task == "segmentation" else ())
+        extra = forward_arguments(model, size)
+        return Inputs(model, [{**batch, **extra} for batch in batches], None, size, task)
+    preprocessor = Preprocessor(options, model.config, whole_image=task == "segmentation")
+    if preprocessor.notice:
+        say(preprocessor.notice)
+    size = preprocessor.size
+    batches = _batches(options, source, task, preprocessor, size, forward_arguments(model, size))
+    return Inputs(model, batches, None, size, task)
+
+
+def _task_of_checkpoint(path: str) -> str:
+    with readable(path):
+        config = AutoConfig.from_pretrained(path)
+    is_for_maps = any("Segmentation" in name for name in config.architectures or [])
+    return "segmentation" if is_for_maps else "classification"
+
+
+def _random_batches(
+    options: InputOptions, size: tuple[int, int], classes: int, map_size: tuple[int, ...]
+) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(options.data_seed)
+    return [
+        {
+            "pixel_values": torch.randn(options.batch_size, 3, *size, generator=generator),
+            "labels": torch.randint(classes, (options.batch_size, *map_size), generator=generator),
+        }
+        for _ in range(_BATCHES)
+    ]
+
+
+def _batches(
+    options: InputOptions,
+    source: Source,
+    task: str,
+    pixels: Callable[[Any], Tensor],
+    size: tuple[int, int],
+    extra: dict[str, Any],
+) -> list[dict[str, Any]]:
+    """Images drawn from those to train on; where they are too few, they come again."""
+    wanted = _BATCHES * options.batch_size
+    stored = source.train.cast_column("image", Image(decode=False))
+    if task == "segmentation":
+        stored = stored.cast_column("label", Image(decode=False))
+    examples: list[tuple[Tensor, Any]] = []
+    failures: list[str] = []
+    # In a random order, since data sets are often sorted by class.
+    for row in np.random.default_rng(options.data_seed).permutation(len(stored))[: 4 * wanted]:
+        example = stored[int(row)]
+        try:
+            image = opened(example["image"] or {})
+            label: Any = example["label"]
+            if task == "segmentation":
+                whole = View((0, 0, image.width, image.height))
+                label = whole.of(label_map(opened(label or {}), options), size, Resampling.NEAREST)
+                label = torch.from_numpy(np.array(label, dtype=np.int64))
+            examples.append((pixels(image), label))
+        except Exception as error:  # Pillow's decoders raise exceptions of many types
+            failures.append(f"{(example['image'] or {}).get('path') or f'row {row}'} ({why_unreadable(error)})")
+        if len(examples) == wanted:
+            break
+    if not examples:
+        raise SystemExit(f"none of the images can be used: {failures[0]}")
+    if failures and not options.skip_broken:
+        raise SystemExit(f"{failures[0]} cannot be used: repair or remove it, or give --skip_broken to leave it out")
+    batches = []
+    for start in range(0, wanted, options.batch_size):
+        chosen = [examples[index % len(examples)] for index in range(start, start + options.batch_size)]
+        labels = [label for _, label in chosen]
+        batches.append(
+            {
+                "pixel_values": torch.stack([image for image, _ in chosen]),
+                "labels": torch.stack(labels) if task == "segmentation" else torch.tensor(labels),
+                **extra,
+            }
+        )
+    return batches

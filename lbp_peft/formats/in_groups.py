@@ -1,0 +1,94 @@
+"""Integers of 8 bits with one scale for each group of neighbouring channels.
+
+A few outlying channels cost only their own group. What a backward pass reads once, such as the input of a norm, is kept
+in this format; [`lbp_peft.formats.int8`] is what matrix products read.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .scaling import largest_magnitude, scaled_to_range
+
+BYTES_OF_SCALE = 4  # float32
+GROUP = 64  # channels
+# Values that are rounded at once on CPUs: the intermediate results of so many stay in the cache.
+_VALUES_AT_ONCE = 2**17
+
+
+def rounded_in_groups(x: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """(..., C) -> int8 values (..., C), and float32 scales (..., C / 64), or (..., 1) where 64 does not divide C.
+
+    Args:
+        x: What to round.
+        offset: Subtracted from it before; broadcast to it, but for its last axis (..., 1) or (..., C).
+    """
+    group = _group(x.shape[-1])
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        grouped = (x if offset is None else x - offset).unflatten(-1, (-1, group))
+        largest = largest_magnitude(grouped, dim=-1)
+        values = scaled_to_range(grouped, largest, torch.int8).round_().to(torch.int8)
+        return values.flatten(-2), (largest / 127).squeeze(-1)
+    return _rounded_by_parts(x, offset, group)
+
+
+def _rounded_by_parts(x: Tensor, offset: Tensor | None, group: int) -> tuple[Tensor, Tensor]:
+    # In the order in which x lies in memory, so that it need not be copied: queries come as (N, L, heads, d), turned.
+    order = sorted(range(x.dim() - 1), key=lambda axis: -x.stride()[axis])
+    turned = x.permute(*order, -1)
+    if not turned.is_contiguous():
+        order, turned = list(range(x.dim() - 1)), x.contiguous()
+    if offset is not None:
+        offset = offset.permute(*order, -1).float()
+    shape = turned.shape
+    if offset is None or offset.shape[:-1] == shape[:-1]:
+        turned = turned.view(-1, shape[-1])
+        offset = None if offset is None else offset.reshape(-1, offset.shape[-1])
+    elif offset.shape[0] != shape[0]:
+        offset = offset.expand(shape[0], *offset.shape[1:])
+    values = x.new_empty(turned.shape, dtype=torch.int8)
+    scales = x.new_empty(*turned.shape[:-1], shape[-1] // group, 1, dtype=torch.float32)
+    at_once = max(_VALUES_AT_ONCE // max(turned[:1].numel(), 1), 1)
+    buffer = x.new_empty(min(at_once, len(turned)), *turned.shape[1:], dtype=torch.float32)
+    for start in range(0, len(turned), at_once):
+        part = slice(start, start + at_once)
+        some = turned[part]
+        found = buffer[: len(some)]
+        if some.dtype != torch.float32:  # of two dtypes at once all but copies are slow
+            some = found.copy_(some)
+        if offset is not None:
+            some = torch.sub(some, offset[part], out=found)
+        some, found = some.unflatten(-1, (-1, group)), found.unflatten(-1, (-1, group))
+        largest = largest_magnitude(some, dim=-1)
+        values[part].view(found.shape).copy_(scaled_to_range(some, largest, torch.int8, out=found).round_())
+        torch.div(largest, 127, out=scales[part])
+    back = [order.index(axis) for axis in range(len(order))]
+    return values.view(shape).permute(*back, -1), scales.view(*shape[:-1], -1).permute(*back, -1)
+
+
+def restored(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of [`rounded_in_groups`], up to half a step."""
+    grouped = values.unflatten(-1, (scales.shape[-1], -1))
+    return (grouped * scales.unsqueeze(-1)).to(dtype).flatten(-2)
+
+
+def rows_with_scales(x: Tensor) -> Tensor:
+    """(..., C) -> int8, (..., C + 4): integers from -127 to 127, and the float32 scale of the row in the last 4 bytes.
+
+    One tensor, so that what is saved of an input stays one. Rows may differ much in scale, as those of coefficients do.
+    """
+    x = x.float()  # of two dtypes at once all but copies are slow
+    largest = largest_magnitude(x, dim=-1)
+    values = scaled_to_range(x, largest, torch.int8).round_().to(torch.int8)
+    return torch.cat((values, (largest / 127).view(torch.int8)), dim=-1)
+
+
+def restored_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of [`rows_with_scales`], up to half a step."""
+    scales = rows[..., -BYTES_OF_SCALE:].contiguous().view(torch.float32)
+    return (rows[..., :-BYTES_OF_SCALE] * scales).to(dtype)
+
+
+def _group(channels: int) -> int:
+    return GROUP if channels % GROUP == 0 else channels

@@ -1,0 +1,312 @@
+"""What the layouts of a forward pass depend on besides its inputs.
+
+Positions follow every operation of a pass, but not the Python code that chose these operations. That code may read
+attributes of modules, random numbers and values of tensors, and choose other operations in the next pass. So each pass
+is compared with the traced one in what its code can have read: all attributes of the model's modules
+([`ModelState`]), and the tensors by which tokens were ordered ([`Dependencies`]). Where a traced pass itself drew
+random numbers for Python code or read values of its tensors ([`random_state`] and `PositionTracer`), the next pass may
+differ in any case, so each pass is traced.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import random
+import types
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from enum import Enum
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+# Attributes that PyTorch manages itself. Parameters, buffers and children are looked at by themselves.
+_INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+_SIMPLE = (bool, int, float, complex, str, bytes, type(None))
+_GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
+_OWN = __name__.partition(".")[0]
+_MOST_ITEMS = 256
+_DEEPEST = 4
+
+
+class Dependencies:
+    """Tensors of a model, such as a buffer that holds an order, as they were when the model was traced."""
+
+    def __init__(self) -> None:
+        self._versions: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+    def update(self, consulted: dict[int, tuple[Tensor, int]]) -> None:
+        """Note some tensors, each with its version when it was read, by id."""
+        for key, (tensor, version) in consulted.items():
+            if key not in self._versions:
+                self._versions[key] = weakref.ref(tensor), version
+
+    def hold(self, module: nn.Module, state: ModelState) -> bool:
+        """Whether the module still has all of them, with the values that they had then."""
+        for ref, version in self._versions.values():
+            tensor = ref()
+            if tensor is None or version_of(tensor) != version:
+                return False
+            if not isinstance(tensor, nn.Parameter) and not state.has(module, tensor):
+                return False
+        return True
+
+
+def version_of(tensor: Tensor) -> int:
+    """Changes whenever the tensor is changed in place."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def random_state(generators: Iterable[Any] = ()) -> Hashable:
+    """The state of the generators of random numbers that Python code draws from.
+
+    Args:
+        generators: Those besides the global ones of `random` and NumPy.
+    """
+    states: list[Hashable] = [random.getstate(), _state_of_numpy(np.random)]
+    for generator in generators:
+        if isinstance(generator, random.Random):
+            states.append(generator.getstate())
+        elif isinstance(generator, np.random.Generator):
+            states.append(str(generator.bit_generator.state))
+        else:
+            states.append(_state_of_numpy(generator))
+    return tuple(states)
+
+
+def _state_of_numpy(generator: Any) -> Hashable:
+    return tuple(part.tobytes() if hasattr(part, "tobytes") else part for part in generator.get_state(legacy=True))
+
+
+def why_undecided(read_by: str, state: Hashable, generators: Iterable[Any]) -> str:
+    """What Python code did since tracing began that may make the next pass differ; "" if nothing.
+
+    Args:
+        read_by: Where it read a value of a tensor; "" if nowhere.
+        state: [`random_state`] of these generators when tracing began.
+        generators: Those besides the global ones.
+    """
+    if read_by:
+        return f"reads a value of a tensor ({read_by})"
+    return "draws random numbers" if random_state(generators) != state else ""
+
+
+class ModelState:
+    """Tells whether attributes of a model's modules have changed, at little cost if they have not.
+
+    Attributes of attributes count as well: the entries of lists and dictionaries, the fields of a configuration, the
+    variables of a function's closure, and attributes of classes and global variables that the methods of modules use.
+
+    Args:
+        ignored: Modules whose own attributes do not matter.
+    """
+
+    def __init__(self, ignored: Callable[[nn.Module], bool]):
+        self._ignored = ignored
+        self._known: weakref.WeakKeyDictionary[nn.Module, _Snapshot] = weakref.WeakKeyDictionary()
+
+    def key(self, module: nn.Module) -> Hashable:
+        """The same as long as the attributes are the same. Replicas of a module, made for one pass, have one key."""
+        snapshot = self._known.get(module)
+        if snapshot is None or not snapshot.holds():
+            snapshot = _Snapshot(module, self._ignored)
+            if not getattr(module, "_is_replica", False):
+                self._known[module] = snapshot
+        return snapshot.key
+
+    def has(self, module: nn.Module, tensor: Tensor) -> bool:
+        """Whether a tensor is a buffer or an attribute."""
+        snapshot = self._known.get(module)
+        return snapshot is not None and snapshot.has(tensor)
+
+    def generators(self, module: nn.Module) -> list[Any]:
+        """The generators of random numbers among the attributes that the current key was made of."""
+        snapshot = self._known.get(module)
+        return [] if snapshot is None else snapshot.generators
+
+    def described(self, module: nn.Module) -> dict[str, Hashable]:
+        """The attributes that the current key was made of, by name."""
+        snapshot = self._known.get(module)
+        return {} if snapshot is None else snapshot.described
+
+
+class _Snapshot:
+    """The attributes of all modules of a model at one moment."""
+
+    def __init__(self, module: nn.Module, ignored: Callable[[nn.Module], bool]):
+        # Containers other than modules, and functions that return values, to look at each time.
+        self._containers: dict[int, Any] = {}
+        self._getters: dict[Hashable, Callable[[], Any]] = {}
+        self._ignored = ignored
+        self.generators: list[Any] = []
+        self.described: dict[str, Hashable] = {}
+        is_replica = getattr(module, "_is_replica", False)
+        parts: list[Hashable] = []
+        modules = list(module.named_modules())
+        for name, one in modules:
+            parts.append(id(type(one)) if is_replica else id(one))
+            parts.append(len(one._forward_pre_hooks) + len(one._forward_hooks))
+            if not ignored(one):
+                for attribute, value in _attributes(one):
+                    self.described[f"{name}.{attribute}" if name else attribute] = self._describe(value, 0)
+                self._watch_class(type(one))
+        self.key = hash((tuple(parts), tuple(self.described.items())))
+        self._children = [one._modules for _, one in modules if one._modules]
+        self._buffers = [one._buffers for _, one in modules if one._buffers]
+        watched = [one for _, one in modules if not ignored(one)]
+        self._attributes = [
+            (operator.itemgetter(*names), one.__dict__)
+            for one in watched
+            if len(names := [attribute for attribute, _ in _attributes(one)]) > 1  # else it is no tuple
+        ]
+        hooks = [hooks for _, one in modules for hooks in (one._forward_pre_hooks, one._forward_hooks)]
+        others = [values for _, one in modules for values in (one._modules, one._buffers)]
+        self._dictionaries = [*hooks, *others, *(one.__dict__ for one in watched)]
+        self._lengths = list(map(len, self._dictionaries))
+        values = self._current_values()
+        self._ids = list(map(id, values))
+        # Tensors are not kept alive. The address of a simple value must not be used again.
+        self._kept = [value for value in values if type(value) in _SIMPLE]
+
+    def holds(self) -> bool:
+        """Whether nothing was replaced since: compared by identity, which takes a fraction of a millisecond."""
+        if list(map(len, self._dictionaries)) != self._lengths:
+            return False
+        return list(map(id, self._current_values())) == self._ids
+
+    def has(self, tensor: Tensor) -> bool:
+        """Whether a tensor was among the values."""
+        return id(tensor) in self._ids
+
+    def _current_values(self) -> list[Any]:
+        values: list[Any] = []
+        for get, attributes in self._attributes:
+            values += get(attributes)
+        for dictionary in (*self._children, *self._buffers):
+            values += dictionary.values()
+        for container in self._containers.values():
+            values += container.values() if isinstance(container, dict) else container
+        values += [get() for get in self._getters.values()]
+        return values
+
+    def _describe(self, value: Any, depth: int) -> Hashable:
+        kind = type(value)
+        if kind in _SIMPLE:
+            return value if value == value else "nan"
+        if isinstance(value, (Enum, type, nn.Module, types.ModuleType, types.BuiltinFunctionType)):
+            return id(value)
+        if isinstance(value, np.ndarray):
+            return value.shape, value.tobytes() if value.size <= _MOST_ITEMS else id(value)
+        if isinstance(value, Tensor):
+            return kind, value.shape, value.dtype
+        if kind.__module__.partition(".")[0] == _OWN:
+            return str(kind)
+        if isinstance(value, _GENERATORS):
+            self.generators.append(value)
+            return str(kind)
+        if depth >= _DEEPEST or id(value) in self._containers:
+            return str(kind)
+        if isinstance(value, (tuple, frozenset)):
+            return kind, tuple(self._describe(item, depth + 1) for item in list(value)[:_MOST_ITEMS])
+        if isinstance(value, (list, set)):
+            if len(value) > _MOST_ITEMS:
+                return kind, len(value)
+            self._watch(value, value)
+            return kind, tuple(self._describe(item, depth + 1) for item in value)
+        if isinstance(value, dict):
+            return kind, self._of_dictionary(value, depth)
+        if isinstance(value, functools.partial):
+            return kind, self._describe((value.func, value.args, value.keywords), depth)
+        if isinstance(value, types.MethodType):
+            return id(value.__func__), id(value.__self__)
+        if isinstance(value, types.FunctionType):
+            return id(value.__code__), self._of_function(value, depth)
+        attributes = getattr(value, "__dict__", None)
+        if isinstance(attributes, dict):
+            return kind, self._of_dictionary(attributes, depth)
+        return str(kind)
+
+    def _of_dictionary(self, values: dict, depth: int) -> Hashable:
+        if len(values) > _MOST_ITEMS:
+            return len(values)
+        self._watch(values, values.values())
+        return tuple((str(key), self._describe(item, depth + 1)) for key, item in list(values.items()))
+
+    def _watch(self, container: Any, items: Iterable[Any]) -> None:
+        if not any(isinstance(item, Tensor) for item in items):  # tensors are not kept alive
+            self._containers[id(container)] = container
+
+    def _of_function(self, function: types.FunctionType, depth: int) -> Hashable:
+        found = []
+        for index, cell in enumerate(function.__closure__ or ()):
+            get = functools.partial(_contents, cell)
+            self._getters[id(function), index] = get
+            found.append(self._describe(get(), depth + 1))
+        for values in (function.__defaults__, function.__kwdefaults__):
+            if values:
+                found.append(self._describe(values, depth))
+        found += self._of_globals(function)
+        return tuple(found)
+
+    def _of_globals(self, function: types.FunctionType) -> list[Hashable]:
+        """The simple global variables that a function uses."""
+        found: list[Hashable] = []
+        for name in function.__code__.co_names:
+            value = function.__globals__.get(name)
+            if type(value) in (bool, int, float, str, list, dict) or isinstance(value, _GENERATORS):
+                self._getters[id(function.__globals__), name] = functools.partial(function.__globals__.get, name)
+                found.append((name, self._describe(value, 1)))
+        return found
+
+    def _watch_class(self, cls: type) -> None:
+        """Describe simple attributes of a class, and the global variables that its methods use."""
+        for base in cls.__mro__:
+            key = f"class {base.__module__}.{base.__qualname__}"
+            if base.__module__.partition(".")[0] in _LIBRARIES or key in self.described:
+                continue
+            found: list[Hashable] = []
+            for name, value in vars(base).items():
+                if type(value) in _SIMPLE and not name.startswith("__"):
+                    self._getters[key, name] = functools.partial(getattr, base, name, None)
+                    found.append((name, value))
+                elif isinstance(value, types.FunctionType):
+                    found += self._of_globals(value)
+            self.described[key] = tuple(found)
+
+
+# Code that has no global variables that users change.
+_LIBRARIES = (
+    "builtins", "torch", "torchvision", "transformers", "timm", "peft", "accelerate", _OWN,
+)  # fmt: skip
+
+
+def _contents(cell: Any) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # not assigned yet
+        return None
+
+
+def described(value: Any) -> Hashable:
+    """A key of an argument that is no tensor, so that equal arguments have equal keys."""
+    return _Describer()._describe(value, 0)
+
+
+def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
+    """Those that a module has besides what PyTorch manages."""
+    return [(name, value) for name, value in vars(module).items() if name not in _INTERNAL]
+
+
+class _Describer(_Snapshot):
+    """Describes single values."""
+
+    def __init__(self) -> None:
+        self._containers, self._getters, self.generators = {}, {}, []
+
+
+def changed(before: dict[str, Hashable], after: dict[str, Hashable]) -> list[str]:
+    """The names whose values differ."""
+    names = dict.fromkeys((*before, *after))
+    return [name for name in names if before.get(name) != after.get(name)]

@@ -1,0 +1,51 @@
+"""The masks of a model's texts, which tell words from padding.
+
+Conventions differ. An argument called ..._attention_mask has ones, or True, at words: transformers' convention. If it
+is of floating point and has negative values, it is one that is added to attention scores: 0 at words and a large
+negative number, or minus infinity, at padding. An argument called ..._padding_mask has True at padding: PyTorch's
+convention.
+If a model has yet another convention, words are taken for padding; they have gradients, which padding must not have, so
+that the backward pass raises an error.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_ATTENTION, _PADDING = "attention_mask", "padding_mask"
+# Below any bias that a model may add to attention scores, and above what stands for minus infinity.
+_FAR_BELOW = -1000
+_KINDS = (_ATTENTION, "key_padding_mask", _PADDING)
+
+
+def is_mask(name: str, value: Any) -> bool:
+    """Whether an argument is a mask (N, L) of the words of a text."""
+    if not isinstance(value, Tensor) or value.dim() != 2 or value.requires_grad:
+        return False
+    is_bool = not value.is_floating_point() and not value.is_complex()
+    return name.endswith(_ATTENTION) or (name.endswith(_PADDING) and is_bool)
+
+
+def padding_of(name: str, mask: Tensor) -> Tensor:
+    """True where a word is only padding, of the shape of the mask."""
+    if name.endswith(_PADDING):
+        return mask != 0
+    if mask.is_floating_point():
+        is_added = (mask < 0).any() | ~(mask != 0).any()
+        return torch.where(is_added, mask < _FAR_BELOW, mask == 0)
+    return mask == 0
+
+
+def mask_of(masks: dict[str, Tensor], text: str) -> Tensor | None:
+    """The mask, or the padding, that belongs to a text, by name: decoder_attention_mask to decoder_input_ids."""
+    for ending in ("input_ids", "inputs_embeds", ""):
+        if not text.endswith(ending):
+            continue
+        start = text.removesuffix(ending) if ending else f"{text}_"
+        for kind in _KINDS:
+            if (mask := masks.get(f"{start}{kind}")) is not None:
+                return mask
+    return None

@@ -1,0 +1,65 @@
+"""Checkpoints of transformers, loaded so that what fails about one ends in one line."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, set_seed
+
+from .options import as_size
+from .places import local_folder
+from .terminal import cause_of
+
+
+def load_model(auto_model: Any, path: str, names: list[str], seed: int) -> PreTrainedModel:
+    """Load the checkpoint with a head for these classes, new where it does not fit: the same head for equal seeds."""
+    set_seed(seed)
+    with readable(path):
+        return auto_model.from_pretrained(path, ignore_mismatched_sizes=True, dtype=torch.float32, **class_names(names))
+
+
+@contextlib.contextmanager
+def readable(path: str) -> Iterator[None]:
+    """Load a checkpoint; whatever fails about it ends in one line.
+
+    Raises:
+        SystemExit: it is not there, is broken, or is none of a model for the task.
+    """
+    folder = local_folder(path, "--model")
+    try:
+        yield
+    except Exception as error:
+        cause = cause_of(error)
+        if kind := re.search(r"Unrecognized configuration class .*?\.(\w+)Config'", cause):
+            raise SystemExit(
+                f"--model {path}: transformers has no model for this task of the kind {kind[1]}; choose a checkpoint "
+                "of a vision model"
+            ) from None
+        if folder is None:
+            raise SystemExit(
+                f"--model {path}: this is neither a local folder nor a model that could be loaded from the hub "
+                f"({cause}). Check the name, or the connection (HF_HUB_OFFLINE)."
+            ) from None
+        raise SystemExit(f"--model {path}: this checkpoint cannot be loaded: {cause}") from None
+
+
+def class_names(names: list[str]) -> dict[str, Any]:
+    """Classes, as a configuration of transformers has them."""
+    return {
+        "num_labels": len(names),
+        "id2label": dict(enumerate(names)),
+        "label2id": {name: index for index, name in enumerate(names)},
+    }
+
+
+def forward_arguments(model: PreTrainedModel, size: tuple[int, int]) -> dict[str, Any]:
+    """What the forward pass must be told to accept this image size (ViT interpolates positions only when asked)."""
+    accepts = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
+    if accepts and as_size(getattr(model.config, "image_size", size)) != size:
+        return {"interpolate_pos_encoding": True}
+    return {}

@@ -1,0 +1,130 @@
+"""Images with a label map each, from wherever the user has them, and models that predict such maps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from datasets import Dataset, Image
+from PIL import Image as PILImage
+from transformers import AutoConfig, PreTrainedModel, UperNetConfig, UperNetForSemanticSegmentation, set_seed
+
+from .datasources import (
+    Source,
+    as_images,
+    choose_splits,
+    columns_of,
+    hold_out,
+    load_splits,
+    paired_folders,
+    with_columns,
+)
+from .models import class_names, load_model, readable
+from .options import DataOptions, option
+from .places import local_folder
+from .storedimages import opened
+
+
+@dataclass
+class SegmentationData(DataOptions):
+    mask_column: str | None = option(None, "Column of label maps, images too. (default: the second column of images)")
+    class_names: list[str] | None = option(
+        None, "Names of the classes, in the order of their numbers in the maps. (default: numbers, as many as occur)"
+    )
+    ignore_index: int = option(255, "What marks pixels of no class, not trained on and not tested on.")
+    reduce_labels: bool = option(False, "Maps that count classes from 1, 0 being no class, as ADE20k's do.")
+    head: Literal["upernet"] | None = option(
+        None,
+        "Put this head on --model, a backbone such as DINOv2 or BEiT. (default: the checkpoint's own kind)",
+    )
+
+
+def load_segmentation(options: SegmentationData) -> Source:
+    """Images and their label maps, as the options name them.
+
+    Raises:
+        SystemExit: there is no such data, or it holds no images or no label maps.
+    """
+    folder = local_folder(options.dataset, "--dataset") if options.dataset else None
+    pairs = paired_folders(folder, options.skip_broken) if folder else None
+    train, test, validation = load_splits(options) if pairs is None else choose_splits(pairs, options)
+    images = columns_of(train, Image)
+    image = options.image_column or next((name for name in images if name != options.mask_column), "image")
+    mask = options.mask_column or next((name for name in images if name != image), None)
+    if mask is None:
+        raise SystemExit(
+            f"cannot tell the label maps among the columns {', '.join(train.column_names)}: name their column with "
+            "--mask_column, or put images and label maps of the same names into the folders DATA/train/images and "
+            "DATA/train/masks"
+        )
+    train, test, validation = (
+        part and as_images(with_columns(part, image, mask), "label", mask) for part in (train, test, validation)
+    )
+    if test is None:
+        train, test = hold_out(train, options)
+    names = options.class_names or _numbers([part for part in (train, test, validation) if part], options)
+    if len(names) < 2:
+        raise SystemExit(
+            f"the label maps hold the class {names[0]} and nothing else: training needs two or more classes. "
+            f"{options.ignore_index} marks pixels of no class (--ignore_index)"
+        )
+    return Source(train, test, names, validation)
+
+
+def load_segmentation_model(
+    auto_model: Any, path: str, names: list[str], seed: int, options: SegmentationData
+) -> PreTrainedModel:
+    """The checkpoint with a head for these classes, or a new head on a backbone."""
+    if options.head == "upernet":
+        model: PreTrainedModel = upernet(path, names, seed)
+    else:
+        model = load_model(auto_model, path, names, seed)
+    for name in ("semantic_loss_ignore_index", "loss_ignore_index"):
+        if hasattr(model.config, name):
+            setattr(model.config, name, options.ignore_index)
+    return model
+
+
+def label_map(mask: PILImage.Image, options: SegmentationData) -> PILImage.Image:
+    """Classes as an image of integers, pixels of no class marked by the ignore index."""
+    values = np.array(mask)
+    if values.ndim != 2:
+        raise ValueError(f"a label map must have one channel, the numbers of the classes, but this is {mask.mode}")
+    values = values.astype(np.int32)
+    if options.reduce_labels:
+        values = np.where((values == 0) | (values == options.ignore_index), options.ignore_index, values - 1)
+    return PILImage.fromarray(values.astype(np.int32))
+
+
+def upernet(path: str, names: list[str], seed: int) -> UperNetForSemanticSegmentation:
+    """A backbone under a new UperNet head (arXiv 1807.10221), which sees it at four depths, evenly apart."""
+    set_seed(seed)
+    with readable(path):
+        config = AutoConfig.from_pretrained(path)
+    if not hasattr(config, "stage_names"):
+        raise SystemExit(
+            f"transformers has no backbone of the type {config.model_type}, which {path} is, to put an UperNet head "
+            "on: take another --model, such as facebook/dinov2-small, or leave out --head"
+        )
+    depths = len(config.stage_names) - 1  # without the stem
+    config.out_indices = [round(depths * quarter / 4) for quarter in (1, 2, 3, 4)]
+    with readable(path):
+        model = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=config, **class_names(names)))
+        # AutoBackbone would look for the checkpoint on the hub alone.
+        model.backbone = type(model.backbone).from_pretrained(path, out_indices=config.out_indices, dtype=torch.float32)
+    return model
+
+
+def _numbers(parts: list[Dataset], options: SegmentationData) -> list[str]:
+    """The classes that occur in the maps, named by their numbers. Maps that cannot be read are left to the check."""
+    highest = 0
+    for part in parts:
+        for row in part.select_columns(["label"]).cast_column("label", Image(decode=False)):
+            try:
+                values = np.array(label_map(opened(row["label"] or {}), options))
+            except Exception:  # Pillow's decoders raise what they like
+                continue
+            highest = max(highest, int(values[values != options.ignore_index].max(initial=0)))
+    return [str(number) for number in range(highest + 1)]

@@ -1,0 +1,141 @@
+"""How close the gradients of LBP-WHT are to the exact ones, on the user's own model and batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .undisturbed import LossFunction, device_of, loss_of_output, same_random_numbers, to_device, undisturbed
+
+_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class TensorQuality:
+    """One gradient beside the exact one.
+
+    Attributes:
+        cosine: Of the angle between the two, 1 where they point in the same direction.
+        norm_ratio: The norm of the gradient, divided by that of the exact one.
+    """
+
+    cosine: float
+    norm_ratio: float
+
+
+@dataclass(frozen=True)
+class GradientQuality:
+    """The gradients of a training step beside the exact ones; print it for a table of the worst tensors.
+
+    Attributes:
+        cosine, norm_ratio: Of all trained matrices in layers with LBP-WHT together, as if they were one vector. Biases,
+            whose gradients are exact but for what comes from later layers, do not count.
+        tensors: Name of each trained tensor with a gradient, the head's included -> its [`TensorQuality`].
+    """
+
+    cosine: float
+    norm_ratio: float
+    tensors: dict[str, TensorQuality] = field(repr=False)
+
+    @property
+    def worst(self) -> str:
+        """The name of the tensor whose gradient has the lowest cosine."""
+        return min(self.tensors, key=lambda name: self.tensors[name].cosine)
+
+    def __str__(self) -> str:
+        lines = [f"gradient cosine {self.cosine:.4f}, norm ratio {self.norm_ratio:.3f} (1 and 1: exact)"]
+        ordered = sorted(self.tensors.items(), key=lambda item: item[1].cosine)
+        lines += [f"  {own.cosine:.4f}  {own.norm_ratio:.3f}  {name}" for name, own in ordered[:_SHOWN]]
+        if len(ordered) > _SHOWN:
+            lines.append(
+                f"  and {len(ordered) - _SHOWN} tensors with cosines of at least {ordered[_SHOWN][1].cosine:.4f}"
+            )
+        return "\n".join(lines)
+
+
+def gradient_quality(model: nn.Module, batch: Any, loss_fn: LossFunction | None = None) -> GradientQuality:
+    """Compare the gradients of one batch with those of exact backpropagation through the same model.
+
+    Two forward and backward passes are run in training mode, with the same random numbers. Weights, gradients, buffers
+    (such as the statistics of batch norms), modes and random number generators are left as they were.
+
+    Args:
+        model: A model with LBP-WHT layers, free of wrappers such as DDP's.
+        batch: The arguments of the model with its labels, or whatever `loss_fn` takes. It is moved to the model's
+            device.
+        loss_fn: (model, batch) -> scalar loss. None: `model(**batch).loss`.
+
+    Raises:
+        ValueError: the model has no LBP-WHT layers, or trains nothing, or returns no loss.
+        RuntimeError: its gradient checkpointing is the reentrant one, through which `torch.autograd.grad` cannot go.
+
+    Example:
+        >>> quality = lbp_peft.gradient_quality(model, batch)
+        >>> print(quality.cosine, quality.tensors[quality.worst])
+    """
+    from ..tuner.layers.base import LBPWHTLayer
+    from ..tuner.report import exact_backward
+
+    adapted = [
+        f"{name.removesuffix('.low_rank_backward')}."  # which stands inside a layer of another method
+        for name, module in model.named_modules()
+        if isinstance(module, LBPWHTLayer)
+    ]
+    if not adapted:
+        raise ValueError("The model has no LBP-WHT layers: its gradients are exact as they are.")
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if not trained:
+        raise ValueError("The model has no trained parameters, so there are no gradients to compare.")
+    device = device_of(model)
+    batch = to_device(batch, device)
+
+    def gradients() -> dict[str, Tensor]:
+        with same_random_numbers(device), torch.enable_grad():
+            loss = (loss_fn or loss_of_output)(model, batch)
+            found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        return {name: grad for name, grad in zip(trained, found, strict=True) if grad is not None}
+
+    with undisturbed(model), torch.compiler.set_stance("force_eager"):
+        model.train()
+        with exact_backward(model):
+            exact = gradients()
+        found = gradients()
+    return compare(found, exact, [name for name in exact if name.startswith(tuple(adapted)) and exact[name].dim() > 1])
+
+
+def compare(found: dict[str, Tensor], exact: dict[str, Tensor], counted: Iterable[str]) -> GradientQuality:
+    """Compare gradients, by name; those that vanish in both are left out.
+
+    Args:
+        counted: Names of the tensors that make up the totals.
+    """
+    counted = set(counted)
+    tensors, total = {}, [0.0, 0.0, 0.0]
+    for name, expected in exact.items():
+        if name not in found:
+            continue
+        sums = _sums(found[name], expected)
+        if sums[1] == sums[2] == 0:
+            continue
+        tensors[name] = _quality(*sums)
+        if name in counted:
+            total = [one + other for one, other in zip(total, sums, strict=True)]
+    whole = _quality(*total)
+    return GradientQuality(whole.cosine, whole.norm_ratio, tensors)
+
+
+def _sums(found: Tensor, expected: Tensor) -> tuple[float, float, float]:
+    """Their inner product, and the squares of their norms."""
+    one, other = found.detach().flatten().float(), expected.detach().flatten().to(found.device).float()
+    return float(one @ other), float(one @ one), float(other @ other)
+
+
+def _quality(product: float, square: float, expected: float) -> TensorQuality:
+    if square == 0 or expected == 0:  # a vector without a direction
+        return TensorQuality(float(square == expected), 1.0 if square == expected else 0.0 if square == 0 else math.inf)
+    return TensorQuality(min(product / math.sqrt(square * expected), 1.0), math.sqrt(square / expected))

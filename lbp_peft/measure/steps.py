@@ -1,0 +1,139 @@
+"""What one training step costs: the time of each part, memory, multiply-adds."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .activations import saved_activations
+from .memory import peak_memory
+from .products import multiply_adds
+from .timing import now
+from .undisturbed import LossFunction, device_of, loss_of_output, to_device, undisturbed
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """The cost of a training step; print it for a summary.
+
+    Attributes:
+        forward, backward, optimiser: Seconds of each part, medians of the timed steps.
+        saved_bytes: What the forward pass saves for the backward pass, parameters and buffers not counted.
+        peak_bytes: The most memory in use at once, with weights, gradients and the state of the optimiser: on a GPU
+            what PyTorch's allocator has handed out, on a CPU the resident set of this process, whatever else it holds
+            included.
+        forward_multiply_adds, backward_multiply_adds: Of matrix products, convolutions and attention.
+        trained_parameters: The number of trained values.
+    """
+
+    forward: float
+    backward: float
+    optimiser: float
+    saved_bytes: int
+    peak_bytes: int
+    forward_multiply_adds: int
+    backward_multiply_adds: int
+    trained_parameters: int
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole step."""
+        return self.forward + self.backward + self.optimiser
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {1e3 * getattr(self, name):.0f}" for name in ("forward", "backward", "optimiser"))
+        return (
+            f"step {1e3 * self.seconds:.0f} ms ({parts}), peak memory {self.peak_bytes / 2**20:.0f} MiB, saved "
+            f"activations {self.saved_bytes / 2**20:.0f} MiB, multiply-adds {self.forward_multiply_adds / 1e9:.1f} G "
+            f"forward and {self.backward_multiply_adds / 1e9:.1f} G backward, {self.trained_parameters / 1e6:.2f} M "
+            "trained parameters"
+        )
+
+
+def step_cost(model: nn.Module, batch: Any, loss_fn: LossFunction | None = None, steps: int = 3) -> StepCost:
+    """Measure forward pass, backward pass and optimiser step (AdamW) on one batch.
+
+    The optimiser has a learning rate of 0: no weight changes. Gradients, buffers, modes and the state of random number
+    generators are left as they were. Other work on the machine disturbs the times. To compare settings, which have to
+    take turns for that, use [`lbp_peft.recommend`].
+
+    Args:
+        model: Any model, adapted or not, on its device.
+        batch: The arguments of the model with its labels, or whatever `loss_fn` takes.
+        loss_fn: (model, batch) -> scalar loss. None: `model(**batch).loss`.
+        steps: How many are timed, after one that counts.
+
+    Raises:
+        ValueError: the model returns no loss or trains nothing, its gradients are not finite, or `steps` is below 1.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise ValueError("The model has no trained parameters.")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}.")
+    device, loss_fn = device_of(model), loss_fn or loss_of_output
+    batch = to_device(batch, device)
+    optimiser = idle_optimiser(trained)
+    times = []
+    with undisturbed(model):
+        model.train()
+        with saved_activations(model) as saved, multiply_adds() as forward:
+            loss = loss_fn(model, batch)
+        with multiply_adds() as backward:
+            loss.backward()
+        del loss
+        check_finite(optimiser)
+        optimiser.step()
+        optimiser.zero_grad()
+        with peak_memory(device) as peak:
+            for _ in range(steps):
+                times.append(timed_step(model, batch, loss_fn, optimiser))
+    forward_s, backward_s, optimiser_s = (statistics.median(own) for own in zip(*times, strict=True))
+    number = sum(parameter.numel() for parameter in trained)
+    return StepCost(forward_s, backward_s, optimiser_s, saved.bytes, peak.bytes, forward.total, backward.total, number)
+
+
+def idle_optimiser(trained: list[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW that does all its work and changes no weight, since its learning rate is 0."""
+    return torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
+
+
+def check_finite(optimiser: torch.optim.Optimizer) -> None:
+    """Stop before a step that would do harm: a learning rate of 0, times a gradient that is not finite, is not 0.
+
+    Raises:
+        ValueError: a gradient is infinite or not a number.
+    """
+    gradients = [p.grad for group in optimiser.param_groups for p in group["params"] if p.grad is not None]
+    if gradients and not bool(torch.isfinite(torch.nn.utils.get_total_norm(gradients))):
+        raise ValueError("the gradients of the batch are not finite")
+
+
+def timed_step(
+    model: nn.Module, batch: Any, loss_fn: LossFunction, optimiser: torch.optim.Optimizer, clear: bool = True
+) -> tuple[float, float, float]:
+    """Run a training step.
+
+    Args:
+        clear: Whether to drop the gradients at the end.
+
+    Returns:
+        Seconds of forward pass, backward pass and optimiser step.
+    """
+    start = now()
+    loss = loss_fn(model, batch)
+    middle = now()
+    loss.backward()
+    del loss
+    end = now()
+    check_finite(optimiser)
+    begin = now()
+    optimiser.step()
+    last = now()
+    if clear:
+        optimiser.zero_grad(set_to_none=True)
+    return middle - start, end - middle, last - begin

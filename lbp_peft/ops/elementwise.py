@@ -1,0 +1,46 @@
+"""Activation functions that keep their derivative in 4 bits, see [`lbp_peft.formats.derivatives`].
+
+The forward pass is exact. The backward pass multiplies by what was kept, and reads nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats.derivatives import DerivativeTable
+from ..transforms import backward_pass
+from .kept import keep
+from .linear import once_differentiable
+
+
+def elementwise_function(function: Callable[[Tensor], Tensor], x: Tensor, table: DerivativeTable) -> Tensor:
+    """`function(x)`, bit for bit, which keeps its derivative in 4 bits.
+
+    Args:
+        function: Works element by element, has no tensors of its own, and draws no random numbers.
+        x: Any shape.
+        table: Of the same function.
+
+    Double backward raises RuntimeError.
+    """
+    return _Elementwise.apply(function, table, x)
+
+
+class _Elementwise(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, function: Callable[[Tensor], Tensor], table: DerivativeTable, x: Tensor) -> Tensor:
+        ctx.table, ctx.dtype = table, x.dtype
+        ctx.save_for_backward(keep(table.pack(x)))
+        return function(x).detach()  # not x itself, if that is what it returns
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        second_order = torch.is_grad_enabled()
+        (packed,) = ctx.saved_tensors
+        with backward_pass():
+            gradient = ctx.table.times_derivative(grads[0], packed).to(ctx.dtype)
+        return None, None, *(once_differentiable([gradient]) if second_order else [gradient])

@@ -1,0 +1,57 @@
+"""Layer norm that keeps its normalised input in 8 bits.
+
+With x^ = (x - mean(x)) rstd, g = dLoss/dy and h = g * weight, over the channels of each token,
+
+    dx = rstd (h - mean(h) - x^ mean(h x^)),   dweight = sum of g x^,   dbias = sum of g
+
+x^ is kept in groups of 64 channels, see [`lbp_peft.formats.in_groups`], and rstd in float32. The forward pass is exact.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats.in_groups import restored, rounded_in_groups
+from ..transforms import backward_pass
+from .kept import keep
+from .layer_state import to_save
+from .linear import once_differentiable
+
+
+def compressed_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """`F.layer_norm(x, (C,), weight, bias, eps)`, bit for bit, which keeps 8 bits for each element of x.
+
+    Args:
+        x: Shape (..., C); float32, or of the dtype of the weight. Autocast does not reach it.
+        weight, bias: Shape (C,), or None. Their gradients are those of the rounded x^, and exact, respectively.
+        eps: Added to the variance.
+
+    Double backward raises RuntimeError.
+    """
+    return _LayerNorm.apply(x, weight, bias, eps)
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+        y, mean, rstd = torch.native_layer_norm(x, (x.shape[-1],), weight, bias, eps)
+        values, scales = rounded_in_groups(x, mean)
+        ctx.save_for_backward(keep(values), keep(scales), keep(rstd), *to_save([t for t in (weight,) if t is not None]))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        second_order = torch.is_grad_enabled()
+        values, scales, rstd, *weights = ctx.saved_tensors
+        weight = weights[0] if weights else None
+        grad = grads[0]
+        with backward_pass():
+            centred = restored(values, scales, grad.dtype)
+            # The kernel takes a bias where it shall sum a gradient, but does not read it.
+            found = torch.ops.aten.native_layer_norm_backward(
+                grad, centred, (grad.shape[-1],), torch.zeros_like(rstd), rstd, weight, weight, ctx.needs_input_grad[:3]
+            )
+        return *(once_differentiable(found) if second_order else found), None

@@ -1,0 +1,121 @@
+"""The bounds that a user sets on memory, time and the quality of gradients."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+DEFAULT_MIN_COSINE = 0.85  # lower ones trained clearly worse, see docs/choosing-settings.md
+_BYTES = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+class BudgetError(ValueError):
+    """No setting that was measured keeps within the bounds; the message says what the least is, and with what.
+
+    Attributes:
+        table: What was measured, as text.
+    """
+
+    def __init__(self, message: str, table: str = ""):
+        super().__init__(message)
+        self.table = table
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What a recommended setting has to keep within; None: no bound.
+
+    Attributes:
+        memory: Bytes at the peak; or, with `memory_is_relative`, a multiple of what full fine-tuning takes.
+        step_time: Seconds a step; or, with `step_time_is_relative`, a multiple of what full fine-tuning takes.
+        min_cosine: Of the gradients with the exact ones. Without one of the user's, `DEFAULT_MIN_COSINE` holds.
+    """
+
+    memory: float | None = None
+    memory_is_relative: bool = False
+    step_time: float | None = None
+    step_time_is_relative: bool = False
+    min_cosine: float | None = None
+
+    @classmethod
+    def parse(
+        cls, memory: str | float | None = None, step_time: str | float | None = None, min_cosine: float | None = None
+    ) -> Bounds:
+        """Read bounds as a user writes them.
+
+        Args:
+            memory: "6GiB", "800 MB", "0.6x" (of full fine-tuning), or bytes.
+            step_time: "0.8x" (of full fine-tuning), "900ms", "1.2s", or seconds.
+            min_cosine: From 0 to 1.
+
+        Raises:
+            ValueError: one of them cannot be read.
+        """
+        if min_cosine is not None and not 0 <= min_cosine <= 1:
+            raise ValueError(f"min_cosine must be from 0 to 1, got {min_cosine}.")
+        size, is_share = (None, False) if memory is None else _memory(memory)
+        time, is_ratio = (None, False) if step_time is None else _time(step_time)
+        return cls(size, is_share, time, is_ratio, min_cosine)
+
+    @property
+    def least_cosine(self) -> float:
+        return DEFAULT_MIN_COSINE if self.min_cosine is None else self.min_cosine
+
+    def most_memory(self, full: float | None) -> float:
+        """In bytes, where full fine-tuning takes so many; infinite where there is no bound."""
+        return _in_full(self.memory, self.memory_is_relative, full, "memory")
+
+    def most_seconds(self, full: float | None) -> float:
+        return _in_full(self.step_time, self.step_time_is_relative, full, "step_time")
+
+
+def _in_full(bound: float | None, is_relative: bool, full: float | None, name: str) -> float:
+    if bound is None:
+        return math.inf
+    if not is_relative:
+        return bound
+    if full is None:
+        raise ValueError(
+            f"{name} is relative to full fine-tuning, which could not be measured here. Give an absolute bound."
+        )
+    return bound * full
+
+
+def _ratio(text: str) -> float | None:
+    match = re.fullmatch(r"(\d*\.?\d+)\s*[xX]", text.strip())
+    return float(match[1]) if match else None
+
+
+def _memory(given: str | float) -> tuple[float, bool]:
+    if not isinstance(given, str):
+        return _positive(float(given), given, "memory"), False
+    if (ratio := _ratio(given)) is not None:
+        return _positive(ratio, given, "memory"), True
+    match = re.fullmatch(r"(\d*\.?\d+)\s*([KMGT]?I?)B?", given.strip().upper())
+    if not match or match[2] not in _BYTES:
+        raise ValueError(
+            f"memory must be a size such as 6GiB or 800MB, or a share of full fine-tuning's, such as 0.6x, got "
+            f"{given!r}."
+        )
+    return _positive(float(match[1]) * _BYTES[match[2]], given, "memory"), False
+
+
+def _time(given: str | float) -> tuple[float, bool]:
+    if not isinstance(given, str):
+        return _positive(float(given), given, "step_time"), False
+    if (ratio := _ratio(given)) is not None:
+        return _positive(ratio, given, "step_time"), True
+    match = re.fullmatch(r"(\d*\.?\d+)\s*(ms|s)", given.strip())
+    if not match:
+        raise ValueError(
+            f"step_time must be a share of full fine-tuning's such as 0.8x, or a time such as 900ms or 1.2s, got "
+            f"{given!r}."
+        )
+    return _positive(float(match[1]) / (1000 if match[2] == "ms" else 1), given, "step_time"), False
+
+
+def _positive(value: float, given: object, name: str) -> float:
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} must be above 0, got {given!r}.")
+    return value

@@ -1,0 +1,185 @@
+"""Which of the measured settings is recommended, and why."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .bounds import Bounds, BudgetError
+from .trial import Trial
+
+_NEGLIGIBLE = 0.03  # of a step time or a peak: what two runs of the same program differ by
+_SAME_COSINE = 0.005
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What others are compared with, if it could be measured.
+
+    Attributes:
+        full, lora: The trials of full fine-tuning and of LoRA.
+    """
+
+    full: Trial | None
+    lora: Trial | None
+
+    @property
+    def full_bytes(self) -> float | None:
+        """The peak of full fine-tuning."""
+        return None if self.full is None else self.full.peak_bytes
+
+    @property
+    def full_seconds(self) -> float | None:
+        """The step time of full fine-tuning."""
+        return None if self.full is None else self.full.seconds
+
+    def of(self, is_lora: bool) -> Trial | None:
+        """The exact setting that trains the same weights."""
+        return self.lora if is_lora else self.full
+
+
+def choose(trials: Sequence[Trial], bounds: Bounds, reference: Reference) -> tuple[Trial, str]:
+    """Choose the best setting among those that keep within the bounds.
+
+    Of memory and step time, what has no bound is made as small as possible, and their product if neither has one. If
+    both have one, the gradients shall be as good as possible. Among settings that are equal in that but for a few
+    percent, the one with the better gradients is taken.
+
+    Args:
+        trials: Of the settings to choose from; failed ones are passed over.
+
+    Returns:
+        The trial of the chosen setting, and the rule by which it was chosen, in words.
+
+    Raises:
+        BudgetError: none keeps within the bounds.
+    """
+    most_bytes = bounds.most_memory(reference.full_bytes)
+    most_seconds = bounds.most_seconds(reference.full_seconds)
+    measured = [trial for trial in trials if not trial.failure]
+    within = [
+        trial
+        for trial in measured
+        if trial.peak_bytes <= most_bytes
+        and trial.seconds <= most_seconds
+        and (trial.cosine is None or trial.cosine >= bounds.least_cosine)
+    ]
+    if not within:
+        raise BudgetError(_nothing_within(measured, bounds, most_bytes, most_seconds))
+    price, rule = price_of(bounds)
+    least = min(map(price, within))
+    # Where the price is the cosine, its differences are small, and count as they are.
+    margin = _SAME_COSINE if bounds.memory and bounds.step_time else _NEGLIGIBLE * least
+    equal = [trial for trial in within if price(trial) <= least + margin]
+    return max(equal, key=lambda trial: (_cosine(trial), -trial.seconds * trial.peak_bytes)), rule
+
+
+def price_of(bounds: Bounds) -> tuple[Callable[[Trial], float], str]:
+    """What is made as small as possible, and the rule in words."""
+    cosine = f"a gradient cosine of at least {bounds.least_cosine:g}"
+    memory = "a peak memory within the budget"
+    if bounds.memory and bounds.step_time:
+        return lambda trial: -_cosine(trial), "the best gradients of those within both budgets"
+    if bounds.memory:
+        return lambda trial: trial.seconds, f"the shortest step of those with {memory} and {cosine}"
+    if bounds.step_time:
+        return lambda trial: trial.peak_bytes, f"the least memory of those within the step time and with {cosine}"
+    return (
+        lambda trial: trial.seconds * trial.peak_bytes,
+        f"the least product of step time and peak memory of those with {cosine}",
+    )
+
+
+def _cosine(trial: Trial) -> float:
+    return -math.inf if trial.cosine is None else trial.cosine
+
+
+def _nothing_within(trials: Sequence[Trial], bounds: Bounds, most_bytes: float, most_seconds: float) -> str:
+    """What the least is that can be had, one bound at a time, and then together."""
+    good = [trial for trial in trials if trial.cosine is None or trial.cosine >= bounds.least_cosine]
+    if not trials:
+        return "No setting could be measured."
+    if not good:
+        best = max(trials, key=_cosine)
+        return (
+            f"No setting has a gradient cosine of {bounds.least_cosine:g}. The best is {_cosine(best):.2f}, with "
+            f"{best.label}."
+        )
+    parts = []
+    if all(trial.peak_bytes > most_bytes for trial in good):
+        least = min(good, key=lambda trial: trial.peak_bytes)
+        parts.append(
+            f"No setting with a gradient cosine of at least {bounds.least_cosine:g} keeps within "
+            f"{most_bytes / 2**20:.0f} MiB of memory. The least is {least.peak_bytes / 2**20:.0f} MiB, with "
+            f"{least.label}."
+        )
+    if all(trial.seconds > most_seconds for trial in good):
+        least = min(good, key=lambda trial: trial.seconds)
+        parts.append(
+            f"No setting with a gradient cosine of at least {bounds.least_cosine:g} takes at most "
+            f"{1e3 * most_seconds:.0f} ms a step. The shortest is {1e3 * least.seconds:.0f} ms, with {least.label}."
+        )
+    if not parts:
+        small = min((one for one in good if one.seconds <= most_seconds), key=lambda trial: trial.peak_bytes)
+        quick = min((one for one in good if one.peak_bytes <= most_bytes), key=lambda trial: trial.seconds)
+        parts.append(
+            f"No setting keeps within {most_bytes / 2**20:.0f} MiB and {1e3 * most_seconds:.0f} ms a step together. "
+            f"Within that time the least memory is {small.peak_bytes / 2**20:.0f} MiB, with {small.label}; within that "
+            f"memory the shortest step is {1e3 * quick.seconds:.0f} ms, with {quick.label}."
+        )
+    return " ".join(parts)
+
+
+def in_the_running(trials: Sequence[Trial]) -> list[Trial]:
+    """Those that no other one matches in memory, step time and gradients all at once, but for what is negligible."""
+    measured = [trial for trial in trials if not trial.failure]
+
+    def is_beaten(trial: Trial) -> bool:
+        return any(
+            other is not trial
+            and other.peak_bytes <= trial.peak_bytes
+            and other.seconds <= (1 - 2 * _NEGLIGIBLE) * trial.seconds
+            and _cosine(other) >= _cosine(trial)
+            for other in measured
+        )
+
+    return [trial for trial in measured if not is_beaten(trial)]
+
+
+def verdict(chosen: Trial, is_lora: bool, rule: str, reference: Reference, device: str) -> str:
+    """One or two sentences: why this setting, and what is gained by it, or that nothing is."""
+    exact = reference.of(is_lora)
+    if exact is None:
+        return f"{chosen.label}: {rule}. {'LoRA' if is_lora else 'Full fine-tuning'} could not be measured here."
+    if chosen.label == exact.label:
+        return (
+            f"Nothing that was tried is better on this {device} by that rule: {rule}. Keep {exact.label}, without "
+            "LBP-WHT."
+        )
+    time, memory = chosen.seconds / exact.seconds, chosen.peak_bytes / exact.peak_bytes
+    gained = [*_gain(time, "of the step time"), *_gain(memory, "of the peak memory")]
+    lost = [*_loss(time, "longer steps"), *_loss(memory, "more memory")]
+    if not gained:
+        return f"On this {device} {chosen.label} gains nothing over {exact.label}, in time or memory: keep that."
+    equal = "" if lost else "" if len(gained) == 2 else _equal(time, exact.label)
+    at = f", at {' and '.join(lost)}" if lost else ""
+    quality = f" Its gradients have a cosine of {chosen.cosine:.2f} with the exact ones." if chosen.cosine else ""
+    gain = f"what you gain over {exact.label} is {' and '.join(gained)}{at}"
+    other = reference.lora
+    hint = ""
+    if not is_lora and other is not None and other.seconds < chosen.seconds and other.peak_bytes < chosen.peak_bytes:
+        hint = f" {other.label}, which trains fewer weights, takes less of both: --lora chooses among its settings."
+    return f"It has {rule}. On this {device} {equal}{gain}.{quality}{hint}"
+
+
+def _equal(time: float, exact: str) -> str:
+    return f"{exact} is as fast; " if abs(time - 1) < _NEGLIGIBLE else f"{exact} needs as much memory; "
+
+
+def _gain(ratio: float, of: str) -> list[str]:
+    return [f"{100 * (1 - ratio):.0f} % {of}"] if ratio < 1 - _NEGLIGIBLE else []
+
+
+def _loss(ratio: float, of: str) -> list[str]:
+    return [f"{100 * (ratio - 1):.0f} % {of}"] if ratio > 1 + _NEGLIGIBLE else []

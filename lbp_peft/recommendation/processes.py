@@ -1,0 +1,172 @@
+"""Where candidates are tried: each in a process of its own on a CPU, all in this one on a GPU.
+
+What a process takes of a CPU's memory is told by its resident set, which hardly shrinks when memory is freed. So each
+candidate gets a process that has done nothing else, see worker.py. On a GPU PyTorch's allocator tells what is in use.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from ..measure.memory import allocated, resident_now
+from ..measure.undisturbed import device_of, tensors_in, undisturbed
+from .candidates import Candidate, sharing_copy
+from .trial import Job, Trial, try_candidate
+
+CAN_FORK = sys.platform == "linux"
+
+
+def pickle_module() -> Any:
+    """`dill` where it is installed, as it is with `datasets`: it takes functions of scripts and notebooks too."""
+    try:
+        import dill
+    except ImportError:
+        return pickle
+    return dill
+
+
+class Here:
+    """Tries candidates in this process.
+
+    On a GPU the peak is that of PyTorch's allocator, less what other tensors of the program take. On a CPU it is worked
+    out: this process's resident set without the model, and what PyTorch allocates for the step. That leaves out what
+    libraries take beside PyTorch.
+    """
+
+    def __init__(self, job: Job):
+        self.job, self.device = job, device_of(job.model)
+        self.libraries = 0
+        if self.device.type == "cuda":
+            self.others = torch.cuda.memory_allocated(self.device) - _bytes_of(job)
+        else:
+            self.others = 0
+            self.libraries = max(resident_now()["VmRSS"] - _bytes_of(job), 0)
+
+    def __enter__(self) -> Here:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return
+
+    def measure(self, candidate: Candidate) -> Trial:
+        gc.collect()
+        with undisturbed(self.job.model):
+            model = sharing_copy(self.job.model)
+            with allocated(self.device) if self.device.type != "cuda" else nullcontext() as counted:
+                trial = try_candidate(model, self.job, candidate)
+        if counted is None:
+            trial.peak_bytes -= self.others
+        else:
+            trial.peak_bytes = self.libraries + _bytes_of(self.job) + counted.peak
+            trial.is_counted = True
+        return trial
+
+
+class Apart:
+    """Tries each candidate in a process of its own.
+
+    Raises:
+        WorkerError: the process cannot be started, or the model, the batches or the loss function cannot be handed to
+            it.
+    """
+
+    def __init__(self, job: Job):
+        self.job = job
+        self.libraries = 0
+        self._stack = ExitStack()
+        self._process: subprocess.Popen[str] | None = None
+
+    def __enter__(self) -> Apart:
+        folder = self._stack.enter_context(tempfile.TemporaryDirectory())
+        self.job.folder = folder
+        self._file = Path(folder, "job.pt")
+        try:
+            torch.save(self.job, self._file, pickle_module=pickle_module())
+            self._start()
+        except Exception as error:
+            self.__exit__(None, None, None)
+            raise error if isinstance(error, WorkerError) else WorkerError(str(error)) from error
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self._stop()
+        self._stack.close()
+
+    def measure(self, candidate: Candidate) -> Trial:
+        if self._process is None:
+            self._start()
+        assert self._process is not None and self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(asdict(candidate)) + "\n")
+            self._process.stdin.flush()
+            trial = Trial(**self._answer())
+        except (WorkerError, BrokenPipeError):
+            self._stop()  # the next candidate gets another one
+            return Trial(candidate.label, failure="its process ended, as for lack of memory")
+        if not CAN_FORK:
+            self._stop()
+        return trial
+
+    def _start(self) -> None:
+        package = Path(__file__).resolve().parents[2]
+        path = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")]), *filter(None, sys.path)])
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the process
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "lbp_peft.recommendation.worker", str(self._file)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
+        )
+        self.libraries = self._answer()["libraries"]
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process is not None and self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            lines = self._errors.read().strip().splitlines()
+            raise WorkerError(lines[-1] if lines else "the process ended")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def _stop(self) -> None:
+        if self._process is None:
+            return
+        for pipe in (self._process.stdin, self._process.stdout):
+            assert pipe is not None
+            with suppress(BrokenPipeError):
+                pipe.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._errors.close()
+        self._process = None
+
+
+class WorkerError(RuntimeError):
+    """Candidates cannot be tried in a process of their own; the message says why."""
+
+
+def _bytes_of(job: Job) -> int:
+    """Of the model and the batches."""
+    storages = (
+        tensor.untyped_storage() for tensor in (*job.model.parameters(), *job.model.buffers(), *tensors_in(job.batches))
+    )
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

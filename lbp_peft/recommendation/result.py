@@ -1,0 +1,316 @@
+"""What was found out, for people (table, figure) and for programs (configuration, JSON, YAML)."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from peft import LoraConfig, PeftConfig
+from torch import nn
+
+from ..environment import environment
+from .bounds import Bounds, BudgetError
+from .candidates import LORA, Candidate
+from .choice import Reference, choose, verdict
+from .trial import Trial
+
+WIDTH = 100
+_MIB = 2**20
+# Okabe and Ito's colours, told apart by readers with any colour vision.
+_COLOURS = {"exact": "#999999", "low-rank": "#0072B2", "front": "#D55E00"}
+
+
+@dataclass
+class Recommendation:
+    """The recommended setting, and all that was measured; print it for the whole of it.
+
+    Attributes:
+        config: For `peft.get_peft_model`: an [`lbp_peft.LBPWHTConfig`], a `LoraConfig`, or None where full fine-tuning
+            is best.
+        setting: The [`Candidate`] that is recommended; it tells whether gradient checkpointing goes with the
+            configuration.
+        reason: Why, in a sentence or two.
+        trials: Label of each candidate that was tried -> what was measured of it.
+        left_out: Label of each that was not tried -> why.
+        notes: What else a reader has to know.
+        libraries_bytes: The resident set of a process with Python and the libraries alone; peaks on a CPU include it.
+        seconds: How long the search took.
+    """
+
+    candidates: dict[str, Candidate] = field(repr=False)
+    trials: dict[str, Trial] = field(repr=False)
+    reference: Reference = field(repr=False)
+    bounds: Bounds
+    left_out: dict[str, str] = field(repr=False)
+    notes: list[str] = field(repr=False)
+    libraries_bytes: int
+    seconds: float
+    device: str
+    precision: str
+    heads: list[str]
+    config: PeftConfig | None = None
+    setting: Candidate | None = None
+    reason: str = ""
+
+    def choose(self, model: nn.Module, lora: bool) -> None:
+        """Choose among the trials of settings that train LoRA's factors, or among those that train whole weights.
+
+        Raises:
+            BudgetError: none keeps within the bounds.
+        """
+        own = [trial for label, trial in self.trials.items() if self.candidates[label].lora is lora]
+        try:
+            try:  # a single step tells little of the time
+                chosen, rule = choose([trial for trial in own if trial.is_timed], self.bounds, self.reference)
+            except BudgetError:
+                chosen, rule = choose(own, self.bounds, self.reference)
+        except BudgetError as error:
+            raise BudgetError(str(error), self.table) from None
+        self.setting = self.candidates[chosen.label]
+        self.config = self.setting.config(model, self.heads)
+        self.reason = verdict(chosen, lora, rule, self.reference, self.device)
+
+    @property
+    def chosen(self) -> Trial:
+        """What was measured of the recommended setting."""
+        assert self.setting is not None
+        return self.trials[self.setting.label]
+
+    # For people
+
+    @property
+    def table(self) -> str:
+        """One row for each setting, at most 100 columns wide, and what the columns mean."""
+        metrics = ["step ms", "/full", "/LoRA", "peak MiB", "/full", "/LoRA", "saved MiB", "/full", "/LoRA", "cosine"]
+        rows = [self._row(trial) for trial in self.trials.values() if not trial.failure]
+        widths = (
+            [max(map(len, column)) for column in zip(*(row[2:] for row in rows), strict=True)] if rows else [4] * 10
+        )
+        heading = [_two_lines(metric) for metric in metrics]
+        widths = [max(own, len(upper), len(lower)) for own, (upper, lower) in zip(widths, heading, strict=True)]
+        label = WIDTH - 2 - sum(widths) - len(widths)
+        lines = [
+            f"  {name:<{label}} "
+            + " ".join(f"{pair[line]:>{width}}" for pair, width in zip(heading, widths, strict=True))
+            for line, name in enumerate(("", "setting"))
+        ]
+        lines.append("-" * WIDTH)
+        for mark, name, *cells in rows:
+            lines += [f"{mark} {name}"] if len(name) > label else []
+            start = f"{mark} {name:<{label}} " if len(name) <= label else " " * (label + 3)
+            lines.append(start + " ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)))
+        return "\n".join([*lines, *self._legend()])
+
+    def _row(self, trial: Trial) -> list[str]:
+        full, lora = self.reference.full, self.reference.lora
+        row = [">" if self.setting and trial.label == self.setting.label else " ", trial.label]
+        for name, scale, mark in (
+            ("seconds", 1e3, "" if trial.is_timed else "~"),
+            ("peak_bytes", 1 / _MIB, "~" if trial.is_counted else ""),
+            ("saved_bytes", 1 / _MIB, ""),
+        ):
+            value = getattr(trial, name)
+            row.append(f"{mark}{scale * value:.0f}")
+            row += ["-" if other is None else _ratio(value, getattr(other, name)) for other in (full, lora)]
+        return [*row, "-" if trial.cosine is None else f"{trial.cosine:.3f}"]
+
+    def _legend(self) -> list[str]:
+        text = [
+            "",
+            "step: forward, backward and AdamW"
+            + ("; ~ from a single step" if self._any("is_timed", False) else "")
+            + ".",
+            "peak: the most memory at once, weights, gradients and AdamW's state included"
+            + (f"; {self.libraries_bytes / _MIB:.0f} MiB of it are" if self.libraries_bytes else "."),
+            *(["      Python and its libraries."] if self.libraries_bytes else []),
+            "saved: activations kept for the backward pass, parameters not counted.",
+            "cosine: of the adapted layers' gradients with the exact ones; for LoRA, with those of LoRA alone.",
+            "dx: the input gradient. /full, /LoRA: relative to full fine-tuning and to LoRA (r=8, all linear layers).",
+        ]
+        failed = {label: trial.failure for label, trial in self.trials.items() if trial.failure}
+        for heading, reasons in (("Failed", failed), ("Left out", self.left_out)):
+            grouped: dict[str, list[str]] = {}
+            for label, why in reasons.items():
+                grouped.setdefault(why, []).append(label)
+            for why, labels in grouped.items():
+                text += _wrapped(f"{heading} ({why}): {'; '.join(labels)}.")
+        for note in self.notes:
+            text += _wrapped(note)
+        return text
+
+    def _any(self, name: str, value: bool) -> bool:
+        return any(getattr(trial, name) is value for trial in self.trials.values() if not trial.failure)
+
+    def __str__(self) -> str:
+        assert self.setting is not None
+        reason = _wrapped(f"Recommended: {self.setting.label}. {self.reason}")
+        return "\n".join([self.table, "", *reason, "", self.python])
+
+    def plot(self, path: str | Path) -> None:
+        """Draw cosines against peak memory, the size of a point its step time, with the Pareto front.
+
+        Raises:
+            ImportError: matplotlib is not installed; the message says how to install it.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError:
+            raise ImportError('The figure needs matplotlib: pip install "lbp-peft[cli]"') from None
+        measured = [trial for trial in self.trials.values() if not trial.failure and trial.cosine is not None]
+        figure = Figure(figsize=(9, 6), layout="constrained")
+        axes = figure.subplots()
+        longest = max(trial.seconds for trial in measured)
+        for trial in measured:
+            kind = "exact" if self.candidates[trial.label].is_exact else "low-rank"
+            x, y = trial.peak_bytes / _MIB, trial.cosine or 0.0
+            marker = "s" if self.candidates[trial.label].lora else "o"
+            axes.scatter(x, y, s=400 * trial.seconds / longest, color=_COLOURS[kind], marker=marker, alpha=0.5)
+            axes.annotate(trial.label, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=6)
+        for is_lora in (False, True):
+            front = pareto_front([trial for trial in measured if self.candidates[trial.label].lora is is_lora])
+            xs, ys = [trial.peak_bytes / _MIB for trial in front], [trial.cosine or 0.0 for trial in front]
+            axes.step(xs, ys, where="post", color=_COLOURS["front"], linestyle=":" if is_lora else "-", linewidth=1)
+        if self.setting is not None:
+            axes.scatter(
+                self.chosen.peak_bytes / _MIB,
+                self.chosen.cosine or 0.0,
+                s=900,
+                facecolor="none",
+                edgecolor="black",
+                zorder=3,
+            )
+        axes.set_xlabel("peak memory, MiB")
+        axes.set_ylabel("cosine of the gradients with the exact ones")
+        axes.set_title(
+            "The larger a point, the longer its step. Circles: whole weights. Squares: LoRA. Ring: recommended. "
+            "Lines: Pareto fronts.",
+            fontsize=8,
+        )
+        figure.savefig(path, dpi=130)
+
+    # For programs
+
+    @property
+    def python(self) -> str:
+        """Lines of Python that prepare the model as recommended."""
+        assert self.setting is not None
+        lines = []
+        if self.setting.checkpointing:
+            lines += ['model.gradient_checkpointing_enable({"use_reentrant": False})']
+        config: Any = self.config
+        if config is None:
+            lines += ["# Train the model as it is: full fine-tuning, without an adapter."]
+        elif isinstance(config, LoraConfig):
+            lines = ["from peft import LoraConfig, get_peft_model", "", *lines]
+            lines += [f"model = get_peft_model(model, LoraConfig({_arguments(_of_lora(config))}))"]
+        else:
+            settings: dict[str, Any] = dict(self.setting.lbp_wht or {})
+            lines = ["from peft import LoraConfig, get_peft_model", "from lbp_peft import LBPWHTConfig", "", *lines]
+            if self.setting.lora:
+                beneath = next(iter(config.stack_on.values()))
+                lines += [f"lora = get_peft_model(model, LoraConfig({_arguments(_of_lora(beneath))}))"]
+                settings["train_base_weight"] = False
+                lines += [f"model = get_peft_model(lora, LBPWHTConfig({_arguments(settings)}))"]
+            else:
+                lines[0] = "from peft import get_peft_model"
+                settings |= {"modules_to_save": self.heads} if self.heads else {}
+                lines += [f"model = get_peft_model(model, LBPWHTConfig({_arguments(settings)}))"]
+        if self.setting.compiled:
+            lines += ["model.compile()"]
+        return "\n".join(lines)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The recommended setting as options of the example programs (`--config FILE.yaml`)."""
+        assert self.setting is not None
+        lbp_wht = self.setting.lbp_wht
+        method = ("lora" if self.setting.lora else "full") if lbp_wht is None else "lbp-wht"
+        if lbp_wht is not None and self.setting.lora:
+            method = "lora+lbp-wht"
+        options: dict[str, Any] = {"methods": [method], **(lbp_wht or {})}
+        if self.setting.lora:
+            options |= {"lora_r": LORA["r"], "lora_alpha": LORA["lora_alpha"]}
+        if self.setting.checkpointing:
+            options["gradient_checkpointing"] = True
+        if self.precision != "float32":
+            options["mixed_precision"] = self.precision
+        return options
+
+    @property
+    def yaml(self) -> str:
+        """[`options`](Recommendation.options) as YAML."""
+        return "\n".join(f"{key}: {json.dumps(value)}" for key, value in self.options.items())
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it in plain types; sizes in bytes, times in seconds."""
+        assert self.setting is not None
+        config = None if self.config is None else json.loads(json.dumps(self.config.to_dict(), default=_plain))
+        return {
+            "recommended": self.setting.label,
+            "reason": self.reason,
+            "config": config,
+            "gradient_checkpointing": self.setting.checkpointing,
+            "compile": self.setting.compiled,
+            "options": self.options,
+            "python": self.python,
+            "bounds": asdict(self.bounds),
+            "device": self.device,
+            "precision": self.precision,
+            "libraries_bytes": self.libraries_bytes,
+            "seconds": self.seconds,
+            "trials": [trial.as_dict() for trial in self.trials.values()],
+            "left_out": self.left_out,
+            "notes": self.notes,
+            "environment": environment(),
+        }
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """All of it as JSON, written to a file if a path is given."""
+        text = json.dumps(self.to_dict(), indent=2)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+
+def pareto_front(trials: list[Trial]) -> list[Trial]:
+    """Those with better gradients than every other one that takes no more memory, by memory."""
+    front: list[Trial] = []
+    best = -math.inf
+    for trial in sorted(trials, key=lambda one: (one.peak_bytes, -(one.cosine or 0.0))):
+        if trial.cosine is not None and trial.cosine > best:
+            front.append(trial)
+            best = trial.cosine
+    return front
+
+
+def _ratio(value: float, other: float) -> str:
+    return f"{value / other:.2f}" if other else "-"
+
+
+def _two_lines(heading: str) -> tuple[str, str]:
+    upper, _, lower = heading.rpartition(" ")
+    return upper, lower
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, break_on_hyphens=False)
+
+
+def _of_lora(config: Any) -> dict[str, Any]:
+    targets = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
+    shown = {**LORA, "target_modules": targets}
+    return shown | ({"modules_to_save": list(config.modules_to_save)} if config.modules_to_save else {})
+
+
+def _arguments(settings: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name}={json.dumps(value) if isinstance(value, (str, list)) else value}" for name, value in settings.items()
+    )
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else str(value)

@@ -1,0 +1,305 @@
+"""Measures the candidates within the time that is given, and recommends one."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import psutil
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..head import head_modules
+from ..measure.steps import idle_optimiser, timed_step
+from ..measure.timing import interleaved, ratios
+from ..measure.undisturbed import LossFunction, device_of, to_device, undisturbed
+from .bounds import Bounds
+from .candidates import CANDIDATES, KINDS, PLAIN, SETTINGS, Candidate, compiled, sharing_copy
+from .choice import Reference, in_the_running, price_of
+from .processes import Apart, Here, WorkerError
+from .result import Recommendation
+from .trial import UNEXPECTED, Job, Trial
+
+_FOR_TRIALS = 0.65  # of the time; the rest is for rounds in which the best take turns
+_MOST_TIMED, _MOST_ROUNDS = 6, 7
+
+
+def recommend(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    memory: str | float | None = None,
+    step_time: str | float | None = None,
+    min_cosine: float | None = None,
+    lora: bool = False,
+    mixed_precision: str | None = None,
+    minutes: float = 2.5,
+    loss_fn: LossFunction | None = None,
+    modules_to_save: list[str] | None = None,
+    candidates: Sequence[Candidate] = CANDIDATES,
+    compile: bool = False,
+    progress: bool = False,
+) -> Recommendation:
+    """Measure ways to train a model on this machine, and recommend one that keeps within the bounds.
+
+    Each candidate takes two training steps with AdamW, which tell its peak memory, its saved activations and the cosine
+    of its gradients with exact ones. On a CPU it does so in a process of its own. The best then take turns in this
+    process, round after round, so that whatever else the machine does meets them all. The model is left as it was.
+
+    What is recommended is, of the settings within the bounds, the one with the shortest step if memory has a bound,
+    with the least memory if the step time has one, with the best gradients if both have, and with the least product of
+    memory and step time if neither has.
+
+    Args:
+        model: The plain model, on its device. PEFT adapters are put on copies.
+        batches: A list of batches or a `DataLoader`, of which the first two are used. A batch is a dict of the model's
+            arguments with its labels, or whatever `loss_fn` takes.
+        memory: Bound of the peak memory, weights, gradients and AdamW's state included: "6GiB", "0.6x" of full
+            fine-tuning's, or bytes. On a GPU it is PyTorch's allocator's, on a CPU the resident set of a process,
+            Python and libraries included.
+        step_time: Bound of the step time: "0.8x" of full fine-tuning's, "900ms", or seconds.
+        min_cosine: The least cosine of the gradients with the exact ones; None: 0.85.
+        lora: Recommend a setting that trains LoRA's factors, and not whole weights.
+        mixed_precision: "bf16" or "fp16", for autocast.
+        minutes: How long it may take. Candidates that do not fit are left out, and named.
+        loss_fn: (model, batch) -> scalar loss; None: `model(**batch).loss`.
+        modules_to_save: Names of modules that are trained in full beside the adapters, such as the head; None: those
+            outside the base model of a model of transformers, or timm's classifier.
+        candidates: What to compare; see [`lbp_peft.recommendation.candidates`].
+        compile: Try each under `torch.compile` too.
+        progress: Show a progress bar.
+
+    Returns:
+        The [`Recommendation`]: print it for the table, the reason and the configuration.
+
+    Raises:
+        BudgetError: (a ValueError) nothing keeps within the bounds; the message says what the least is, and with what.
+        ValueError: an argument makes no sense, the model has adapters already, or it cannot be trained on the batch.
+    """
+    bounds = Bounds.parse(memory, step_time, min_cosine)
+    _check(model, mixed_precision, minutes)
+    first = [*itertools.islice(iter(batches), 2)]
+    if not first:
+        raise ValueError("There are no batches to measure on.")
+    device = device_of(model)
+    heads = head_modules(model) if modules_to_save is None else modules_to_save
+    job = Job(model, to_device(first, device), loss_fn, heads, mixed_precision, torch.get_num_threads(), "")
+    tried = (*candidates, *compiled(tuple(SETTINGS))) if compile else tuple(candidates)
+    search = _Search(job, tried, bounds, lora, time.monotonic() + 60 * minutes, minutes, progress)
+    return search.run()
+
+
+def _check(model: nn.Module, mixed_precision: str | None, minutes: float) -> None:
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        raise ValueError("The model has adapters already. Give the plain model, which each candidate adapts by itself.")
+    if mixed_precision not in (None, "no", "bf16", "fp16"):
+        raise ValueError(f'mixed_precision must be "bf16", "fp16" or None, got {mixed_precision!r}.')
+    if not minutes > 0:
+        raise ValueError(f"minutes must be above 0, got {minutes}.")
+    if next(model.parameters(), None) is None:
+        raise ValueError("The model has no parameters.")
+
+
+class _Search:
+    def __init__(
+        self,
+        job: Job,
+        candidates: Sequence[Candidate],
+        bounds: Bounds,
+        lora: bool,
+        deadline: float,
+        minutes: float,
+        progress: bool,
+    ):
+        if job.precision == "no":
+            job.precision = None
+        self.job, self.bounds, self.lora, self.progress = job, bounds, lora, progress
+        self.candidates = {candidate.label: candidate for candidate in candidates}
+        self.end, self.minutes = deadline, minutes
+        self.trials: dict[str, Trial] = {}
+        self.left_out: dict[str, str] = {}
+        self.notes: list[str] = []
+        self.libraries = 0
+
+    def run(self) -> Recommendation:
+        start = time.monotonic()
+        if device_of(self.job.model).type == "cpu":
+            try:
+                with Apart(self.job) as place:
+                    self.libraries = place.libraries
+                    self._try_all(place.measure)
+            except WorkerError as error:
+                self.notes.append(
+                    f"The model could not be handed to a process of its own ({error}), so peak memory is worked out "
+                    "from what PyTorch allocates, which is somewhat less than what the process takes."
+                )
+        if not self.trials:
+            self._try_here()
+        self._take_turns()
+        return self._recommended(time.monotonic() - start)
+
+    def _try_here(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            self.job.folder = folder
+            with Here(self.job) as place:
+                self.libraries = place.libraries
+                self._try_all(place.measure)
+
+    def _try_all(self, measure: Callable[[Candidate], Trial]) -> None:
+        start = time.monotonic()
+        until = start + _FOR_TRIALS * (self.end - start)
+        longest = 0.0
+        bar = tqdm(self.candidates.values(), desc="memory and gradients", leave=False, disable=not self.progress)
+        for number, candidate in enumerate(bar):
+            began = time.monotonic()
+            # Of full fine-tuning, LoRA and one setting of each kind there has to be something to compare.
+            if number >= KINDS and began + longest > until:
+                self.left_out[candidate.label] = "no time"
+                continue
+            if why := self._needless(candidate):
+                self.left_out[candidate.label] = why
+                continue
+            bar.set_postfix_str(candidate.label)
+            trial = self.trials[candidate.label] = measure(candidate)
+            if trial.failure.startswith(UNEXPECTED) and number == 0:
+                raise ValueError(f"The model {trial.failure}")
+            longest = max(0.7 * longest, time.monotonic() - began)
+        if not any(not trial.failure for trial in self.trials.values()):
+            raise ValueError("; ".join(f"{label}: {trial.failure}" for label, trial in self.trials.items()))
+
+    def _needless(self, candidate: Candidate) -> str:
+        """Why a variant cannot be recommended, whatever it takes: it has the gradients of another setting at best."""
+        plain = self.trials.get(PLAIN.get(candidate.label, ""))
+        if plain is None or plain.failure:
+            return ""
+        if candidate.lora != self.lora:
+            return "trains other weights than those asked for" if not candidate.is_exact else ""
+        if plain.cosine is not None and plain.cosine < self.bounds.least_cosine:
+            return f"cosine below {self.bounds.least_cosine:g}"
+        full = self.trials.get(SETTINGS[0].label)
+        relative = full.peak_bytes if full and not full.failure else None
+        memory_alone = self.bounds.memory is not None and self.bounds.step_time is None
+        is_known = relative is not None or not self.bounds.memory_is_relative
+        if memory_alone and is_known and plain.peak_bytes <= self.bounds.most_memory(relative):
+            return "the setting that it varies keeps within the memory, and is faster"
+        return ""
+
+    @property
+    def reference(self) -> Reference:
+        full, lora = (
+            next(
+                (
+                    self.trials[label]
+                    for label, one in self.candidates.items()
+                    if one.is_exact and one.lora is is_lora and label in self.trials and not self.trials[label].failure
+                ),
+                None,
+            )
+            for is_lora in (False, True)
+        )
+        return Reference(full, lora)
+
+    def _take_turns(self) -> None:
+        """Time the best candidates beside full fine-tuning and LoRA, in turns."""
+        chosen = self._to_be_timed()
+        if len(chosen) < 2:
+            return
+        device = device_of(self.job.model)
+        with warnings.catch_warnings(), undisturbed(self.job.model):
+            warnings.simplefilter("ignore")
+            runs = [self._step(self.candidates[trial.label], device) for trial in chosen]
+            single = sum(trial.seconds for trial in chosen)
+            bar = tqdm(
+                self._rounds(single), desc="step times", total=_MOST_ROUNDS, leave=False, disable=not self.progress
+            )
+            times = interleaved(runs, bar)
+        if not times[0]:
+            return
+        scales = []
+        for trial, seconds in zip(chosen, times, strict=True):
+            typical = statistics.median(seconds)
+            scales.append(typical / trial.seconds)
+            trial.seconds, trial.is_timed = typical, True
+        # Of each round's ratio to the first one the median is steadier than the ratio of medians.
+        for trial, seconds in zip(chosen[1:], times[1:], strict=True):
+            trial.seconds = chosen[0].seconds * statistics.median(ratios(seconds, times[0]))
+        for trial in self.trials.values():
+            if not trial.failure and not trial.is_timed:
+                trial.seconds *= statistics.median(scales)
+
+    def _to_be_timed(self) -> list[Trial]:
+        reference = self.reference
+        first = [trial for trial in (reference.full, reference.lora) if trial is not None]
+        own = [
+            trial
+            for trial in in_the_running(list(self.trials.values()))
+            if self.candidates[trial.label].lora is self.lora
+        ]
+        others = sorted(
+            (trial for trial in own if trial not in first and (trial.cosine or 1) >= self.bounds.least_cosine),
+            key=self._rank,
+        )
+        chosen: list[Trial] = []
+        room = 0.5 * psutil.virtual_memory().available
+        if device_of(self.job.model).type == "cuda":
+            room = 0.8 * torch.cuda.mem_get_info(device_of(self.job.model))[0]
+        for trial in [*first, *others][:_MOST_TIMED]:
+            room -= max(trial.peak_bytes - self.libraries, 0)
+            # A round and one step to warm up.
+            seconds = 3 * sum(one.seconds for one in [*chosen, trial])
+            if len(chosen) >= 3 and (room < 0 or time.monotonic() + seconds > self.end):
+                break
+            chosen.append(trial)
+        return chosen
+
+    def _rank(self, trial: Trial) -> tuple[bool, float]:
+        """The likeliest to be recommended first: those within the bounds, by what is made small."""
+        reference, bounds = self.reference, self.bounds
+        if reference.full is None and (bounds.memory_is_relative or bounds.step_time_is_relative):
+            return False, price_of(bounds)[0](trial)
+        over = trial.peak_bytes > bounds.most_memory(reference.full_bytes)
+        over = over or trial.seconds > bounds.most_seconds(reference.full_seconds)
+        return over, price_of(bounds)[0](trial)
+
+    def _rounds(self, seconds: float) -> Iterable[int]:
+        """At least one; no more than the time allows."""
+        for number in range(_MOST_ROUNDS):
+            if number and time.monotonic() + seconds > self.end:
+                return
+            yield number
+
+    def _step(self, candidate: Candidate, device: torch.device) -> Callable[[], float]:
+        model = candidate.applied(sharing_copy(self.job.model), self.job.heads).train()
+        optimiser = idle_optimiser([parameter for parameter in model.parameters() if parameter.requires_grad])
+        batch = self.job.batches[0]
+
+        def step() -> float:
+            return sum(timed_step(model, batch, self.job.loss, optimiser))
+
+        step()  # the first one traces the model, and fills caches
+        return step
+
+    def _recommended(self, seconds: float) -> Recommendation:
+        device = device_of(self.job.model)
+        result = Recommendation(
+            candidates=self.candidates,
+            trials=self.trials,
+            reference=self.reference,
+            bounds=self.bounds,
+            left_out=self.left_out,
+            notes=self.notes,
+            libraries_bytes=self.libraries,
+            seconds=seconds,
+            device=str(device),
+            precision=self.job.precision or "float32",
+            heads=self.job.heads,
+        )
+        result.choose(self.job.model, self.lora)
+        return result

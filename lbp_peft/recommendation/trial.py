@@ -1,0 +1,195 @@
+"""One candidate, tried: a few training steps of it, measured."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..measure.activations import saved_activations
+from ..measure.gradients import compare
+from ..measure.memory import peak_memory
+from ..measure.steps import check_finite, idle_optimiser, timed_step
+from ..measure.undisturbed import LossFunction, device_of, loss_of_output
+from ..tuner.layers.base import LBPWHTLayer
+from ..tuner.report import layout_report
+from .candidates import Candidate, NotApplicableError
+
+SEED = 0
+OUT_OF_MEMORY, UNEXPECTED = "out of memory", "cannot be trained: "  # how failures begin
+_LORA_NOISE = 1e-3
+
+
+@dataclass
+class Job:
+    """What all candidates are tried on.
+
+    Attributes:
+        model: The plain model.
+        batches: On the device; each step takes the next, and starts anew after the last.
+        loss_fn: (model, batch) -> scalar loss; None: the model returns it.
+        heads: Names of modules that adapters train in full.
+        precision: "bf16" or "fp16" for autocast, None for none.
+        threads: Of PyTorch, on a CPU.
+        folder: Where exact gradients are kept between trials.
+    """
+
+    model: nn.Module
+    batches: Sequence[Any]
+    loss_fn: LossFunction | None
+    heads: list[str]
+    precision: str | None
+    threads: int
+    folder: str
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        with self.autocast(device_of(model)):
+            return (self.loss_fn or loss_of_output)(model, batch)
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[Any]:
+        if self.precision is None:
+            return nullcontext()
+        return torch.autocast(device.type, torch.bfloat16 if self.precision == "bf16" else torch.float16)
+
+
+@dataclass
+class Trial:
+    """What was measured of a candidate.
+
+    Attributes:
+        label: The candidate's.
+        peak_bytes: The most memory in use at once, with weights, gradients and AdamW's state.
+        saved_bytes: What the forward pass saves for the backward pass.
+        seconds: Of one training step.
+        cosine, norm_ratio: Of the gradients of the adapted layers' matrices with the exact ones, all in one vector;
+            None where there are no exact ones.
+        low_rank_layers, adapted_layers: Layers whose backward pass was not exact, of those with LBP-WHT.
+        is_timed: Whether `seconds` is from rounds in which the candidates took turns; else from a single step.
+        is_counted: Whether `peak_bytes` was worked out from PyTorch's allocations, and not read off a process.
+        failure: Why the candidate could not be measured; "" if it was.
+    """
+
+    label: str
+    peak_bytes: float = 0
+    saved_bytes: int = 0
+    seconds: float = 0.0
+    cosine: float | None = None
+    norm_ratio: float | None = None
+    low_rank_layers: int = 0
+    adapted_layers: int = 0
+    is_timed: bool = False
+    is_counted: bool = False
+    failure: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def try_candidate(model: nn.Module, job: Job, candidate: Candidate) -> Trial:
+    """Run two training steps of a candidate, and compare the gradients of the second with the exact ones.
+
+    The model is changed: pass a copy, or run in a process that ends afterwards. The first exact candidate of each
+    kind, of whole weights or LoRA's factors, writes its gradients to `job.folder`, which those after it read.
+
+    Returns:
+        The trial, with the peak of the device's memory as it was read, all that the process holds included.
+    """
+    try:
+        return _tried(model, job, candidate)
+    except NotApplicableError as error:
+        return Trial(candidate.label, failure=str(error))
+    except (torch.OutOfMemoryError, MemoryError):
+        return Trial(candidate.label, failure=OUT_OF_MEMORY)
+    except Exception as error:
+        return Trial(candidate.label, failure=f"{UNEXPECTED}{error or type(error).__name__}")
+
+
+def _tried(model: nn.Module, job: Job, candidate: Candidate) -> Trial:
+    device = device_of(model)
+    torch.manual_seed(SEED)
+    model = candidate.applied(model, job.heads).train()
+    if candidate.lora:
+        _move_off_zero(model)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise NotApplicableError("it trains no parameters of this model")
+    optimiser = idle_optimiser(trained)
+    first, second = job.batches[0], job.batches[1 % len(job.batches)]
+    with warnings.catch_warnings(), peak_memory(device) as peak:
+        warnings.simplefilter("ignore")
+        _give_state(optimiser, trained)
+        with saved_activations(model) as saved:
+            torch.manual_seed(SEED)
+            loss = job.loss(model, first)
+        loss.backward()
+        del loss
+        check_finite(optimiser)
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        torch.manual_seed(SEED)
+        seconds = sum(timed_step(model, second, job.loss, optimiser, clear=False))
+    trial = Trial(candidate.label, peak.bytes, saved.bytes, seconds)
+    report = layout_report(model)
+    trial.adapted_layers = len(report.layers)
+    trial.low_rank_layers = sum(ran is not None and not ran.why_exact for ran in report.layers.values())
+    _compare_gradients(trial, model, job, candidate)
+    return trial
+
+
+def _give_state(optimiser: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
+    """The optimiser makes its state in its first step, before the steps that are measured."""
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    optimiser.step()
+    optimiser.zero_grad(set_to_none=True)
+
+
+@torch.no_grad()
+def _move_off_zero(model: nn.Module) -> None:
+    """LoRA's factor B starts at zero, where A has no gradient. It is moved a little, as the first steps do."""
+    generator = torch.Generator().manual_seed(SEED)
+    for name, parameter in sorted(model.named_parameters()):
+        if ".lora_B." in name and parameter.requires_grad:
+            parameter.add_(_LORA_NOISE * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+def _compare_gradients(trial: Trial, model: nn.Module, job: Job, candidate: Candidate) -> None:
+    """Fill in the cosine and the norm ratio with the exact gradients in the job's folder, if there are any yet."""
+    found = {
+        plain_name(name): parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and parameter.grad is not None
+    }
+    file = Path(job.folder, "lora.pt" if candidate.lora else "full.pt")
+    if candidate.is_exact and not file.exists():
+        torch.save(found, file)
+    if candidate.is_exact:
+        trial.cosine = trial.norm_ratio = 1.0
+        return
+    if not file.exists():
+        return
+    exact = torch.load(file, mmap=True, map_location="cpu", weights_only=True)
+    layers = [plain_name(name) + "." for name, module in model.named_modules() if isinstance(module, LBPWHTLayer)]
+    counted = [name for name in found if name.startswith(tuple(layers)) and found[name].dim() > 1]
+    quality = compare({name: found[name].cpu() for name in counted}, exact, counted)
+    trial.cosine, trial.norm_ratio = quality.cosine, quality.norm_ratio
+
+
+def plain_name(name: str) -> str:
+    """The name of a parameter or a module of an adapted model, as the plain model or LoRA's alone has it."""
+    name = name.removeprefix("base_model.model.")
+    for before, after in (
+        (".lbpwht_weight.default", ".weight"),
+        (".lbpwht_bias.default", ".bias"),
+        (".modules_to_save.default", ""),
+        (".base_layer", ""),
+        (".low_rank_backward", ""),
+    ):
+        name = name.replace(before, after)
+    return name

@@ -1,0 +1,304 @@
+"""Recommended settings: what is measured, what is chosen, and that the model is left as it was."""
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from common.methods import chosen_methods
+from common.options import Options
+from models import images, same_state, state_of, tiny_vit
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+import lbp_peft
+from lbp_peft import BudgetError, LBPWHTConfig
+from lbp_peft.recommendation import CANDIDATES, Bounds, Candidate, processes, search
+from lbp_peft.recommendation.choice import Reference, choose, in_the_running, verdict
+from lbp_peft.recommendation.result import WIDTH, pareto_front
+from lbp_peft.recommendation.trial import Job, Trial, plain_name, try_candidate
+
+LOW_RANK = Candidate("low-rank", {"r": 3, "grad_input_rank": 3})
+FEW = (
+    Candidate("full fine-tuning"),
+    Candidate("LoRA", lora=True),
+    LOW_RANK,
+    Candidate("LoRA + low-rank", {"r": 3, "grad_input_rank": 3}, lora=True),
+    Candidate("full fine-tuning + checkpointing", checkpointing=True),
+)
+
+
+def batches(size=4):
+    return [{"pixel_values": images(size, seed=seed), "labels": torch.arange(size) % 5} for seed in (1, 2)]
+
+
+def trial(label, mib=100.0, seconds=1.0, cosine=1.0, **more):
+    return Trial(label, mib * 2**20, 0, seconds, cosine, 1.0, **more)
+
+
+FULL, LORA = trial("full", 1000, 1.0), trial("LoRA", 800, 0.9)
+REFERENCE = Reference(FULL, LORA)
+
+
+@pytest.mark.parametrize(
+    ("memory", "expected"),
+    [("6GiB", 6 * 2**30), ("800 MB", 8e8), ("1.5g", 1.5e9), (12345, 12345.0), ("0.6x", 600.0), (None, math.inf)],
+)
+def test_memory_is_read_as_users_write_it(memory, expected):
+    assert Bounds.parse(memory=memory).most_memory(1000.0) == expected
+
+
+@pytest.mark.parametrize(
+    ("time", "expected"), [("0.8x", 1.6), ("900ms", 0.9), ("1.2s", 1.2), (3, 3.0), (None, math.inf)]
+)
+def test_step_times_are_read_as_users_write_them(time, expected):
+    assert Bounds.parse(step_time=time).most_seconds(2.0) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"memory": "lots"},
+        {"memory": "0x"},
+        {"memory": "6QB"},
+        {"step_time": "soon"},
+        {"step_time": -1.0},
+        {"min_cosine": 2},
+    ],
+)
+def test_bounds_that_make_no_sense_are_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        Bounds.parse(**bad)
+
+
+def test_a_relative_bound_needs_full_fine_tuning():
+    with pytest.raises(ValueError, match="absolute"):
+        Bounds.parse(memory="0.5x").most_memory(None)
+
+
+SMALL, QUICK, GOOD = trial("small", 300, 0.9, 0.85), trial("quick", 600, 0.4, 0.9), trial("good", 700, 0.7, 0.97)
+BAD = trial("bad", 100, 0.1, 0.3)
+TRIED = [FULL, SMALL, QUICK, GOOD, BAD, trial("failed", 1, 0.01, 1.0, failure="no")]
+
+
+@pytest.mark.parametrize(
+    ("bounds", "expected"),
+    [
+        ({"memory": "0.7x"}, "quick"),  # the shortest step that fits
+        ({"memory": "400MiB"}, "small"),
+        ({"step_time": "0.95x"}, "small"),  # the least memory in time
+        ({"step_time": "0.5x"}, "quick"),
+        ({"memory": "0.75x", "step_time": "0.8x"}, "good"),  # the best gradients within both
+        ({}, "quick"),  # the least product
+        ({"min_cosine": 0.95}, "good"),
+        ({"min_cosine": 0.2}, "bad"),
+    ],
+)
+def test_the_choice_follows_the_bounds(bounds, expected):
+    chosen, rule = choose(TRIED, Bounds.parse(**bounds), REFERENCE)
+    assert chosen.label == expected and rule
+
+
+def test_among_equals_the_better_gradients_are_taken():
+    near = trial("near", 600, 0.405, 0.94)
+    assert choose([QUICK, near], Bounds.parse(memory="0.7x"), REFERENCE)[0] is near
+
+
+@pytest.mark.parametrize(
+    ("bounds", "told"),
+    [
+        ({"memory": "200MiB"}, ("300 MiB", "small")),
+        ({"step_time": "200ms"}, ("400 ms", "quick")),
+        ({"memory": "400MiB", "step_time": "0.5x"}, ("600 MiB", "quick", "900 ms", "small")),
+        ({"min_cosine": 1.0, "memory": "500MiB"}, ("1000 MiB", "full")),
+    ],
+)
+def test_a_budget_that_nothing_meets_is_told_the_least_and_with_what(bounds, told):
+    with pytest.raises(BudgetError) as error:
+        choose(TRIED, Bounds.parse(**bounds), REFERENCE)
+    assert all(part in str(error.value) for part in told)
+
+
+def test_without_exact_gradients_good_enough_the_best_cosine_is_told():
+    with pytest.raises(BudgetError, match=r"0\.30, with bad"):
+        choose([BAD], Bounds(), REFERENCE)
+
+
+def test_where_nothing_helps_the_verdict_says_so():
+    same = trial("same", 995, 0.99, 0.9)
+    assert "gains nothing over full" in verdict(same, False, "rule", REFERENCE, "cpu")
+    assert "Keep full" in verdict(FULL, False, "rule", REFERENCE, "cpu")
+    small = trial("small", 552, 0.9, 0.9)
+    assert "LoRA is as fast; what you gain over LoRA is 31 % of the peak memory." in verdict(
+        small, True, "rule", REFERENCE, "cpu"
+    )
+    slow = trial("slow", 500, 1.5, 0.9)
+    assert "50 % of the peak memory, at 50 % longer steps" in verdict(slow, False, "rule", REFERENCE, "cpu")
+
+
+def test_what_another_beats_in_everything_is_not_timed():
+    beaten = trial("beaten", 700, 0.8, 0.9)
+    assert in_the_running([QUICK, GOOD, SMALL, beaten]) == [QUICK, GOOD, SMALL]
+    assert pareto_front([GOOD, QUICK, SMALL, beaten]) == [SMALL, QUICK, GOOD]
+
+
+def test_the_candidates_are_those_that_were_promised():
+    assert len({one.label for one in CANDIDATES}) == len(CANDIDATES) >= 20
+    assert any(one.checkpointing and one.lbp_wht is None for one in CANDIDATES)
+    assert any(one.lora and one.lbp_wht and one.checkpointing for one in CANDIDATES)
+    assert {one.lbp_wht["r"] for one in CANDIDATES if one.lbp_wht} == {3, 10, 21}
+    for one in CANDIDATES:  # all are valid
+        one.config(tiny_vit(), ["classifier"])
+
+
+# Measured
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_vit()
+
+
+@pytest.fixture(scope="module")
+def found(model):
+    before, random = state_of(model), torch.get_rng_state()
+    # Narrow layers are left exact by default; these settings are explicit, and the worker has the usual heuristics.
+    result = lbp_peft.recommend(model, batches(), candidates=FEW, minutes=5, min_cosine=0.0)
+    assert same_state(state_of(model), before) and torch.equal(torch.get_rng_state(), random)
+    assert model.training and all(parameter.grad is None for parameter in model.parameters())
+    return result
+
+
+def test_every_candidate_is_measured_in_a_process_of_its_own(found):
+    assert found.trials.keys() == {one.label for one in FEW} and not found.notes
+    for one in found.trials.values():
+        assert not one.failure and not one.is_counted and one.peak_bytes > found.libraries_bytes > 50 * 2**20
+    full, low = found.trials["full fine-tuning"], found.trials["low-rank"]
+    assert low.saved_bytes < full.saved_bytes and 0 < low.cosine < full.cosine == 1.0
+    assert found.trials["full fine-tuning + checkpointing"].saved_bytes < full.saved_bytes
+    assert low.low_rank_layers == low.adapted_layers == 12
+    assert 0 < found.trials["LoRA + low-rank"].cosine < 1 == found.trials["LoRA"].cosine
+
+
+def test_the_result_can_be_read_by_people_and_programs(found, tmp_path):
+    assert max(map(len, str(found).splitlines()[: len(FEW) + 3])) <= WIDTH
+    assert found.setting.label in str(found) and f"> {found.setting.label}" in found.table
+    record = json.loads(found.to_json(tmp_path / "found.json"))
+    assert record == json.loads((tmp_path / "found.json").read_text())
+    assert record["recommended"] == found.setting.label and len(record["trials"]) == len(FEW)
+    found.plot(tmp_path / "front.png")
+    assert (tmp_path / "front.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("candidate", FEW, ids=lambda one: one.label)
+def test_the_lines_of_python_prepare_the_model(found, candidate):
+    chosen = replace(found, setting=candidate, config=candidate.config(tiny_vit(), found.heads))
+    names = {"model": tiny_vit()}
+    exec(chosen.python, names)
+    trained = {name for name, parameter in names["model"].named_parameters() if parameter.requires_grad}
+    expected = candidate.applied(tiny_vit(), found.heads)
+    assert trained == {name for name, parameter in expected.named_parameters() if parameter.requires_grad}
+    assert names["model"].train()(**batches()[0]).loss.requires_grad
+
+
+@pytest.mark.parametrize("candidate", FEW[2:4], ids=lambda one: one.label)
+def test_cosines_are_those_of_the_same_model_gone_through_exactly(candidate, tmp_path):
+    """Against gradients in float64 of the model without LBP-WHT, of the matrices in adapted layers."""
+    job = Job(tiny_vit(), batches(), None, ["classifier"], None, 1, str(tmp_path))
+    exact_one = Candidate("exact", lora=candidate.lora)
+    try_candidate(tiny_vit(), job, exact_one)
+    found = try_candidate(tiny_vit(), job, candidate)
+
+    def gradients(one, dtype):
+        torch.manual_seed(0)
+        adapted = one.applied(tiny_vit(), ["classifier"]).train()
+        from lbp_peft.recommendation.trial import _move_off_zero
+
+        _move_off_zero(adapted)
+        batch = batches()[1]
+        adapted.to(dtype)(pixel_values=batch["pixel_values"].to(dtype), labels=batch["labels"]).loss.backward()
+        return {plain_name(n): p.grad.double() for n, p in adapted.named_parameters() if p.grad is not None}
+
+    low, exact = gradients(candidate, torch.float32), gradients(exact_one, torch.float64)
+    names = [name for name in low if ".layers." in name and low[name].dim() == 2]
+    assert len(names) == (24 if candidate.lora else 12)
+    one, other = (torch.cat([g[name].flatten() for name in names]) for g in (low, exact))
+    assert found.cosine == pytest.approx(float(one @ other / one.norm() / other.norm()), abs=1e-5)
+    assert found.norm_ratio == pytest.approx(float(one.norm() / other.norm()), rel=1e-3)
+
+
+def test_what_cannot_be_handed_to_a_process_is_counted_here_and_failures_are_told(monkeypatch):
+    def refuse(self):
+        raise processes.WorkerError("no")
+
+    monkeypatch.setattr(processes.Apart, "__enter__", refuse)
+    model = tiny_vit()
+    before = state_of(model)
+    broken = Candidate("broken", {"r": 3, "target_modules": ["nothing_of_that_name"]})
+    result = lbp_peft.recommend(model, batches(), candidates=(FEW[0], LOW_RANK, broken), minutes=0.01, min_cosine=0.0)
+    assert same_state(state_of(model), before)
+    assert all(one.is_counted and one.peak_bytes > 0 for one in result.trials.values() if not one.failure)
+    assert "(no)" in result.notes[0] and "~" in result.table
+    assert result.trials["broken"].failure and "Failed" in result.table and "broken" in result.table
+
+
+class WithoutLoss(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "given", "settings", "message"),
+    [
+        (tiny_vit, [], {}, "no batches"),
+        (lambda: get_peft_model(tiny_vit(), LoraConfig(target_modules=["q_proj"])), batches(), {}, "adapters already"),
+        (tiny_vit, batches(), {"memory": "much"}, "memory must be"),
+        (tiny_vit, batches(), {"minutes": 0}, "minutes"),
+        (tiny_vit, batches(), {"mixed_precision": "int4"}, "mixed_precision"),
+    ],
+)
+def test_mistakes_are_refused_before_anything_is_measured(make, given, settings, message):
+    with pytest.raises(ValueError, match=message):
+        lbp_peft.recommend(make(), given, **settings)
+
+
+def test_a_model_whose_gradients_are_not_finite_is_refused_unharmed(monkeypatch):
+    monkeypatch.setattr(search, "Apart", lambda job: (_ for _ in ()).throw(processes.WorkerError("no")))
+    model = tiny_vit()
+    before = state_of(model)
+    with pytest.raises(ValueError, match="not finite"):
+        lbp_peft.recommend(model, [batches()[0] | {"pixel_values": images(4) * math.nan}], minutes=0.01)
+    assert same_state(state_of(model), before)
+
+
+@pytest.mark.parametrize(
+    ("make", "batch", "message"),
+    [
+        (WithoutLoss, {"x": torch.ones(2, 3)}, "returned no loss"),
+        (tiny_vit, {"pixel_values": images()}, "returned no loss"),
+        (tiny_vit, torch.ones(3), "is to be a dict"),
+    ],
+)
+def test_a_model_without_a_loss_is_told_why(tmp_path, make, batch, message):
+    job = Job(make(), [batch], None, [], None, 1, str(tmp_path))
+    assert message in try_candidate(make(), job, FEW[0]).failure
+
+
+def test_the_examples_take_what_was_recommended(found, tmp_path):
+    file = tmp_path / "recommendation.json"
+    chosen = replace(found, setting=LOW_RANK, config=LOW_RANK.config(tiny_vit(), found.heads), reason="because")
+    chosen.to_json(file)
+    (method,) = chosen_methods(Options(methods=["recommended"], recommendation=str(file)))
+    config = method.config(["classifier"])
+    assert isinstance(config, LBPWHTConfig) and (config.r, config.grad_input_rank) == (3, 3)
+    assert method.label == "recommended: low-rank" and not method.checkpointing
+    with pytest.raises(SystemExit, match="lbp-peft recommend"):
+        chosen_methods(Options(methods=["recommended"], recommendation=str(tmp_path / "missing.json")))
+    file.write_text("{}")
+    with pytest.raises(SystemExit, match="not a file of"):
+        chosen_methods(Options(methods=["recommended"], recommendation=str(file)))
