@@ -10,7 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import input_gradients, methods, projections, single_layers, tracing_cost, training_step
+from benchmarks import (
+    input_gradients,
+    methods,
+    peak_memory_table,
+    projections,
+    single_layers,
+    tracing_cost,
+    training_step,
+)
 from benchmarks.floors import Rates, Work, measure_rates
 from benchmarks.methods import NotAvailable, adapted, default_methods, words
 from benchmarks.models import MODELS, Model
@@ -308,3 +316,61 @@ def test_tracing_cost(tmp_path, capsys, monkeypatch):
     (row,) = json.loads(output.read_text())["rows"]
     assert row["traced_forward_ratio"][1] > 1 > row["look_ups_of_step"][1] > 0
     assert "traced / forward" in capsys.readouterr().out
+
+
+# Peaks of processes
+
+
+def test_every_other_block_is_checkpointed():
+    blocks = adapted(tiny_vit(), "lbp-wht:r=3+checkpointing:every=2", ["classifier"]).base_model.model.vit.layers
+    assert [block.gradient_checkpointing for block in blocks] == [False, True]
+    for wrong in ("every=0", "each=2"):
+        with pytest.raises(NotAvailable, match="every"):
+            adapted(tiny_vit(), f"full+checkpointing:{wrong}", ["classifier"])
+
+
+def test_the_peak_of_this_process_grows_with_what_it_holds():
+    before = peak_memory_table.peak_of_process()
+    held = torch.ones(2**24)  # 64 MiB
+    assert peak_memory_table.peak_of_process() >= max(before, held.nbytes)
+
+
+def test_peaks_are_measured_once_and_put_beside_those_of_the_references(tmp_path, monkeypatch, capsys):
+    output = tmp_path / "peaks.json"
+    arguments = ["--model", "vit-s", "--methods", "full", "lora-all", "lbp-wht", "velora", "--output", str(output)]
+    asked = []
+
+    def in_a_process(given, limit):
+        asked.append(given)
+        method = given[given.index("--methods") + 1]
+        if "times" in given:
+            return {name: {"step_ms": [1, 2, 3], "least_ms": 1, "over full": [1, 1.5, 2]} for name in ("full",)}, ""
+        if method == "velora":
+            return None, "ended by signal 9"
+        return {"peak_mib": {"full": 1000, "lora-all": 1200, "lbp-wht": 900}[method], "libraries_mib": 300}, ""
+
+    monkeypatch.setattr(peak_memory_table, "in_a_process", in_a_process)
+    peak_memory_table.main(arguments)
+    printed = capsys.readouterr().out
+    line = next(line for line in printed.splitlines() if line.startswith("lbp-wht") and "MiB" not in line)
+    assert line.split()[1:5] == ["900", "0.900", "0.750", "600"] and "velora, batch 8: ended by signal 9" in printed
+    assert len(asked) == 5 and json.loads(output.read_text())["peaks"]["8"]["full"]["peak_mib"] == 1000
+    peak_memory_table.main([*arguments, "--rounds", "0"])
+    assert len(asked) == 6  # only the one that failed
+    with pytest.raises(SystemExit, match="other options"):
+        peak_memory_table.main([*arguments, "--steps", "3"])
+    with pytest.raises(SystemExit):
+        peak_memory_table.main([*arguments, "--steps", "1"])
+
+
+def test_a_process_trains_and_reports_its_peak(monkeypatch, capsys):
+    monkeypatch.setitem(MODELS, "vit-s", Model(lambda size: tiny_vit(), size=(32, 32), batch=small_batch))
+    peak_memory_table.main(["--model", "vit-s", "--only", "peak", "--methods", "lbp-wht", "--device", "cpu"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["peak_mib"] >= found["libraries_mib"] > 0
+    peak_memory_table.main(["--model", "vit-s", "--only", "peak", "--methods", "lbp-wht:r=99", "--device", "cpu"])
+    assert "r must be" in json.loads(capsys.readouterr().out)["left out"]
+
+
+def small_batch(batch_size, size):
+    return {"pixel_values": torch.randn(batch_size, 3, *size), "labels": torch.zeros(batch_size, dtype=torch.long)}

@@ -36,6 +36,8 @@ TRIALS = [
     Trial("accumulation, the paper's setting", functools.partial(lbp_wht, grad_input_rank=3), micro_batches=2),
     Trial("accumulation, on LoRA", stacked, micro_batches=2),
     Trial("checkpointing", lbp_wht, checkpointing=True),
+    Trial("base weights on disk", functools.partial(lbp_wht, base_weights="disk")),
+    Trial("base weights dropped", functools.partial(lbp_wht, base_weights="dropped")),
     # Not written out by hand: its layers are run again in the backward pass.
     Trial("checkpointing, on DoRA", functools.partial(stacked, use_dora=True), checkpointing=True),
 ]

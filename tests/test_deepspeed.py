@@ -25,6 +25,8 @@ TRIALS = {
     "on LoRA": Trial("", stacked),
     "AdamW, on LoRA": Trial("", stacked, adam=True),
     "checkpointing": Trial("", lbp_wht, checkpointing=True),
+    "base weights on disk": Trial("", functools.partial(lbp_wht, base_weights="disk")),
+    "base weights dropped": Trial("", functools.partial(lbp_wht, base_weights="dropped")),
 }
 
 

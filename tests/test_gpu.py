@@ -8,7 +8,17 @@ import warnings
 import pytest
 import torch
 from checks import is_surprising
-from models import forward, gradients, images, input_gradient, largest_difference, tiny_vit, train
+from models import (
+    forward,
+    gradients,
+    images,
+    input_gradient,
+    largest_difference,
+    layers_of,
+    outputs,
+    tiny_vit,
+    train,
+)
 from peft import LoraConfig, get_peft_model
 from transformers import SegformerConfig, SegformerForImageClassification, Swinv2Config, Swinv2ForImageClassification
 
@@ -155,3 +165,33 @@ def test_training_saves_memory_and_lowers_the_loss():
     large, _ = peak(tiny_vit(**shape), x)
     assert small < 0.9 * large
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("where", ["auto", "cpu", "disk", "resident", "dropped"])
+def test_base_weights_wait_outside_the_gpu_and_come_back(where):
+    x, base = images().cuda(), tiny_vit().cuda()
+    model = adapted(grad_input_dtype="full", base_weights=where).cuda()
+    expected = train(adapted(grad_input_dtype="full", base_weights="resident").cuda(), x, 3)
+    assert train(model, x, 3) == pytest.approx(expected, rel=1e-5)
+    layers = layers_of(model).values()
+    weights = [layer.get_base_layer().weight for layer in layers]
+    if where == "dropped":
+        assert weights == [None] * len(weights)
+    else:
+        assert {weight.device.type for weight in weights} == {"cuda" if where == "resident" else "cpu"}
+        with model.disable_adapter():
+            assert torch.equal(outputs(model, x), outputs(base, x))
+        train(model, x, 1)
+        adapted_outputs = outputs(model, x)
+        model.merge_adapter()
+        assert torch.equal(outputs(model, x), adapted_outputs)
+        model.unmerge_adapter()
+        assert torch.equal(outputs(model, x), adapted_outputs)
+        train(model, x, 1)
+        model.add_adapter("second", LBPWHTConfig(r=6, grad_input_dtype="full", base_weights=where))
+        model.base_model.set_adapter(["default", "second"])
+        train(model, x, 1)
+    adapted_outputs = outputs(model, x)
+    assert torch.equal(outputs(copy.deepcopy(model), x), adapted_outputs)
+    assert torch.allclose(outputs(model.cpu(), x.cpu()), adapted_outputs.cpu(), atol=1e-4)
+    assert torch.allclose(outputs(model.cuda().merge_and_unload(), x), adapted_outputs, atol=1e-6)

@@ -85,6 +85,7 @@ class Sharded:
 
 BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 LBP, PAPER, LORA = Trial("", lbp_wht), Trial("", functools.partial(lbp_wht, grad_input_rank=3)), Trial("", stacked)
+DROPPED, ON_DISK = (Trial("", functools.partial(lbp_wht, base_weights=where)) for where in ("dropped", "disk"))
 DORA = Trial("", functools.partial(stacked, use_dora=True))
 EXACT = Trial("", functools.partial(lbp_wht, r=64), low_rank=0)  # as many bases as there are patches
 BF16_2 = functools.partial(fsdp2, mp_policy=BF16)
@@ -106,6 +107,9 @@ RUNS = [
     Sharded("FSDP2, bf16, the paper's setting", PAPER, BF16_2, tolerance=0.1),
     Sharded("FSDP2, bf16, exact", EXACT, BF16_2, tolerance=0.1),
     Sharded("FSDP2, bf16, on LoRA", LORA, BF16_2, tolerance=0.1),
+    Sharded("FSDP2, base weights dropped", DROPPED),
+    Sharded("FSDP2, base weights on disk", ON_DISK),
+    Sharded("FSDP1, base weights dropped", DROPPED, fsdp1),
     Sharded("FSDP1", LBP, fsdp1),
     Sharded("FSDP1, on LoRA", LORA, fsdp1),
     Sharded(

@@ -3,6 +3,7 @@
     full                                   all weights are trained
     lora-all:r=16                          LoRA on all linear layers of the encoder
     full+checkpointing                     activations are computed again in the backward pass
+    lbp-wht+checkpointing:every=2          those of every second block
     full+compile                           torch.compile
     lbp-wht:r=10,grad_input_dtype=int8           LBP-WHT; the settings are those of its configuration
     lora-all+lbp-wht:r=3,grad_input_rank=3      LBP-WHT put on LoRA
@@ -23,6 +24,7 @@ import peft
 import yaml
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from lbp_peft import LBPWHTConfig
 from lbp_peft.encoder import encoder_linears
@@ -49,6 +51,10 @@ DEFAULT_METHODS = (
     "lora-all+lbp-wht:r=10,grad_input_dtype=full",
     "lora-all+lbp-wht:r=10,grad_input_dtype=auto",
     "lora-qv+lbp-wht:r=10,grad_input_dtype=auto",
+    "lora-all+checkpointing",
+    "lbp-wht+checkpointing",
+    "lbp-wht+checkpointing:every=2",
+    "lora-all+lbp-wht+checkpointing",
 )
 
 QUERY_AND_VALUE = ("q_proj", "v_proj", "query", "value")
@@ -70,7 +76,11 @@ def adapted(base: nn.Module, method: str, heads: list[str]) -> nn.Module:
         ValueError: there is no such method.
     """
     shared = {id(parameter): nn.Parameter(parameter.detach()) for parameter in base.parameters()}
-    model = copy.deepcopy(base, shared)
+    return applied(copy.deepcopy(base, shared), method, heads)
+
+
+def applied(model: nn.Module, method: str, heads: list[str]) -> nn.Module:
+    """The model itself, made ready to be trained by a method. Raises as [`adapted`] does."""
     for word, settings in words(method):
         model = WORDS[word](model, heads, settings)
     return model
@@ -105,6 +115,14 @@ def default_methods() -> list[str]:
     return [method for method in DEFAULT_METHODS if all(_is_known(*word) for word in words(method))]
 
 
+def compressed() -> str:
+    """The setting for as few saved activations as this version of LBP-WHT has."""
+    settings = ("all", "int8")
+    return next(
+        f"compress_activations={one}" for one in settings if _is_known("lbp-wht", {"compress_activations": one})
+    )
+
+
 def _is_known(word: str, settings: Settings) -> bool:
     if word == "lbp-wht":
         try:
@@ -119,10 +137,21 @@ def full(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
 
 
 def checkpointing(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
+    """Checkpointing of all blocks, or of the last of every so many (`every`)."""
+    every = settings.get("every", 1)
+    if set(settings) - {"every"} or not isinstance(every, int) or every < 1:
+        raise NotAvailable(f"checkpointing takes every=1, 2, ..., got {settings}")
     try:
         enable_checkpointing(model)
     except NotApplicableError as error:
         raise NotAvailable(str(error)) from error
+    if every > 1:
+        blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", None) is True]
+        blocks = [module for module in blocks if isinstance(module, GradientCheckpointingLayer)]
+        if not blocks:
+            raise NotAvailable("the model checkpoints all of its blocks or none")
+        for index, block in enumerate(blocks, start=1):
+            block.gradient_checkpointing = index % every == 0
     return model
 
 

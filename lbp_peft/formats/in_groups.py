@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .products import largest_magnitude, scaled_to_range
 
+BYTES_OF_SCALE = 4  # float32
 GROUP = 64  # channels
 # Values that are rounded at once on CPUs: the intermediate results of so many stay in the cache.
 _VALUES_AT_ONCE = 2**17
@@ -85,8 +86,8 @@ def rows_with_scales(x: Tensor) -> Tensor:
 
 def restored_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse of [`rows_with_scales`], up to half a step."""
-    scales = rows[..., -4:].contiguous().view(torch.float32)
-    return (rows[..., :-4] * scales).to(dtype)
+    scales = rows[..., -BYTES_OF_SCALE:].contiguous().view(torch.float32)
+    return (rows[..., :-BYTES_OF_SCALE] * scales).to(dtype)
 
 
 def _group(channels: int) -> int:

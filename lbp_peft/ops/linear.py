@@ -31,8 +31,9 @@ from torch import Tensor, nn
 
 from ..bases.basis_set import TokenLayout
 from ..formats.products import FULL, Origin, Precision, origin, product, weight_grad
-from ..projection import Projection
+from ..projection import Projection, num_kept
 from ..transforms import backward_pass, in_forward_mode, in_transform, must_be_functional, tracked_by_transforms
+from .checkpointing import only_saved_tensors_matter, saved_tensors_are_discarded
 from .plan import BackwardPlan, InputProjection
 
 
@@ -149,6 +150,33 @@ class _EagerLowRankLinear(_LowRankLinear):
         output = _LowRankLinear.forward(*inputs)
         _LowRankLinear.setup_context(ctx, inputs, output)
         return output
+
+
+class _SavedFirst(torch.autograd.Function):
+    """[`_LowRankLinear`] without values: it saves what that saves, and its output is only a place in the graph."""
+
+    @staticmethod
+    def forward(state: _State, x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Tensor | None) -> Tensor:
+        return x.new_empty(()).expand(*x.shape[:-1], weight.shape[0])
+
+    setup_context = staticmethod(_LowRankLinear.setup_context)
+    backward = staticmethod(_LowRankLinear.backward)
+
+
+class _WithValues(torch.autograd.Function):
+    """The values, at a place in the graph."""
+
+    @staticmethod
+    def forward(place: Tensor, values: Tensor) -> Tensor:
+        return values.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return grads[0], None
 
 
 def once_differentiable(gradients: Iterable[Tensor | None], are_tracked: bool = False) -> list[Tensor | None]:
@@ -276,11 +304,17 @@ def input_to_save(x: Tensor, projection: Projection | None, plan: BackwardPlan, 
         source: The tensor that x was cast from; None: x itself.
 
     Returns:
-        Shape (N, k, C), or (N, L, C) without a projection; in the form of [`BackwardPlan.to_saved`].
+        Shape (N, k, C), or (N, L, C) without a projection; in the form of [`BackwardPlan.to_saved`]. Without values in
+        the first pass of gradient checkpointing, which throws them away.
     """
     layout = plan.layout
     if projection is None:
         return as_tokens(x, layout)
+    if saved_tensors_are_discarded():
+        *_, channels = x.shape
+        num_images = x.numel() // (channels * projection.layout.num_tokens)
+        num_rows = num_kept(projection.layout, projection.bases)
+        return plan.empty_saved(x, (num_images, num_rows, channels))
     if in_transform():
         with tracked_by_transforms():
             return projection.project(as_tokens(x, layout)).to(x.dtype)
@@ -413,6 +447,11 @@ def low_rank_linear(
             else (source_of_weight(weight, parameter, plan.precision), weakref.ref(source))
         ),
     )
+    if only_saved_tensors_matter():  # nothing after the last one that is saved is computed
+        place = _SavedFirst.apply(state, *tensors)
+        with torch.no_grad():
+            values = _LowRankLinear.forward(state, *tensors)
+        return _WithValues.apply(place, values)
     function = _LowRankLinear if must_be_functional() else _EagerLowRankLinear
     return function.apply(state, *tensors)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..bases.basis_set import BasisSet, TokenLayout
-from ..formats.in_groups import restored_rows, rows_with_scales
+from ..formats.in_groups import BYTES_OF_SCALE, restored_rows, rows_with_scales
 from ..formats.products import Precision, kept_dtype
 from ..projection import Projection, num_kept, projection
 from .kept import keep
@@ -156,6 +156,13 @@ class BackwardPlan:
         if self.saves_8_bits and x_hat.dtype != torch.float64:
             return keep(rows_with_scales(x_hat))
         return x_hat.to(self.saved_dtype(x_hat.dtype))
+
+    def empty_saved(self, x: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        """A tensor of the shape and dtype that [`to_saved`] gives for a projection of x of a shape, without memory."""
+        if self.saves_8_bits and x.dtype != torch.float64:
+            num_images, num_rows, channels = shape
+            return x.new_empty((), dtype=torch.int8).expand(num_images, num_rows, channels + BYTES_OF_SCALE)
+        return x.new_empty((), dtype=self.saved_dtype(x.dtype)).expand(shape)
 
     def from_saved(self, saved: Tensor, dtype: torch.dtype) -> Tensor:
         """The inverse of [`to_saved`], up to rounding; `dtype` is that of the layer's input or of its gradient."""

@@ -20,6 +20,7 @@ from ..bases.walsh import SELECTIONS, is_power_of_two
 from ..formats.products import AUTO, FULL, PRECISIONS, Precision
 from .deprecation import accept_old_names
 from .layers.base import COMPRESSIBLE
+from .layers.waiting import BASE_WEIGHTS
 from .validation.names import check_adapter_name, is_module_name
 from .validation.patterns import check_pattern, show
 
@@ -75,6 +76,11 @@ class LBPWHTConfig(PeftConfig):
             "reflect": as the paper's reference code, which counts border patches twice.
         train_base_weight: True: the adapter is a trained copy of each target's weight and bias. False: it has no
             weights of its own and only makes the backward pass cheap.
+        base_weights: Where a target's base weight waits while one adapter is trained that has a copy of it. "auto": in
+            a file that is mapped into memory ("disk"), or for models on a GPU in the CPU's memory ("cpu").
+            "resident": where it is, so that weights are held twice. "dropped": nowhere; the weight itself is trained,
+            and whatever needs the base weight raises an error. It concerns only the running program and is not saved
+            with the adapter. See docs/memory.md.
         rank_pattern: Ranks that differ from r, by module name suffix or regular expression, as LoRA's. For example
             `{"layers.11.mlp.fc2": 21}`. It changes r only, not `grad_input_rank`.
         grad_input_rank_pattern: Ranks that differ from grad_input_rank, likewise; None for an input gradient that is
@@ -126,6 +132,10 @@ class LBPWHTConfig(PeftConfig):
     train_base_weight: bool = field(
         default=True, metadata={"help": "Train a copy of each target's weight, or only make its backward pass cheap."}
     )
+    base_weights: str = field(
+        default="auto",
+        metadata={"help": 'Where base weights wait: "auto", "resident", "cpu", "disk", or "dropped".'},
+    )
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "{regular expression or suffix: r} where r differs."}
     )
@@ -170,6 +180,7 @@ class LBPWHTConfig(PeftConfig):
             self.grid_size = tuple(_as_int(side) for side in self.grid_size)
         self._check_transform()
         self._check_layout()
+        self._check_base_weights()
         self._check_modules()
         self._check_layers()
         self._check_stack()
@@ -197,6 +208,7 @@ class LBPWHTConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         output: dict[str, Any] = super().to_dict()
+        del output["base_weights"]  # concerns the machine that it runs on, not the adapter
         if self.stack_on:
             output["stack_on"] = {name: _plain(config.to_dict()) for name, config in self.stack_on.items()}
         return output
@@ -226,6 +238,15 @@ class LBPWHTConfig(PeftConfig):
             if not isinstance(value, (bool, np.bool_)):
                 raise ValueError(f"{name} must be True or False, got {show(value)}.")
             setattr(self, name, bool(value))
+
+    def _check_base_weights(self) -> None:
+        if not _is_one_of(self.base_weights, BASE_WEIGHTS):
+            raise ValueError(f"base_weights must be one of {', '.join(BASE_WEIGHTS)}, got {show(self.base_weights)}.")
+        if not self.train_base_weight and self.base_weights not in ("auto", "resident"):
+            raise ValueError(
+                f"base_weights={show(self.base_weights)} says where base weights wait while copies of them are "
+                "trained. With train_base_weight=False they are in use themselves: leave it out."
+            )
 
     def _check_modules(self) -> None:
         for name in ("target_modules", "exclude_modules"):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections import Counter
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
@@ -20,12 +22,15 @@ from .config import LBPWHTConfig
 from .layers.base import BackwardRule, LBPWHTLayer
 from .layers.calling import has_own_forward, onloaded
 from .layers.linear import LBPWHTLinear
+from .layers.waiting import DROPPED, RESIDENT
 from .patches.activation_patch import compress_activations
 from .patches.attention_patch import patch_attention
 from .patches.forward_patch import PATCH_ATTR, ForwardPatch, attach, detach
 from .stacking.layer import LBPWHTStacked
 from .stacking.stack import has_other_adapters
 from .validation.checks import (
+    check_base_weights_are_there,
+    check_base_weights_can_be_dropped,
     check_layers,
     check_modules_to_save,
     check_targets,
@@ -56,6 +61,18 @@ def prepare(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -> None:
     targets = [(name, module) for name, module, match in matches if match]
     warn_of_unmatched_ranks(config, [name for name, _ in targets])
     check_targets(targets, config.train_base_weight, beside_others=has_other_adapters(model))
+    shared = _shared_parameters(model)
+    # The device of a model's first parameter is taken for that of the model.
+    tuner._needed_elsewhere = shared | {id(parameter) for parameter in itertools.islice(model.parameters(), 1)}
+    check_base_weights_are_there(model)
+    if config.train_base_weight and config.base_weights == DROPPED:
+        check_base_weights_can_be_dropped(model, targets, shared)
+
+
+def _shared_parameters(model: nn.Module) -> set[int]:
+    """Ids of the parameters that several modules use."""
+    counts = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    return {one for one, count in counts.items() if count > 1}
 
 
 def _default_targets(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -> set[str]:
@@ -96,11 +113,14 @@ def create_and_replace(
         num_prefix_tokens=config.num_prefix_tokens,
         num_suffix_tokens=config.num_suffix_tokens,
     )
+    base: Any = target.get_base_layer() if isinstance(target, LBPWHTLinear) else target
+    is_needed = id(getattr(base, "weight", None)) in tuner._needed_elsewhere and config.base_weights != DROPPED
+    base_weights = RESIDENT if is_needed else config.base_weights
     inside = getattr(target, PATCH_ATTR, None)
     if isinstance(inside, LBPWHTStacked):
         inside.lbpwht_rule[adapter_name] = rule
     elif isinstance(target, LBPWHTLinear):
-        target.update_layer(adapter_name, rule, config.train_base_weight, config.inference_mode)
+        target.update_layer(adapter_name, rule, config.train_base_weight, config.inference_mode, base_weights)
     elif isinstance(target, BaseTunerLayer) or _trained_by_others(target, tuner.model):
         inside = LBPWHTStacked(layout_finder(tuner.model), current_key, {adapter_name: rule})
         attach(target, inside.train(target.training))
@@ -114,10 +134,14 @@ def create_and_replace(
         finder = layout_finder(tuner.model)
         train, inference = config.train_base_weight, config.inference_mode
         with onloaded(target):  # the adapter's weights go to the device of the target's
-            layer = _adapting_class(target)(target, finder, current_key, adapter_name, rule, train, inference)
+            layer = _adapting_class(target)(
+                target, finder, current_key, adapter_name, rule, train, inference, base_weights
+            )
             if adapter_name not in tuner.active_adapters:  # an additional adapter is not trained until it is activated
                 layer.requires_grad_(False)
             tuner._replace_module(parent, target_name, layer, target)
+            if train and base_weights == DROPPED:
+                layer.drop_base_weight()
 
 
 def _rank_of_layer(patterns: Mapping[str, _Rank], default: _Rank, name: str) -> _Rank:
@@ -144,6 +168,9 @@ def detach_all(model: nn.Module) -> set[LayoutFinder]:
 
     What the layers kept beside the model's own weights goes as well.
     """
+    for module in model.modules():
+        if isinstance(module, LBPWHTLinear):
+            module.bring_base_weight_back()
     finders = {module.finder for module in model.modules() if isinstance(module, LBPWHTLayer)}
     for module in list(model.modules()):
         if isinstance(getattr(module, PATCH_ATTR, None), ForwardPatch):

@@ -172,6 +172,7 @@ class LBPWHTModel(BaseTuner):
             self.stack.enable_adapters(True)
 
     def disable_adapter_layers(self) -> None:
+        self._check_base_weights("Disabling the adapter")
         if self.stack is None or self.stack.tuner is None:
             super().disable_adapter_layers()
         else:
@@ -258,9 +259,18 @@ class LBPWHTModel(BaseTuner):
             self.stack.delete_adapter(adapter_name)
             if adapter_name not in self.peft_config:
                 return
+        self._check_base_weights(f"Deleting the adapter {adapter_name!r}")
         super().delete_adapter(adapter_name)
 
+    def _check_base_weights(self, what: str) -> None:
+        """Before the first layer is changed."""
+        for module in self.model.modules():
+            if isinstance(module, LBPWHTLinear):
+                module.check_base_weight(what)
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        if not (args[0] if args else kwargs.get("merge", True)):
+            self._check_base_weights("Unloading the adapter without merging it")
         finders = detach_all(self.model)
         holder = self.stacked_on
         tuner: Any = holder.base_model if isinstance(holder, PeftModel) else super()

@@ -92,7 +92,7 @@ class LBPWHTLayer(BaseTunerLayer):
         layer_name: The name of the layer in the model, for messages.
     """
 
-    other_param_names = ("lbpwht_rule",)
+    other_param_names: tuple[str, ...] = ("lbpwht_rule",)
 
     if TYPE_CHECKING:  # PEFT's, which is not followed
         active_adapters: list[str]
@@ -158,7 +158,7 @@ class LBPWHTLayer(BaseTunerLayer):
         # one can have the same id.
         key = (
             x.shape, x.dtype, x.device, x.requires_grad, _dtype_of_layer(x), self._channels_axis(x),
-            train_weight, self._trains_whole_weight(base), base.weight.shape, id(rule), id(record),
+            train_weight, self._trains_whole_weight(base), self._shape_of_weight(base), id(rule), id(record),
         )  # fmt: skip
         made = self._plans.get(key)
         if made is None:
@@ -244,7 +244,7 @@ class LBPWHTLayer(BaseTunerLayer):
         num_tokens = plan.layout.num_tokens if plan.layout else _num_tokens(shape)
         kept_for_weight, kept_for_input = kept_for_weight or num_tokens, kept_for_input or num_tokens
         if plan.precision.name == AUTO:
-            features = (base.weight.numel() // int(shape[-1]), int(shape[-1]))
+            features = (self._shape_of_weight(base).numel() // int(shape[-1]), int(shape[-1]))
             dtype = _dtype_of_layer(x)
             on_images = x.dim() == 4 and shape != x.shape
             # A compiled graph has to serve batches of all sizes.
@@ -262,6 +262,11 @@ class LBPWHTLayer(BaseTunerLayer):
             return None
         self._note(x, "", plan.layout, kept_for_weight, kept_for_input, plan.precision.name)
         return plan
+
+    def _shape_of_weight(self, base: Any) -> torch.Size:
+        """The shape of the weight that the layer computes with."""
+        shape: torch.Size = base.weight.shape
+        return shape
 
     def _trains_whole_weight(self, base: Any) -> bool:
         """Whether training this layer means training its whole weight matrix, and not only factors."""

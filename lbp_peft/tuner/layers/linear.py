@@ -12,7 +12,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ...layer_types import LayerType, is_plain_linear, register_layer_type
+from ...layer_types import LayerType, is_plain_linear, layer_type_of, register_layer_type
 from ...layout import LayoutFinder
 from ...ops.linear import low_rank_linear
 from ...ops.plan import BackwardPlan
@@ -29,12 +29,13 @@ from .calling import (
     onloaded,
     parts_are_watched,
 )
+from .waiting import DROPPED, RESIDENT, WaitingBaseWeight
 
 
 @register_layer_type("torch.nn.Linear", is_plain_linear)
-class LBPWHTLinear(nn.Module, LBPWHTLayer):
+class LBPWHTLinear(WaitingBaseWeight, LBPWHTLayer):
     """`nn.Linear` with LBP-WHT adapters. An adapter's weight is a full copy of the base weight, trained; the base stays
-    intact.
+    intact, see [`WaitingBaseWeight`].
 
     Args:
         base_layer: The adapted layer.
@@ -44,9 +45,11 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
         rule: Its backward pass.
         train_base_weight: Whether it trains a copy of the weight and the bias.
         inference_mode: Whether it is frozen.
+        base_weights: Where the base weight waits while it is active, see [`LBPWHTConfig`].
     """
 
     adapter_layer_names = ("lbpwht_weight", "lbpwht_bias")
+    other_param_names = (*LBPWHTLayer.other_param_names, "lbpwht_base_weights")
     layer_type: ClassVar[LayerType]
 
     def __init__(
@@ -58,29 +61,48 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
         rule: BackwardRule,
         train_base_weight: bool = True,
         inference_mode: bool = False,
+        base_weights: str = RESIDENT,
     ):
         super().__init__()
         LBPWHTLayer.__init__(self, finder, layer_name)
+        self._init_waiting()
         self.base_layer = base_layer
         self.lbpwht_weight = nn.ParameterDict({})
         self.lbpwht_bias = nn.ParameterDict({})
-        self._unmerged: tuple[Tensor, Tensor | None] | None = None
+        self._unmerged: tuple[Tensor | None, Tensor | None] | None = None
         self.in_features, self.out_features = self._num_features(self.get_base_layer())
         self._active_adapter = adapter_name
-        self.update_layer(adapter_name, rule, train_base_weight, inference_mode)
+        self.update_layer(adapter_name, rule, train_base_weight, inference_mode, base_weights)
 
     def update_layer(
-        self, adapter_name: str, rule: BackwardRule, train_base_weight: bool, inference_mode: bool = False
+        self,
+        adapter_name: str,
+        rule: BackwardRule,
+        train_base_weight: bool,
+        inference_mode: bool = False,
+        base_weights: str = RESIDENT,
     ) -> None:
-        """Add an adapter, whose weights start as the base layer's."""
+        """Add an adapter, whose weights start as the base layer's.
+
+        Args:
+            adapter_name: The adapter's name.
+            rule: Its settings for the backward pass.
+            train_base_weight: Whether it has weights of its own.
+            inference_mode: Whether these are frozen.
+            base_weights: Where the base weight waits while only this adapter is active, see [`LBPWHTConfig`].
+        """
+        self.check_base_weight(f"Adding the adapter {adapter_name!r}")
         self.lbpwht_rule[adapter_name] = rule
+        self.lbpwht_base_weights[adapter_name] = base_weights
         with onloaded(self.get_base_layer()):
             if train_base_weight:
                 weight, bias = self._base_parameters()
-                self.lbpwht_weight[adapter_name] = nn.Parameter(weight.detach().clone())
+                weight = weight.detach()  # where the base's is dropped, it is itself trained
+                self.lbpwht_weight[adapter_name] = nn.Parameter(weight if base_weights == DROPPED else weight.clone())
                 if bias is not None:
                     self.lbpwht_bias[adapter_name] = nn.Parameter(bias.detach().clone())
-            self._move_adapter_to_device_of_base_layer(adapter_name)
+            device = self._device_of_copies() if self._is_on_host else None
+            self._move_adapter_to_device_of_base_layer(adapter_name, device)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,15 +111,20 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
                 self.unmerge()
         if self.disable_adapters or self.merged:
             self._note_call(x)
-            return self.base_layer(x)
+            return self._call_base_layer(x)
         rule = self._active_rule(x)
         if rule is None and not self.weights_in_effect():
-            return self.base_layer(x)
+            return self._call_base_layer(x)
         if "_hf_hook" not in vars(self.lbpwht_weight):
             return self._compute(x, rule)
         self._refuse_to_train_what_is_offloaded()
         with onloaded(self.lbpwht_weight, self.lbpwht_bias):
             return self._compute(x, rule)
+
+    def _call_base_layer(self, x: Tensor) -> Tensor:
+        if (self.is_dropped or self._file is not None) and not self.merged:
+            self.check_base_weight("Running the model without its adapter")
+        return self.base_layer(x)
 
     def _compute(self, x: Tensor, rule: BackwardRule | None) -> Tensor:
         if not self.layer_type.matches(self.get_base_layer()) or has_own_forward(self.base_layer):
@@ -137,6 +164,8 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
 
     def _parameters_to_put_in(self, base: nn.Module) -> dict[str, Tensor]:
         self.check_base_weight_is_a_parameter()
+        if self.is_dropped:
+            self.check_base_weight("A layer whose forward method was replaced")
         if is_offloaded(base):
             raise ValueError(
                 f"The base layer of {self.layer_name} is offloaded by accelerate, and its forward method was replaced "
@@ -192,12 +221,42 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
     def bias(self) -> Tensor | None:
         return self._adapted_parameters()[1]
 
+    def _shape_of_weight(self, base: Any) -> torch.Size:
+        if not self.is_dropped:
+            return super()._shape_of_weight(base)
+        return next(iter(self.lbpwht_weight.values())).shape
+
+    def enable_adapters(self, enabled: bool) -> None:
+        if not enabled:
+            self.check_base_weight("Disabling the adapter")
+        super().enable_adapters(enabled)
+        self._base_weight_may_be_needed()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._base_weight_may_be_needed()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if adapter_name in self.lbpwht_weight:
+            self.check_base_weight(f"Deleting the adapter {adapter_name!r}")
+        super().delete_adapter(adapter_name)
+        self._base_weight_may_be_needed()
+
     def _base_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Those of the base layer, as they were before any merge."""
-        if self._unmerged is not None:
-            return self._unmerged
+        """Those of the base layer, as they were before any merge, on the layer's device."""
         base = self.get_base_layer()
-        return base.weight, base.bias
+        weight: Any
+        weight, bias = (base.weight, base.bias) if self._unmerged is None else self._unmerged
+        if self.is_dropped or self._is_on_host or self._file is not None:
+            weight = self._waiting_weight(weight)
+        return weight, bias
+
+    def _dtypes_of_base(self) -> tuple[torch.dtype, torch.dtype | None]:
+        """The dtypes of the base weight and bias, which the layer computes in; None: it has no bias."""
+        base = self.get_base_layer()
+        weight: Any
+        weight, bias = (base.weight, base.bias) if self._unmerged is None else self._unmerged
+        return self._dropped_dtype if self.is_dropped else weight.dtype, None if bias is None else bias.dtype
 
     def weights_in_effect(self) -> list[str]:
         """The adapters whose weights the layer computes with, in place of those of the base layer."""
@@ -222,8 +281,12 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
 
     def _combined_parameters(self, adapter_names: list[str]) -> tuple[Tensor, Tensor | None]:
         """Those of one adapter; of several, the base's plus what each of them changed. In the base layer's dtype."""
-        weight, bias = self._base_parameters()
         trained = [name for name in adapter_names if name in self.lbpwht_weight]
+        if len(trained) == 1:  # nearly always, and then the base weight may be elsewhere
+            dtype, dtype_of_bias = self._dtypes_of_base()
+            bias = None if dtype_of_bias is None else self.lbpwht_bias[trained[0]].to(dtype_of_bias)
+            return self.lbpwht_weight[trained[0]].to(dtype), bias
+        weight, bias = self._base_parameters()
         weight = _plus_changes(weight, [self.lbpwht_weight[name] for name in trained])
         if bias is not None:
             bias = _plus_changes(bias, [self.lbpwht_bias[name] for name in trained])
@@ -281,7 +344,10 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
             base = self.get_base_layer()
             if self._unmerged is None:
                 # Kept, not recomputed: taking differences back out would not restore the base weight bit for bit.
-                self._unmerged = (base.weight.data, None if base.bias is None else base.bias.data)
+                kept = None if self.is_dropped else base.weight.data
+                self._unmerged = (kept, None if base.bias is None else base.bias.data)
+            if base.weight is None:  # it was dropped
+                base.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
             base.weight.data = weight.detach().clone()
             if bias is not None:
                 base.bias.data = bias.detach().clone()
@@ -292,7 +358,13 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
 
         What others merged into it or took out of it in between, as an adapter on top of this layer does, stays with
         this layer's weights.
+
+        Raises:
+            ValueError: the base weight was dropped.
+            RuntimeError: the file that the base weight waited in was overwritten.
         """
+        if self._unmerged is not None:
+            self.check_base_weight("Unmerging the adapter")
         names, self.merged_adapters = self.merged_adapters, []
         if self._unmerged is None:
             return
@@ -303,6 +375,15 @@ class LBPWHTLinear(nn.Module, LBPWHTLayer):
         _restore(base.weight, stash[0], merged[0], self.lbpwht_weight[name])
         if base.bias is not None:
             _restore(base.bias, stash[1], merged[1], self.lbpwht_bias[name])
+        self._is_on_host = False  # it came to the layer's device
+        self._watch_training()
+
+
+def can_be_dropped(base: nn.Module) -> bool:
+    """Whether a layer's own weight is needed by nothing but the forward method of a plain layer."""
+    weight = base._parameters.get("weight")
+    is_ours = weight is not None and not weight.is_meta and not hasattr(weight, "ds_status")
+    return layer_type_of(base) is not None and is_ours and not has_own_forward(base) and "_hf_hook" not in vars(base)
 
 
 _OWN_FORWARD = (

@@ -18,7 +18,7 @@ from ...layer_types import described_layer_types, layer_type_of
 from ..compat.wrappers import without_wrappers
 from ..config import LBPWHTConfig
 from ..layers.base import LBPWHTLayer
-from ..layers.linear import LBPWHTLinear
+from ..layers.linear import LBPWHTLinear, can_be_dropped
 from .names import did_you_mean, unknown_names, unmatched_modules_to_save
 
 
@@ -54,6 +54,45 @@ def check_targets(targets: list[tuple[str, nn.Module]], train_base_weight: bool,
             raise ValueError(
                 f"Target module {name} is quantised ({type(base).__name__}), so its weight cannot be trained. Set "
                 "train_base_weight=False, or load the model without quantisation."
+            )
+
+
+def check_base_weights_are_there(model: nn.Module) -> None:
+    """Refuse another adapter where the first has `base_weights="dropped"`.
+
+    Raises:
+        ValueError: the message names the setting.
+    """
+    for module in model.modules():
+        if isinstance(module, LBPWHTLinear):
+            module.check_base_weight("Adding another adapter")
+
+
+def check_base_weights_can_be_dropped(model: nn.Module, targets: list[tuple[str, nn.Module]], shared: set[int]) -> None:
+    """Refuse `base_weights="dropped"` where anything but the new adapter needs a target's base weight.
+
+    Args:
+        model: To be adapted.
+        targets: By name.
+        shared: Ids of the parameters that several modules use.
+
+    Raises:
+        ValueError: the message names the setting and the layer.
+    """
+    adapted = {name for name, module in model.named_modules() if isinstance(module, LBPWHTLinear)}
+    for name, module in targets:
+        base = module.get_base_layer() if isinstance(module, LBPWHTLinear) else module
+        why = ""
+        if adapted:
+            why = f"{min(adapted)} has an adapter already, and switching between the two needs the base weights"
+        elif id(getattr(base, "weight", None)) in shared:
+            why = "another module uses the same weight"
+        elif not can_be_dropped(base):
+            why = "its weight is offloaded or computed anew in each call, or its forward method was replaced"
+        if why:
+            raise ValueError(
+                f'base_weights="dropped" cannot be used for {name}: {why}. Choose another base_weights, or name the '
+                "layer in exclude_modules."
             )
 
 
@@ -232,6 +271,8 @@ def _is_untrained(model: nn.Module, adapter_name: str) -> bool:
     pairs: list[tuple[Tensor, Tensor]] = []
     for module in model.modules():
         if isinstance(module, LBPWHTLinear):
+            if module.is_dropped:
+                return False
             weight, bias = module._base_parameters()
             pairs += [(module.lbpwht_weight[adapter_name], weight)] if adapter_name in module.lbpwht_weight else []
             if bias is not None and adapter_name in module.lbpwht_bias:

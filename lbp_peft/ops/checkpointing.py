@@ -1,0 +1,55 @@
+"""Tells the two forward passes of gradient checkpointing apart, to leave out work whose results nobody uses.
+
+`torch.utils.checkpoint` with `use_reentrant=False` runs the forward pass with gradients on and throws away what is
+saved for the backward pass. When the backward pass asks for it, the same function runs again, until the last tensor
+that the first pass saved has been saved once more: what comes after that is not computed. (With `use_reentrant=True`
+the first pass runs without gradients, so that nothing is saved, and the second one is differentiated itself.)
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import CodeType
+from typing import Any
+
+import torch
+from torch.utils import checkpoint
+
+from ..transforms import must_be_functional
+
+
+def _code_of_pack_hook(of: str) -> CodeType | None:
+    """The code of the hook with which one of the two passes saves tensors; None if this PyTorch has no such hook."""
+    constants = getattr(getattr(checkpoint, of, None), "__init__", None)
+    code = getattr(constants, "__code__", None)
+    found = [
+        part for part in getattr(code, "co_consts", ()) if isinstance(part, CodeType) and part.co_name == "pack_hook"
+    ]
+    return found[0] if len(found) == 1 else None
+
+
+_FIRST, _AGAIN = _code_of_pack_hook("_checkpoint_hook"), _code_of_pack_hook("_recomputation_hook")
+
+
+def saved_tensors_are_discarded() -> bool:
+    """Whether only the shape, dtype and device of tensors that are saved now will matter.
+
+    It is False under modes that see all operations: those of selective checkpointing count the operations of both
+    passes.
+    """
+    return _FIRST is not None and _code_of_current_hook() is _FIRST
+
+
+def only_saved_tensors_matter() -> bool:
+    """Whether this is the second pass, which ends as soon as the last tensor has been saved."""
+    return _AGAIN is not None and _code_of_current_hook() is _AGAIN
+
+
+def _code_of_current_hook() -> CodeType | None:
+    if must_be_functional():
+        return None
+    hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    if not hooks or torch._C._len_torch_dispatch_stack() > 0:
+        return None
+    code: CodeType | None = getattr(inspect.unwrap(hooks[0]), "__code__", None)
+    return code

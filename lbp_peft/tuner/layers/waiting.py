@@ -1,0 +1,221 @@
+"""Where the base weight of a layer waits while the layer computes with a trained copy of it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .storage import FileStamp, in_host_memory, in_own_file, release_pages
+
+RESIDENT, DROPPED = "resident", "dropped"
+BASE_WEIGHTS = ("auto", RESIDENT, "cpu", "disk", DROPPED)
+_LEAST_BYTES = 2**16  # smaller weights are not worth a file
+
+
+class WaitingBaseWeight(nn.Module):
+    """The part of an adapted layer that puts its base weight away, and brings it back where it is needed.
+
+    It is put away when the first backward pass that trains a copy of it ends, which is before an optimiser has any
+    state: until then, whatever wraps the model for training finds ordinary parameters. Wherever it waits it remains the
+    parameter of the base layer, so that state dicts, copies and pickles are complete. On the CPU it is an ordinary
+    tensor, mapped from a file, and need not be brought back. A GPU's is on the CPU meanwhile.
+
+    Attributes:
+        lbpwht_base_weights: Where it is to wait while an adapter is active, by name of the adapter.
+        is_dropped: Whether the layer has no base weight any more.
+    """
+
+    lbpwht_base_weights: dict[str, str]
+    is_dropped = False
+
+    if TYPE_CHECKING:  # of the layer
+        layer_name: str
+        finder: Any
+        lbpwht_weight: nn.ParameterDict
+        merged: bool
+        _unmerged: tuple[Tensor | None, Tensor | None] | None
+        get_base_layer: Callable[[], Any]
+        weights_in_effect: Callable[[], list[str]]
+
+    def _init_waiting(self) -> None:
+        self.lbpwht_base_weights = {}
+        self._is_on_host = False
+        self._waits_at = 0  # the address of the values that were put away, which may be replaced
+        self._file: FileStamp | None = None
+
+    # Away
+
+    @property
+    def base_weight_waits(self) -> bool:
+        """Whether the base weight was put away and takes no memory of the layer's device, or was dropped."""
+        weight = self.get_base_layer()._parameters.get("weight")
+        return self.is_dropped or self._is_on_host or (weight is not None and 0 != weight.data_ptr() == self._waits_at)
+
+    def put_base_weight_away(self) -> None:
+        """Put the base weight where the adapter in effect has it wait, if it is only that adapter's that is used."""
+        names = self.weights_in_effect()
+        weight = self.get_base_layer()._parameters.get("weight")
+        if len(names) != 1 or weight is None or weight.data_ptr() == self._waits_at:
+            return
+        where, trained = self.lbpwht_base_weights[names[0]], self.lbpwht_weight[names[0]]
+        if not self._can_wait(weight, where) or trained.device != weight.device:
+            return
+        self._file = None
+        if where == DROPPED:
+            self.drop_base_weight()
+        elif _is_on_cpu(weight):
+            if not self._put_on_disk(weight):
+                return
+        else:
+            on_disk = where == "disk" and self._put_on_disk(weight)
+            if not on_disk:
+                weight.data = in_host_memory(weight)
+            self._is_on_host = True
+        self._waits_at = weight.data_ptr()
+
+    def _can_wait(self, weight: Tensor, where: str) -> bool:
+        """Whether nobody else holds the values: FSDP, ZeRO-3 and accelerate have places of their own for them."""
+        base = self.get_base_layer()
+        if where == RESIDENT or type(weight) is not nn.Parameter or weight.is_meta or weight.requires_grad:
+            return False
+        if hasattr(weight, "ds_status") or "_hf_hook" in vars(base) or not weight.is_contiguous():
+            return False
+        if not _is_on_cpu(weight):
+            return True
+        return where == "disk" or where == DROPPED or (where == "auto" and weight.nbytes >= _LEAST_BYTES)
+
+    def _put_on_disk(self, weight: Tensor) -> bool:
+        if _is_on_cpu(weight) and (file := release_pages(weight)) is not None:
+            self._file = file
+            return True
+        try:
+            weight.data = in_own_file(weight)
+        except OSError as error:
+            instead = "in memory" if _is_on_cpu(weight) else "in the CPU's memory"
+            self.finder.warn_once(
+                "base weights on disk",
+                f"The base weight of {self.layer_name}, and of layers like it, stays {instead} while adapters are "
+                f"trained: it cannot be put on the disk ({error.strerror or error}). Set the environment variable "
+                'TMPDIR to a folder on a disk with enough space, or base_weights="resident" to silence this.',
+            )
+            return False
+        return True
+
+    def drop_base_weight(self) -> None:
+        """Leave the layer without its base weight, for good, unless the copy of it is still to get its values."""
+        weight = self.get_base_layer().weight
+        if any(copy.is_meta for copy in self.lbpwht_weight.values()):
+            return
+        self._dropped_dtype = weight.dtype
+        self.get_base_layer()._parameters["weight"] = None
+        self.is_dropped = True
+
+    # Back again
+
+    def bring_base_weight_back(self) -> None:
+        """Have the base weight on the layer's device, in memory of its own."""
+        if self._is_on_host and self._unmerged is None:
+            weight = self.get_base_layer().weight
+            weight.data = weight.data.to(self._device_of_copies())
+            self._is_on_host = False
+
+    def check_base_weight(self, what: str) -> None:
+        """Check that the base weight can be had.
+
+        Args:
+            what: What needs it, as the beginning of a sentence.
+
+        Raises:
+            ValueError: it was dropped.
+            RuntimeError: the file that it waits in was overwritten.
+        """
+        if self.is_dropped:
+            raise ValueError(
+                f'{what} needs the base weight of {self.layer_name}, which is gone: with base_weights="dropped" it '
+                "is itself trained. Save the adapter (save_pretrained) and load it into the base model again, or "
+                "train with another base_weights."
+            )
+        if self._file is not None and self._file.was_overwritten():
+            raise RuntimeError(
+                f"{what} needs the base weight of {self.layer_name}, which waits in {self._file.path}. That file was "
+                "overwritten since the model was loaded from it. The adapter's weights are intact: save them "
+                "(save_pretrained) and load them into the base model again. Save to another folder than the base "
+                'model\'s, or set base_weights="resident".'
+            )
+
+    def _waiting_weight(self, weight: Tensor) -> Tensor:
+        """A base weight, on the layer's device."""
+        self.check_base_weight("Comparing, combining or disabling adapters")
+        return weight.to(self._device_of_copies()) if self._is_on_host else weight
+
+    def _device_of_copies(self) -> torch.device:
+        return next((copy.device for copy in self.lbpwht_weight.values()), torch.device("cpu"))
+
+    def _base_weight_may_be_needed(self) -> None:
+        """To be called when adapters were switched, disabled or deleted."""
+        if self._is_on_host and len(self.weights_in_effect()) != 1:
+            self.bring_base_weight_back()
+        self._watch_training()
+
+    def _watch_training(self) -> None:
+        """Have the base weight put away at the end of the next backward pass that trains a copy of it."""
+        weight = self.get_base_layer()._parameters.get("weight")
+        for name in self.weights_in_effect():
+            trained = self.lbpwht_weight[name]
+            if weight is None or not trained.requires_grad or type(trained) is not nn.Parameter or trained.is_meta:
+                continue
+            hooks = getattr(trained, "_post_accumulate_grad_hooks", None) or {}
+            if self._can_wait(weight, self.lbpwht_base_weights[name]) and not any(
+                isinstance(hook, _AtEndOfBackward) and hook.layer() is self for hook in hooks.values()
+            ):
+                hook = _AtEndOfBackward(weakref.ref(self))
+                hook.handle = trained.register_post_accumulate_grad_hook(hook)
+
+    # Where nn.Module or PEFT changes the layer
+
+    def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Any:
+        self.bring_base_weight_back()
+        result = super()._apply(fn, recurse)
+        weight = self.get_base_layer()._parameters.get("weight")
+        if self._file is not None and self._unmerged is None and weight.data_ptr() != self._waits_at:
+            self._file = None
+        if self.is_dropped:
+            self._dropped_dtype = fn(torch.empty(0, dtype=self._dropped_dtype)).dtype
+        self._watch_training()
+        return result
+
+    def train(self, mode: bool = True) -> Any:
+        result = super().train(mode)
+        self._watch_training()
+        return result
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._waits_at, self._file = 0, None  # a copy's values lie in memory
+        self._watch_training()
+
+
+class _AtEndOfBackward:
+    """A hook on a trained parameter that puts the base weight away once the whole backward pass is over.
+
+    Not earlier: the pass may go through parts of the graph in which the base weight was used.
+    """
+
+    handle: Any = None
+
+    def __init__(self, layer: Callable[[], WaitingBaseWeight | None]):
+        self.layer = layer
+
+    def __call__(self, _: Tensor) -> None:
+        self.handle.remove()
+        layer = self.layer()
+        if layer is not None:
+            torch.autograd.Variable._execution_engine.queue_callback(layer.put_base_weight_away)
+
+
+def _is_on_cpu(weight: Tensor) -> bool:
+    return weight.device.type == "cpu"
