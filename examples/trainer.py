@@ -46,7 +46,7 @@ def small_vit(labels: list[str]) -> tuple[PreTrainedModel, ViTImageProcessor]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.split("\n")[0])
     parser.add_argument("--model", help="image classifier of the hub, or a folder (default: a small random ViT)")
     parser.add_argument("--dataset", help="folder of images (default: scikit-learn's digits)")
     parser.add_argument("--lora", action="store_true", help="train LoRA with LBP-WHT on top, not full weights")

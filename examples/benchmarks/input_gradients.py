@@ -25,12 +25,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.timing import interleaved, now, quartiles, ratios
 
-from benchmarks.environment import environment, in_words, write_record
 from benchmarks.tables import aligned, number
 from lbp_peft import AdaptiveBasis, BasisSet, ExactProduct, FixedBasis, InputGradient, TokenLayout
+from lbp_peft.environment import environment, in_words, write_record
 from lbp_peft.formats.products import product
+from lbp_peft.measure.timing import interleaved, now, quartiles, ratios
 
 LAYERS = {"qkv, proj": (1, 1), "fc1": (1, 4), "fc2": (4, 1)}  # C_in and C_out, as multiples of the model's width
 PARTS = ("fit", "product", "lift")

@@ -24,13 +24,12 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.timing import interleaved, quartiles, ratios, rounds_within
-
-from benchmarks.environment import environment, in_words, write_record
 from benchmarks.methods import NotAvailable, applied, compressed, words
 from benchmarks.models import MODELS
 from benchmarks.tables import aligned, number
 from benchmarks.training_step import prepared
+from lbp_peft.environment import environment, in_words, write_record
+from lbp_peft.measure.timing import interleaved, quartiles, ratios, rounds_within
 
 MIB = 2**20
 METHODS = (

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.environment import environment, in_words
 from benchmarks.methods import adapted, words
 from benchmarks.models import MODELS, Batch, Model
 from benchmarks.tables import aligned
+from lbp_peft.environment import environment, in_words
 
 METHODS = (
     "full", "lbp-wht:r=10", *(f"lbp-wht:r=10,compress_activations={w}" for w in ("activation/norm", "all")),
