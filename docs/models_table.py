@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 import transformers
@@ -27,6 +26,7 @@ import architectures  # noqa: E402
 import checks  # noqa: E402
 import timm_architectures  # noqa: E402
 import vlm_architectures  # noqa: E402
+from choices import deciding  # noqa: E402
 from models import layers_of  # noqa: E402
 
 from lbp_peft import TokenLayout  # noqa: E402
@@ -83,7 +83,7 @@ def _counts(architecture: Any) -> tuple[str, str, str, str]:
     model = checks.adapted(base, r=checks.R)
     record = checks.Record(base, list(layers_of(model)))
     batch = architecture.batch()
-    with warnings.catch_warnings(), mock.patch("lbp_peft.tuner.layers.base.low_rank_pays", lambda *_: True):
+    with warnings.catch_warnings(), deciding(use_low_rank=True):
         warnings.simplefilter("ignore")  # and layers this narrow are not left exact, as in the tests
         for each in (base, model):
             checks.tensors(each, batch)

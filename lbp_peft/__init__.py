@@ -9,7 +9,11 @@ Importing the package registers the method with PEFT:
 """
 
 from . import measure, tuner  # importing tuner registers the method
-from .bases.basis_set import BasisSet, LayoutError, TokenLayout
+from .bases.base import Basis
+from .bases.basis_set import BasisSet
+from .bases.dense import DenseBasis
+from .bases.grids import LayoutError, TokenLayout
+from .bases.listed import ListedBasis
 from .callback import LBPWHTCallback
 from .formats.products import Precision
 from .layer_types import LayerType, register_layer_type
@@ -31,10 +35,12 @@ __version__ = "0.1.0"  # the only place; pyproject.toml reads it from here
 __all__ = [
     "AdaptiveBasis",
     "BackwardPlan",
+    "Basis",
     "BasisSet",
     "Branch",
     "BudgetError",
     "Candidate",
+    "DenseBasis",
     "ExactProduct",
     "FixedBasis",
     "GradientQuality",
@@ -49,6 +55,7 @@ __all__ = [
     "LayoutCheck",
     "LayoutError",
     "LayoutReport",
+    "ListedBasis",
     "Precision",
     "Recommendation",
     "TokenLayout",

@@ -22,9 +22,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-import lbp_peft.projection
-import lbp_peft.tuner.layers.base
-from lbp_peft import LBPWHTConfig, exact_backward, layout_report
+from lbp_peft import BasisSet, LBPWHTConfig, exact_backward, layout_report
 from lbp_peft.tuner.layers.conv1x1 import is_pointwise_conv
 
 R = 3
@@ -108,16 +106,14 @@ def check_low_rank_gradients(architecture, model, base, batch, record):
 
 def check_gradients_at_full_rank(base, batch, monkeypatch):
     """Through the projections themselves, not through the shortcut that skips them at full rank."""
-    num_kept = lbp_peft.projection.num_kept
+    num_coefficients = BasisSet.num_coefficients
 
-    def one_less(layout, bases):
-        kept = num_kept(layout, bases)
-        return kept if bases is None else min(kept, layout.num_tokens - 1)
+    def one_less(basis, layout):
+        return min(num_coefficients(basis, layout), layout.num_tokens - 1)
 
     model = adapted(base, r=64, grad_input_rank=64)
     with monkeypatch.context() as patched:
-        for module in (lbp_peft.projection, lbp_peft.tuner.layers.base):
-            patched.setattr(module, "num_kept", one_less)
+        patched.setattr(BasisSet, "num_coefficients", one_less)
         loss(model, batch).backward()
     found = gradients_of(model)
     assert any(ran is not None and not ran.why_exact for ran in report_of(model).values())

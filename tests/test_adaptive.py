@@ -25,7 +25,7 @@ from lbp_peft import (
 )
 from lbp_peft.bases.packed import PackedLayout
 from lbp_peft.formats.products import Precision
-from lbp_peft.heuristics import adaptive_basis_pays
+from lbp_peft.heuristics import Heuristics
 from lbp_peft.ops.adaptive import orthonormal_rows, sign_matrix
 from lbp_peft.ops.conv1x1 import low_rank_pointwise_conv
 
@@ -386,8 +386,9 @@ def test_saved_loaded_and_resumed_to_the_bit(tmp_path):
 
 
 def test_narrow_layers_are_left_exact():
-    assert adaptive_basis_pays(197, 32, 768, 768) and adaptive_basis_pays(197, 32, 768, 3072)
-    assert not adaptive_basis_pays(197, 32, 96, 96) and not adaptive_basis_pays(40, 32, 768, 768)
+    use = Heuristics().use_adaptive_basis
+    assert use(197, 32, 768, 768) and use(197, 32, 768, 3072)
+    assert not use(197, 32, 96, 96) and not use(40, 32, 768, 768)
     model = adapted(grad_input_rank=12)
     forward(model, images()).sum().backward()
     assert {ran.kept_for_input for ran in layout_report(model).layers.values()} == {65}

@@ -6,9 +6,9 @@ import reference
 import torch
 
 from lbp_peft import BasisSet, LayoutError, TokenLayout
-from lbp_peft.bases.basis_set import axis_blocks, grid_bases, num_bases
+from lbp_peft.bases.separable import axis_blocks, grid_bases, num_bases
 from lbp_peft.bases.walsh import basis_order, walsh_functions
-from lbp_peft.projection import OneMatrix, Projection, num_kept, projection
+from lbp_peft.projection import DenseProjection, SeparableProjection, num_kept, projection
 
 GRIDS = [(8, 8), (16, 16), (14, 14), (7, 7), (4, 12), (9, 17), (3, 5), (2, 2), (1, 24), (6, 10)]
 RANKS = [1, 3, 7, 10, 36, 64]
@@ -114,7 +114,7 @@ def test_projection_and_lift_are_the_dense_matrices(grid, prefix):
 @pytest.mark.parametrize("name", ["row_analysis", "analysis"])
 def test_bases_are_built_once_per_layout_dtype_and_device(name):
     def matrix(r=3, dtype=torch.float32):
-        way = OneMatrix if name == "analysis" else Projection
+        way = DenseProjection if name == "analysis" else SeparableProjection
         return getattr(way(TokenLayout((8, 8), 1), BasisSet(r), dtype, torch.device("cpu")), name)
 
     assert matrix().data_ptr() == matrix().data_ptr()
@@ -129,4 +129,4 @@ def test_projections_made_under_fake_tensors_do_not_outlive_them(way):
     with FakeTensorMode():
         projection(layout, BasisSet(5), torch.float32, torch.device("cpu"))
     real = projection(layout, BasisSet(5), torch.float32, torch.device("cpu"))
-    assert type(real.analysis if way is OneMatrix else real.kept) is torch.Tensor
+    assert type(real.analysis if way is DenseProjection else real.kept) is torch.Tensor

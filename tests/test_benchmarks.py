@@ -25,7 +25,7 @@ from benchmarks.models import MODELS, Model
 from models import tiny_vit
 from torch import nn
 
-from lbp_peft.bases.basis_set import TokenLayout
+from lbp_peft.bases.grids import TokenLayout
 from lbp_peft.measure import multiply_adds
 from lbp_peft.measure.memory import allocated
 from lbp_peft.measure.timing import interleaved, quartiles, ratios, rounds_within

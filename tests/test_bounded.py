@@ -13,10 +13,11 @@ import torch
 from peft import LoKrConfig, get_peft_model
 
 from lbp_peft import LBPWHTConfig, projection
-from lbp_peft.bases import basis_set as bases
-from lbp_peft.bases.basis_set import BasisSet, TokenLayout, TokenOrder
+from lbp_peft.bases import separable as bases
+from lbp_peft.bases.basis_set import BasisSet
+from lbp_peft.bases.grids import TokenLayout, TokenOrder
 from lbp_peft.bounded import BoundedCache
-from lbp_peft.formats import products as precision
+from lbp_peft.formats import weight_cache
 from lbp_peft.tuner.patches.forward_patch import _patched_class
 
 
@@ -77,20 +78,20 @@ def test_matrices_of_ever_new_grids_are_dropped(boundary):
                 sides = (2 * height, 2 * width) if strides else (height, width)
                 for kind in KINDS:
                     made = kind(layout_of(sides), chosen, tokens.dtype, device)
-                    if kind is projection.OneMatrix and height > 12:
+                    if kind is projection.DenseProjection and height > 12:
                         continue
                     made.project(torch.zeros(1, sides[0] * sides[1], 1))
-        for kept in (projection._matrices, projection._wholes, projection._orders):
+        for kept in (bases._matrices, bases._wholes, bases._orders):
             assert len(kept) <= kept.limit
         again = [kind(layout, chosen, tokens.dtype, device).project(tokens) for kind in KINDS]
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
-KINDS = (projection.Projection, projection.OneMatrix)
+KINDS = (projection.SeparableProjection, projection.DenseProjection)
 
 
 @pytest.mark.parametrize("function", [
-    bases.axis_blocks, bases.num_bases, bases.grid_bases, precision._weights_of_rows,
+    bases.axis_blocks, bases.num_bases, bases.grid_bases, weight_cache._weights_of_rows,
     _patched_class,
 ])  # fmt: skip
 def test_what_functions_remember_is_bounded(function):

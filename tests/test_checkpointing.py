@@ -20,7 +20,7 @@ from torch.utils.checkpoint import (
 from lbp_peft import BasisSet, LBPWHTConfig, TokenLayout, low_rank_linear
 from lbp_peft.ops import linear
 from lbp_peft.ops.linear import shared_projections
-from lbp_peft.projection import OneMatrix, Projection
+from lbp_peft.projection import DenseProjection, SeparableProjection
 
 LAYERS = 6
 PLAN = plan_of(TokenLayout((8, 8), 1), BasisSet(3), BasisSet(6))
@@ -58,7 +58,7 @@ def counts(monkeypatch):
         found.products += 1
         return multiply(*args)
 
-    for kind in (Projection, OneMatrix):
+    for kind in (SeparableProjection, DenseProjection):
         monkeypatch.setattr(kind, "project", counted(kind.project))
     monkeypatch.setattr(linear._LowRankLinear, "forward", staticmethod(counted_multiply))
     return found

@@ -10,7 +10,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lbp_peft import LBPWHTConfig, layout_report
-from lbp_peft.tuner.layers import base as layer
 from lbp_peft.tuner.patches.activation_patch import LBPWHTCompressed
 
 
@@ -98,10 +97,9 @@ def cases():
 
 
 @pytest.mark.parametrize("kind, way, regime", cases())
-def test_gradients_are_near_those_of_an_input_gradient_in_full(kind, way, regime, monkeypatch):
+def test_gradients_are_near_those_of_an_input_gradient_in_full(kind, way, regime, decide):
     """At the same rank, and in the same regime, but for compilation."""
-    monkeypatch.setattr(layer, "low_rank_pays", lambda *_: True)
-    monkeypatch.setattr(layer, "fastest_precision", lambda *_: "int8")
+    decide(use_low_rank=True, fastest_precision="int8")
     model, x = adapted(kind, **WAYS[way])
     plain, _ = adapted(kind, **input_gradient(10 if way in ("low-rank int8", "all") else "full"))
     found = gradients(model, x, REGIMES[regime])

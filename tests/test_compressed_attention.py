@@ -13,7 +13,8 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 
 from lbp_peft import LBPWHTConfig, low_rank_linear
-from lbp_peft.bases.basis_set import BasisSet, TokenLayout
+from lbp_peft.bases.basis_set import BasisSet
+from lbp_peft.bases.grids import TokenLayout
 from lbp_peft.formats.derivatives import derivative_table
 from lbp_peft.measure import saved_activations
 from lbp_peft.ops import compressed_attention as module

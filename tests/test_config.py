@@ -17,9 +17,10 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from lbp_peft import BasisSet, ExactProduct, FixedBasis, LBPWHTConfig, layout_report
-from lbp_peft.bases.basis_set import BOUNDARIES
+from lbp_peft.bases.separable import BOUNDARIES
 from lbp_peft.bases.walsh import SELECTIONS
-from lbp_peft.formats.products import AUTO, FULL, PRECISIONS, Precision
+from lbp_peft.formats.products import AUTO, FULL, Precision
+from lbp_peft.formats.registry import FORMATS
 from lbp_peft.tuner.compat.registration import check_peft_version, register
 from lbp_peft.tuner.config import GRAD_INPUT_BASES
 
@@ -80,7 +81,7 @@ def test_rank_and_format_of_the_input_gradient_survive_json(tmp_path, rank, dtyp
 def test_choices_are_literal_types_of_what_is_accepted():
     types = get_type_hints(LBPWHTConfig)  # as transformers' HfArgumentParser reads them
     choices = {
-        "grad_input_basis": set(GRAD_INPUT_BASES), "grad_input_dtype": {AUTO, *PRECISIONS},
+        "grad_input_basis": set(GRAD_INPUT_BASES), "grad_input_dtype": {AUTO, *FORMATS},
         "selection": set(SELECTIONS), "boundary": set(BOUNDARIES),
     }  # fmt: skip
     for name, values in choices.items():

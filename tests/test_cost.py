@@ -11,19 +11,13 @@ from models import gradients, images, tiny_vit
 from peft import LoraConfig, get_peft_model
 
 from lbp_peft import LBPWHTConfig, instructions, layout_report
-from lbp_peft.bases.basis_set import BasisSet, TokenLayout
-from lbp_peft.heuristics import (
-    attention_by_products_pays,
-    faster_formats,
-    fastest_precision,
-    low_rank_pays,
-    one_matrix_pays,
-    two_images_at_once_pay,
-)
+from lbp_peft.bases.basis_set import BasisSet
+from lbp_peft.bases.grids import TokenLayout
+from lbp_peft.heuristics import Heuristics
 from lbp_peft.instructions import Instructions, multiplies_bf16, multiplies_int8, product_dtype
-from lbp_peft.projection import InFloat32, OneMatrix, Projection, projection
-from lbp_peft.tuner.layers import base as layer
+from lbp_peft.projection import DenseProjection, Float32Projection, SeparableProjection, projection
 
+HEURISTICS = Heuristics()
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 NONE = Instructions()
 VNNI, AVX512_BF16 = Instructions(int8=True), Instructions(int8=True, bf16=True)
@@ -58,15 +52,17 @@ def processor(monkeypatch):
 )
 def test_the_precision_follows_instructions_and_shape(processor, found, shape, dtype, expected):
     processor(found)
-    assert fastest_precision(*shape, dtype, CPU) == expected
+    assert HEURISTICS.fastest_precision(*shape, dtype, CPU) == expected
 
 
 @pytest.mark.parametrize(("capability", "expected"), [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "full")])
 def test_on_gpus_the_precision_follows_the_capability(monkeypatch, capability, expected):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert fastest_precision(1576, 768, 768, FLOAT, GPU) == expected
-    assert fastest_precision(1576, 768, 768, BF16, GPU) == "full"
-    assert low_rank_pays(64, 197, 41, 4096, 1024, BF16, GPU) and not low_rank_pays(64, 197, 41, 192, 192, BF16, GPU)
+    assert HEURISTICS.fastest_precision(1576, 768, 768, FLOAT, GPU) == expected
+    assert HEURISTICS.fastest_precision(1576, 768, 768, BF16, GPU) == "full"
+    assert HEURISTICS.use_low_rank(64, 197, 41, 4096, 1024, BF16, GPU) and not HEURISTICS.use_low_rank(
+        64, 197, 41, 192, 192, BF16, GPU
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,13 +82,13 @@ def test_on_gpus_the_precision_follows_the_capability(monkeypatch, capability, e
 )
 def test_narrow_layers_do_not_pay(processor, found, features, dtype, pays):
     processor(found)
-    assert low_rank_pays(8, 197, 41, *features, dtype, CPU) is pays
+    assert HEURISTICS.use_low_rank(8, 197, 41, *features, dtype, CPU) is pays
 
 
 def test_on_images_layers_have_to_be_wider(processor):
     processor(NONE)
-    assert low_rank_pays(8, 196, 40, 448, 448, FLOAT, CPU)
-    assert not low_rank_pays(8, 196, 40, 448, 448, FLOAT, CPU, on_images=True)
+    assert HEURISTICS.use_low_rank(8, 196, 40, 448, 448, FLOAT, CPU)
+    assert not HEURISTICS.use_low_rank(8, 196, 40, 448, 448, FLOAT, CPU, on_images=True)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +189,7 @@ def test_nothing_is_taken_for_granted_of_other_devices(processor):
 )
 def test_formats_that_help_are_those_with_instructions(processor, found, dtype, expected):
     processor(found)
-    assert faster_formats(dtype, CPU) == expected
+    assert HEURISTICS.faster_formats(dtype, CPU) == expected
 
 
 # In a model
@@ -207,12 +203,11 @@ def adapted(**settings):
 
 
 @pytest.mark.own_choice
-def test_auto_is_the_default_and_leaves_narrow_layers_exact_with_one_warning(monkeypatch):
+def test_auto_is_the_default_and_leaves_narrow_layers_exact_with_one_warning(decide):
     def pays(images, tokens, kept, out_features, in_features, *_):
         return out_features * in_features > 64 * 64
 
-    monkeypatch.setattr(layer, "low_rank_pays", pays)
-    monkeypatch.setattr(layer, "fastest_precision", lambda rows, out, into, *_: "int8" if out > into else "full")
+    decide(use_low_rank=pays, fastest_precision=lambda rows, out, into, *_: "int8" if out > into else "full")
     model = adapted()
     with pytest.warns(
         UserWarning, match=r'q_proj uses exact backpropagation.*narrow.*grad_input_dtype="full"'
@@ -230,9 +225,9 @@ def test_auto_is_the_default_and_leaves_narrow_layers_exact_with_one_warning(mon
 @pytest.mark.parametrize(
     ("found", "formats"), [(NONE, ""), (VNNI, ' \\(or "int8"\\)'), (AMX, ' \\(or "bf16", "int8"\\)')]
 )
-def test_the_warning_of_narrow_layers_names_only_what_helps_on_this_machine(monkeypatch, processor, found, formats):
+def test_the_warning_of_narrow_layers_names_only_what_helps_on_this_machine(decide, processor, found, formats):
     processor(found)
-    monkeypatch.setattr(layer, "low_rank_pays", lambda *_: False)
+    decide(use_low_rank=False)
     with pytest.warns(UserWarning, match=rf'set grad_input_dtype="full"{formats}\.$'):
         gradients(adapted(), images())
 
@@ -262,8 +257,8 @@ def test_a_model_in_float32_is_not_said_to_be_slow(processor):
 
 
 @pytest.mark.own_choice
-def test_only_auto_leaves_layers_exact(monkeypatch):
-    monkeypatch.setattr(layer, "low_rank_pays", lambda *_: False)
+def test_only_auto_leaves_layers_exact(decide):
+    decide(use_low_rank=False)
     model = adapted(grad_input_dtype="full")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -273,10 +268,9 @@ def test_only_auto_leaves_layers_exact(monkeypatch):
 
 @pytest.mark.own_choice
 @pytest.mark.parametrize("stacked", [True, False])
-def test_where_only_factors_are_trained_layers_are_judged_as_in_float32(monkeypatch, stacked):
+def test_where_only_factors_are_trained_layers_are_judged_as_in_float32(decide, stacked):
     asked = []
-    monkeypatch.setattr(layer, "low_rank_pays", lambda *given: not asked.append(given[5]))
-    monkeypatch.setattr(layer, "fastest_precision", lambda *_: "full")
+    decide(use_low_rank=lambda *given: not asked.append(given[5]), fastest_precision="full")
     targets = ["q_proj", "fc1"]
     lora = LoraConfig(r=4, target_modules=targets)
     settings = {"train_base_weight": False, "stack_on": lora} if stacked else {}
@@ -288,9 +282,8 @@ def test_where_only_factors_are_trained_layers_are_judged_as_in_float32(monkeypa
 
 
 @pytest.mark.own_choice
-def test_at_full_rank_auto_is_exact(monkeypatch):
-    monkeypatch.setattr(layer, "low_rank_pays", lambda *_: True)
-    monkeypatch.setattr(layer, "fastest_precision", lambda *_: "int8")
+def test_at_full_rank_auto_is_exact(decide):
+    decide(use_low_rank=True, fastest_precision="int8")
     model = adapted(r=64)
     gradients(model, images())
     assert all("as many rows" in why for why in layout_report(model).exact.values())
@@ -301,11 +294,12 @@ def test_auto_compiles_without_a_break():
     """In a process of its own, in which nothing is patched."""
     program = """
 import torch
-from lbp_peft.heuristics import attention_by_products_pays, fastest_precision, low_rank_pays, one_matrix_pays
+from lbp_peft.heuristics import active
 def chosen(x):
     shape = (8, 197, 41, 768, 768, x.dtype, x.device)
-    choices = (fastest_precision(1576, 768, 768, x.dtype, x.device), low_rank_pays(*shape),
-               one_matrix_pays(41, x.dtype, x.device), attention_by_products_pays(197, x.dtype, x.device))
+    kind = x.dtype, x.device
+    choices = (active().fastest_precision(1576, 768, 768, *kind), active().use_low_rank(*shape),
+               active().use_dense_projection(41, *kind), active().use_attention_by_products(197, *kind))
     return x + 1, choices
 for dtype in (torch.float32, torch.bfloat16):
     x = torch.zeros(3, dtype=dtype)
@@ -343,15 +337,15 @@ def test_tokens_are_projected_in_float32_where_there_are_no_instructions(process
     expected = fast.project(tokens)
     processor(NONE)
     slow = projection(layout, bases, dtype, CPU)
-    assert type(slow) is InFloat32
+    assert type(slow) is Float32Projection
     found = slow.project(tokens)
     assert found.dtype == expected.dtype == dtype
     torch.testing.assert_close(found, expected, rtol=0.02, atol=0.05)
     torch.testing.assert_close(slow.lift(found), fast.lift(expected), rtol=0.02, atol=0.05)
     torch.testing.assert_close(slow.sum(found), fast.sum(expected), rtol=0.02, atol=1.0)
     wide = slow.of_dtype(FLOAT)
-    assert wide.dtype == FLOAT and type(wide) is not InFloat32
-    assert type(wide.of_dtype(dtype)) is InFloat32
+    assert wide.dtype == FLOAT and type(wide) is not Float32Projection
+    assert type(wide.of_dtype(dtype)) is Float32Projection
     assert slow.of_dtype(torch.float64).project(tokens.double()).dtype == torch.float64
     image = tokens[:, 1:].transpose(1, 2).unflatten(2, (16, 16))
     on_image = projection(TokenLayout((16, 16)), bases, dtype, CPU)
@@ -364,28 +358,32 @@ def test_tokens_are_projected_in_float32_where_there_are_no_instructions(process
                                                       (AMX, FLOAT, 32)])  # fmt: skip
 def test_one_matrix_serves_few_coefficients(processor, found, dtype, most):
     processor(found)
-    assert one_matrix_pays(most, dtype, CPU) and not one_matrix_pays(most + 1, dtype, CPU)
+    assert HEURISTICS.use_dense_projection(most, dtype, CPU) and not HEURISTICS.use_dense_projection(
+        most + 1, dtype, CPU
+    )
 
 
 def test_two_images_at_once_are_for_some_forty_coefficients_in_bfloat16(processor):
     processor(AMX)
-    assert two_images_at_once_pay(41, 197, BF16, CPU)
+    assert HEURISTICS.project_images_in_pairs(41, 197, BF16, CPU)
     for kept, tokens, dtype, device in ((32, 197, BF16, CPU), (64, 197, BF16, CPU), (41, 785, BF16, CPU),
                                         (41, 197, FLOAT, CPU), (41, 197, BF16, GPU)):  # fmt: skip
-        assert not two_images_at_once_pay(kept, tokens, dtype, device)
+        assert not HEURISTICS.project_images_in_pairs(kept, tokens, dtype, device)
     processor(NONE)
-    assert not two_images_at_once_pay(41, 197, BF16, CPU)
+    assert not HEURISTICS.project_images_in_pairs(41, 197, BF16, CPU)
 
 
 def test_the_cheaper_projection_is_taken():
     few, many = (projection(TokenLayout((16, 16)), BasisSet(r), FLOAT, CPU) for r in (3, 15))
-    assert type(few) is OneMatrix and type(many) is Projection
+    assert type(few) is DenseProjection and type(many) is SeparableProjection
 
 
 def test_attention_by_products_is_for_short_sequences_in_bfloat16(processor):
     processor(AVX512_BF16)
-    assert attention_by_products_pays(197, BF16, CPU)
-    assert not attention_by_products_pays(197, FLOAT, CPU) and not attention_by_products_pays(2000, BF16, CPU)
-    assert not attention_by_products_pays(197, BF16, GPU)
+    assert HEURISTICS.use_attention_by_products(197, BF16, CPU)
+    assert not HEURISTICS.use_attention_by_products(197, FLOAT, CPU) and not HEURISTICS.use_attention_by_products(
+        2000, BF16, CPU
+    )
+    assert not HEURISTICS.use_attention_by_products(197, BF16, GPU)
     processor(VNNI)
-    assert not attention_by_products_pays(197, BF16, CPU)
+    assert not HEURISTICS.use_attention_by_products(197, BF16, CPU)

@@ -142,8 +142,8 @@ def test_of_a_compressed_layer_whose_output_is_a_view():
     assert x.grad.count_nonzero()
 
 
-def test_of_attention(monkeypatch):
-    monkeypatch.setattr("lbp_peft.ops.attention.attention_by_products_pays", lambda *_: True)
+def test_of_attention(decide):
+    decide(use_attention_by_products=True)
     tensors = [torch.randn(2, 2, 9, 4, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     found = []
     for copies in (False, True):

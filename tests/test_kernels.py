@@ -17,9 +17,10 @@ from plans import plan_of
 from torch.utils.flop_counter import FlopCounterMode
 
 from lbp_peft import BasisSet, TokenLayout, kernels, low_rank_linear
-from lbp_peft.bases.basis_set import TokenOrder
-from lbp_peft.formats.products import Precision, _rounded_rows, product
-from lbp_peft.projection import Projection
+from lbp_peft.bases.grids import TokenOrder
+from lbp_peft.formats.products import Precision, product
+from lbp_peft.formats.registry import FORMATS
+from lbp_peft.projection import SeparableProjection
 
 triton = pytest.importorskip("triton")
 
@@ -57,7 +58,7 @@ def served(device, monkeypatch):
 
         monkeypatch.setattr(kernels, run.__name__, noted)
 
-    for run in (kernels.project_tokens, kernels.lift_coefficients, kernels.round_rows):
+    for run in (kernels.project_tokens, kernels.lift_coefficients, kernels.quantize_rows):
         note(run)
     return names
 
@@ -108,7 +109,7 @@ def test_gradients_are_those_of_the_plain_path(layout, boundary, device, served,
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
 def test_dtypes_and_bases(dtype, bound, bases, device, served):
     layout = TokenLayout((7, 9), 2, 1)
-    maps, exact = (Projection(layout, bases, kind, device) for kind in (dtype, torch.float64))
+    maps, exact = (SeparableProjection(layout, bases, kind, device) for kind in (dtype, torch.float64))
     tokens = torch.randn(2, layout.num_tokens, 40, device=device, dtype=dtype)
     small = maps.project(tokens)
     again = maps.lift(small)
@@ -120,7 +121,7 @@ def test_dtypes_and_bases(dtype, bound, bases, device, served):
 
 def test_tokens_outside_the_grid_pass_bit_for_bit(device, served):
     layout = TokenLayout((8, 10), 3, 40)
-    maps = Projection(layout, BasisSet(3), torch.float32, device)
+    maps = SeparableProjection(layout, BasisSet(3), torch.float32, device)
     tokens = torch.randn(2, layout.num_tokens, 70, device=device)
     small = maps.project(tokens)
     for found in (small, maps.lift(small)):
@@ -136,7 +137,7 @@ def test_blocks_of_unequal_sizes(device):
     assert (table.places >= 0).sum(dim=1).tolist() == [4, 8, 6, 6, 12, 9]
     assert table.starts.tolist() == [1, 4, 7, 10, 13, 16, 19]
     assert table.multiply_adds == 3 * 5 * 9
-    maps, exact = (Projection(layout, bases, dtype, device) for dtype in (torch.float32, torch.float64))
+    maps, exact = (SeparableProjection(layout, bases, dtype, device) for dtype in (torch.float32, torch.float64))
     tokens = torch.randn(1, layout.num_tokens, 8, device=device)
     assert relative(maps.project(tokens), exact.project(tokens.double())) < 1e-6
 
@@ -160,8 +161,8 @@ def test_what_is_not_served_takes_the_plain_path(device):
         x = tokens.clone().requires_grad_()
         assert kernels.serve_tokens(x, SQUARE, bases, None)
     layout = TokenLayout((8, 8), order=TokenOrder(reference.unrolled((8, 8), ((2, 2),))))
-    some = Projection(layout, bases, torch.float32, device)
-    on_grid = Projection(SQUARE, bases, torch.float32, device)
+    some = SeparableProjection(layout, bases, torch.float32, device)
+    on_grid = SeparableProjection(SQUARE, bases, torch.float32, device)
     order = torch.arange(64).view(1, 4, 2, 4, 2).permute(0, 2, 4, 1, 3).flatten()
     torch.testing.assert_close(some.project(tokens[:, order]), on_grid.project(tokens))
 
@@ -172,14 +173,18 @@ def plainly(monkeypatch, run):
         return run()
 
 
+def _quantized_rows(rows, hadamard_size, dtype):
+    return FORMATS["int8" if dtype == torch.int8 else "fp8"].quantize_rows(rows, hadamard_size)
+
+
 @pytest.mark.parametrize("rotation", [0, 16, 64])
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.float16, 1e-3), (torch.bfloat16, 8e-3)])
 def test_rounding_to_int8(dtype, bound, rotation, device, served, monkeypatch):
     rows = torch.randn(5, 320, device=device).mul_(torch.logspace(-3, 3, 5, device=device)[:, None]).to(dtype)
     rows[2] = 0
-    found = _rounded_rows(rows, rotation, torch.int8)
-    assert served == ["round_rows"] and found.values.dtype == torch.int8 and found.scales.dtype == torch.float32
-    expected = plainly(monkeypatch, lambda: _rounded_rows(rows.float(), rotation, torch.int8))
+    found = _quantized_rows(rows, rotation, torch.int8)
+    assert served == ["quantize_rows"] and found.values.dtype == torch.int8 and found.scales.dtype == torch.float32
+    expected = plainly(monkeypatch, lambda: _quantized_rows(rows.float(), rotation, torch.int8))
     assert relative(found.scales, expected.scales) < bound
     differences = (found.values.int() - expected.values.int()).abs()
     assert differences.max() <= 1 and differences.sum() <= 0.01 * differences.numel()
@@ -191,9 +196,9 @@ def test_rounding_to_fp8(device, served, monkeypatch):
     exponents, eighths = torch.randint(-4, 8, (6, 200)), torch.randint(8, 16, (6, 200))
     rows = (eighths / 8 * 2.0**exponents * torch.randn(6, 200).sign()).to(device)
     rows[:, 7] = 448
-    found = _rounded_rows(rows, 0, torch.float8_e4m3fn)
-    expected = plainly(monkeypatch, lambda: _rounded_rows(rows, 0, torch.float8_e4m3fn))
-    assert served == ["round_rows"]
+    found = _quantized_rows(rows, 0, torch.float8_e4m3fn)
+    expected = plainly(monkeypatch, lambda: _quantized_rows(rows, 0, torch.float8_e4m3fn))
+    assert served == ["quantize_rows"]
     assert torch.equal(found.values.float(), rows) and torch.equal(found.values.float(), expected.values.float())
     assert torch.equal(found.scales, expected.scales)
 
@@ -205,12 +210,12 @@ def test_rounding_is_the_same_at_every_scale(dtype, smallest, into, device, serv
     rows[:, 0] = 1
     if into == torch.float8_e4m3fn or dtype == torch.bfloat16:
         rows = rows.sign()  # the interpreter rounds some others to fp8 wrongly, and reads subnormal bfloat16 wrongly
-    expected = _rounded_rows(rows.to(dtype), 0, into)
+    expected = _quantized_rows(rows.to(dtype), 0, into)
     for exponent in (smallest, smallest + 3, -10, 10):
-        found = _rounded_rows(rows.to(dtype) * 2.0**exponent, 0, into)
+        found = _quantized_rows(rows.to(dtype) * 2.0**exponent, 0, into)
         assert torch.equal(found.values.view(torch.int8), expected.values.view(torch.int8)), exponent
         torch.testing.assert_close(found.scales.double(), expected.scales.double() * 2.0**exponent, rtol=1e-4, atol=0)
-    assert set(served) == {"round_rows"}
+    assert set(served) == {"quantize_rows"}
 
 
 @pytest.mark.parametrize("rotation", [0, 16])
@@ -218,7 +223,7 @@ def test_rounding_is_the_same_at_every_scale(dtype, smallest, into, device, serv
 def test_what_is_not_finite_does_not_vanish(value, rotation, device):
     rows = torch.randn(3, 64, device=device)
     rows[1, 5] = value
-    found = _rounded_rows(rows, rotation, torch.int8)
+    found = _quantized_rows(rows, rotation, torch.int8)
     assert found.scales.isfinite().flatten().tolist() == [True, False, True]
 
 
@@ -230,14 +235,14 @@ def test_products_in_low_precision(name, device, served, monkeypatch):
     grad, weight = torch.randn(40, 768, device=device), torch.randn(768, 192, device=device)
     precision = Precision(name, 16)
     found = product(grad, weight, precision)
-    assert served == ["round_rows"]
+    assert served == ["quantize_rows"]
     assert relative(found, plainly(monkeypatch, lambda: product(grad, weight, precision))) < 1e-2
 
 
 OPERATORS = {
     "project": lambda device: (torch.randn(2, 50, 20, device=device), (7, 7), 1, 0, 10, 8, "lp_l1", "orthogonal"),
     "lift": lambda device: (torch.randn(2, 11, 20, device=device), (7, 7), 1, 0, 10, 8, "lp_l1", "orthogonal"),
-    "round_rows": lambda device: (torch.randn(6, 64, device=device), 16, torch.int8),
+    "quantize_rows": lambda device: (torch.randn(6, 64, device=device), 16, torch.int8),
 }
 
 
@@ -248,7 +253,7 @@ def test_operators(name, device):
 
 # Multiply-adds: 2 images, 49 tokens, 10 bases, 20 channels; 6 rows of 64, each mixed with 15 others.
 @pytest.mark.parametrize(
-    "name, expected", [("project", 2 * 49 * 10 * 20), ("lift", 2 * 49 * 10 * 20), ("round_rows", 6 * 64 * 16)]
+    "name, expected", [("project", 2 * 49 * 10 * 20), ("lift", 2 * 49 * 10 * 20), ("quantize_rows", 6 * 64 * 16)]
 )
 def test_flop_counters_see_them(name, expected, device):
     with FlopCounterMode(display=False) as counter:
@@ -314,7 +319,7 @@ def test_rounding_compiles_for_a_gpu(target, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types = {"rows": "*bf16", "values": f"*{target}", "scales": "*fp32", "hadamard": "*bf16", "factor": "fp32"}
     constants = {"ROTATE": True, "TO_INTEGERS": target == "i8", "GROUPS": 64, "B": 16, "PRECISION": "tf32x3"}
-    assert "mma" in compiled_for_gpu(round.round_kernel, types, {"LARGEST": 127.0, **constants})
+    assert "mma" in compiled_for_gpu(round.quantize_kernel, types, {"LARGEST": 127.0, **constants})
 
 
 # The environment variable.

@@ -8,7 +8,7 @@ from plans import plan_of
 from test_lowrank import problem, relative
 
 from lbp_peft import BasisSet, TokenLayout, low_rank_linear
-from lbp_peft.bases.basis_set import TokenOrder
+from lbp_peft.bases.grids import TokenOrder
 from lbp_peft.bases.packed import PackedLayout
 
 pytestmark = pytest.mark.usefixtures("way")

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lbp_peft import LBPWHTConfig, exact_backward, gradient_quality, layout_report
 from lbp_peft.measure import memory, multiply_adds, peak_memory, saved_activations, step_cost
-from lbp_peft.projection import OneMatrix
+from lbp_peft.projection import DenseProjection
 
 N, L, C_IN, C_OUT = 2, 64, 12, 20
 
@@ -102,7 +102,7 @@ def test_a_convolution_multiplies_by_its_groups(groups, transposed):
 @pytest.fixture
 def project(way):
     """What it takes to project a channel of 8 x 8 tokens on 10 bases, or to lift it."""
-    if way is OneMatrix:
+    if way is DenseProjection:
         return 10 * L
     return (4 * 8 * 8) + (4 * 4 * 8)  # along the rows of the grid, then along its columns, on 4 functions each
 

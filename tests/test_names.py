@@ -45,7 +45,7 @@ def without_comment(names: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_pages_name_exists(page):
     text = page.read_text()
-    for dotted in DOTTED.findall(text):
+    for dotted in DOTTED.findall(IMPORTED.sub("", text)):  # an import brings the module that it names
         if not dotted.endswith((".py", ".md")):
             resolve(dotted)
     for module, names in IMPORTED.findall(text):

@@ -80,6 +80,8 @@ def test_an_input_gradient_of_another_kind_takes_one_class():
 
     @dataclass(frozen=True)
     class OfMeans(InputGradient):
+        uses_layout = True
+
         def num_coefficients(self, layout):
             return layout.num_outside + 1
 

@@ -15,13 +15,21 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lbp_peft import LBPWHTConfig, exact_backward, instructions, layout_report
-from lbp_peft.formats import products as precision
-from lbp_peft.formats.products import FULL, Precision, Rounded, product, rescaled_product, rotated, rounded, weight_grad
+from lbp_peft.formats import bf16, full, hadamard, int8, products, weight_cache
+from lbp_peft.formats.base import NumberFormat, Quantized
+from lbp_peft.formats.hadamard import rotate
+from lbp_peft.formats.products import FULL, Precision, product, weight_grad
+from lbp_peft.formats.registry import FORMATS
 from lbp_peft.instructions import Instructions
 
 
 def draw(*shape, seed=0, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def quantized(matrix, dtype, dim):
+    """In the format of 8 bits whose values have a dtype."""
+    return FORMATS["int8" if dtype == torch.int8 else "fp8"].quantize(matrix, dim)
 
 
 def relative(found, expected):
@@ -78,7 +86,7 @@ def test_zeros_stay_zero():
 
 def test_a_rotation_cancels_and_spreads_outliers():
     g, weight = draw(64, 128), draw(128, 32, seed=1)
-    turned = rotated(g, 64) @ rotated(weight.t(), 64).t()
+    turned = rotate(g, 64) @ rotate(weight.t(), 64).t()
     torch.testing.assert_close(turned, g @ weight, rtol=1e-4, atol=1e-4)
     g[:, 5] *= 300
     weight[5] /= 300
@@ -89,14 +97,14 @@ def test_a_rotation_cancels_and_spreads_outliers():
 
 @pytest.mark.parametrize("block", [2, 16, 128])
 def test_the_rotation_is_the_same_where_it_is_compiled(block, monkeypatch):
-    expected = precision._hadamard(block, torch.float32, torch.device("cpu"))
+    expected = hadamard._hadamard(block, torch.float32, torch.device("cpu"))
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert torch.equal(precision._hadamard(block, torch.float32, torch.device("cpu")), expected)
+    assert torch.equal(hadamard._hadamard(block, torch.float32, torch.device("cpu")), expected)
 
 
 @pytest.mark.parametrize("features, block", [(96, 32), (100, 4), (7, 1), (256, 128)])
 def test_the_rotation_fits_the_outputs(features, block):
-    assert precision._fitting_block(128, features) == block
+    assert hadamard.fitting_size(128, features) == block
     g, weight = draw(20, features), draw(features, 6, seed=1)
     assert relative(product(g, weight, Precision("int8", 128)), g.double() @ weight.double()) < 0.03
 
@@ -117,10 +125,10 @@ def test_fp8_products_of_any_size(rows, inner, columns, monkeypatch):
 
     monkeypatch.setattr(torch, "_scaled_mm", checked)
     g, weight = draw(rows, inner), draw(inner, columns, seed=1)
-    left, right = rounded(g, torch.float8_e4m3fn, 1), rounded(weight, torch.float8_e4m3fn, 0)
-    assert isinstance(left, Rounded) and left.values.dtype == torch.float8_e4m3fn
+    left, right = quantized(g, torch.float8_e4m3fn, 1), quantized(weight, torch.float8_e4m3fn, 0)
+    assert isinstance(left, Quantized) and left.values.dtype == torch.float8_e4m3fn
     try:
-        found = rescaled_product(left, right)
+        found = FORMATS["fp8"].multiply_quantized(left, right)
     except (RuntimeError, NotImplementedError) as error:
         pytest.skip(f"no fp8 product on this CPU: {error}".splitlines()[0])
     assert found.shape == (rows, columns)
@@ -147,10 +155,10 @@ SMALLEST = {torch.float32: -126, torch.bfloat16: -126, torch.float16: -14}
 def test_rounding_is_the_same_at_every_scale(dtype, into, dim, compiling, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     matrix = of_few_bits(20, 48, dtype=dtype)
-    expected = rounded(matrix, into, dim)
+    expected = quantized(matrix, into, dim)
     largest = 15 if dtype == torch.float16 else 127
     for exponent in (*range(SMALLEST[dtype], SMALLEST[dtype] + 8), -10, 0, 10, largest):
-        found = rounded(matrix * 2.0**exponent, into, dim)
+        found = quantized(matrix * 2.0**exponent, into, dim)
         assert torch.equal(found.values.view(torch.int8), expected.values.view(torch.int8)), exponent
         torch.testing.assert_close(found.scales.double(), expected.scales.double() * 2.0**exponent, rtol=1e-4, atol=0)
 
@@ -193,8 +201,8 @@ def test_int8_products_are_the_same_at_every_scale_of_the_weight():
 def test_rows_of_all_scales_are_rounded_each_by_itself():
     g = of_few_bits(20, 48, dtype=torch.float32)
     scales = torch.tensor([2.0**-126, 1e-30, 1.0, 1e30, 0.0]).repeat(4)[:, None]
-    found = rounded(g * scales, torch.int8, 1)
-    assert torch.equal(found.values[scales[:, 0] > 0], rounded(g, torch.int8, 1).values[scales[:, 0] > 0])
+    found = quantized(g * scales, torch.int8, 1)
+    assert torch.equal(found.values[scales[:, 0] > 0], quantized(g, torch.int8, 1).values[scales[:, 0] > 0])
     assert (found.values[scales[:, 0] == 0] == 0).all() and found.scales.isfinite().all()
 
 
@@ -227,7 +235,7 @@ def test_without_instructions_int8_gives_the_same_bits(inner, dtype, rotation, c
 
 def test_sums_of_integers_do_not_depend_on_the_order():
     """The largest sums that float32 is trusted with."""
-    terms = precision._EXACT_TERMS
+    terms = int8._EXACT_TERMS
     assert terms == 1040 and 127**2 * terms < 2**24
     left, right = torch.full((3, terms), 127.0), torch.full((terms, 5), -127.0)
     right[-1] = -126  # an odd number: of this size only exact sums hit it
@@ -294,13 +302,13 @@ def test_without_instructions_weight_gradients_are_multiplied_in_float32(dtype, 
 @pytest.fixture
 def roundings(monkeypatch):
     """Shapes of the weights that were rounded."""
-    seen, plain = [], precision._round_weight
+    seen, plain = [], NumberFormat.quantize_weight
 
-    def counting(weight, *how):
+    def counting(number_format, weight, hadamard_size):
         seen.append(tuple(weight.shape))
-        return plain(weight, *how)
+        return plain(number_format, weight, hadamard_size)
 
-    monkeypatch.setattr(precision, "_round_weight", counting)
+    monkeypatch.setattr(NumberFormat, "quantize_weight", counting)
     return seen
 
 
@@ -333,11 +341,11 @@ def test_a_change_of_any_row_is_noticed(features):
 @pytest.mark.parametrize("pattern", [[1, -1], [1, -2, 1], [1, -3, 3, -1], [1, -1, -1, 1], 16 * [1], 8 * [1, -1]])
 def test_rows_that_change_against_one_another_are_noticed(pattern):
     weight, change = torch.nn.Parameter(draw(16, 8, seed=1)), torch.tensor(pattern, dtype=torch.float32)
-    before = precision._fingerprint(weight.detach())
+    before = weight_cache._fingerprint(weight.detach())
     for start in range(16 - len(pattern) + 1):
         changed = weight.detach().clone()
         changed[start : start + len(pattern)] += change[:, None]
-        assert ((precision._fingerprint(changed) - before).abs() > 1e-3).all()
+        assert ((weight_cache._fingerprint(changed) - before).abs() > 1e-3).all()
 
 
 @pytest.mark.parametrize("change", [
@@ -381,27 +389,27 @@ def test_what_is_merged_into_a_weight_enters_its_gradients():
 
 def test_copies_go_with_their_weight():
     gc.collect()
-    before = len(precision._copies)
+    before = len(weight_cache._copies)
     weight = torch.nn.Parameter(draw(16, 8))
     with torch.no_grad():
         product(draw(10, 16), weight, Precision("int8"), weight)
-    assert len(precision._copies) == before + 1
+    assert len(weight_cache._copies) == before + 1
     del weight
     gc.collect()
-    assert len(precision._copies) == before
+    assert len(weight_cache._copies) == before
 
 
 def test_copies_go_when_the_adapter_goes():
     """The weights beneath LoRA outlive it."""
     gc.collect()
-    before = len(precision._copies)
+    before = len(weight_cache._copies)
     model = adapted(
         grad_input_dtype="int8", train_base_weight=False, stack_on=LoraConfig(r=2, target_modules=["q_proj"])
     )
     gradients(model, images())
-    assert len(precision._copies) > before
+    assert len(weight_cache._copies) > before
     base = model.unload()
-    assert len(precision._copies) == before and base is not None
+    assert len(weight_cache._copies) == before and base is not None
 
 
 # In a model
@@ -437,7 +445,7 @@ def test_without_instructions_low_rank_layers_multiply_in_float32(kind, grad_inp
     expected = gradients(model, x)
     monkeypatch.setattr(instructions, "of_cpu", Instructions)
     monkeypatch.setattr(torch, "_int_mm", None)
-    in_layers, plain = [], precision._product_of_one_dtype
+    in_layers, plain = [], full.product_of_one_dtype
 
     def watched(left, right):
         with Products() as products:
@@ -445,7 +453,8 @@ def test_without_instructions_low_rank_layers_multiply_in_float32(kind, grad_inp
         in_layers.append(products.dtypes)
         return found
 
-    monkeypatch.setattr(precision, "_product_of_one_dtype", watched)
+    for module in (full, bf16, products):
+        monkeypatch.setattr(module, "product_of_one_dtype", watched)
     found = gradients(model.to(dtype), x.to(dtype))
     assert {frozenset(dtypes) for dtypes in in_layers} == {frozenset({torch.float32})}
     assert cosine({n: g.float() for n, g in found.items()}, expected) > (0.999 if dtype == torch.float32 else 0.99)
@@ -661,7 +670,7 @@ def test_with_checkpointing_the_first_layers_weight_gradients_are_the_same_too()
 
 def test_there_is_one_way_to_say_that_nothing_is_rounded():
     config = LBPWHTConfig(grad_input_dtype="full", hadamard_size=16)
-    assert Precision("full", rotation=16) == FULL == config.input_precision(None)
+    assert Precision("full", hadamard_size=16) == FULL == config.input_precision(None)
 
 
 class Patches(nn.Module):
@@ -697,8 +706,8 @@ def test_what_a_tracer_saw_does_not_stay(rotation):
     how = Precision("int8", rotation)
     weight = nn.Parameter(draw(48, 32))
     expected = product(draw(4, 48), weight.clone(), how)
-    precision._weights_of_rows.cache_clear()
-    precision._hadamards.clear()
+    weight_cache._weights_of_rows.cache_clear()
+    hadamard._hadamards.clear()
     with FakeTensorMode():
         seen = nn.Parameter(torch.empty(48, 32))
         product(torch.empty(4, 48), seen, how, seen)

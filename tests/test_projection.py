@@ -7,10 +7,16 @@ from plans import plan_of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lbp_peft import BasisSet, TokenLayout, instructions, low_rank_linear
-from lbp_peft.bases.basis_set import TokenOrder
+from lbp_peft.bases.grids import TokenOrder
 from lbp_peft.formats.products import Precision
 from lbp_peft.instructions import Instructions, product_dtype
-from lbp_peft.projection import InFloat32, OneMatrix, Projection, num_kept, projection
+from lbp_peft.projection import (
+    DenseProjection,
+    Float32Projection,
+    SeparableProjection,
+    num_kept,
+    projection,
+)
 
 CPU = torch.device("cpu")
 LAYOUTS = [
@@ -36,7 +42,7 @@ def cases():
 
 
 def both(layout, bases, dtype=torch.float64, padding=None):
-    return (way(layout, bases, dtype, CPU, padding) for way in (Projection, OneMatrix))
+    return (way(layout, bases, dtype, CPU, padding) for way in (SeparableProjection, DenseProjection))
 
 
 def draw(*shape, dtype=torch.float64):
@@ -61,10 +67,10 @@ def test_both_ways_agree(layout, bases):
 def test_both_ways_agree_in_other_dtypes(dtype, bound):
     layout, bases = LAYOUTS[1], BASES[0]
     tokens = draw(2, layout.num_tokens, 5, dtype=dtype)
-    expected = Projection(layout, bases, torch.float64, CPU).project(tokens.double())
+    expected = SeparableProjection(layout, bases, torch.float64, CPU).project(tokens.double())
     for maps in both(layout, bases):
         narrow = maps.of_dtype(dtype)
-        same_way = type(maps) if product_dtype(dtype, CPU) == dtype else InFloat32
+        same_way = type(maps) if product_dtype(dtype, CPU) == dtype else Float32Projection
         assert type(narrow) is same_way and narrow.of_dtype(dtype) is narrow
         found = narrow.project(tokens)
         assert found.dtype == narrow.lift(found).dtype == dtype
@@ -96,9 +102,9 @@ def test_both_ways_agree_beside_padding():
 
 
 @pytest.mark.parametrize("batch", [0, 1, 2, 3, 6])
-def test_two_images_at_once_give_what_each_gives(batch, monkeypatch):
+def test_two_images_at_once_give_what_each_gives(batch, decide):
     asked = []
-    monkeypatch.setattr("lbp_peft.projection.two_images_at_once_pay", lambda *given: asked.append(given) or True)
+    decide(project_images_in_pairs=lambda *given: asked.append(given) or True)
     layout = TokenLayout((14, 14), 1)
     _, at_once = both(layout, BASES[0])
     tokens = draw(batch, layout.num_tokens, 5)
@@ -123,8 +129,8 @@ def test_an_empty_batch_has_no_coefficients(layout, way):
 
 
 @pytest.mark.parametrize("layout", [TokenLayout((14, 14), 1, 2), LAYOUTS[4]], ids=name)
-def test_one_matrix_in_a_compiled_graph(layout, monkeypatch):
-    monkeypatch.setattr("lbp_peft.projection.one_matrix_pays", lambda *_: True)
+def test_one_matrix_in_a_compiled_graph(layout, decide):
+    decide(use_dense_projection=True)
     torch._dynamo.reset()
     x, weight = draw(2, layout.num_tokens, 6, dtype=torch.float32), draw(4, 6, dtype=torch.float32)
     found = []
@@ -188,11 +194,11 @@ def test_nothing_larger_than_the_tokens_is_made(grid, outside, bases, way):
 def test_functions_that_outnumber_the_tokens_are_not_applied_axis_by_axis():
     """14 x 14 patches are padded to 16 x 16 to be reflected; 36 bases a block use all 16 functions along an axis."""
     layout, bases = TokenLayout((14, 14)), BasisSet(36, boundary="reflect")
-    assert type(projection(layout, bases, torch.float32, CPU)) is OneMatrix
+    assert type(projection(layout, bases, torch.float32, CPU)) is DenseProjection
     with Made() as made:
-        Projection(layout, bases, torch.float32, CPU).project(torch.randn(2, 196, 40))
+        SeparableProjection(layout, bases, torch.float32, CPU).project(torch.randn(2, 196, 40))
     assert made.largest() > 2 * 196 * 40
-    assert type(projection(layout, BasisSet(36), torch.float32, CPU)) is Projection
+    assert type(projection(layout, BasisSet(36), torch.float32, CPU)) is SeparableProjection
 
 
 @pytest.mark.parametrize("precision", ["full", "int8", "bf16"])

@@ -7,21 +7,21 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lbp_peft import LBPWHTConfig
-from lbp_peft.projection import Projection
+from lbp_peft.projection import SeparableProjection
 
 
 @pytest.fixture
-def projected(monkeypatch):
+def projected(monkeypatch, decide):
     """What is projected in forward passes, in turn."""
-    seen, project = [], Projection.project
+    seen, project = [], SeparableProjection.project
 
     def noted(self, tokens):
         if torch._C._current_graph_task_id() == -1:
             seen.append(tokens)
         return project(self, tokens)
 
-    monkeypatch.setattr("lbp_peft.projection.one_matrix_pays", lambda *_: False)
-    monkeypatch.setattr(Projection, "project", noted)
+    decide(use_dense_projection=False)
+    monkeypatch.setattr(SeparableProjection, "project", noted)
     return seen
 
 

@@ -13,8 +13,8 @@ from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from lbp_peft import BasisSet, LBPWHTConfig, TokenLayout, exact_backward, layout_report, low_rank_linear
-from lbp_peft import projection as projections
-from lbp_peft.bases.basis_set import TokenOrder
+from lbp_peft.bases import separable
+from lbp_peft.bases.grids import TokenOrder
 from lbp_peft.ops.conv1x1 import low_rank_pointwise_conv
 
 BASES = BasisSet(3)
@@ -269,7 +269,7 @@ def test_padding():
 def test_matrices_that_are_kept_belong_to_no_transform(monkeypatch):
     kept = {name: {} for name in ("_matrices", "_wholes", "_orders")}
     for name, empty in kept.items():
-        monkeypatch.setattr(projections, name, empty)
+        monkeypatch.setattr(separable, name, empty)
     x, weight = torch.randn(2, 1, 64, 6), torch.randn(4, 6)
     layout = TokenLayout((8, 8), order=TokenOrder(reference.unrolled((8, 8), ((2, 2),))))
 
@@ -287,8 +287,8 @@ def test_matrices_that_are_kept_belong_to_no_transform(monkeypatch):
     torch.testing.assert_close(each.sum(0), grad(loss)(weight, x[:, 0]))
 
 
-def test_attention_by_products_steps_aside(monkeypatch):
-    monkeypatch.setattr("lbp_peft.ops.attention.attention_by_products_pays", lambda *_: True)
+def test_attention_by_products_steps_aside(monkeypatch, decide):
+    decide(use_attention_by_products=True)
     monkeypatch.setattr("lbp_peft.tuner.patches.attention_patch.multiplies_bf16", lambda _: True)
     model, x = adapted(base=lambda: tiny_vit().bfloat16()), images(3).bfloat16()
     found = grad(loss_of(model))(trained(model), x)

@@ -11,7 +11,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
-from lbp_peft.bases.basis_set import BasisSet, grid_bases
+from lbp_peft.bases.basis_set import BasisSet
+from lbp_peft.bases.separable import grid_bases
 from lbp_peft.bases.walsh import basis_order
 
 KEPT = 10

@@ -26,11 +26,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.floors import measure_rates
 from benchmarks.tables import aligned, number
 from lbp_peft import kernels
-from lbp_peft.bases.basis_set import BasisSet, TokenLayout
+from lbp_peft.bases.basis_set import BasisSet
+from lbp_peft.bases.grids import TokenLayout
 from lbp_peft.environment import environment, in_words, write_record
-from lbp_peft.formats.products import rotated, rounded
+from lbp_peft.formats.hadamard import rotate
+from lbp_peft.formats.registry import FORMATS
 from lbp_peft.measure.timing import interleaved, now, quartiles
-from lbp_peft.projection import Projection
+from lbp_peft.projection import SeparableProjection
 
 DTYPES = {"bf16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 CALLS = 20  # in a row, so that the time to launch one is hidden as it is in a training step
@@ -52,7 +54,7 @@ class Comparison:
 
 
 def of_tokens(layout: TokenLayout, bases: BasisSet, tokens: Tensor) -> list[Comparison]:
-    maps = Projection(layout, bases, tokens.dtype, tokens.device)
+    maps = SeparableProjection(layout, bases, tokens.dtype, tokens.device)
     small = maps.project(tokens)
     shape = " x ".join(map(str, tokens.shape))
     moved = tokens.nbytes + small.nbytes
@@ -69,9 +71,9 @@ def of_tokens(layout: TokenLayout, bases: BasisSet, tokens: Tensor) -> list[Comp
 
 def of_rows(rows: Tensor, rotation: int) -> Comparison:
     def plain() -> object:
-        return rounded(rotated(rows, rotation) if rotation else rows, torch.int8, dim=1)
+        return FORMATS["int8"].quantize(rotate(rows, rotation) if rotation else rows, dim=1)
 
-    ways = {"triton": lambda: kernels.round_rows(rows, rotation, torch.int8), "plain": plain}
+    ways = {"triton": lambda: kernels.quantize_rows(rows, rotation, torch.int8), "plain": plain}
     moved = rows.nbytes + rows.numel() + 4 * len(rows)
     return Comparison(f"round to int8, rotation {rotation}, {' x '.join(map(str, rows.shape))}", moved, ways)
 

@@ -3,7 +3,7 @@
     python examples/benchmarks/projections.py
     python examples/benchmarks/projections.py --batch-size 64 --r 3 10 21 36
 
-`lbp_peft.heuristics.one_matrix_pays` chooses between the two by k; its bounds were read off this table.
+`lbp_peft.heuristics.Heuristics.use_dense_projection` chooses between the two by k; its bounds were read off this table.
 """
 
 from __future__ import annotations
@@ -19,11 +19,12 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.tables import aligned, number
-from lbp_peft.bases.basis_set import BasisSet, TokenLayout
+from lbp_peft.bases.basis_set import BasisSet
+from lbp_peft.bases.grids import TokenLayout
 from lbp_peft.environment import environment, in_words, write_record
-from lbp_peft.heuristics import one_matrix_pays
+from lbp_peft.heuristics import active
 from lbp_peft.measure.timing import interleaved, now, quartiles, ratios
-from lbp_peft.projection import OneMatrix, Projection, num_kept
+from lbp_peft.projection import DenseProjection, SeparableProjection, num_kept
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 LAYOUTS = [TokenLayout((8, 8), 1), TokenLayout((14, 14), 1), TokenLayout((16, 16), 5), TokenLayout((32, 32))]
@@ -41,7 +42,7 @@ def timed(run: Callable[[], object]) -> float:
 def measured(layout: TokenLayout, r: int, channels: int, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
     """Times in ms as quartiles, of both ways and of each there and back."""
     kind, device, bases = DTYPES[dtype], torch.device(options.device), BasisSet(r)
-    ways = [way(layout, bases, kind, device) for way in (Projection, OneMatrix)]
+    ways = [way(layout, bases, kind, device) for way in (SeparableProjection, DenseProjection)]
     tokens = torch.randn(options.batch_size, layout.num_tokens, channels, device=device, dtype=kind)
     small = ways[0].project(tokens)
     runs = [lambda way=way: timed(lambda: way.project(tokens)) for way in ways]
@@ -58,7 +59,7 @@ def measured(layout: TokenLayout, r: int, channels: int, dtype: str, options: ar
         "dtype": dtype,
         "r": r,
         "k": kept,
-        "chosen": "one matrix" if one_matrix_pays(kept, kind, device) else "by axis",
+        "chosen": "one matrix" if active().use_dense_projection(kept, kind, device) else "by axis",
         **{f"{name}_ms": [1e3 * value for value in quartiles(own)] for name, own in zip(names, times, strict=True)},
         "project_ratio": quartiles(ratios(times[1], times[0])),
         "lift_ratio": quartiles(ratios(times[3], times[2])),

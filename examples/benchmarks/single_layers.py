@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.floors import Rates, Work, measure_rates
 from benchmarks.tables import aligned, number
 from lbp_peft import LBPWHTConfig
-from lbp_peft.bases.basis_set import BasisSet, TokenLayout
+from lbp_peft.bases.basis_set import BasisSet
+from lbp_peft.bases.grids import TokenLayout
 from lbp_peft.environment import environment, in_words, write_record
 from lbp_peft.measure.timing import interleaved, now, quartiles, ratios, touch
 from lbp_peft.projection import num_kept

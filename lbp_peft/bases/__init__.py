@@ -1,5 +1,9 @@
 """Bases of the small space: which functions over the patch grid a backward pass keeps."""
 
-from .basis_set import BasisSet, LayoutError, TokenLayout
+from .base import Basis
+from .basis_set import BasisSet
+from .dense import DenseBasis
+from .grids import LayoutError, TokenLayout
+from .listed import ListedBasis
 
-__all__ = ["BasisSet", "LayoutError", "TokenLayout"]
+__all__ = ["Basis", "BasisSet", "DenseBasis", "LayoutError", "ListedBasis", "TokenLayout"]

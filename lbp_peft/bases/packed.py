@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .basis_set import TokenLayout
+from .grids import TokenLayout
 
 
 @dataclass(frozen=True)

@@ -56,13 +56,24 @@ def basis_order(selection: str, rows: Sequence[int], columns: Sequence[int]) -> 
         Pairs of positions in `rows` and `columns`.
 
     Raises:
-        ValueError: unknown selection.
+        ValueError: the selection is unknown, or its order is not monotone: (a, b) has to come before (i, j) if a <= i
+            and b <= j, and so the constant (0, 0) before all others.
     """
     if selection not in _KEYS:
         raise ValueError(f"Unknown selection {selection!r}, choose one of {', '.join(SELECTIONS)}.")
     key = _KEYS[selection]
     positions = [(a, b) for a in range(len(rows)) for b in range(len(columns))]
-    return sorted(positions, key=lambda pair: key(rows[pair[0]], columns[pair[1]]))
+    order = sorted(positions, key=lambda pair: key(rows[pair[0]], columns[pair[1]]))
+    rank = {pair: place for place, pair in enumerate(order)}
+    for a, b in order:
+        for before in ((a - 1, b), (a, b - 1)):
+            if rank.get(before, -1) > rank[a, b]:
+                raise ValueError(
+                    f"The selection {selection!r} puts the Walsh function {rows[a], columns[b]} before "
+                    f"{rows[before[0]], columns[before[1]]}, of lower sequency. Cropped functions are orthonormalised "
+                    "in the order of their sequency, so a selection must keep lower ones first in both axes."
+                )
+    return order
 
 
 _KEYS = {

@@ -1,7 +1,7 @@
 """Integers of 8 bits with one scale for each group of neighbouring channels.
 
 A few outlying channels cost only their own group. What a backward pass reads once, such as the input of a norm, is kept
-in this format; [`lbp_peft.formats.products`] has those that matrix products read.
+in this format; [`lbp_peft.formats.int8`] is what matrix products read.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .products import largest_magnitude, scaled_to_range
+from .scaling import largest_magnitude, scaled_to_range
 
 BYTES_OF_SCALE = 4  # float32
 GROUP = 64  # channels

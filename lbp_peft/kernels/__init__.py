@@ -1,4 +1,4 @@
-"""Triton kernels for projecting, lifting and rounding, and which tensors they serve.
+"""Triton kernels for projecting, lifting and quantizing, and which tensors they serve.
 
 Off unless the environment variable LBP_PEFT_KERNELS is "triton" when this package is imported. On an H200 they pass
 their tests and are faster than plain PyTorch on large tensors, see docs/results.md. What they do not serve takes plain
@@ -16,7 +16,8 @@ import os
 import torch
 from torch import Tensor
 
-from ..bases.basis_set import BasisSet, TokenLayout
+from ..bases.basis_set import BasisSet
+from ..bases.grids import TokenLayout
 
 VARIABLE = "LBP_PEFT_KERNELS"
 _asked_for = os.environ.get(VARIABLE, "")
@@ -29,13 +30,13 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if IN_USE:
     try:
-        from . import lift, project, round  # noqa: F401  importing them registers the operators
+        from . import lift, project, quantize  # noqa: F401  importing them registers the operators
     except ModuleNotFoundError as error:
         raise ImportError(f"{VARIABLE}=triton needs triton, which comes with PyTorch's builds for CUDA.") from error
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LARGEST_BLOCK = 8  # a program holds a block of tokens, 8 x 8 of them, in registers
-_ROTATIONS = (0, 1, 16, 32, 64, 128)
+_HADAMARD_SIZES = (0, 1, 16, 32, 64, 128)
 _LARGEST_ROW = 8192  # a program holds a row
 
 
@@ -44,9 +45,9 @@ def serve_tokens(tokens: Tensor, layout: TokenLayout, bases: BasisSet, padding: 
     return _served(tokens) and bases.block_size <= _LARGEST_BLOCK and padding is None and not layout.order
 
 
-def serve_rows(rows: Tensor, rotation: int) -> bool:
-    """Whether there is a kernel to rotate and round (M, K)."""
-    return _served(rows) and rotation in _ROTATIONS and rows.shape[1] <= _LARGEST_ROW
+def serve_rows(rows: Tensor, hadamard_size: int) -> bool:
+    """Whether there is a kernel to rotate and quantize (M, K)."""
+    return _served(rows) and hadamard_size in _HADAMARD_SIZES and rows.shape[1] <= _LARGEST_ROW
 
 
 def _served(tensor: Tensor) -> bool:
@@ -60,18 +61,18 @@ def _served(tensor: Tensor) -> bool:
 
 
 def project_tokens(tokens: Tensor, layout: TokenLayout, bases: BasisSet) -> Tensor:
-    """(N, L, C) -> (N, k, C), as [`lbp_peft.projection.Projection.project`]."""
+    """(N, L, C) -> (N, k, C), as [`lbp_peft.projection.base.Projection.project`]."""
     return torch.ops.lbp_peft.project(tokens, *_plain(layout, bases))
 
 
 def lift_coefficients(coefficients: Tensor, layout: TokenLayout, bases: BasisSet) -> Tensor:
-    """(N, k, C) -> (N, L, C), as [`lbp_peft.projection.Projection.lift`]."""
+    """(N, k, C) -> (N, L, C), as [`lbp_peft.projection.base.Projection.lift`]."""
     return torch.ops.lbp_peft.lift(coefficients, *_plain(layout, bases))
 
 
-def round_rows(rows: Tensor, rotation: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(M, K) -> values (M, K) of 8 bits, scales (M, 1), as rounding after rotating in [`lbp_peft.formats.products`]."""
-    return torch.ops.lbp_peft.round_rows(rows, rotation, dtype)
+def quantize_rows(rows: Tensor, hadamard_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(M, K) -> values (M, K) of 8 bits, scales (M, 1), as [`lbp_peft.formats.base.EightBitFormat.quantize_rows`]."""
+    return torch.ops.lbp_peft.quantize_rows(rows, hadamard_size, dtype)
 
 
 def _plain(layout: TokenLayout, bases: BasisSet) -> tuple:

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..bases.basis_set import AxisBlock, BasisSet, TokenLayout, axis_blocks, bases_along, num_bases
-from ..bases.walsh import basis_order
+from ..bases.basis_set import BasisSet
+from ..bases.grids import TokenLayout
+from ..bases.separable import AxisBlock, axis_blocks, num_bases
 
 # The operators' arguments after the tensor, see `described`.
 SCHEMA = "int[] grid, int prefix, int suffix, int r, int block_size, str selection, str boundary"
@@ -65,9 +66,9 @@ def synthesis(layout: TokenLayout, bases: BasisSet, dtype: torch.dtype, device: 
 
 
 def _blocks(field: str, layout: TokenLayout, bases: BasisSet, dtype: torch.dtype, device: torch.device) -> Blocks:
-    along = bases_along(layout.grid, bases)
-    rows, columns = (axis_blocks(side, along.block_size, along.boundary) for side in layout.grid)
-    found = [_one_block(field, row, column, layout, along) for row in rows for column in columns]
+    size = bases.size_along(layout.grid)
+    rows, columns = (axis_blocks(side, size, bases.boundary) for side in layout.grid)
+    found = [_one_block(field, row, column, layout, bases) for row in rows for column in columns]
     most_bases, most_tokens = (max(matrix.shape[axis] for matrix, _ in found) for axis in (0, 1))
     matrices = np.zeros((len(found), _padded(most_bases), _padded(most_tokens)))
     places = np.full((len(found), _padded(most_tokens)), -1)
@@ -88,11 +89,11 @@ def _one_block(
     field: str, row: AxisBlock, column: AxisBlock, layout: TokenLayout, bases: BasisSet
 ) -> tuple[np.ndarray, np.ndarray]:
     """Its bases on its tokens, and where these stand."""
-    kept = basis_order(bases.selection, row.sequencies, column.sequencies)[: bases.r]
+    kept = bases.select(row.sequencies, column.sequencies)
     down, across = getattr(row, field), getattr(column, field)
     at_rows, at_columns = (np.flatnonzero(functions.any(axis=0)) for functions in (down, across))
     i, j = (list(indices) for indices in zip(*kept, strict=True))
-    matrix = down[i][:, at_rows, None] * across[j][:, None, at_columns] / bases.block_size
+    matrix = down[i][:, at_rows, None] * across[j][:, None, at_columns] / bases.size_along(layout.grid)
     places = layout.num_prefix_tokens + at_rows[:, None] * layout.grid[1] + at_columns
     return matrix.reshape(len(kept), -1), places.reshape(-1)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..bases.basis_set import TokenLayout, TokenOrder
+from ..bases.grids import TokenLayout, TokenOrder
 from ..bases.packed import PackedLayout
 
 if TYPE_CHECKING:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..bases.basis_set import TokenLayout
+from ..bases.grids import TokenLayout
 from .records import LayoutRecord
 
 

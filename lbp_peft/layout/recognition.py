@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import Tensor
 
-from ..bases.basis_set import TokenLayout, TokenOrder
+from ..bases.grids import TokenLayout, TokenOrder
 from ..bases.packed import PackedLayout
 from ..bounded import BoundedCache
 from .positions import LOST, NOWHERE

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..bases.basis_set import TokenLayout
+from ..bases.grids import TokenLayout
 from ..transforms import outside_transforms
 from .positions import FIRST_TEXT, mixed
 from .recognition import NoTokensError, SingleTokenError, UnknownLayoutError, read_layout

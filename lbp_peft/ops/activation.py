@@ -32,12 +32,12 @@ def compressed_layer(layer: nn.Module, x: Tensor) -> Tensor:
     """
     record = LayerRecord(layer)
     tensors = record.take_tensors()
-    return _CompressedLayer.apply(_How(record, x.dtype, same_autocast(x.device.type)), x, *tensors)
+    return _CompressedLayer.apply(_State(record, x.dtype, same_autocast(x.device.type)), x, *tensors)
 
 
 @dataclass(frozen=True)
-class _How:
-    """All that is no tensor."""
+class _State:
+    """Non-tensor state saved for backward."""
 
     layer: LayerRecord
     dtype: torch.dtype
@@ -46,27 +46,27 @@ class _How:
 
 class _CompressedLayer(torch.autograd.Function):
     @staticmethod
-    def forward(how: _How, x: Tensor, *held: Tensor) -> Tensor:
-        return how.layer.layer(x).detach()  # a view, as of a product's result, could not be changed in place
+    def forward(state: _State, x: Tensor, *held: Tensor) -> Tensor:
+        return state.layer.layer(x).detach()  # a view, as of a product's result, could not be changed in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.how, x, *held = inputs
+        ctx.state, x, *held = inputs
         ctx.save_for_backward(*rounded_in_groups(x), *to_save(held))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        how, second_order = ctx.how, torch.is_grad_enabled()
+        state, second_order = ctx.state, torch.is_grad_enabled()
         values, scales, *held = ctx.saved_tensors
-        x = restored(values, scales, how.dtype)
+        x = restored(values, scales, state.dtype)
         _, needs_x, *trained = ctx.needs_input_grad
-        with backward_pass(), torch.enable_grad(), how.autocast():
+        with backward_pass(), torch.enable_grad(), state.autocast():
             x.requires_grad_(needs_x)
-            leaves = how.layer.leaves(held, trained)
+            leaves = state.layer.leaves(held, trained)
             seen = x.view_as(x)  # no leaf: those who watch modules, as FLOP counters do, cannot follow one in here
-            with how.layer.put_back(leaves):
-                y = how.layer.layer(seen)
+            with state.layer.put_back(leaves):
+                y = state.layer.layer(seen)
             wanted = [t for t, needed in zip((x, *leaves), (needs_x, *trained), strict=True) if needed]
-            found = iter(torch.autograd.grad(y, wanted, grads[0].to(y.dtype), allow_unused=True))
-        gradients = [next(found) if needed else None for needed in (needs_x, *trained)]
+            computed = iter(torch.autograd.grad(y, wanted, grads[0].to(y.dtype), allow_unused=True))
+        gradients = [next(computed) if needed else None for needed in (needs_x, *trained)]
         return None, *(once_differentiable(gradients) if second_order else gradients)

@@ -30,10 +30,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bases.basis_set import TokenLayout
+from ..bases.grids import TokenLayout
 from ..bases.packed import PackedLayout
 from ..bounded import BoundedCache
-from ..formats.products import without_autocast
+from ..formats.full import without_autocast
 from ..instructions import product_dtype
 from ..transforms import must_be_functional, outside_transforms
 from .padding_check import zero_if_unused
@@ -94,7 +94,7 @@ class RangeFinder:
         padding: Shape (N, L), True where a token is padding.
     """
 
-    bases = None  # no set of fixed functions
+    basis = None  # it is found for each gradient
 
     def __init__(self, rank: int, energy: float | None, layout: TokenLayout | None, padding: Tensor | None):
         self.rank = rank

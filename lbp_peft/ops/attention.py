@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from ..heuristics import attention_by_products_pays
+from .. import heuristics
 from ..transforms import backward_pass, in_forward_mode, in_transform
 from .linear import once_differentiable
 
@@ -83,11 +83,15 @@ def attention(
     plain = plain and scale != 0  # a product times 0 leaves in its result what was there before
     plain = plain and not (in_transform() or in_forward_mode())
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    if plain and wanted and _is_regular(*tensors) and attention_by_products_pays(key.shape[-2], key.dtype, key.device):
+    if plain and wanted and _is_regular(*tensors) and _is_faster_by_products(key):
         return _Attention.apply(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
     return F.scaled_dot_product_attention(
         query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
     )
+
+
+def _is_faster_by_products(key: Tensor) -> bool:
+    return heuristics.active().use_attention_by_products(key.shape[-2], key.dtype, key.device)
 
 
 def _is_regular(query: Tensor, key: Tensor, value: Tensor) -> bool:

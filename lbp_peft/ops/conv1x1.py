@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..bases.basis_set import TokenLayout
-from ..formats.products import FULL, Origin, product, weight_grad
+from ..bases.grids import TokenLayout
+from ..formats.products import FULL, product, weight_grad
+from ..formats.weight_cache import Origin
 from ..projection import Projection
 from ..transforms import backward_pass, in_forward_mode, in_transform, tracked_by_transforms
 from .linear import cast_as_autocast_would, once_differentiable, precision_now, source_of_weight
@@ -122,7 +123,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         elif input_projection is None:
             gradients[0] = _convolution(grad)(grad, weight.to(grad.dtype).transpose(0, 1))
         else:
-            if g_hat is None or weight_projection is None or input_projection.bases != weight_projection.bases:
+            if g_hat is None or weight_projection is None or input_projection.basis != weight_projection.basis:
                 input_projection, g_hat = input_projection.fit_image(grad)
             rows = product(g_hat, matrix, precision, state.source)
             if input_projection is not None and grad.dim() == 4:

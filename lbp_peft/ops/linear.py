@@ -29,8 +29,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..bases.basis_set import TokenLayout
-from ..formats.products import FULL, Origin, Precision, origin, product, weight_grad
+from ..bases.grids import TokenLayout
+from ..formats.products import FULL, Precision, product, weight_grad
+from ..formats.weight_cache import Origin, origin
 from ..projection import Projection, num_kept
 from ..transforms import backward_pass, in_forward_mode, in_transform, must_be_functional, tracked_by_transforms
 from .checkpointing import only_saved_tensors_matter, saved_tensors_are_discarded
@@ -222,7 +223,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
 
     if input_projection is None:
         g_hat = g
-    elif g_hat is None or weight_projection is None or input_projection.bases != weight_projection.bases:
+    elif g_hat is None or weight_projection is None or input_projection.basis != weight_projection.basis:
         input_projection, g_hat = input_projection.fit(g)
     grad_x: Any = product(g_hat, weight, precision_now(plan.precision), state.source) if needs_x else None
     for index, ((_, down, up), needed, scaling, owns_x) in enumerate(branches):
@@ -313,7 +314,7 @@ def input_to_save(x: Tensor, projection: Projection | None, plan: BackwardPlan, 
     if saved_tensors_are_discarded():
         *_, channels = x.shape
         num_images = x.numel() // (channels * projection.layout.num_tokens)
-        num_rows = num_kept(projection.layout, projection.bases)
+        num_rows = num_kept(projection.layout, projection.basis)
         return plan.empty_saved(x, (num_images, num_rows, channels))
     if in_transform():
         with tracked_by_transforms():
@@ -330,8 +331,8 @@ def input_to_save(x: Tensor, projection: Projection | None, plan: BackwardPlan, 
         plan.saved_dtype(x.dtype),
         plan.saves_8_bits,
         projection.layout,
-        projection.bases,
-        id(projection.padding),
+        projection.basis,
+        id(projection.padding_mask),
     )
     if last.x() is source and last.key == key and (x_hat := last.x_hat()) is not None:
         return x_hat

@@ -13,9 +13,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..bases.basis_set import BasisSet, TokenLayout
+from ..bases.base import Basis
+from ..bases.grids import TokenLayout
 from ..formats.in_groups import BYTES_OF_SCALE, restored_rows, rows_with_scales
-from ..formats.products import Precision, kept_dtype
+from ..formats.products import Precision, saved_dtype
 from ..projection import Projection, num_kept, projection
 from .kept import keep
 
@@ -24,10 +25,10 @@ class InputProjection(Protocol):
     """What the operations project the gradient of the outputs with, before its product with W."""
 
     @property
-    def bases(self) -> BasisSet | None:
-        """The fixed functions that it projects on; None: they depend on g.
+    def basis(self) -> Basis | None:
+        """The fixed basis that it projects on; None: it depends on g.
 
-        Where they are those of the weight gradient, g is projected once for both.
+        If it is that of the weight gradient, g is projected once for both.
         """
 
     def of_dtype(self, dtype: torch.dtype) -> Any:
@@ -108,7 +109,7 @@ class FixedBasis(InputGradient):
         basis: The rows of P. If it keeps as many coefficients as there are tokens, dx is exact.
     """
 
-    basis: BasisSet
+    basis: Basis
 
     needs_layout = uses_layout = True
 
@@ -137,7 +138,7 @@ class BackwardPlan:
     """
 
     layout: TokenLayout | None = None
-    weight_basis: BasisSet | None = None
+    weight_basis: Basis | None = None
     input_gradient: InputGradient = field(default_factory=ExactProduct)
     padding_mask: Tensor | None = None
     saves_8_bits: bool = False
@@ -149,7 +150,7 @@ class BackwardPlan:
 
     def saved_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which the projection of an input of a dtype is saved for the weight gradient."""
-        return kept_dtype(dtype, self.precision)
+        return saved_dtype(dtype, self.precision)
 
     def to_saved(self, x_hat: Tensor) -> Tensor:
         """A projected input, shape (N, k, C), in the form in which it is saved for the weight gradient."""

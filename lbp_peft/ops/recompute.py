@@ -162,7 +162,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         sum_dtype = torch.promote_types(rows.dtype, torch.float32)
         missing = sum_of_tokens(g, g_hat, weight_projection).to(sum_dtype) - rows.sum(0, dtype=sum_dtype)
         share_basis = state.weight_projection is not None and (
-            needs_inputs and input_projection.bases == state.weight_projection.bases
+            needs_inputs and input_projection.basis == state.weight_projection.basis
         )
         row_grads, trained_grads = _differentiate(
             state,

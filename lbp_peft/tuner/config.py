@@ -15,9 +15,11 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType
 
-from ..bases.basis_set import BOUNDARIES, BasisSet
+from ..bases.basis_set import BasisSet
+from ..bases.separable import BOUNDARIES
 from ..bases.walsh import SELECTIONS, is_power_of_two
-from ..formats.products import AUTO, FULL, PRECISIONS, Precision
+from ..formats.products import AUTO, FULL, Precision
+from ..formats.registry import FORMATS, FormatName
 from .deprecation import accept_old_names
 from .layers.base import COMPRESSIBLE
 from .layers.waiting import BASE_WEIGHTS
@@ -31,7 +33,7 @@ _IN_RANK_PATTERN = r"(.*\.)?({})$"
 _IN_LAYERS_PATTERN = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 
 
-GradInputDtype = Literal["auto", "full", "bf16", "int8", "fp8"]
+GradInputDtype = Literal["auto", FormatName]
 GradInputBasis = Literal["walsh", "adaptive"]
 Selection = Literal["lp_l1", "lp_linf"]
 Boundary = Literal["orthogonal", "reflect"]
@@ -343,9 +345,9 @@ class LBPWHTConfig(PeftConfig):
         self._check_rank_pattern("rank_pattern")
         self._check_rank_pattern("grad_input_rank_pattern", "None or ", has_limit)
         self._check_adaptive()
-        if not _is_one_of(self.grad_input_dtype, [AUTO, *PRECISIONS]):
+        if not _is_one_of(self.grad_input_dtype, [AUTO, *FORMATS]):
             raise ValueError(
-                f"grad_input_dtype must be one of {AUTO}, {', '.join(PRECISIONS)}, got {show(self.grad_input_dtype)}."
+                f"grad_input_dtype must be one of {AUTO}, {', '.join(FORMATS)}, got {show(self.grad_input_dtype)}."
             )
         if not _is_int(self.hadamard_size) or (self.hadamard_size and not is_power_of_two(self.hadamard_size)):
             raise ValueError(

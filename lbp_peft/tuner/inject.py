@@ -13,7 +13,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from ..encoder import encoder_linears
-from ..formats.products import forget
+from ..formats.weight_cache import forget
 from ..layer_types import layer_type_of
 from ..layout import LayoutFinder
 from ..ops.adaptive import AdaptiveBasis

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from ..bases.basis_set import TokenLayout
+from ..bases.grids import TokenLayout
 from ..bases.packed import PackedLayout
 from ..layout import LayoutFinder
 from .layers.base import BackwardPass, LBPWHTLayer

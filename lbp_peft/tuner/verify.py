@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bases.basis_set import BasisSet
 from ..bases.packed import PackedLayout
 from ..layer_types import layer_type_of
 from ..layout import LayoutFinder
 from ..layout.positions import column_of, row_of
 from ..ops.linear import as_tokens
-from ..projection import Projection
+from ..projection import SeparableProjection
 from .layers.base import LBPWHTLayer
 from .layers.conv1x1 import is_pointwise_conv
 
@@ -199,15 +200,15 @@ def _why_not_identity(layer: LBPWHTLayer, inputs: list[Tensor]) -> str:
         return ""
     x = inputs[-1].movedim(layer._channels_axis(inputs[-1]), -1)
     tokens = as_tokens(x, ran.layout).double()
-    bases = replace(rule.weight_basis, r=rule.weight_basis.block_size**2)
-    if bases.boundary != "orthogonal":
+    if not isinstance(rule.weight_basis, BasisSet) or rule.weight_basis.boundary != "orthogonal":
         return ""
     if tokens.shape[1] != ran.layout.num_tokens:
         return "its input does not have the recorded number of tokens"
+    basis = replace(rule.weight_basis, r=rule.weight_basis.block_size**2)
     parts = ran.layout.parts if isinstance(ran.layout, PackedLayout) else (ran.layout,)
     lengths = [part.num_tokens for part in parts]
     for part, of_part in zip(parts, tokens.split(lengths, dim=1), strict=True):
-        whole = Projection(part, bases, torch.float64, tokens.device)
+        whole = SeparableProjection(part, basis, torch.float64, tokens.device)
         error = (whole.lift(whole.project(of_part)) - of_part).norm() / of_part.norm().clamp(min=1e-30)
         if error >= 1e-6:
             return f"projecting its input onto all bases changes it by {float(error):.1e}"

@@ -11,10 +11,11 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ...bases.basis_set import BasisSet, LayoutError, TokenLayout
+from ... import heuristics
+from ...bases.base import Basis
+from ...bases.grids import LayoutError, TokenLayout
 from ...bounded import BoundedCache, ScratchCache
 from ...formats.products import AUTO, FULL
-from ...heuristics import adaptive_basis_pays, faster_formats, fastest_precision, low_rank_pays
 from ...instructions import product_dtype
 from ...layout import NOT_TRACED, GridMismatchError, LayoutFinder, LayoutRecord, given_layout
 from ...ops.adaptive import AdaptiveBasis
@@ -44,7 +45,7 @@ class BackwardRule:
         grid_size, num_prefix_tokens, num_suffix_tokens: As given in the configuration.
     """
 
-    weight_basis: BasisSet
+    weight_basis: Basis
     input_gradient: InputGradient = ExactProduct()
     compress: tuple[str, ...] = ()
     grid_size: tuple[int, int] | None = None
@@ -159,6 +160,7 @@ class LBPWHTLayer(BaseTunerLayer):
         key = (
             x.shape, x.dtype, x.device, x.requires_grad, _dtype_of_layer(x), self._channels_axis(x),
             train_weight, self._trains_whole_weight(base), self._shape_of_weight(base), id(rule), id(record),
+            heuristics.active(),
         )  # fmt: skip
         made = self._plans.get(key)
         if made is None:
@@ -226,7 +228,8 @@ class LBPWHTLayer(BaseTunerLayer):
         shape = self._shape_of_tokens(x)
         in_features = int(shape[-1])
         out_features, num_tokens = base.weight.numel() // in_features, max(_num_tokens(shape), 1)
-        if x.dim() < 3 or adaptive_basis_pays(num_tokens, input_gradient.rank, out_features, in_features):
+        shape_of_product = num_tokens, input_gradient.rank, out_features, in_features
+        if x.dim() < 3 or heuristics.active().use_adaptive_basis(*shape_of_product):
             return input_gradient
         return ExactProduct(precision=input_gradient.precision)
 
@@ -252,10 +255,10 @@ class LBPWHTLayer(BaseTunerLayer):
             # Where only factors are trained, low-rank gradients are used to save the memory of x, and less for time.
             weighed = dtype if self._trains_whole_weight(base) else torch.float32
             given = (num_images, num_tokens, kept_for_weight, *features, weighed, x.device, on_images)
-            if kept_for_weight < num_tokens and not low_rank_pays(*given):
+            if kept_for_weight < num_tokens and not heuristics.active().use_low_rank(*given):
                 self._leave_exact(x, plan.layout)
                 return None
-            name = fastest_precision(num_images * kept_for_input, *features, dtype, x.device)
+            name = heuristics.active().fastest_precision(num_images * kept_for_input, *features, dtype, x.device)
             plan = plan.with_precision(replace(plan.precision, name=name))
         if min(kept_for_weight, kept_for_input) == num_tokens and plan.precision.name == "full":
             self._note(x, "nothing is faster than exact backpropagation here", plan.layout)
@@ -275,7 +278,7 @@ class LBPWHTLayer(BaseTunerLayer):
     def _leave_exact(self, x: Tensor, layout: TokenLayout | None) -> None:
         why = "exact backpropagation is faster for so narrow a layer"
         self._note(x, why, layout)
-        faster = [f'"{name}"' for name in faster_formats(_dtype_of_layer(x), x.device)]
+        faster = [f'"{name}"' for name in heuristics.active().faster_formats(_dtype_of_layer(x), x.device)]
         or_faster = f" (or {', '.join(faster)})" if faster else ""
         self.finder.warn_once(
             why,

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...bases.basis_set import TokenLayout
+from ...bases.grids import TokenLayout
 from ...layer_types import register_layer_type, runs_forward_of
 from ...ops.conv1x1 import low_rank_pointwise_conv
 from ...ops.plan import BackwardPlan

@@ -13,7 +13,7 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ...bases.basis_set import TokenLayout
+from ...bases.grids import TokenLayout
 from ...formats.products import FULL
 from ...layer_types import is_plain_linear, layer_type_of
 from ...layout import LayoutFinder

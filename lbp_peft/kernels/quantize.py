@@ -1,4 +1,4 @@
-"""Rotate and round rows in one pass: read once, written once, in 8 bits and one scale a row."""
+"""Rotate and quantize rows in one pass: read once, written once, in 8 bits and one scale a row."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..bases.walsh import walsh_functions
+from ..formats.scaling import RANGES, SMALLEST_NORMAL
 from .common import on_device_of, product, product_precision, tuned_over
 
-_MAX = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
-# As in `lbp_peft.formats.products`, the factor of a row is applied in two steps that stay in the range of float32.
-_SECOND_FACTOR = {torch.int8: 32.0, torch.float8_e4m3fn: 128.0}
-_SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 _UNROTATED = 128  # columns of the tile that a row is laid out in
 
 
@@ -25,7 +22,7 @@ _UNROTATED = 128  # columns of the tile that a row is laid out in
     tuned_over(*(triton.Config({}, num_warps=warps) for warps in (4, 1, 2, 8, 16))), key=["columns", "GROUPS", "B"]
 )
 @triton.jit
-def round_kernel(
+def quantize_kernel(
     rows,
     values,
     scales,
@@ -68,31 +65,31 @@ def _signs(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 
 @torch.library.custom_op(
-    "lbp_peft::round_rows",
+    "lbp_peft::quantize_rows",
     mutates_args=(),
-    schema="(Tensor rows, int rotation, ScalarType dtype) -> (Tensor, Tensor)",
+    schema="(Tensor rows, int hadamard_size, ScalarType dtype) -> (Tensor, Tensor)",
 )
-def round_rows(rows: Tensor, rotation: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def quantize_rows(rows: Tensor, hadamard_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """(M, K), contiguous, float32, float16 or bfloat16 -> values (M, K), scales (M, 1) in float32.
 
     Args:
-        rotation: Columns that a Hadamard matrix mixes, 16 to 128, dividing K; 0 or 1: none.
+        hadamard_size: Columns that a Hadamard matrix mixes, 16 to 128, dividing K; 0 or 1: none.
         dtype: int8 or float8_e4m3fn.
     """
-    (num_rows, columns), rotate = rows.shape, rotation > 1
+    (num_rows, columns), rotate = rows.shape, hadamard_size > 1
     values, scales = _empty(rows, dtype)
-    block = rotation if rotate else _UNROTATED
+    block = hadamard_size if rotate else _UNROTATED
     with on_device_of(rows):
-        round_kernel[(num_rows,)](
+        quantize_kernel[(num_rows,)](
             rows,
             values,
             scales,
-            _signs(rotation, rows.dtype, rows.device) if rotate else None,
+            _signs(hadamard_size, rows.dtype, rows.device) if rotate else None,
             columns,
             block**-0.5,
-            LARGEST=_MAX[dtype],
-            SECOND_FACTOR=_SECOND_FACTOR[dtype],
-            SMALLEST_NORMAL=_SMALLEST_NORMAL,
+            LARGEST=RANGES[dtype].largest,
+            SECOND_FACTOR=RANGES[dtype].second_factor,
+            SMALLEST_NORMAL=SMALLEST_NORMAL,
             ROTATE=rotate,
             TO_INTEGERS=dtype == torch.int8,
             GROUPS=triton.next_power_of_2(max(triton.cdiv(columns, block), 16 if rotate else 1)),
@@ -106,11 +103,11 @@ def _empty(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return rows.new_empty(rows.shape, dtype=dtype), rows.new_empty(rows.shape[0], 1, dtype=torch.float32)
 
 
-@round_rows.register_fake
-def _(rows: Tensor, rotation: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+@quantize_rows.register_fake
+def _(rows: Tensor, hadamard_size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return _empty(rows, dtype)
 
 
-@register_flop_formula(torch.ops.lbp_peft.round_rows)
-def _flops(rows_shape: torch.Size, rotation: int, dtype: torch.dtype, *, out_shape: Any = None, **_: Any) -> int:
-    return 2 * rows_shape[0] * rows_shape[1] * rotation if rotation > 1 else 0
+@register_flop_formula(torch.ops.lbp_peft.quantize_rows)
+def _flops(rows_shape: torch.Size, hadamard_size: int, dtype: torch.dtype, *, out_shape: Any = None, **_: Any) -> int:
+    return 2 * rows_shape[0] * rows_shape[1] * hadamard_size if hadamard_size > 1 else 0

@@ -1,0 +1,17 @@
+"""Project the tokens of layers on a basis, and lift coefficients to tokens."""
+
+from .base import Float32Projection, Projection
+from .dense import DenseProjection
+from .factory import num_kept, projection
+from .packed import PackedProjection
+from .separable import SeparableProjection
+
+__all__ = [
+    "DenseProjection",
+    "Float32Projection",
+    "PackedProjection",
+    "Projection",
+    "SeparableProjection",
+    "num_kept",
+    "projection",
+]

@@ -1,0 +1,76 @@
+"""Chooses how tokens are projected on a basis."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import heuristics, kernels
+from ..bases.base import Basis
+from ..bases.grids import TokenLayout
+from ..bases.packed import PackedLayout
+from ..bases.separable import SeparableBasis
+from ..instructions import product_dtype
+from .base import Float32Projection, Projection
+from .dense import DenseProjection
+from .packed import PackedProjection
+from .separable import SeparableProjection
+
+
+def num_kept(layout: TokenLayout, basis: Basis | None) -> int:
+    """k: the rows that represent the L = `layout.num_tokens` tokens, those outside the grid included.
+
+    It is L, and nothing is saved, if `basis` is None or keeps no fewer rows than there are tokens.
+
+    Raises:
+        LayoutError: the basis does not exist for this layout.
+    """
+    if basis is None:
+        return layout.num_tokens
+    if isinstance(layout, PackedLayout):
+        return sum(num_kept(part, basis) for part in layout.parts)
+    return min(basis.num_coefficients(layout), layout.num_tokens)
+
+
+def projection(
+    layout: TokenLayout | None,
+    basis: Basis | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    padding_mask: Tensor | None = None,
+) -> Projection | None:
+    """The fastest [`Projection`] whose results are not larger than the tokens; None if it would be the identity.
+
+    Raises:
+        ValueError: there is a basis but no layout.
+        LayoutError: the basis does not exist for this layout.
+    """
+    if basis is None:
+        return None
+    if layout is None:
+        raise ValueError("To project tokens on a basis, their positions have to be known: give a layout.")
+    kept = num_kept(layout, basis)
+    if kept == layout.num_tokens:
+        return None
+    if isinstance(layout, PackedLayout):
+        return _packed_projection(layout, basis, dtype, device, padding_mask)
+    if not kernels.IN_USE and product_dtype(dtype, device) != dtype:
+        wide = projection(layout, basis, torch.float32, device, padding_mask)
+        assert wide is not None  # since this is no identity
+        return Float32Projection(wide, dtype)
+    if not isinstance(basis, SeparableBasis):
+        return DenseProjection(layout, basis, dtype, device, padding_mask)
+    is_dense = not kernels.IN_USE and (
+        basis.outgrows_tokens(layout) or heuristics.active().use_dense_projection(kept, dtype, device)
+    )
+    return (DenseProjection if is_dense else SeparableProjection)(layout, basis, dtype, device, padding_mask)
+
+
+def _packed_projection(
+    layout: PackedLayout, basis: Basis, dtype: torch.dtype, device: torch.device, padding_mask: Tensor | None
+) -> PackedProjection:
+    lengths = [part.num_tokens for part in layout.parts]
+    masks = [None] * len(lengths) if padding_mask is None else padding_mask.split(lengths, dim=1)
+    parts = [projection(part, basis, dtype, device, mask) for part, mask in zip(layout.parts, masks, strict=True)]
+    kept = [num_kept(part, basis) for part in layout.parts]
+    return PackedProjection(layout, basis, dtype, device, padding_mask, parts, kept)

@@ -1,0 +1,84 @@
+"""Projection of tokens that lie on several grids, one after another: images of several sizes in one sequence.
+
+The basis is block-diagonal. It is applied grid by grid, so that the cost is that of the grids alone, and no matrix over
+all tokens is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..bases.base import Basis
+from ..bases.packed import PackedLayout
+from .base import Projection
+
+
+class PackedProjection(Projection):
+    """The linear maps between the L tokens of several grids and their k coefficients, see [`Projection`].
+
+    The coefficients of each grid come one after another, too. All tokens of a grid are kept as they are if a projection
+    would not make them fewer.
+
+    Args:
+        parts: The projection of each grid; None: its tokens are kept.
+        kept: k of each grid.
+    """
+
+    layout: PackedLayout
+
+    def __init__(
+        self,
+        layout: PackedLayout,
+        basis: Basis,
+        dtype: torch.dtype,
+        device: torch.device,
+        padding_mask: Tensor | None,
+        parts: Sequence[Projection | None],
+        kept: Sequence[int],
+    ):
+        self._parts = list(parts)
+        self._kept = list(kept)
+        self._lengths = [part.num_tokens for part in layout.parts]
+        super().__init__(layout, basis, dtype, device, padding_mask)
+
+    def _make_matrices(self) -> None:
+        """Its parts have them."""
+
+    def of_dtype(self, dtype: torch.dtype) -> Projection:
+        if self.dtype == dtype:
+            return self
+        parts = [part and part.of_dtype(dtype) for part in self._parts]
+        return PackedProjection(self.layout, self.basis, dtype, self.device, self.padding_mask, parts, self._kept)
+
+    def sum(self, coefficients: Tensor) -> Tensor:
+        return torch.stack(
+            [
+                values.sum(dim=(0, 1)) if part is None else part.sum(values)
+                for part, values in zip(self._parts, coefficients.split(self._kept, dim=1), strict=True)
+            ]
+        ).sum(dim=0)
+
+    def project(self, tokens: Tensor) -> Tensor:
+        return self._apply("project", tokens, self._lengths)
+
+    def _project(self, tokens: Tensor) -> Tensor:
+        return self.project(tokens)
+
+    def project_gradient(self, tokens: Tensor) -> Tensor:
+        return self._apply("project_gradient", tokens, self._lengths)
+
+    def lift(self, coefficients: Tensor) -> Tensor:
+        return self._apply("lift", coefficients, self._kept)
+
+    def project_image(self, image: Tensor) -> Tensor:
+        raise NotImplementedError("Images are never packed.")
+
+    def lift_image(self, coefficients: Tensor) -> Tensor:
+        raise NotImplementedError("Images are never packed.")
+
+    def _apply(self, name: str, values: Tensor, lengths: list[int]) -> Tensor:
+        pieces = zip(self._parts, values.split(lengths, dim=1), strict=True)
+        return torch.cat([piece if part is None else getattr(part, name)(piece) for part, piece in pieces], dim=1)

@@ -1,0 +1,31 @@
+"""The recipes of docs/extending.md run."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from models import ROOT
+
+from lbp_peft import layer_types
+from lbp_peft.formats.registry import FORMATS
+
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """What the recipes register does not stay."""
+    monkeypatch.setattr(layer_types, "_LAYER_TYPES", list(layer_types._LAYER_TYPES))
+    before = dict(FORMATS)
+    yield
+    FORMATS.clear()
+    FORMATS.update(before)
+
+
+def test_the_recipes_run(registries):
+    text = (ROOT / "docs" / "extending.md").read_text()
+    blocks = BLOCK.findall(text)
+    assert len(blocks) == text.count("\n## ") + 1 >= 8
+    program = "\n".join(blocks)
+    exec(compile(program, "docs/extending.md", "exec"), {"__name__": "extending"})
