@@ -131,7 +131,8 @@ def _int_product(left: Tensor, right: Tensor) -> Tensor:
         return sums[0] if len(sums) == 1 else sum(part.to(torch.int32) for part in sums)
     if left.device.type != "cuda":
         return torch._int_mm(left, right)
-    # GPUs take more than 16 rows, and multiples of 8 otherwise.
-    left = F.pad(left, (0, -inner % 8, 0, max(17 - rows, 0)))
-    right = F.pad(right, (0, -columns % 8, 0, -inner % 8))
+    # GPUs take more than 16 rows, and multiples of 8 otherwise. The right factor has to lie column by column: on an
+    # H200, products of small matrices with one that lies row by row failed.
+    left = F.pad(left, (0, -inner % 8, 0, max(24, rows + -rows % 8) - rows))
+    right = F.pad(right.t(), (0, -inner % 8, 0, -columns % 8)).t()
     return torch._int_mm(left, right)[:rows, :columns]

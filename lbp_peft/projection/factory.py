@@ -10,11 +10,16 @@ from ..bases.base import Basis
 from ..bases.grids import TokenLayout
 from ..bases.packed import PackedLayout
 from ..bases.separable import SeparableBasis
+from ..bounded import BoundedCache
 from ..instructions import product_dtype
+from ..transforms import must_be_functional
 from .base import Float32Projection, Projection
 from .dense import DenseProjection
 from .packed import PackedProjection
 from .separable import SeparableProjection
+
+# The heuristics that chose a projection are kept with it, so that no others can have their id.
+_made: BoundedCache[tuple, tuple[Projection | None, heuristics.Heuristics]] = BoundedCache(64)
 
 
 def num_kept(layout: TokenLayout, basis: Basis | None) -> int:
@@ -49,6 +54,19 @@ def projection(
         return None
     if layout is None:
         raise ValueError("To project tokens on a basis, their positions have to be known: give a layout.")
+    if padding_mask is not None or must_be_functional():
+        return _new_projection(layout, basis, dtype, device, padding_mask)
+    active = heuristics.active()
+    key = (layout, basis, dtype, device, kernels.IN_USE, product_dtype(dtype, device), id(active))
+    made = _made.get(key)
+    if made is None:  # making one takes longer than to project with it, in small layers
+        made = _made[key] = (_new_projection(layout, basis, dtype, device, None), active)
+    return made[0]
+
+
+def _new_projection(
+    layout: TokenLayout, basis: Basis, dtype: torch.dtype, device: torch.device, padding_mask: Tensor | None
+) -> Projection | None:
     kept = num_kept(layout, basis)
     if kept == layout.num_tokens:
         return None

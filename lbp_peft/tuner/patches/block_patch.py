@@ -25,6 +25,7 @@ class BlockPatch(ForwardPatch):
 
     def __init__(self, block: nn.Module):
         self.block = block
+        self._layers: list[LBPWHTLayer] | None = None
 
     def _is_active(self, host: nn.Module) -> bool:
         return any(self.is_wanted(rule) for rule in self._rules_in_effect(host))
@@ -33,8 +34,13 @@ class BlockPatch(ForwardPatch):
         """Those of the layers in the block, for a forward pass that will be followed by a backward pass."""
         if not (host.training and torch.is_grad_enabled()):
             return []
-        layers = (module for module in self.block.modules() if isinstance(module, LBPWHTLayer))
-        return [rule for layer in layers for rule in layer.rules_in_effect()]
+        if self._layers is None:  # searched for once: a search takes longer than a small layer
+            self._layers = [module for module in self.block.modules() if isinstance(module, LBPWHTLayer)]
+        return [rule for layer in self._layers for rule in layer.rules_in_effect()]
+
+    def forget_layers(self) -> None:
+        """Search for the adapted layers of the block again, since there may be more of them."""
+        self._layers = None
 
     @staticmethod
     def is_wanted(rule: BackwardRule) -> bool:
@@ -45,6 +51,7 @@ class BlockPatch(ForwardPatch):
         """A copy of the host alone, which PEFT makes of modules_to_save, stays in the block."""
         again = memo[id(self)] = copy.copy(self)
         again.block = memo.get(id(self.block), self.block)
+        again.forget_layers()
         return again
 
 
@@ -52,6 +59,8 @@ def attach_to_block_module(host: nn.Module, kind: Callable[[nn.Module], BlockPat
     """Put one of a kind inside a module of a block, if there is none yet."""
     if not hasattr(host, PATCH_ATTR):
         attach(host, kind(block))
+    elif isinstance(patch := getattr(host, PATCH_ATTR), BlockPatch):
+        patch.forget_layers()
 
 
 def blocks_with_layers(model: nn.Module) -> Iterator[tuple[nn.Module, list[LBPWHTLayer]]]:
