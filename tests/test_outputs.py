@@ -360,7 +360,7 @@ def test_another_size_of_images_is_known_to_the_folder(tmp_path):
 
 def test_a_new_head_on_a_backbone_is_loaded_with_its_backbone(tmp_path, monkeypatch):
     small = functools.partial(UperNetConfig, hidden_size=16, auxiliary_channels=16)
-    monkeypatch.setattr("common.segmentation.UperNetConfig", small)
+    monkeypatch.setattr("lbp_peft.loading.segmentation.UperNetConfig", small)
     torch.manual_seed(0)
     size = {"hidden_size": 32, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     Dinov2Model(Dinov2Config(num_hidden_layers=4, mlp_ratio=2, **size)).save_pretrained(tmp_path / "model")
