@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from ..bases.grids import TokenLayout
 from ..formats.products import FULL, Precision, product, weight_grad
 from ..formats.weight_cache import Origin, origin
-from ..projection import Projection, num_kept
+from ..projection import Projection
 from ..transforms import backward_pass, in_forward_mode, in_transform, must_be_functional, tracked_by_transforms
 from .checkpointing import only_saved_tensors_matter, saved_tensors_are_discarded
 from .plan import BackwardPlan, InputProjection
@@ -314,7 +314,7 @@ def input_to_save(x: Tensor, projection: Projection | None, plan: BackwardPlan, 
     if saved_tensors_are_discarded():
         *_, channels = x.shape
         num_images = x.numel() // (channels * projection.layout.num_tokens)
-        num_rows = num_kept(projection.layout, projection.basis)
+        num_rows = projection.num_coefficients
         return plan.empty_saved(x, (num_images, num_rows, channels))
     if in_transform():
         with tracked_by_transforms():

@@ -53,6 +53,16 @@ class Projection(ABC):
         """Set the attributes that the other methods multiply by."""
 
     @property
+    @abstractmethod
+    def num_coefficients(self) -> int:
+        """k, the rows that represent the tokens of an image, those outside the grid included."""
+
+    @property
+    def may_be_kept(self) -> bool:
+        """Whether its matrices are plain tensors: a tracer's fake tensors must not outlive the tracing."""
+        return all(type(value) is Tensor for value in vars(self).values() if isinstance(value, Tensor))
+
+    @property
     def keeps_sums(self) -> bool:
         """Whether [`sum`] is exact."""
         return self.padding_mask is None and self.basis.preserves_sums(self.layout)
@@ -122,6 +132,14 @@ class Float32Projection(Projection):
 
     def _make_matrices(self) -> None:
         """Its matrices are those of the wide one."""
+
+    @property
+    def num_coefficients(self) -> int:
+        return self.wide.num_coefficients
+
+    @property
+    def may_be_kept(self) -> bool:
+        return self.wide.may_be_kept
 
     def sum(self, coefficients: Tensor) -> Tensor:
         return self._apply("sum", coefficients)

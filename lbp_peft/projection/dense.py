@@ -17,6 +17,10 @@ class DenseProjection(Projection):
         self.analysis = self.basis.analysis(self.layout, self.dtype, self.device)
         self.synthesis = self.basis.synthesis(self.layout, self.dtype, self.device)
 
+    @property
+    def num_coefficients(self) -> int:
+        return len(self.analysis)
+
     def sum(self, coefficients: Tensor) -> Tensor:
         return self.analysis.sum(dim=1) @ coefficients.sum(dim=0)
 

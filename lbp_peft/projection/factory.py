@@ -60,7 +60,9 @@ def projection(
     key = (layout, basis, dtype, device, kernels.IN_USE, product_dtype(dtype, device), id(active))
     made = _made.get(key)
     if made is None:  # making one takes longer than to project with it, in small layers
-        made = _made[key] = (_new_projection(layout, basis, dtype, device, None), active)
+        made = _new_projection(layout, basis, dtype, device, None), active
+        if made[0] is None or made[0].may_be_kept:
+            _made[key] = made
     return made[0]
 
 
@@ -90,5 +92,4 @@ def _packed_projection(
     lengths = [part.num_tokens for part in layout.parts]
     masks = [None] * len(lengths) if padding_mask is None else padding_mask.split(lengths, dim=1)
     parts = [projection(part, basis, dtype, device, mask) for part, mask in zip(layout.parts, masks, strict=True)]
-    kept = [num_kept(part, basis) for part in layout.parts]
-    return PackedProjection(layout, basis, dtype, device, padding_mask, parts, kept)
+    return PackedProjection(layout, basis, dtype, device, padding_mask, parts)

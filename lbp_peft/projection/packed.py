@@ -24,7 +24,6 @@ class PackedProjection(Projection):
 
     Args:
         parts: The projection of each grid; None: its tokens are kept.
-        kept: k of each grid.
     """
 
     layout: PackedLayout
@@ -37,11 +36,12 @@ class PackedProjection(Projection):
         device: torch.device,
         padding_mask: Tensor | None,
         parts: Sequence[Projection | None],
-        kept: Sequence[int],
     ):
         self._parts = list(parts)
-        self._kept = list(kept)
         self._lengths = [part.num_tokens for part in layout.parts]
+        self._kept = [
+            length if part is None else part.num_coefficients for part, length in zip(parts, self._lengths, strict=True)
+        ]
         super().__init__(layout, basis, dtype, device, padding_mask)
 
     def _make_matrices(self) -> None:
@@ -51,7 +51,15 @@ class PackedProjection(Projection):
         if self.dtype == dtype:
             return self
         parts = [part and part.of_dtype(dtype) for part in self._parts]
-        return PackedProjection(self.layout, self.basis, dtype, self.device, self.padding_mask, parts, self._kept)
+        return PackedProjection(self.layout, self.basis, dtype, self.device, self.padding_mask, parts)
+
+    @property
+    def num_coefficients(self) -> int:
+        return sum(self._kept)
+
+    @property
+    def may_be_kept(self) -> bool:
+        return all(part is None or part.may_be_kept for part in self._parts)
 
     def sum(self, coefficients: Tensor) -> Tensor:
         return torch.stack(

@@ -41,6 +41,10 @@ class SeparableProjection(Projection):
             return False
         return kernels.serve_tokens(tokens, self.layout, basis, self.padding_mask)
 
+    @property
+    def num_coefficients(self) -> int:
+        return self.layout.num_outside + len(self.kept)
+
     def sum(self, coefficients: Tensor) -> Tensor:
         of_rows = self.row_analysis.sum(1).repeat(self.row_blocks)
         of_columns = self.column_analysis.sum(1).repeat(self.column_blocks)
