@@ -1,7 +1,7 @@
 """Show what the backward pass of each layer of a model would do, and how good its gradients are.
 
 lbp-peft report --model facebook/dinov2-base --random_images 224
-lbp-peft report --model my_model/ --dataset my_images/ --settings r=21 compress_activations=int8 --verbose
+lbp-peft report --model my_model/ --dataset my_images/ --settings r=21 compress_activations=all --verbose
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .inputs import InputOptions, load_inputs
 class ReportOptions(InputOptions):
     config: str | None = option(None, "YAML file of options, named as here; flags override it. (default: none)")
     settings: list[str] = option(
-        [], "Settings of LBPWHTConfig, as in r=21 compress_activations=int8. (default: its own)"
+        [], "Settings of LBPWHTConfig, as in r=21 compress_activations=all. (default: its own)"
     )
     verbose: bool = option(False, "One row for each layer, instead of one for each group of like layers.")
 
