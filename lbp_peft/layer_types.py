@@ -48,7 +48,9 @@ def register_layer_type(
     `_check_layout`. It gets the type as its attribute `layer_type`.
 
     Args:
-        description, matches, channels_axis: See [`LayerType`].
+        description: See [`LayerType`].
+        matches: See [`LayerType`].
+        channels_axis: See [`LayerType`].
     """
 
     def register(cls: _AdaptingClass) -> _AdaptingClass:

@@ -242,7 +242,7 @@ class Recommendation:
 
     @property
     def yaml(self) -> str:
-        """[`options`](Recommendation.options) as YAML."""
+        """The attribute `options` as YAML."""
         return "\n".join(f"{key}: {json.dumps(value)}" for key, value in self.options.items())
 
     def to_dict(self) -> dict[str, Any]:
