@@ -23,6 +23,11 @@ def must_be_functional() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
+def in_dispatch_mode() -> bool:
+    """Whether a `TorchDispatchMode`, such as that of selective checkpointing, sees every operation, outside compile."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
 def outside_transforms() -> AbstractContextManager:
     """Hide all operations within the block from the active transforms of `torch.func`."""
     return temporarily_clear_interpreter_stack() if in_transform() else nullcontext()

@@ -133,6 +133,8 @@ class Architecture:
             return f"transformers {transformers.__version__} has no {self.model_type}"
         if self.model_type.startswith("timm_") and not is_timm_available():
             return "timm is not installed"
+        if self.model_type == "llama4" and transformers.__version__.startswith("5.24."):
+            return "transformers 5.24 reads a field that the output of its own Llama4 model does not have"
         return ""
 
     def build(self) -> nn.Module:

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import warnings
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import models
@@ -545,3 +546,9 @@ def test_state_dicts_are_complete(adapted):
     disturb(other)
     trained(other).load_state_dict(model.state_dict())
     assert torch.equal(outputs(other, images()), outputs(model, images()))
+
+
+def test_a_trained_model_can_be_passed_to_another_process(adapted):
+    model = trained(adapted("disk"))
+    assert waiting_layers(model)
+    ForkingPickler.dumps(model)

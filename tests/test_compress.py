@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F
 from models import forward, gradients, images, largest_difference, patches_of, tiny_vit, train
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_precision import cosine
@@ -349,3 +350,21 @@ def test_a_layer_norm_reads_only_what_it_saved():
         norm.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_functions_with_a_forward_method_of_their_own_are_left_alone():
+    """They need not work element by element, as this one does not."""
+
+    class Normalised(nn.GELU):
+        def forward(self, x):
+            return F.gelu(x) / (x.abs().mean(-1, keepdim=True) + 1)
+
+    assert is_compressible(nn.GELU()) and not is_compressible(Normalised())
+
+
+@pytest.mark.parametrize("kind", [nn.LayerNorm, type(ACT2FN["gelu"])])
+def test_hosts_that_are_called_by_keyword_do_as_their_class_does(kind):
+    model = get_peft_model(tiny_vit(), LBPWHTConfig(r=3, compress_activations="all"))
+    host = next(m for n, m in model.named_modules() if n in patches_of(model, LBPWHTCompressed) and isinstance(m, kind))
+    x = torch.randn(2, 3, 32 if kind is nn.LayerNorm else 64)
+    assert torch.equal(host(input=x), host(x))

@@ -417,9 +417,9 @@ def test_what_pythons_code_decides_is_followed_in_each_pass(name, monkeypatch):
     assert len(traced) == num_traced
 
 
-@pytest.mark.parametrize("decide", [lambda t: random.random(), lambda t: t.sum().item()])
-def test_a_model_that_is_traced_in_each_pass_says_why(decide):
-    model = adapted(Net(lambda t: rolled(t, int(decide(t)))))
+@pytest.mark.parametrize("decision", [lambda t: random.random(), lambda t: t.sum().item()])
+def test_a_model_that_is_traced_in_each_pass_says_why(decision):
+    model = adapted(Net(lambda t: rolled(t, int(decision(t)))))
     with pytest.warns(
         UserWarning, match=r"Each forward pass is traced.*(random numbers|item in test_following.py:\d+)"
     ):

@@ -75,7 +75,7 @@ def with_kernels(request, monkeypatch):
 
     if request.param:
         pytest.importorskip("triton")
-        from lbp_peft.kernels import lift, project, round  # noqa: F401  registers the operators
+        from lbp_peft.kernels import lift, project, quantize  # noqa: F401  registers the operators
     monkeypatch.setattr(kernels, "IN_USE", request.param)
 
 

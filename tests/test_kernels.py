@@ -24,7 +24,7 @@ from lbp_peft.projection import SeparableProjection
 
 triton = pytest.importorskip("triton")
 
-from lbp_peft.kernels import blocks, lift, project, round  # noqa: E402  they need triton
+from lbp_peft.kernels import blocks, lift, project, quantize  # noqa: E402  they need triton
 
 INTERPRETED = kernels.INTERPRETED
 SQUARE = TokenLayout((8, 8))
@@ -319,7 +319,7 @@ def test_rounding_compiles_for_a_gpu(target, monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types = {"rows": "*bf16", "values": f"*{target}", "scales": "*fp32", "hadamard": "*bf16", "factor": "fp32"}
     constants = {"ROTATE": True, "TO_INTEGERS": target == "i8", "GROUPS": 64, "B": 16, "PRECISION": "tf32x3"}
-    assert "mma" in compiled_for_gpu(round.quantize_kernel, types, {"LARGEST": 127.0, **constants})
+    assert "mma" in compiled_for_gpu(quantize.quantize_kernel, types, {"LARGEST": 127.0, **constants})
 
 
 # The environment variable.
@@ -341,7 +341,7 @@ def test_the_kernels_are_off_unless_asked_for(reloaded):
 
 def test_without_triton(reloaded, monkeypatch):
     with monkeypatch.context() as patch:
-        for name in ("launch", "lift", "project", "round"):
+        for name in ("common", "lift", "project", "quantize"):
             patch.delitem(sys.modules, f"lbp_peft.kernels.{name}")
             patch.delattr(kernels, name)
         patch.setitem(sys.modules, "triton", None)

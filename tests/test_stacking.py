@@ -590,3 +590,13 @@ def test_a_stack_compiles_without_graph_breaks():
     with exact_backward(model):  # so that equality says something
         torch.manual_seed(1)
         assert largest_difference(gradients(model, x), expected) > 1e-2
+
+
+def test_second_derivatives_of_some_weights_are_refused():
+    """`torch.autograd.grad` runs only what lies on a path to these weights, and the refusal has to lie on it."""
+    model = get_peft_model(tiny_vit(attn_implementation="eager"), LBPWHTConfig(r=3, modules_to_save=["classifier"]))
+    weights = [p for p in model.parameters() if p.requires_grad]
+    loss = forward(model.train(), images()).logsumexp(-1).sum()
+    first = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
+    with pytest.raises(RuntimeError, match="second"):
+        torch.autograd.grad(sum(g.square().sum() for g in first if g is not None), weights)

@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         parser.error("the kernels need a GPU, and PyTorch sees none here")
-    from lbp_peft.kernels import lift, project, round  # noqa: F401  registers the operators
+    from lbp_peft.kernels import lift, project, quantize  # noqa: F401  registers the operators
 
     where, bandwidth = environment(), measure_rates(torch.device("cuda")).bytes
     print(in_words(where), f"r={options.r}, {options.dtype}; memory {bandwidth / 1e9:.0f} GB/s", sep="\n")

@@ -44,6 +44,8 @@ class ReportOptions(InputOptions):
         Raises:
             ValueError: they cannot be read, or `LBPWHTConfig` refuses them.
         """
+        if wrong := [pair for pair in self.settings if "=" not in pair]:
+            raise ValueError(f"--settings takes NAME=VALUE, as in r=21, got {' '.join(wrong)}")
         try:
             settings = {name: yaml.safe_load(value) for name, value in (pair.split("=", 1) for pair in self.settings)}
             LBPWHTConfig(**settings)
@@ -68,6 +70,6 @@ def main(arguments: Sequence[str]) -> None:
             del loss
             quality = gradient_quality(model, batch, inputs.loss_fn)
             cost = step_cost(model, batch, inputs.loss_fn, steps=1)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         raise SystemExit(f"{options.model}: {in_one_line(error)}") from None
     print(report.as_text(verbose=options.verbose), quality, cost, sep="\n\n")

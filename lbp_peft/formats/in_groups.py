@@ -64,7 +64,7 @@ def _rounded_by_parts(x: Tensor, offset: Tensor | None, group: int) -> tuple[Ten
         values[part].view(found.shape).copy_(scaled_to_range(some, largest, torch.int8, out=found).round_())
         torch.div(largest, 127, out=scales[part])
     back = [order.index(axis) for axis in range(len(order))]
-    return values.view(shape).permute(*back, -1), scales.view(*shape[:-1], -1).permute(*back, -1)
+    return values.view(shape).permute(*back, -1), scales.view(*shape[:-1], shape[-1] // group).permute(*back, -1)
 
 
 def restored(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

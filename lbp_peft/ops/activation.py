@@ -69,4 +69,4 @@ class _CompressedLayer(torch.autograd.Function):
             wanted = [t for t, needed in zip((x, *leaves), (needs_x, *trained), strict=True) if needed]
             computed = iter(torch.autograd.grad(y, wanted, grads[0].to(y.dtype), allow_unused=True))
         gradients = [next(computed) if needed else None for needed in (needs_x, *trained)]
-        return None, *(once_differentiable(gradients) if second_order else gradients)
+        return None, *(once_differentiable(gradients, grads[0]) if second_order else gradients)

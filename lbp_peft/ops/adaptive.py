@@ -239,7 +239,8 @@ def _basis_before(g: Tensor, rank: int) -> Tensor | None:
 
 def _keep_for_next(basis: Tensor) -> None:
     if (number := _backward_pass_number()) != -1:
-        _before.basis, _before.backward_pass = basis, number
+        # Another model may have its backward pass within this one, and must not get this one's NaN.
+        _before.basis, _before.backward_pass = basis.nan_to_num(0.0, 0.0, 0.0), number
 
 
 def _patterns_of(sketch: Tensor, g: Tensor) -> Tensor:

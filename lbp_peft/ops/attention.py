@@ -121,7 +121,7 @@ class _Attention(torch.autograd.Function):
         second_order = torch.is_grad_enabled()
         with backward_pass(), torch.autocast(grads[0].device.type, enabled=False):  # the logits have to be float32
             gradients = _gradients(query, key, value, grads[0], ctx.scale)
-        return *(once_differentiable(gradients) if second_order else gradients), None
+        return *(once_differentiable(gradients, grads[0]) if second_order else gradients), None
 
 
 def _gradients(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, scale: float) -> list[Tensor]:

@@ -110,7 +110,7 @@ class _CompressedAttention(torch.autograd.Function):
                 gradients = _by_products(kept, grads[0], ctx.how.scale)
             else:
                 gradients = _run_again(kept, mask, grads[0], ctx.how)
-        return None, *(once_differentiable(gradients) if second_order else gradients), None
+        return None, *(once_differentiable(gradients, grads[0]) if second_order else gradients), None
 
 
 def _by_products(kept: Sequence[Tensor], grad: Tensor, scale: float | None) -> list[Tensor]:

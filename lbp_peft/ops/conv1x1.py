@@ -99,7 +99,7 @@ class _LowRankPointwise(torch.autograd.Function):
         second_order = torch.is_grad_enabled()
         with backward_pass():
             gradients = _gradients(ctx, grads[0])
-        return None, *(once_differentiable(gradients, ctx.is_tracked) if second_order else gradients)
+        return None, *(once_differentiable(gradients, grads[0], ctx.is_tracked) if second_order else gradients)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:

@@ -43,4 +43,4 @@ class _Elementwise(torch.autograd.Function):
         (packed,) = ctx.saved_tensors
         with backward_pass():
             gradient = ctx.table.times_derivative(grads[0], packed).to(ctx.dtype)
-        return None, None, *(once_differentiable([gradient]) if second_order else [gradient])
+        return None, None, *(once_differentiable([gradient], grads[0]) if second_order else [gradient])

@@ -54,4 +54,4 @@ class _LayerNorm(torch.autograd.Function):
             found = torch.ops.aten.native_layer_norm_backward(
                 grad, centred, (grad.shape[-1],), torch.zeros_like(rstd), rstd, weight, weight, ctx.needs_input_grad[:3]
             )
-        return *(once_differentiable(found) if second_order else found), None
+        return *(once_differentiable(found, grad) if second_order else found), None

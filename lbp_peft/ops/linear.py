@@ -33,7 +33,14 @@ from ..bases.grids import TokenLayout
 from ..formats.products import FULL, Precision, product, weight_grad
 from ..formats.weight_cache import Origin, origin
 from ..projection import Projection
-from ..transforms import backward_pass, in_forward_mode, in_transform, must_be_functional, tracked_by_transforms
+from ..transforms import (
+    backward_pass,
+    in_dispatch_mode,
+    in_forward_mode,
+    in_transform,
+    must_be_functional,
+    tracked_by_transforms,
+)
 from .checkpointing import only_saved_tensors_matter, saved_tensors_are_discarded
 from .plan import BackwardPlan, InputProjection
 
@@ -44,7 +51,7 @@ class _OnceDifferentiable(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad: Tensor) -> Tensor:
+    def forward(grad: Tensor, *_: Tensor) -> Tensor:
         return grad.detach()
 
     @staticmethod
@@ -102,9 +109,11 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(state: _State, x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Tensor | None) -> Tensor:
         y = F.linear(x, weight if state.cast_weight is None else weight.to(state.cast_weight), bias)
+        # Selective checkpointing, a dispatch mode, keeps results of products and refuses changes in place.
+        must_keep = in_transform() or in_dispatch_mode()
         for (own_x, down, up, shift), scaling in zip(_grouped(branches, 4), state.scalings, strict=True):
             update = F.linear(F.linear(x if own_x is None else own_x, down), up, shift)
-            y = y + update * scaling if in_transform() else y.add_(update.mul_(scaling))
+            y = y + update * scaling if must_keep else y.add_(update.mul_(scaling))
         return y.detach()  # F.linear's result is a view of a matrix: autograd refuses to change those in place
 
     @staticmethod
@@ -133,7 +142,7 @@ class _LowRankLinear(torch.autograd.Function):
         second_order = torch.is_grad_enabled()
         with backward_pass():
             gradients = _gradients(ctx, grads[0])
-        return None, *(once_differentiable(gradients, ctx.is_tracked) if second_order else gradients)
+        return None, *(once_differentiable(gradients, grads[0], ctx.is_tracked) if second_order else gradients)
 
 
 class _EagerLowRankLinear(_LowRankLinear):
@@ -180,16 +189,22 @@ class _WithValues(torch.autograd.Function):
         return grads[0], None
 
 
-def once_differentiable(gradients: Iterable[Tensor | None], are_tracked: bool = False) -> list[Tensor | None]:
+def once_differentiable(
+    gradients: Iterable[Tensor | None], output_grad: Tensor, are_tracked: bool = False
+) -> list[Tensor | None]:
     """The gradients, which raise RuntimeError when they are differentiated again.
 
     Args:
         gradients: Of the inputs of an autograd function.
+        output_grad: The gradient of its output. `torch.autograd.grad` runs only what lies on a path to the tensors that
+            it is asked for: that path leads through this one.
         are_tracked: Whether they require gradients already where they depend on anything that does, as within
             transforms of `torch.func`.
     """
-    tracked = are_tracked or in_transform()
-    return [d if d is None else _OnceDifferentiable.apply(d if tracked else d.requires_grad_()) for d in gradients]
+    if are_tracked or in_transform():
+        return [d if d is None else _OnceDifferentiable.apply(d) for d in gradients]
+    path = [output_grad] if output_grad.requires_grad else []
+    return [d if d is None else _OnceDifferentiable.apply(d.requires_grad_(), *path) for d in gradients]
 
 
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:

@@ -130,7 +130,7 @@ class _LowRankLayer(torch.autograd.Function):
         with backward_pass():
             gradients = _gradients(ctx, grads[0])
         grad_y = grads[0] if ctx.needs_input_grad[1] else None
-        return None, grad_y, *(once_differentiable(gradients) if second_order else gradients)
+        return None, grad_y, *(once_differentiable(gradients, grads[0]) if second_order else gradients)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:

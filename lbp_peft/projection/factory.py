@@ -9,7 +9,7 @@ from .. import heuristics, kernels
 from ..bases.base import Basis
 from ..bases.grids import TokenLayout
 from ..bases.packed import PackedLayout
-from ..bases.separable import SeparableBasis
+from ..bases.separable import SeparableBasis, WalshBasis
 from ..bounded import BoundedCache
 from ..instructions import product_dtype
 from ..transforms import must_be_functional
@@ -54,7 +54,8 @@ def projection(
         return None
     if layout is None:
         raise ValueError("To project tokens on a basis, their positions have to be known: give a layout.")
-    if padding_mask is not None or must_be_functional():
+    # Walsh bases are plain values. Of others it is not known whether they stay as they are.
+    if padding_mask is not None or must_be_functional() or not isinstance(basis, WalshBasis):
         return _new_projection(layout, basis, dtype, device, padding_mask)
     active = heuristics.active()
     key = (layout, basis, dtype, device, kernels.IN_USE, product_dtype(dtype, device), id(active))

@@ -20,6 +20,7 @@ from ..head import head_modules
 from ..measure.steps import idle_optimiser, timed_step
 from ..measure.timing import interleaved, ratios
 from ..measure.undisturbed import LossFunction, device_of, to_device, undisturbed
+from ..tuner.validation.names import did_you_mean, unmatched_modules_to_save
 from .bounds import Bounds
 from .candidates import CANDIDATES, KINDS, PLAIN, SETTINGS, Candidate, compiled, sharing_copy
 from .choice import Reference, in_the_running, price_of
@@ -90,6 +91,8 @@ def recommend(
         raise ValueError("There are no batches to measure on.")
     device = device_of(model)
     heads = head_modules(model) if modules_to_save is None else modules_to_save
+    if wrong := unmatched_modules_to_save(model, heads, None):
+        raise ValueError(f"The model has no module {wrong[0]!r} to train in full.{did_you_mean(model, wrong[0])}")
     job = Job(model, to_device(first, device), loss_fn, heads, mixed_precision, torch.get_num_threads(), "")
     tried = (*candidates, *compiled(tuple(SETTINGS))) if compile else tuple(candidates)
     search = _Search(job, tried, bounds, lora, time.monotonic() + 60 * minutes, minutes, progress)

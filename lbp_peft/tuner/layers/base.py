@@ -227,7 +227,8 @@ class LBPWHTLayer(BaseTunerLayer):
     def _adaptive_if_it_pays(self, x: Tensor, base: Any, input_gradient: AdaptiveBasis) -> InputGradient:
         shape = self._shape_of_tokens(x)
         in_features = int(shape[-1])
-        out_features, num_tokens = base.weight.numel() // in_features, max(_num_tokens(shape), 1)
+        out_features = self._shape_of_weight(base).numel() // in_features
+        num_tokens = max(_num_tokens(shape), 1)
         shape_of_product = num_tokens, input_gradient.rank, out_features, in_features
         if x.dim() < 3 or heuristics.active().use_adaptive_basis(*shape_of_product):
             return input_gradient

@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+import mmap
 import os
 import re
 import shutil
@@ -83,10 +84,12 @@ def in_own_file(weight: Tensor) -> Tensor:
             file.write(_bytes(weight.detach().cpu()))
             file.flush()
             os.fsync(file.fileno())  # errors of the disk are raised here rather than lost
-        storage: Any = torch.UntypedStorage.from_file(path, shared=False, nbytes=weight.nbytes)
+        # PyTorch's own mapped storages count as shared memory, and cannot be passed to another process.
+        with open(path, "rb") as file:
+            private = mmap.mmap(file.fileno(), weight.nbytes, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE)
     finally:
         os.unlink(path)
-    return torch.empty(0, dtype=weight.dtype).set_(storage, 0, weight.shape, weight.stride())
+    return torch.frombuffer(private, dtype=weight.dtype).as_strided(weight.shape, weight.stride())
 
 
 def release_pages(weight: Tensor) -> FileStamp | None:
@@ -100,11 +103,11 @@ def release_pages(weight: Tensor) -> FileStamp | None:
     Returns:
         The file; None if the weight lies elsewhere or was changed since it was loaded, and nothing was dropped.
     """
-    found = _mapping(weight)
-    if found is None:
-        return None
-    path, offset = found
     try:
+        found = _mapping(weight)
+        if found is None:
+            return None
+        path, offset = found
         stamp = FileStamp.of(path)
         if not _equals_file(weight, path, offset) or stamp.was_overwritten():
             return None

@@ -12,6 +12,7 @@ from transformers.activations import ACT2CLS
 
 from ...bounded import BoundedCache
 from ...formats.derivatives import DerivativeTable, derivative_table
+from ...layer_types import runs_forward_of
 from ...ops.activation import compressed_layer
 from ...ops.elementwise import elementwise_function
 from ...ops.layer_norm import compressed_layer_norm
@@ -45,11 +46,12 @@ class LBPWHTCompressed(BlockPatch):
         self._names = _names_of_settings(host)
         self._settings, self._table = self._look_up(host) if self.word == "activation" else ((), None)
 
-    def run(self, host: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def run(self, host: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The host's forward pass."""
         plain = type(host).plain_class.forward
-        if args or kwargs or in_transform() or in_forward_mode() or not x.requires_grad:
-            return plain(host, x, *args, **kwargs)
+        if kwargs or len(args) != 1 or in_transform() or in_forward_mode() or not args[0].requires_grad:
+            return plain(host, *args, **kwargs)
+        (x,) = args
         if self.word not in self._words(host) or parts_are_watched(host):
             return plain(host, x)
         if self.word == "norm" and _is_plain_layer_norm(host, x):
@@ -143,7 +145,7 @@ def is_compressible(module: nn.Module) -> bool:
     """Whether a module is an activation function of its input alone, or a norm over the channels of each token."""
     if getattr(module, "inplace", False):
         return False
-    return is_norm(module) or isinstance(module, _ACTIVATIONS)
+    return is_norm(module) or runs_forward_of(module, *_ACTIVATIONS)
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -28,10 +28,11 @@ _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 class LBPWHTAttending(BlockPatch):
     """Stands inside a module that owns adapted layers, its host. See this module.
 
-    Only the first forward pass tells whether there is any attention: an MLP owns layers too.
+    Only a forward pass tells whether there is any fused attention: an MLP owns layers too, and transformers has several
+    implementations of attention.
     """
 
-    _has_attention = True
+    _without_attention: tuple[str | None, ...] = ()  # the implementation with which none was called
 
     def run(self, host: Any, *args: Any, **kwargs: Any) -> Any:
         """The host's forward pass."""
@@ -43,7 +44,8 @@ class LBPWHTAttending(BlockPatch):
     def _attend(self, host: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
         plain = type(host).plain_class.forward
         x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
-        if x is None or not self._has_attention:
+        implementation = getattr(getattr(host, "config", None), "_attn_implementation", None)
+        if x is None or self._without_attention == (implementation,):
             return plain(host, *args, **kwargs)
         rules = self._rules_in_effect(host)
         if any("attention" in rule.compress for rule in rules):
@@ -55,7 +57,7 @@ class LBPWHTAttending(BlockPatch):
         with mode:
             result = plain(host, *args, **kwargs)
         if not torch.compiler.is_compiling():  # it cannot ask the mode, and goes in once
-            self._has_attention = mode.was_called
+            self._without_attention = () if mode.was_called else (implementation,)
         return result
 
 

@@ -34,9 +34,14 @@ class BlockPatch(ForwardPatch):
         """Those of the layers in the block, for a forward pass that will be followed by a backward pass."""
         if not (host.training and torch.is_grad_enabled()):
             return []
+        return [rule for layer in self._adapted_layers() for rule in layer.rules_in_effect()]
+
+    def _adapted_layers(self) -> list[LBPWHTLayer]:
+        if torch.compiler.is_compiling():  # it would watch the list
+            return [module for module in self.block.modules() if isinstance(module, LBPWHTLayer)]
         if self._layers is None:  # searched for once: a search takes longer than a small layer
             self._layers = [module for module in self.block.modules() if isinstance(module, LBPWHTLayer)]
-        return [rule for layer in self._layers for rule in layer.rules_in_effect()]
+        return self._layers
 
     def forget_layers(self) -> None:
         """Search for the adapted layers of the block again, since there may be more of them."""
