@@ -226,10 +226,12 @@ def test_so_do_models_in_bfloat16(used):
 
 def test_after_one_pass_only_attention_is_watched():
     model = adapted()
-    assert len(those_inside(model)) == 4 and all(inside._has_attention for inside in those_inside(model).values())
+    assert len(those_inside(model)) == 4 and not any(
+        inside._without_attention for inside in those_inside(model).values()
+    )
     in_bf16(model)
-    found = {name.rpartition(".")[2]: inside._has_attention for name, inside in those_inside(model).items()}
-    assert found == {"attention": True, "mlp": False}
+    found = {name.rpartition(".")[2]: bool(inside._without_attention) for name, inside in those_inside(model).items()}
+    assert found == {"attention": False, "mlp": True}
 
 
 def test_only_blocks_with_adapted_layers(used):
@@ -395,7 +397,10 @@ def test_eager_attention_is_not_its_business(used):
         found = model(images(), output_attentions=True)
     assert len(found.attentions) == 2 and found.attentions[0].shape == (2, 2, 65, 65)
     in_bf16(model)
-    assert not used and not any(inside._has_attention for inside in those_inside(model).values())
+    assert not used and all(inside._without_attention for inside in those_inside(model).values())
+    model.base_model.model.set_attn_implementation("sdpa")
+    in_bf16(model)
+    assert len(used) == 2
 
 
 def test_timm(used):
