@@ -230,7 +230,7 @@ def test_after_one_pass_only_attention_is_watched():
         inside._without_attention for inside in those_inside(model).values()
     )
     in_bf16(model)
-    found = {name.rpartition(".")[2]: bool(inside._without_attention) for name, inside in those_inside(model).items()}
+    found = {name.rpartition(".")[2]: bool(inside._without_attention) for name, inside in inside_of.items()}
     assert found == {"attention": False, "mlp": True}
 
 
