@@ -226,9 +226,8 @@ def test_so_do_models_in_bfloat16(used):
 
 def test_after_one_pass_only_attention_is_watched():
     model = adapted()
-    assert len(those_inside(model)) == 4 and not any(
-        inside._without_attention for inside in those_inside(model).values()
-    )
+    inside_of = those_inside(model)
+    assert len(inside_of) == 4 and not any(inside._without_attention for inside in inside_of.values())
     in_bf16(model)
     found = {name.rpartition(".")[2]: bool(inside._without_attention) for name, inside in inside_of.items()}
     assert found == {"attention": False, "mlp": True}
