@@ -20,7 +20,7 @@ import torch
 import transformers
 
 DOCS = Path(__file__).resolve().parent
-sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "tests")]
+sys.path[:0] = [str(DOCS.parent), str(DOCS.parent / "tests" / "support")]
 
 import architectures  # noqa: E402
 import checks  # noqa: E402
@@ -44,7 +44,7 @@ def main() -> None:
 
     listed = {architecture.model_type for architecture in architectures.ARCHITECTURES} | set(architectures.LEFT_OUT)
     if unlisted := architectures.mapped_types() - listed:
-        print(f"Neither checked nor left out in tests/architectures.py: {', '.join(sorted(unlisted))}")
+        print(f"Neither checked nor left out in tests/support/architectures.py: {', '.join(sorted(unlisted))}")
     page = DOCS / "models.md"
     before, rest = page.read_text().split(BEGIN)
     made = (

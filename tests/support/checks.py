@@ -1,4 +1,4 @@
-"""What is checked of an architecture, of transformers or timm: see `tests/architectures.py`.
+"""What is checked of an architecture, of transformers or timm: see `tests/support/architectures.py`.
 
 Expected grids and gradients share no code with the package: grids are those of the architecture or, of images, those
 that arrive at the layer; gradients are computed from what hooks on the plain model see, with dense bases.

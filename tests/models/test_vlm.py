@@ -1,4 +1,4 @@
-"""The default configuration on vision-language and encoder-decoder models, see `tests/vlm_architectures.py`."""
+"""The default configuration on vision-language and encoder-decoder models, see `tests/support/vlm_architectures.py`."""
 
 import re
 

@@ -68,7 +68,7 @@ def test_in_the_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": "", kernels.VARIABLE: "triton"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
     run = subprocess.run(
-        command, env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=300
+        command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300
     )
     assert run.returncode == 0, run.stdout + run.stderr
     assert " passed" in run.stdout

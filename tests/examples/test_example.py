@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-PROGRAM = Path(__file__).parent.parent / "examples" / "image_classification.py"
+PROGRAM = Path(__file__).parents[2] / "examples" / "image_classification.py"
 SMALL = [
     "--epochs", "2", "--train_images_per_class", "4", "--batch_size", "10", "--test_images", "20",
     "--timing_rounds", "1",

@@ -18,7 +18,7 @@ from common.options import Options
 from models import images, tiny_vit
 from transformers import Dinov2Config, Dinov2ForImageClassification
 
-CONFIGS = Path(__file__).parent.parent / "examples" / "configs"
+CONFIGS = Path(__file__).parents[2] / "examples" / "configs"
 EXPECTED = {  # processes, machines, engine
     "one_gpu": (1, 1, "NO"),
     "ddp": (8, 1, "MULTI_GPU"),

@@ -1,4 +1,4 @@
-"""The default configuration on models straight from timm, see `tests/timm_architectures.py`."""
+"""The default configuration on models straight from timm, see `tests/support/timm_architectures.py`."""
 
 import pytest
 from checks import check

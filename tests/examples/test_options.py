@@ -93,7 +93,7 @@ def test_no_flag_is_abbreviated(kind):
 
 
 def test_benchmarks_take_no_abbreviated_flags_either():
-    for program in (Path(__file__).parent.parent / "examples").rglob("*.py"):
+    for program in (Path(__file__).parents[2] / "examples").rglob("*.py"):
         for call in re.findall(r"ArgumentParser\(.*?\)", program.read_text(), re.DOTALL):
             if not call.startswith("ArgumentParser):"):
                 assert "allow_abbrev=False" in call, program

@@ -1,4 +1,4 @@
-"""Families of timm, one small random instance each, and where their tokens lie; as `tests/architectures.py`."""
+"""Families of timm, one small random instance each, and where their tokens lie; as `tests/support/architectures.py`."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from lbp_peft.formats.registry import FORMATS
 from lbp_peft.tuner.compat.registration import check_peft_version, register
 from lbp_peft.tuner.config import GRAD_INPUT_BASES
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ENCODER = {
     f"vit.layers.{i}.{name}"
     for i in (0, 1)

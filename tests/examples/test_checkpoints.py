@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from lbp_peft import LBPWHTConfig
 
-TRIAL = Path(__file__).parent / "soak" / "kill_and_resume.py"
+TRIAL = Path(__file__).parents[1] / "soak" / "kill_and_resume.py"
 
 
 LORA = LoraConfig(r=4, lora_dropout=0.1, target_modules=["q_proj", "fc1"], modules_to_save=["classifier"])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 datasets = pytest.importorskip("sklearn.datasets", reason="the examples' digits need scikit-learn")
 
 

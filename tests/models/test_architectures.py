@@ -1,4 +1,4 @@
-"""The default configuration on every vision architecture of transformers, see `tests/architectures.py`."""
+"""The default configuration on every vision architecture of transformers, see `tests/support/architectures.py`."""
 
 import pytest
 import timm_architectures
@@ -15,7 +15,7 @@ def test_every_model_type_is_checked_or_left_out_with_a_reason():
     assert all(LEFT_OUT.values())
     assert len(checked & mapped_types()) >= 40
     if unlisted := mapped_types() - checked - set(LEFT_OUT):
-        pytest.skip(f"not in tests/architectures.py: {', '.join(sorted(unlisted))}")
+        pytest.skip(f"not in tests/support/architectures.py: {', '.join(sorted(unlisted))}")
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)

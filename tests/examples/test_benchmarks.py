@@ -30,7 +30,7 @@ from lbp_peft.measure import multiply_adds
 from lbp_peft.measure.memory import allocated
 from lbp_peft.measure.timing import interleaved, quartiles, ratios, rounds_within
 
-BENCHMARKS = Path(__file__).parent.parent / "examples" / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 CPU = torch.device("cpu")
 N = 1000
 

@@ -48,7 +48,7 @@ from lbp_peft.loading.views import View
 torch.set_num_threads(1)
 
 CLASSES = 5
-PROGRAM = Path(__file__).parent.parent / "examples" / "semantic_segmentation.py"
+PROGRAM = Path(__file__).parents[2] / "examples" / "semantic_segmentation.py"
 FLAT = {
     "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 64,
     "patch_size": 8,

@@ -13,7 +13,7 @@ import pytest
 
 import lbp_peft
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
 DOTTED = re.compile(r"\blbp_peft(?:\.[A-Za-z_]\w*)+")
 IMPORTED = re.compile(r"^from (lbp_peft[\w.]*) import (.+)$", re.MULTILINE)

@@ -259,10 +259,10 @@ def hooks_of(model: nn.Module) -> list[str]:
     return [name for name, m in model.named_modules() if m._forward_hooks or m._forward_pre_hooks]
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def run_python(script: str, *args: str) -> None:
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", "")])
     env = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}  # as here
     subprocess.run([sys.executable, "-c", script, *args], check=True, env=env)
