@@ -4,8 +4,8 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from comparing import problem, relative
 from plans import plan_of
-from test_lowrank import problem, relative
 
 from lbp_peft import BasisSet, TokenLayout, low_rank_linear
 from lbp_peft.bases.grids import TokenOrder

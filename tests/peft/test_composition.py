@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from comparing import cosine
+from mixers import ConvMLP
 from models import forward, images, input_gradient, patches_of, tiny_vit
 from peft import LoraConfig, get_peft_model
-from test_pointwise import ConvMLP
-from test_precision import cosine
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

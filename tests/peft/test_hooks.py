@@ -9,10 +9,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from mixers import ConvMLP, Mixer
 from models import MLP, Case, disturb, forward, gradients, images, largest_difference, layers_of, tiny_vit
 from peft import LoraConfig, get_peft_model
-from test_other_linears import Mixer
-from test_pointwise import ConvMLP
 from torch import nn
 from torch.nn.modules import module as module_hooks
 from torch.nn.utils import parametrizations, prune

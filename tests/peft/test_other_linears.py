@@ -5,43 +5,11 @@ import copy
 import pytest
 import reference
 import torch
+from mixers import Mixer
 from models import images, largest_difference, layers_of, outputs, train
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from lbp_peft import LBPWHTConfig, exact_backward, layout_report
-
-
-class Mixer(nn.Module):
-    """An 8 x 12 grid of patches through blocks of two layers of one kind."""
-
-    def __init__(self, kind):
-        super().__init__()
-        torch.manual_seed(0)
-        self.channels_first = kind == "Conv1d"
-        self.patches = nn.Conv2d(3, 8, 4, 4)
-
-        def layer(inside, outside):
-            if kind == "Conv1d":
-                return nn.Conv1d(inside, outside, 1)
-            made = Conv1D(outside, inside)
-            nn.init.normal_(made.weight, std=0.3)
-            nn.init.normal_(made.bias, std=0.3)
-            return made
-
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict({"fc1": layer(8, 16), "act": nn.GELU(), "fc2": layer(16, 8)}) for _ in range(2)
-        )
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x):
-        x = self.patches(x).flatten(2)
-        x = x if self.channels_first else x.transpose(1, 2).contiguous()
-        for block in self.blocks:
-            x = x + block["fc2"](block["act"](block["fc1"](x)))
-        return self.head(x.mean(2 if self.channels_first else 1))
-
 
 KINDS = ["Conv1D", "Conv1d"]
 X = images(2, 32, 48)

@@ -6,6 +6,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from mixers import ConvMLP
 from models import gradients, images, largest_difference, layers_of, outputs, train
 from peft import LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from plans import plan_of
@@ -73,31 +74,6 @@ def test_an_empty_batch_has_gradients_of_zero(ranks, precision):
     y = low_rank_pointwise_conv(x, weight, bias, plan=plan_of(None, *map(bases, ranks), precision=Precision(precision)))
     found = torch.autograd.grad(y.sum(), (x, weight, bias))
     assert found[0].shape == x.shape and not any(g.count_nonzero() for g in found)
-
-
-class ConvMLP(nn.Module):
-    """A hybrid's convolutional stage: depthwise mixing, then an MLP written as convolutions."""
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 8, 4, 4)
-        self.blocks = nn.ModuleList(
-            nn.ModuleDict(
-                {
-                    "mix": nn.Conv2d(8, 8, 3, padding=1, groups=8),
-                    "fc1": nn.Conv2d(8, 16, 1),
-                    "fc2": nn.Conv2d(16, 8, 1, bias=False),
-                }
-            )
-            for _ in range(2)
-        )
-        self.head = nn.Linear(8, 5)
-
-    def forward(self, x):
-        x = self.stem(x)
-        for block in self.blocks:
-            x = x + block["fc2"](F.gelu(block["fc1"](block["mix"](x))))
-        return self.head(x.mean((2, 3)))
 
 
 def base():

@@ -1,8 +1,8 @@
 """The vision architectures of transformers, one small random instance each, and where their tokens lie.
 
 Grids are written down as they follow from the architecture: the image's size over the strides of its stages, and the
-tokens that are put before and after the patches. `tests/models/test_architectures.py` checks them, `docs/models_table.py`
-makes the table in `docs/models.md` of them.
+tokens that are put before and after the patches. `tests/models/test_architectures.py` checks them, and
+`docs/models_table.py` makes the table in `docs/models.md` of them.
 """
 
 from __future__ import annotations

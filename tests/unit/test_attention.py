@@ -6,9 +6,9 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import cosine
 from models import forward, gradients, images, largest_difference, patches_of, tiny_vit
 from peft import LoraConfig, get_peft_model
-from test_precision import cosine
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func

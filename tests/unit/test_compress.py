@@ -8,9 +8,9 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import cosine
 from models import forward, gradients, images, largest_difference, patches_of, tiny_vit, train
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_precision import cosine
 from torch import nn
 from transformers.activations import ACT2FN
 

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from comparing import cosine
 from models import gradients, images, largest_difference, tiny_vit
 from peft import LoraConfig, get_peft_model
 from test_attention import draw, errors, in_float64, problem
-from test_precision import cosine
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func

@@ -7,6 +7,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from comparing import problem, relative
 from plans import plan_of
 
 from lbp_peft import BackwardPlan, BasisSet, TokenLayout, instructions, low_rank_linear
@@ -35,24 +36,8 @@ INPLACE = {
 }
 
 
-def problem(grid, prefix, dtype=torch.float64, channels=(6, 4), batch=2, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    num_tokens = prefix + grid[0] * grid[1]
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
-
-    x = draw(batch, num_tokens, channels[0]).requires_grad_()
-    weight, bias = draw(channels[1], channels[0]).requires_grad_(), draw(channels[1]).requires_grad_()
-    return x, weight, bias, draw(batch, num_tokens, channels[1])
-
-
 def bases_of(rank, **how):
     return None if rank is None else BasisSet(rank, **how)
-
-
-def relative(found, expected):
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
 @pytest.mark.parametrize("ranks", RANKS)

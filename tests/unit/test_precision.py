@@ -6,10 +6,10 @@ import gc
 import numpy as np
 import pytest
 import torch
+from comparing import cosine
+from mixers import ConvMLP, Mixer
 from models import forward, gradients, images, input_gradient, largest_difference, layers_of, tiny_vit
 from peft import LoHaConfig, LoraConfig, get_peft_model
-from test_other_linears import Mixer
-from test_pointwise import ConvMLP
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -417,13 +417,6 @@ def test_copies_go_when_the_adapter_goes():
 
 def adapted(base=tiny_vit, **settings):
     return get_peft_model(base(), LBPWHTConfig(**({"r": 10} | settings))).train()
-
-
-def cosine(found, expected):
-    assert found.keys() == expected.keys()
-    dot = sum((found[n] * e).sum() for n, e in expected.items())
-    return (dot / sum(f.square().sum() for f in found.values()) ** 0.5
-            / sum(e.square().sum() for e in expected.values()) ** 0.5).item()  # fmt: skip
 
 
 BASES = {
