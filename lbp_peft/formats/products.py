@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from ..instructions import multiplies_bf16
+from ..transforms import in_transform
 from .full import product_of_one_dtype, without_autocast
 from .hadamard import fitting_size
 from .registry import number_format
-from .weight_cache import Origin, quantized_weight
+from .weight_cache import Origin, origin, quantized_weight
 
 AUTO = "auto"  # one of them, as [`lbp_peft.heuristics.Heuristics.fastest_precision`] says
 
@@ -100,3 +101,15 @@ def weight_grad(g_hat: Tensor, x_hat: Tensor) -> Tensor:
     if columns.device.type == "cpu" and columns.dtype == torch.bfloat16 and len(columns) < right.shape[1]:
         columns = columns.contiguous()  # the product itself takes longer to transpose them
     return product_of_one_dtype(columns, right.to(dtype)).to(g_hat.dtype)
+
+
+def precision_now(precision: Precision) -> Precision:
+    """The precision, or full precision in transforms of `torch.func`, which cannot follow the rounding of products."""
+    return FULL if in_transform() else precision
+
+
+def source_of_weight(weight: Tensor, parameter: Tensor | None, precision: Precision) -> Origin | None:
+    """The origin of the parameter that a weight is, or is a cast of; None where no quantized copy of it is kept."""
+    if precision.name == "full" or torch.compiler.is_compiling():
+        return None
+    return origin(weight if parameter is None else parameter)

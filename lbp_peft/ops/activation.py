@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..formats.in_groups import restored, rounded_in_groups
 from ..transforms import backward_pass
 from .layer_state import LayerRecord, same_autocast, to_save
-from .linear import once_differentiable
+from .once_differentiable import once_differentiable
 
 
 def compressed_layer(layer: nn.Module, x: Tensor) -> Tensor:

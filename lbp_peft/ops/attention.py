@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from .. import heuristics
 from ..transforms import backward_pass, in_forward_mode, in_transform
-from .linear import once_differentiable
+from .once_differentiable import once_differentiable
 
 # Entries of the attention matrices that are worked on at once. Those of more would not stay in the cache.
 _ENTRIES_AT_ONCE = 2**20

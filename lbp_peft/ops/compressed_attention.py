@@ -24,7 +24,7 @@ from ..transforms import backward_pass, in_forward_mode, in_transform
 from .attention import attention, gradients_by_products
 from .kept import keep
 from .layer_state import to_save
-from .linear import once_differentiable
+from .once_differentiable import once_differentiable
 
 # On CPUs, and in compiled graphs. With more keys the attention matrices of a head outgrow the cache.
 _KEYS_BY_PRODUCTS = 600

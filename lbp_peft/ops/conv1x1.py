@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..bases.grids import TokenLayout
-from ..formats.products import FULL, product, weight_grad
+from ..formats.products import FULL, precision_now, product, source_of_weight, weight_grad
 from ..formats.weight_cache import Origin
 from ..projection import Projection
 from ..transforms import backward_pass, in_forward_mode, in_transform, tracked_by_transforms
-from .linear import cast_as_autocast_would, once_differentiable, precision_now, source_of_weight
+from .autocast import cast_as_autocast_would
+from .once_differentiable import once_differentiable
 from .plan import BackwardPlan, InputProjection
 
 

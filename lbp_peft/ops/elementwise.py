@@ -14,7 +14,7 @@ from torch import Tensor
 from ..formats.derivatives import DerivativeTable
 from ..transforms import backward_pass
 from .kept import keep
-from .linear import once_differentiable
+from .once_differentiable import once_differentiable
 
 
 def elementwise_function(function: Callable[[Tensor], Tensor], x: Tensor, table: DerivativeTable) -> Tensor:

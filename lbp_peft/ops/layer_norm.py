@@ -18,7 +18,7 @@ from ..formats.in_groups import restored, rounded_in_groups
 from ..transforms import backward_pass
 from .kept import keep
 from .layer_state import to_save
-from .linear import once_differentiable
+from .once_differentiable import once_differentiable
 
 
 def compressed_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:

@@ -18,52 +18,26 @@ A low-rank update beside the weight (LoRA, arXiv 2106.09685), y += s (x A^T) B^T
 from __future__ import annotations
 
 import functools
-import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..bases.grids import TokenLayout
-from ..formats.products import FULL, Precision, product, weight_grad
-from ..formats.weight_cache import Origin, origin
+from ..formats.products import precision_now, product, source_of_weight, weight_grad
+from ..formats.weight_cache import Origin
 from ..projection import Projection
-from ..transforms import (
-    backward_pass,
-    in_dispatch_mode,
-    in_forward_mode,
-    in_transform,
-    must_be_functional,
-    tracked_by_transforms,
-)
-from .checkpointing import only_saved_tensors_matter, saved_tensors_are_discarded
+from ..transforms import backward_pass, in_dispatch_mode, in_forward_mode, in_transform, must_be_functional
+from .autocast import cast_as_autocast_would
+from .checkpointing import only_saved_tensors_matter
+from .once_differentiable import once_differentiable
 from .plan import BackwardPlan, InputProjection
-
-
-class _OnceDifferentiable(torch.autograd.Function):
-    """Identity whose own backward says why there is no second derivative."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(grad: Tensor, *_: Tensor) -> Tensor:
-        return grad.detach()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> Tensor:
-        raise RuntimeError(
-            "Low-rank backpropagation has no second derivative: its gradient is not that of any function. For double "
-            "backward run the model in eval mode or inside lbp_peft.exact_backward(model), where gradients are exact."
-        )
+from .saved_input import input_to_save
+from .tokens import as_tokens, from_tokens, sum_of_tokens
 
 
 @dataclass(frozen=True)
@@ -189,24 +163,6 @@ class _WithValues(torch.autograd.Function):
         return grads[0], None
 
 
-def once_differentiable(
-    gradients: Iterable[Tensor | None], output_grad: Tensor, are_tracked: bool = False
-) -> list[Tensor | None]:
-    """The gradients, which raise RuntimeError when they are differentiated again.
-
-    Args:
-        gradients: Of the inputs of an autograd function.
-        output_grad: The gradient of its output. `torch.autograd.grad` runs only what lies on a path to the tensors that
-            it is asked for: that path leads through this one.
-        are_tracked: Whether they require gradients already where they depend on anything that does, as within
-            transforms of `torch.func`.
-    """
-    if are_tracked or in_transform():
-        return [d if d is None else _OnceDifferentiable.apply(d) for d in gradients]
-    path = [output_grad] if output_grad.requires_grad else []
-    return [d if d is None else _OnceDifferentiable.apply(d.requires_grad_(), *path) for d in gradients]
-
-
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     saved_x, weight, *saved = ctx.saved_tensors
     state: _State = ctx.state
@@ -260,150 +216,6 @@ def _lifted(grad_x: Tensor, projection: Any, like: Tensor, layout: TokenLayout |
     """The gradient of an input, lifted from its coefficients if it was projected, in the shape of the output's."""
     tokens = projection.lift(grad_x) if projection else grad_x
     return from_tokens(tokens, like.shape, layout)
-
-
-def sum_of_tokens(g: Tensor, g_hat: Tensor | None, projection: Projection | None) -> Tensor:
-    """The sum of g over images and tokens, shape (C,): the gradient of a bias.
-
-    If the projection preserves sums, they are computed from its k coefficients instead of the L tokens.
-    """
-    if g_hat is not None and projection is not None and projection.keeps_sums and g.dtype.itemsize >= 4:
-        return projection.sum(g_hat)
-    return g.sum(dim=(0, 1))
-
-
-def precision_now(precision: Precision) -> Precision:
-    """The precision, or full precision in transforms of `torch.func`, which cannot follow the rounding of products."""
-    return FULL if in_transform() else precision
-
-
-class _Shared(threading.local):
-    """What was projected last in the innermost [`shared_projections`] of this thread; None outside of any."""
-
-    last: _Projected | None = None
-
-
-@dataclass
-class _Projected:
-    """An input and its saved projection. References are weak, so that neither tensor lives longer than it would."""
-
-    x: Callable[[], Tensor | None] = lambda: None
-    x_hat: Callable[[], Tensor | None] = lambda: None
-    key: tuple = ()
-
-
-_shared = _Shared()
-
-
-@contextmanager
-def shared_projections() -> Iterator[None]:
-    """Let consecutive layers that receive the same tensor (query, key and value) share its projection.
-
-    Enter it for one forward pass of the module that owns these layers, if that module does not change their input in
-    between: whether a tensor is unchanged cannot be told otherwise, since version counters miss writes through `.data`
-    or NumPy. Nested blocks and other threads share nothing with it.
-    """
-    before, _shared.last = _shared.last, _Projected()
-    try:
-        yield
-    finally:
-        _shared.last = before
-
-
-def input_to_save(x: Tensor, projection: Projection | None, plan: BackwardPlan, source: Tensor | None = None) -> Tensor:
-    """What is saved of an input for the gradient of a weight.
-
-    Args:
-        x: Shape (N, ..., C).
-        projection: The projection of the weight gradient; None: all tokens are saved.
-        plan: The plan of the backward pass.
-        source: The tensor that x was cast from; None: x itself.
-
-    Returns:
-        Shape (N, k, C), or (N, L, C) without a projection; in the form of [`BackwardPlan.to_saved`]. Without values in
-        the first pass of gradient checkpointing, which throws them away.
-    """
-    layout = plan.layout
-    if projection is None:
-        return as_tokens(x, layout)
-    if saved_tensors_are_discarded():
-        *_, channels = x.shape
-        num_images = x.numel() // (channels * projection.layout.num_tokens)
-        num_rows = projection.num_coefficients
-        return plan.empty_saved(x, (num_images, num_rows, channels))
-    if in_transform():
-        with tracked_by_transforms():
-            return projection.project(as_tokens(x, layout)).to(x.dtype)
-    source, last = x if source is None else source, _shared.last
-    # The compiler finds the common expression by itself. Inference tensors have no version counter, and those of other
-    # classes, as a tracer's, no address.
-    if last is None or must_be_functional() or source.is_inference() or type(source) is not Tensor:
-        return plan.to_saved(projection.project(as_tokens(x, layout)))
-    identity = source._version, source.data_ptr(), source.shape, source.stride()
-    key = (
-        *identity,
-        x.dtype,
-        plan.saved_dtype(x.dtype),
-        plan.saves_8_bits,
-        projection.layout,
-        projection.basis,
-        id(projection.padding_mask),
-    )
-    if last.x() is source and last.key == key and (x_hat := last.x_hat()) is not None:
-        return x_hat
-    x_hat = plan.to_saved(projection.project(as_tokens(x, layout)))
-    last.x, last.x_hat, last.key = weakref.ref(source), weakref.ref(x_hat), key
-    return x_hat
-
-
-def as_tokens(x: Tensor, layout: TokenLayout | None = None) -> Tensor:
-    """(N, ..., C) -> (N, L, C). With a layout, its axes are those of the tokens, and packed images are separated."""
-    if layout is None or (layout.axes is None and layout.packed == 1):
-        return x if x.dim() == 3 else x.flatten(1, -2)
-    order = _images_first(x.dim() - 1, layout)
-    return x.permute(*order, -1).reshape(-1, layout.num_tokens, x.shape[-1])
-
-
-def from_tokens(tokens: Tensor, shape: torch.Size, layout: TokenLayout | None = None) -> Tensor:
-    """The inverse of [`as_tokens`]: (N, L, C) -> `shape`, except for its last axis, which becomes C."""
-    if layout is None or layout.axes is None:
-        return tokens.reshape(*shape[:-1], tokens.shape[-1])
-    order = _images_first(len(shape) - 1, layout)
-    ordered = tokens.reshape(*(shape[axis] for axis in order), tokens.shape[-1])
-    return ordered.permute(*(order.index(axis) for axis in range(len(order))), -1)
-
-
-def _images_first(num_axes: int, layout: TokenLayout) -> list[int]:
-    axes = tuple(range(1, num_axes)) if layout.axes is None else layout.axes
-    return [*(axis for axis in range(num_axes) if axis not in axes), *axes]
-
-
-def cast_as_autocast_would(weight: Tensor, tensors: list[Any]) -> tuple[list[Any], torch.dtype | None]:
-    """Cast tensors as autocast casts the arguments of a linear layer.
-
-    A weight that is a parameter is cast in each pass instead, because its copy, which is as large as many inputs, would
-    otherwise be kept from the forward pass to the backward pass.
-
-    Returns:
-        The tensors, and the dtype that the weight has still to be cast to in each pass; None: it has been cast.
-    """
-    device = weight.device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors, None
-    dtype = torch.get_autocast_dtype(device)
-    later = isinstance(weight, nn.Parameter) and weight.dtype not in (dtype, torch.float64)
-
-    def cast(t: Tensor | None) -> Tensor | None:
-        return t if t is None or t.dtype == torch.float64 or (later and t is weight) else t.to(dtype)
-
-    return [cast(t) for t in tensors], dtype if later else None
-
-
-def source_of_weight(weight: Tensor, parameter: Tensor | None, precision: Precision) -> Origin | None:
-    """The origin of the parameter that a weight is, or is a cast of; None where no quantized copy of it is kept."""
-    if precision.name == "full" or torch.compiler.is_compiling():
-        return None
-    return origin(weight if parameter is None else parameter)
 
 
 def low_rank_linear(

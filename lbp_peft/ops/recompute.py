@@ -26,8 +26,10 @@ from ..formats.products import FULL
 from ..projection import Projection
 from ..transforms import backward_pass
 from .layer_state import LayerRecord, same_autocast, to_save
-from .linear import as_tokens, from_tokens, input_to_save, once_differentiable, sum_of_tokens
+from .once_differentiable import once_differentiable
 from .plan import BackwardPlan, InputProjection
+from .saved_input import input_to_save
+from .tokens import as_tokens, from_tokens, sum_of_tokens
 
 
 def low_rank_layer(

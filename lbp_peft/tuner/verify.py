@@ -16,7 +16,7 @@ from ..bases.packed import PackedLayout
 from ..layer_types import layer_type_of
 from ..layout import LayoutFinder
 from ..layout.positions import column_of, row_of
-from ..ops.linear import as_tokens
+from ..ops.tokens import as_tokens
 from ..projection import SeparableProjection
 from .layers.base import LBPWHTLayer
 from .layers.conv1x1 import is_pointwise_conv

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
 
 from lbp_peft import BasisSet, LBPWHTConfig, TokenLayout, low_rank_linear
 from lbp_peft.ops import linear
-from lbp_peft.ops.linear import shared_projections
+from lbp_peft.ops.saved_input import shared_projections
 from lbp_peft.projection import DenseProjection, SeparableProjection
 
 LAYERS = 6

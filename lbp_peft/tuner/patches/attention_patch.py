@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...instructions import multiplies_bf16
 from ...ops.attention import AttentionMode, attention
 from ...ops.compressed_attention import compressed_attention
-from ...ops.linear import shared_projections
+from ...ops.saved_input import shared_projections
 from ..layers.base import LBPWHTLayer
 from ..stacking.layer import LBPWHTStacked
 from .block_patch import BlockPatch, attach_to_block_module, blocks_with_layers

@@ -1,0 +1,96 @@
+"""What a layer saves of its input for the gradient of its weight: the input's projection, which layers may share."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..projection import Projection
+from ..transforms import in_transform, must_be_functional, tracked_by_transforms
+from .checkpointing import saved_tensors_are_discarded
+from .plan import BackwardPlan
+from .tokens import as_tokens
+
+
+class _Shared(threading.local):
+    """What was projected last in the innermost [`shared_projections`] of this thread; None outside of any."""
+
+    last: _Projected | None = None
+
+
+@dataclass
+class _Projected:
+    """An input and its saved projection. References are weak, so that neither tensor lives longer than it would."""
+
+    x: Callable[[], Tensor | None] = lambda: None
+    x_hat: Callable[[], Tensor | None] = lambda: None
+    key: tuple = ()
+
+
+_shared = _Shared()
+
+
+@contextmanager
+def shared_projections() -> Iterator[None]:
+    """Let consecutive layers that receive the same tensor (query, key and value) share its projection.
+
+    Enter it for one forward pass of the module that owns these layers, if that module does not change their input in
+    between: whether a tensor is unchanged cannot be told otherwise, since version counters miss writes through `.data`
+    or NumPy. Nested blocks and other threads share nothing with it.
+    """
+    before, _shared.last = _shared.last, _Projected()
+    try:
+        yield
+    finally:
+        _shared.last = before
+
+
+def input_to_save(x: Tensor, projection: Projection | None, plan: BackwardPlan, source: Tensor | None = None) -> Tensor:
+    """What is saved of an input for the gradient of a weight.
+
+    Args:
+        x: Shape (N, ..., C).
+        projection: The projection of the weight gradient; None: all tokens are saved.
+        plan: The plan of the backward pass.
+        source: The tensor that x was cast from; None: x itself.
+
+    Returns:
+        Shape (N, k, C), or (N, L, C) without a projection; in the form of [`BackwardPlan.to_saved`]. Without values in
+        the first pass of gradient checkpointing, which throws them away.
+    """
+    layout = plan.layout
+    if projection is None:
+        return as_tokens(x, layout)
+    if saved_tensors_are_discarded():
+        *_, channels = x.shape
+        num_images = x.numel() // (channels * projection.layout.num_tokens)
+        num_rows = projection.num_coefficients
+        return plan.empty_saved(x, (num_images, num_rows, channels))
+    if in_transform():
+        with tracked_by_transforms():
+            return projection.project(as_tokens(x, layout)).to(x.dtype)
+    source, last = x if source is None else source, _shared.last
+    # The compiler finds the common expression by itself. Inference tensors have no version counter, and those of other
+    # classes, as a tracer's, no address.
+    if last is None or must_be_functional() or source.is_inference() or type(source) is not Tensor:
+        return plan.to_saved(projection.project(as_tokens(x, layout)))
+    identity = source._version, source.data_ptr(), source.shape, source.stride()
+    key = (
+        *identity,
+        x.dtype,
+        plan.saved_dtype(x.dtype),
+        plan.saves_8_bits,
+        projection.layout,
+        projection.basis,
+        id(projection.padding_mask),
+    )
+    if last.x() is source and last.key == key and (x_hat := last.x_hat()) is not None:
+        return x_hat
+    x_hat = plan.to_saved(projection.project(as_tokens(x, layout)))
+    last.x, last.x_hat, last.key = weakref.ref(source), weakref.ref(x_hat), key
+    return x_hat

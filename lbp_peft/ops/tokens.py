@@ -1,0 +1,41 @@
+"""The axes of tokens: (N, ..., C) as (N, L, C), and sums over tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..bases.grids import TokenLayout
+from ..projection import Projection
+
+
+def as_tokens(x: Tensor, layout: TokenLayout | None = None) -> Tensor:
+    """(N, ..., C) -> (N, L, C). With a layout, its axes are those of the tokens, and packed images are separated."""
+    if layout is None or (layout.axes is None and layout.packed == 1):
+        return x if x.dim() == 3 else x.flatten(1, -2)
+    order = _images_first(x.dim() - 1, layout)
+    return x.permute(*order, -1).reshape(-1, layout.num_tokens, x.shape[-1])
+
+
+def from_tokens(tokens: Tensor, shape: torch.Size, layout: TokenLayout | None = None) -> Tensor:
+    """The inverse of [`as_tokens`]: (N, L, C) -> `shape`, except for its last axis, which becomes C."""
+    if layout is None or layout.axes is None:
+        return tokens.reshape(*shape[:-1], tokens.shape[-1])
+    order = _images_first(len(shape) - 1, layout)
+    ordered = tokens.reshape(*(shape[axis] for axis in order), tokens.shape[-1])
+    return ordered.permute(*(order.index(axis) for axis in range(len(order))), -1)
+
+
+def _images_first(num_axes: int, layout: TokenLayout) -> list[int]:
+    axes = tuple(range(1, num_axes)) if layout.axes is None else layout.axes
+    return [*(axis for axis in range(num_axes) if axis not in axes), *axes]
+
+
+def sum_of_tokens(g: Tensor, g_hat: Tensor | None, projection: Projection | None) -> Tensor:
+    """The sum of g over images and tokens, shape (C,): the gradient of a bias.
+
+    If the projection preserves sums, they are computed from its k coefficients instead of the L tokens.
+    """
+    if g_hat is not None and projection is not None and projection.keeps_sums and g.dtype.itemsize >= 4:
+        return projection.sum(g_hat)
+    return g.sum(dim=(0, 1))
