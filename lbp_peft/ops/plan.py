@@ -148,6 +148,19 @@ class BackwardPlan:
         """Number format of the product in the input gradient."""
         return self.input_gradient.precision
 
+    def num_rows(self, num_tokens: int) -> tuple[int, int]:
+        """k of L tokens, from which the gradient of the weight and that of the input are computed; L: exact.
+
+        Args:
+            num_tokens: L, which counts only if there is no layout.
+
+        Raises:
+            LayoutError: a basis does not exist for the layout.
+        """
+        if self.layout is None:
+            return num_tokens, self.input_gradient.num_coefficients_of(num_tokens)
+        return num_kept(self.layout, self.weight_basis), self.input_gradient.num_coefficients(self.layout)
+
     def saved_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which the projection of an input of a dtype is saved for the weight gradient."""
         return saved_dtype(dtype, self.precision)

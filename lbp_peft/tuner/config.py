@@ -21,7 +21,7 @@ from ..bases.walsh import SELECTIONS, is_power_of_two
 from ..formats.products import AUTO, FULL, Precision
 from ..formats.registry import FORMATS, FormatName
 from .deprecation import accept_old_names
-from .layers.base import COMPRESSIBLE
+from .layers.rule import COMPRESSIBLE
 from .layers.waiting import BASE_WEIGHTS
 from .validation.names import check_adapter_name, is_module_name
 from .validation.patterns import check_pattern, show

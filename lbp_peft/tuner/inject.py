@@ -19,9 +19,10 @@ from ..layout import LayoutFinder
 from ..ops.adaptive import AdaptiveBasis
 from ..ops.plan import ExactProduct, FixedBasis, InputGradient
 from .config import LBPWHTConfig
-from .layers.base import BackwardRule, LBPWHTLayer
+from .layers.base import LBPWHTLayer
 from .layers.calling import has_own_forward, onloaded
 from .layers.linear import LBPWHTLinear
+from .layers.rule import BackwardRule
 from .layers.waiting import DROPPED, RESIDENT
 from .patches.activation_patch import compress_activations
 from .patches.attention_patch import patch_attention

@@ -18,7 +18,8 @@ from torch import nn
 from ..bases.grids import TokenLayout
 from ..bases.packed import PackedLayout
 from ..layout import LayoutFinder
-from .layers.base import BackwardPass, LBPWHTLayer
+from .layers.base import LBPWHTLayer
+from .layers.planning import BackwardPass
 
 # Columns of the report, and what they mean.
 COLUMNS = {

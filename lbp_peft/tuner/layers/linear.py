@@ -17,7 +17,7 @@ from ...layout import LayoutFinder
 from ...ops.linear import low_rank_linear
 from ...ops.plan import BackwardPlan
 from ...ops.recompute import low_rank_layer
-from .base import BackwardRule, LBPWHTLayer
+from .base import LBPWHTLayer
 from .calling import (
     WATCHED,
     call_with,
@@ -29,6 +29,7 @@ from .calling import (
     onloaded,
     parts_are_watched,
 )
+from .rule import BackwardRule
 from .waiting import DROPPED, RESIDENT, WaitingBaseWeight
 
 

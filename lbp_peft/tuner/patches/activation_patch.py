@@ -17,8 +17,8 @@ from ...ops.activation import compressed_layer
 from ...ops.elementwise import elementwise_function
 from ...ops.layer_norm import compressed_layer_norm
 from ...transforms import in_forward_mode, in_transform
-from ..layers.base import BackwardRule
 from ..layers.calling import parts_are_watched
+from ..layers.rule import BackwardRule
 from .block_patch import BlockPatch, attach_to_block_module, blocks_with_layers
 from .forward_patch import PATCH_ATTR, UnpatchedForward
 

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..layers.base import BackwardRule, LBPWHTLayer
+from ..layers.base import LBPWHTLayer
+from ..layers.rule import BackwardRule
 from .forward_patch import PATCH_ATTR, ForwardPatch, attach
 
 

@@ -20,7 +20,7 @@ from ...layout import LayoutFinder
 from ...ops.linear import Branch, low_rank_linear
 from ...ops.plan import BackwardPlan, ExactProduct
 from ...ops.recompute import low_rank_layer
-from ..layers.base import BackwardRule, LBPWHTLayer, check_image_layout
+from ..layers.base import LBPWHTLayer, check_image_layout
 from ..layers.calling import (
     WATCHED,
     eagerly,
@@ -31,6 +31,7 @@ from ..layers.calling import (
     is_offloaded,
     parts_are_watched,
 )
+from ..layers.rule import BackwardRule
 from ..patches.forward_patch import ForwardPatch, UnpatchedForward
 
 

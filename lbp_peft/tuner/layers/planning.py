@@ -1,0 +1,401 @@
+"""Plans the backward pass of a layer: from an adapter's rule, the layer's input and the layout of its tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ... import heuristics
+from ...bases.base import Basis
+from ...bases.grids import LayoutError, TokenLayout
+from ...bounded import ScratchCache
+from ...formats.products import AUTO, FULL
+from ...instructions import product_dtype
+from ...layout import NOT_TRACED, GridMismatchError, LayoutFinder, LayoutRecord, given_layout
+from ...ops.adaptive import AdaptiveBasis
+from ...ops.plan import BackwardPlan, ExactProduct, InputGradient
+from ...transforms import in_transform
+from .rule import BackwardRule
+
+# A compiled graph has to serve batches of all sizes. "auto" chooses for this one there.
+_USUAL_BATCH = 8
+_TOO_NARROW = "exact backpropagation is faster for so narrow a layer"
+
+
+@dataclass(frozen=True)
+class BackwardPass:
+    """How the last training forward of a layer prepared its backward pass.
+
+    Attributes:
+        num_tokens: L; 0 if the input has no token axis.
+        layout: Where the tokens lie, if that is known.
+        kept_for_weight, kept_for_input: k of the L tokens that each gradient is computed from; L: exact.
+        why_exact: The reason why both are exact; "" if at least one is low-rank or in low precision.
+        precision: Precision of the product in the input gradient.
+        known_by: The source of the layout: the number of operations through which it was followed from the model's
+            input, or the configuration.
+    """
+
+    num_tokens: int
+    layout: TokenLayout | None
+    kept_for_weight: int
+    kept_for_input: int
+    why_exact: str = ""
+    precision: str = "full"
+    known_by: str = ""
+
+
+class NothingToGainError(LayoutError):
+    """Exact backpropagation is the best that can be done, so there is nothing to warn of.
+
+    Attributes:
+        why: The reason.
+        layout: Where the tokens lie, if that is known.
+    """
+
+    def __init__(self, why: str, layout: TokenLayout | None = None):
+        super().__init__(why, "")
+        self.layout = layout
+
+
+class _MadePlan(NamedTuple):
+    """A plan as a layer remembers it: making it takes longer than a small product, and most calls are alike."""
+
+    plan: BackwardPlan | None
+    ran: BackwardPass | None
+    rule: BackwardRule
+    record: LayoutRecord
+
+
+class BackwardPlanner:
+    """Plans the backward passes of one layer, and records each decision in `last_backward`.
+
+    Subclasses say how their inputs and weights are laid out.
+
+    Args:
+        finder: Finds where tokens lie; shared by all layers of the model.
+        layer_name: The name of the layer in the model, for messages.
+    """
+
+    def __init__(self, finder: LayoutFinder, layer_name: str):
+        self.finder = finder
+        self.layer_name = layer_name
+        self.last_backward: BackwardPass | None = None
+        self._plans: ScratchCache[Hashable, _MadePlan] = ScratchCache(16)
+
+    # What differs between types of layers
+
+    def _channels_axis(self, x: Tensor) -> int:
+        """The axis of the channels in the input."""
+        return -1
+
+    def _shape_of_tokens(self, x: Tensor) -> torch.Size:
+        """The shape of the input with the channels last, (N, L, C) or (N, H, W, C)."""
+        return x.shape
+
+    def _shape_of_weight(self, base: Any) -> torch.Size:
+        """The shape of the weight that the layer computes with."""
+        shape: torch.Size = base.weight.shape
+        return shape
+
+    def _trains_whole_weight(self, base: Any) -> bool:
+        """Whether training this layer means training its whole weight matrix, and not only factors."""
+        return True
+
+    def _check_layout(self, x: Tensor, layout: TokenLayout) -> None:
+        """Raise LayoutError if the layer does not support a layout."""
+
+    # The plan
+
+    def _plan(self, x: Tensor, base: nn.Module, train_weight: bool, rule: BackwardRule) -> BackwardPlan | None:
+        """The plan of the backward pass; None if it has to be exact, or if nothing is gained otherwise.
+
+        Args:
+            x: The layer's input.
+            base: The layer whose weight is multiplied.
+            train_weight: Whether the gradient of a weight is needed.
+            rule: The settings of the active adapter.
+        """
+        record = self.finder.record(self.layer_name, x, self._channels_axis(x))
+        if torch.compiler.is_compiling():
+            return self._plan_or_reason(x, base, train_weight, rule, record)
+        if record.text or in_transform():  # the plan depends on the attention mask of the pass, or on the transform
+            return self._make_plan(x, base, train_weight, rule, record).plan
+        # All that a plan depends on. Rules and records are immutable, and the entry keeps them alive, so that no other
+        # one can have the same id.
+        key = (
+            x.shape, x.dtype, x.device, x.requires_grad, _dtype_of_layer(x), self._channels_axis(x),
+            train_weight, self._trains_whole_weight(base), self._shape_of_weight(base), id(rule), id(record),
+            heuristics.active(),
+        )  # fmt: skip
+        made = self._plans.get(key)
+        if made is None:
+            made = self._plans[key] = self._make_plan(x, base, train_weight, rule, record)
+        elif self.last_backward is not made.ran:
+            self.last_backward = made.ran
+        return made.plan
+
+    def _make_plan(
+        self, x: Tensor, base: nn.Module, train_weight: bool, rule: BackwardRule, record: LayoutRecord
+    ) -> _MadePlan:
+        self._warn_of_slow_dtype(x)
+        plan = self._plan_or_reason(x, base, train_weight, rule, record)
+        if (ran := self.last_backward) is not None:
+            self.last_backward = replace(ran, known_by=_known_by(record, rule, ran))
+        return _MadePlan(plan, self.last_backward, rule, record)
+
+    def _plan_or_reason(
+        self, x: Tensor, base: nn.Module, train_weight: bool, rule: BackwardRule, record: LayoutRecord
+    ) -> BackwardPlan | None:
+        """The plan; None after recording why the backward pass is exact."""
+        try:
+            plan = self._low_rank_plan(x, base, train_weight, rule, record)
+        except NothingToGainError as error:
+            self._note_exact(x, error.why, error.layout)
+            return None
+        except LayoutError as error:
+            self._fall_back(x, error.why, error.remedy, cause=error.why)
+            return None
+        self._note_plan(x, plan)
+        return plan
+
+    def _low_rank_plan(
+        self, x: Tensor, base: nn.Module, train_weight: bool, rule: BackwardRule, record: LayoutRecord
+    ) -> BackwardPlan:
+        """The plan of a backward pass that is not exact.
+
+        Raises:
+            NothingToGainError: exact backpropagation is as good.
+            LayoutError: the layout of the tokens is needed, and not known or not supported.
+        """
+        # Within vmap, requires_grad does not tell whether an outer transform differentiates a tensor.
+        train_weight, needs_x_grad = (needed or in_transform() for needed in (train_weight, x.requires_grad))
+        weight_basis = rule.weight_basis if train_weight else None
+        # A first layer, which needs no input gradient, has the precision of the others all the same: its input is saved
+        # by it, and under checkpointing it does compute an input gradient.
+        input_gradient = rule.input_gradient if needs_x_grad else ExactProduct(precision=rule.input_gradient.precision)
+        if weight_basis is None and (not needs_x_grad or input_gradient.is_exact):
+            raise NothingToGainError("its weight is not trained and its input gradient is to be exact or is not needed")
+        self._check_token_axis(x)
+        input_gradient = self._adaptive_if_faster(x, base, input_gradient)
+        if weight_basis is None and input_gradient.is_exact:
+            raise NothingToGainError(_TOO_NARROW)
+        without_layout = BackwardPlan(input_gradient=input_gradient)
+        if weight_basis is None and not input_gradient.uses_layout:
+            return self._with_chosen_precision(x, base, without_layout)
+        try:
+            plan = self._plan_with_layout(x, rule, record, weight_basis, input_gradient)
+        except LayoutError as error:
+            works_without = input_gradient.uses_layout and not input_gradient.needs_layout and x.dim() > 2
+            if isinstance(error, NothingToGainError) or not works_without:
+                raise
+            if weight_basis is not None:
+                self._fall_back(x, error.why, error.remedy, cause=error.why, instead="computes exact weight gradients")
+            return self._with_chosen_precision(x, base, without_layout)
+        precision = plan.precision.name if needs_x_grad else "full"
+        if precision in ("full", AUTO) and min(self._num_rows(x, plan)) == self._num_tokens(x, plan.layout):
+            raise NothingToGainError("it would keep as many rows as there are tokens", plan.layout)
+        return self._with_chosen_precision(x, base, plan)
+
+    def _check_token_axis(self, x: Tensor) -> None:
+        """Raise NothingToGainError if an input has no tokens, or a single one."""
+        if x.dim() < 2:
+            raise NothingToGainError("its input has no token axis")
+        if x.dim() > 2 and _num_tokens(self._shape_of_tokens(x)) <= 1 and math.prod(x.shape[:-1]) == x.shape[0]:
+            raise NothingToGainError("its input has a single token")
+
+    def _adaptive_if_faster(self, x: Tensor, base: nn.Module, input_gradient: InputGradient) -> InputGradient:
+        """The input gradient as it is, but for an adaptive basis that would be slower than an exact product."""
+        if not isinstance(input_gradient, AdaptiveBasis) or x.dim() < 3:
+            return input_gradient
+        out_features, in_features = self._num_features_of(x, base)
+        num_tokens = max(_num_tokens(self._shape_of_tokens(x)), 1)
+        if heuristics.active().use_adaptive_basis(num_tokens, input_gradient.rank, out_features, in_features):
+            return input_gradient
+        return ExactProduct(precision=input_gradient.precision)
+
+    def _plan_with_layout(
+        self,
+        x: Tensor,
+        rule: BackwardRule,
+        record: LayoutRecord,
+        weight_basis: Basis | None,
+        input_gradient: InputGradient,
+    ) -> BackwardPlan:
+        """The plan for tokens whose layout is known, in the precision of the rule.
+
+        Raises:
+            LayoutError: it is not known or not supported, or a basis does not exist for it.
+        """
+        layout, padding_mask = self._layout(x, record, rule)
+        plan = BackwardPlan(layout, weight_basis, input_gradient, padding_mask, "projection" in rule.compress)
+        self._num_rows(x, plan)  # which a basis that does not exist for the layout refuses
+        return plan
+
+    def _with_chosen_precision(self, x: Tensor, base: nn.Module, plan: BackwardPlan) -> BackwardPlan:
+        """The plan, with the number format that is fastest for this shape if its precision is "auto".
+
+        Raises:
+            NothingToGainError: exact backpropagation is as fast.
+        """
+        if plan.precision.name == AUTO:
+            plan = self._with_fastest_precision(x, base, plan)
+        if plan.precision.name == "full" and min(self._num_rows(x, plan)) == self._num_tokens(x, plan.layout):
+            raise NothingToGainError("nothing is faster than exact backpropagation here", plan.layout)
+        return plan
+
+    def _with_fastest_precision(self, x: Tensor, base: nn.Module, plan: BackwardPlan) -> BackwardPlan:
+        """[`_with_chosen_precision`] for "auto"."""
+        shape, dtype = self._shape_of_tokens(x), _dtype_of_layer(x)
+        features = self._num_features_of(x, base)
+        num_tokens = self._num_tokens(x, plan.layout)
+        weight_rows, input_rows = self._num_rows(x, plan)
+        num_images = _USUAL_BATCH if torch.compiler.is_compiling() else math.prod(shape[:-1]) // num_tokens
+        if weight_rows < num_tokens:
+            # Where only factors are trained, low-rank gradients are used to save the memory of x, and less for time.
+            weighed = dtype if self._trains_whole_weight(base) else torch.float32
+            on_images = x.dim() == 4 and shape != x.shape
+            given = (num_images, num_tokens, weight_rows, *features, weighed, x.device, on_images)
+            if not heuristics.active().use_low_rank(*given):
+                self._warn_of_narrow_layers(x)
+                raise NothingToGainError(_TOO_NARROW, plan.layout)
+        name = heuristics.active().fastest_precision(num_images * input_rows, *features, dtype, x.device)
+        return plan.with_precision(replace(plan.precision, name=name))
+
+    def _num_features_of(self, x: Tensor, base: nn.Module) -> tuple[int, int]:
+        """C_out and C_in."""
+        in_features = int(self._shape_of_tokens(x)[-1])
+        return self._shape_of_weight(base).numel() // in_features, in_features
+
+    def _num_tokens(self, x: Tensor, layout: TokenLayout | None) -> int:
+        """L; 1 if the input has no token axis."""
+        return layout.num_tokens if layout else max(_num_tokens(self._shape_of_tokens(x)), 1)
+
+    def _num_rows(self, x: Tensor, plan: BackwardPlan) -> tuple[int, int]:
+        """k of the L tokens for the gradient of the weight and for that of the input."""
+        return plan.num_rows(self._num_tokens(x, plan.layout))
+
+    def _in_full_precision(self, x: Tensor, plan: BackwardPlan | None) -> BackwardPlan | None:
+        """The plan for a layer that is run again in the backward pass, so that its product g W cannot be quantized."""
+        if plan is None or plan.precision.name == "full" or self.last_backward is None:
+            return plan
+        ran = self.last_backward = replace(self.last_backward, precision="full")
+        if min(ran.kept_for_weight, ran.kept_for_input) == ran.num_tokens:
+            self._note_exact(x, "only products of plain linear layers and LoRA's can be rounded", plan.layout)
+            return None
+        return plan.with_precision(FULL)
+
+    # The layout of the tokens
+
+    def _layout(self, x: Tensor, record: LayoutRecord, rule: BackwardRule) -> tuple[TokenLayout, Tensor | None]:
+        """The layout of the input's tokens, and their padding mask, shape (N, L)."""
+        if record.layout is None and not record.is_surprising and rule.grid_size is None:
+            raise NothingToGainError("its input has no token axis" if x.dim() == 2 else record.why_unknown)
+        if rule.grid_size is not None and not record.text and x.dim() > 2:
+            return self._given_layout(x, record, rule), None
+        if record.layout is None:
+            raise LayoutError(record.why_unknown, record.remedy)
+        if not record.text:
+            _check_given(record.layout, rule)
+        self._check_layout(x, record.layout)
+        return record.layout, self.finder.padding(self.layer_name, record, x)
+
+    def _given_layout(self, x: Tensor, record: LayoutRecord, rule: BackwardRule) -> TokenLayout:
+        """The layout that the configuration gives, checked against the input."""
+        shape, grid = self._shape_of_tokens(x), rule.grid_size
+        assert grid is not None
+        if len(shape) == 4 and tuple(shape[1:3]) != grid:
+            raise GridMismatchError(
+                f"grid_size={grid}, but the input that arrived is its own grid, {tuple(shape[1:3])}. Correct "
+                "grid_size, or leave it out."
+            )
+        if len(shape) == 4:
+            return TokenLayout(grid)
+        return given_layout(int(shape[1]), record, grid, rule.num_prefix_tokens, rule.num_suffix_tokens)
+
+    # What is recorded, and what the user is told
+
+    def _fall_back(
+        self, x: Tensor, why: str, remedy: str, cause: str, instead: str = "uses exact backpropagation"
+    ) -> None:
+        """Record that the backward pass is exact, or in part as `instead` says, and warn once for each cause."""
+        self._note_exact(x, why)
+        if why == NOT_TRACED.why_unknown:  # the next forward pass is traced again
+            return
+        self.finder.warn_once(
+            cause,
+            f"{self.layer_name} {instead}, as do any layers like it: {why}. {remedy} "
+            "lbp_peft.layout_report(model) lists all layers.",
+        )
+
+    def _note_exact(self, x: Tensor, why: str, layout: TokenLayout | None = None) -> None:
+        if not torch.compiler.is_compiling():
+            num_tokens = layout.num_tokens if layout else _num_tokens(self._shape_of_tokens(x))
+            self.last_backward = BackwardPass(num_tokens, layout, num_tokens, num_tokens, why)
+
+    def _note_plan(self, x: Tensor, plan: BackwardPlan) -> None:
+        if not torch.compiler.is_compiling():
+            num_tokens = self._num_tokens(x, plan.layout)
+            weight_rows, input_rows = plan.num_rows(num_tokens)
+            self.last_backward = BackwardPass(
+                num_tokens, plan.layout, weight_rows, input_rows, precision=plan.precision.name
+            )
+
+    def _warn_of_narrow_layers(self, x: Tensor) -> None:
+        faster = [f'"{name}"' for name in heuristics.active().faster_formats(_dtype_of_layer(x), x.device)]
+        or_faster = f" (or {', '.join(faster)})" if faster else ""
+        self.finder.warn_once(
+            _TOO_NARROW,
+            f"{self.layer_name} uses exact backpropagation, as do any layers like it: {_TOO_NARROW}, so "
+            f'grad_input_dtype="auto" chose it. To save memory there all the same, set grad_input_dtype="full"'
+            f"{or_faster}.",
+        )
+
+    def _warn_of_slow_dtype(self, x: Tensor) -> None:
+        """Warn if the whole model, including the forward pass, is far slower than in float32."""
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        dtype = _dtype_of_layer(x)
+        if product_dtype(dtype, x.device) != dtype:
+            name = str(dtype).removeprefix("torch.")
+            self.finder.warn_once(
+                f"slow {name}",
+                f"{self.layer_name} and the layers like it run in {name}, for which this CPU has no instructions that "
+                "PyTorch uses. Matrix products of the whole model take several times as long as in float32. Train in "
+                "float32: without autocast, with a model in torch.float32.",
+            )
+
+
+def _dtype_of_layer(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer works on x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def _num_tokens(shape: torch.Size) -> int:
+    return math.prod(shape[1:-1]) if len(shape) > 2 else 0
+
+
+def _known_by(record: LayoutRecord, rule: BackwardRule, ran: BackwardPass) -> str:
+    if ran.layout is None:
+        return ""
+    if rule.grid_size is not None and not record.text:
+        return "grid_size"
+    return f"{record.steps} operations"
+
+
+def _check_given(layout: TokenLayout, rule: BackwardRule) -> None:
+    """Raise LayoutError where the numbers of tokens outside the grid are not those of the configuration."""
+    for side in ("prefix", "suffix"):
+        given, found = getattr(rule, f"num_{side}_tokens"), getattr(layout, f"num_{side}_tokens")
+        if given not in (None, found):
+            raise LayoutError(
+                f"num_{side}_tokens={given}, but {found} of its tokens are {'before' if side == 'prefix' else 'after'} "
+                "the patches",
+                f"Correct num_{side}_tokens, or leave it out.",
+            )

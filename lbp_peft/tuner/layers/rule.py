@@ -1,0 +1,30 @@
+"""The settings of an adapter for the backward pass of one layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ...bases.base import Basis
+from ...ops.plan import ExactProduct, InputGradient
+
+# What `compress_activations` may name.
+COMPRESSIBLE = ("activation", "norm", "attention", "projection")
+
+
+@dataclass(frozen=True)
+class BackwardRule:
+    """The settings of an adapter for the backward pass of one layer.
+
+    Attributes:
+        weight_basis: Basis of the weight gradient.
+        input_gradient: How the input gradient is computed. The name of its precision may be "auto".
+        compress: What is saved in few bits in the block of the layer, words of `compress_activations`.
+        grid_size, num_prefix_tokens, num_suffix_tokens: As given in the configuration.
+    """
+
+    weight_basis: Basis
+    input_gradient: InputGradient = ExactProduct()
+    compress: tuple[str, ...] = ()
+    grid_size: tuple[int, int] | None = None
+    num_prefix_tokens: int | None = None
+    num_suffix_tokens: int | None = None
