@@ -14,7 +14,8 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from .config import LBPWHTConfig
-from .layers.linear import LBPWHTLinear, weighted_sum_of_changes
+from .layers.adapted_weights import weighted_sum_of_changes
+from .layers.linear import LBPWHTLinear
 from .validation.names import check_adapter_name
 from .validation.patterns import show
 

@@ -1,0 +1,220 @@
+"""The trained weights of a layer's adapters: combining, merging and unmerging them."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+
+from .rule import BackwardRule
+from .waiting import WaitingBaseWeight
+
+
+class AdaptedWeights(WaitingBaseWeight):
+    """The part of an adapted layer that holds its adapters' weights, each of them a full copy of the base weight.
+
+    Attributes:
+        lbpwht_weight, lbpwht_bias: By name of the adapter.
+    """
+
+    if TYPE_CHECKING:  # of the layer
+        lbpwht_rule: dict[str, BackwardRule]
+        active_adapters: list[str]
+        merged_adapters: list[str]
+        disable_adapters: bool
+
+    def _init_weights(self) -> None:
+        self._init_waiting()
+        self.lbpwht_weight = nn.ParameterDict({})
+        self.lbpwht_bias = nn.ParameterDict({})
+        self._unmerged: tuple[Tensor | None, Tensor | None] | None = None
+
+    # What the layer computes with
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight the layer works with, for code that reads it instead of calling the layer; shape (out, in)."""
+        return self._adapted_parameters()[0]
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._adapted_parameters()[1]
+
+    def _base_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """Those of the base layer, as they were before any merge, on the layer's device."""
+        base = self.get_base_layer()
+        weight: Any
+        weight, bias = (base.weight, base.bias) if self._unmerged is None else self._unmerged
+        if self.is_dropped or self._is_on_host or self._file is not None:
+            weight = self._waiting_weight(weight)
+        return weight, bias
+
+    def _dtypes_of_base(self) -> tuple[torch.dtype, torch.dtype | None]:
+        """The dtypes of the base weight and bias, which the layer computes in; None: it has no bias."""
+        base = self.get_base_layer()
+        weight: Any
+        weight, bias = (base.weight, base.bias) if self._unmerged is None else self._unmerged
+        return self._dropped_dtype if self.is_dropped else weight.dtype, None if bias is None else bias.dtype
+
+    def weights_in_effect(self) -> list[str]:
+        """The adapters whose weights the layer computes with, in place of those of the base layer."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if name in self.lbpwht_weight]
+
+    def _parameter_of_weight(self) -> Tensor | None:
+        """The one that the weight is, or is a cast of; None where it is the sum of several."""
+        names = self.weights_in_effect()
+        if len(names) > 1:
+            return None
+        return self.lbpwht_weight[names[0]] if names else self._base_parameters()[0]
+
+    def _adapted_parameters(self) -> tuple[Tensor, Tensor | None]:
+        if self.disable_adapters:
+            return self._base_parameters()
+        if self.merged:
+            base = self.get_base_layer()
+            return base.weight, base.bias
+        return self._combined_parameters(self.active_adapters)
+
+    def _combined_parameters(self, adapter_names: list[str]) -> tuple[Tensor, Tensor | None]:
+        """Those of one adapter; of several, the base's plus what each of them changed. In the base layer's dtype."""
+        trained = [name for name in adapter_names if name in self.lbpwht_weight]
+        if len(trained) == 1:  # nearly always, and then the base weight may be elsewhere
+            dtype, dtype_of_bias = self._dtypes_of_base()
+            bias = None if dtype_of_bias is None else self.lbpwht_bias[trained[0]].to(dtype_of_bias)
+            return self.lbpwht_weight[trained[0]].to(dtype), bias
+        weight, bias = self._base_parameters()
+        weight = _plus_changes(weight, [self.lbpwht_weight[name] for name in trained])
+        if bias is not None:
+            bias = _plus_changes(bias, [self.lbpwht_bias[name] for name in trained])
+        return weight, bias
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What an adapter changed: its weight less the base layer's, shape (C_out, C_in)."""
+        weight, _ = self._base_parameters()
+        if adapter not in self.lbpwht_weight:
+            return torch.zeros_like(weight)
+        return self.lbpwht_weight[adapter].detach() - weight.detach()
+
+    @torch.no_grad()
+    def combine(self, new: str, weights: list[tuple[str, float]]) -> None:
+        """Make an adapter's weight and bias the base's plus the weighted sum of what others changed.
+
+        Args:
+            new: The adapter to fill.
+            weights: Of the others, by name. Those that do not adapt this layer changed nothing.
+        """
+        weight, bias = self._base_parameters()
+        for base, copies in ((weight, self.lbpwht_weight), (bias, self.lbpwht_bias)):
+            given = [(copies[name], factor) for name, factor in weights if name in copies]
+            if base is not None and given:
+                copies[new].data = weighted_sum_of_changes(base, given)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """A LoRA has no place for a trained bias."""
+        return adapter_name not in self.lbpwht_bias
+
+    # Merging
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the adapted weights into the base layer.
+
+        Args:
+            safe_merge: Check for NaN and infinity first.
+            adapter_names: Default: the active ones.
+
+        Raises:
+            ValueError: safe_merge, and an adapter is broken. Nothing is changed then.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lbpwht_rule]
+        if not any(name in self.lbpwht_weight for name in names):
+            self.merged_adapters = [*self.merged_adapters, *names]
+            return
+        self.check_base_weight_is_a_parameter()
+        with torch.no_grad():
+            weight, bias = self._combined_parameters([*self.merged_adapters, *names])
+            if safe_merge and not all(torch.isfinite(t).all() for t in (weight, bias) if t is not None):
+                raise ValueError(
+                    f"NaNs detected in the merged weights of {self.layer_name}. The adapter {', '.join(names)} seems "
+                    "to be broken."
+                )
+            base = self.get_base_layer()
+            if self._unmerged is None:
+                # Kept, not recomputed: taking differences back out would not restore the base weight bit for bit.
+                kept = None if self.is_dropped else base.weight.data
+                self._unmerged = (kept, None if base.bias is None else base.bias.data)
+            if base.weight is None:  # it was dropped
+                base.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+            base.weight.data = weight.detach().clone()
+            if bias is not None:
+                base.bias.data = bias.detach().clone()
+        self.merged_adapters = [*self.merged_adapters, *names]
+
+    def unmerge(self) -> None:
+        """Give the base layer its own weights back.
+
+        What others merged into it or took out of it in between, as an adapter on top of this layer does, stays with
+        this layer's weights.
+
+        Raises:
+            ValueError: the base weight was dropped.
+            RuntimeError: the file that the base weight waited in was overwritten.
+        """
+        if self._unmerged is not None:
+            self.check_base_weight("Unmerging the adapter")
+        names, self.merged_adapters = self.merged_adapters, []
+        if self._unmerged is None:
+            return
+        base = self.get_base_layer()
+        merged = self._combined_parameters(names)
+        stash, self._unmerged = self._unmerged, None
+        name = next(name for name in names if name in self.lbpwht_weight)
+        _restore(base.weight, stash[0], merged[0], self.lbpwht_weight[name])
+        if base.bias is not None:
+            _restore(base.bias, stash[1], merged[1], self.lbpwht_bias[name])
+        self._is_on_host = False  # it came to the layer's device
+        self._watch_training()
+
+    def check_base_weight_is_a_parameter(self) -> None:
+        """Raise ValueError where a parametrization or a hook computes it anew and would undo what is written to it."""
+        base = self.get_base_layer()
+        if "weight" not in base._parameters:
+            raise ValueError(
+                f"The weight of {self.layer_name} is computed by a parametrization or by pruning, so no other can be "
+                "put in its place. Make it a plain parameter first, with "
+                "torch.nn.utils.parametrize.remove_parametrizations, torch.nn.utils.prune.remove or "
+                "torch.nn.utils.remove_weight_norm."
+            )
+
+
+def _plus_changes(base: Tensor, adapted: list[Tensor]) -> Tensor:
+    """The base plus what each adapted copy of it changed, in the base's dtype."""
+    if not adapted:
+        return base
+    if len(adapted) == 1:
+        return adapted[0].to(base.dtype)
+    master = base.to(adapted[0].dtype)
+    return (master + torch.stack([copy - master for copy in adapted]).sum(dim=0)).to(base.dtype)
+
+
+def weighted_sum_of_changes(base: Tensor, adapted: list[tuple[Tensor, float]]) -> Tensor:
+    """The base plus, for each adapted copy of it, a multiple of what it changed; in the copies' dtype."""
+    dtype = adapted[0][0].dtype
+    master = torch.promote_types(dtype, torch.float32)
+    # Written so that a single copy of weight 1, or the mean of equal ones, comes out to the bit.
+    total = (1 - math.fsum(factor for _, factor in adapted)) * base.detach().to(master)
+    for copy, factor in adapted:
+        total = total + factor * copy.detach().to(master)
+    return total.to(dtype)
+
+
+@torch.no_grad()
+def _restore(base: Tensor, stash: Any, merged: Any, copy: Tensor) -> None:
+    """Put the stash back into a parameter; what it differs by from what was merged goes to the adapter's copy."""
+    if base.dtype == stash.dtype and not torch.equal(base, merged):
+        copy += (base - merged).to(copy)
+    base.data = stash.to(base)
