@@ -11,9 +11,7 @@ additional row corrects that: zeros for x, and the difference of the two sums fo
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +23,7 @@ from torch.func import functional_call
 from ..formats.products import FULL
 from ..projection import Projection
 from ..transforms import backward_pass
+from .dropout import active_dropouts, forwards_replaced, random_state_restored
 from .layer_state import LayerRecord, same_autocast, to_save
 from .once_differentiable import once_differentiable
 from .plan import BackwardPlan, InputProjection
@@ -42,8 +41,8 @@ def low_rank_layer(
     """`layer(x)`, bit for bit, whose gradients are computed from projections as a plan says.
 
     Args:
-        layer: Affine in x and token-wise, see [`why_not_token_wise`]. It is run again in the backward pass, as it was
-            in the forward pass, see [`lbp_peft.ops.layer_state`].
+        layer: Applies the same affine map to each token, see [`lbp_peft.ops.token_wise`]. It is run again in the
+            backward pass, in its state of the forward pass, see [`lbp_peft.ops.layer_state`].
         x: Shape (N, L, C_in), or (N, H, W, C_in) with L = H W.
         plan: How the backward pass is run, see [`BackwardPlan`]. Its basis of the weight gradient serves all trained
             parameters of the layer. Its number format is not used: the layer multiplies in its own.
@@ -65,11 +64,11 @@ def low_rank_layer(
     parameters = {name: p for name, p in layer.named_parameters() if p.requires_grad}
     weight_projection = plan.weight_projection(x.dtype, x.device)
     input_projection = plan.input_projection(x.dtype, x.device)
-    dropouts = _active_dropouts(layer)
+    dropouts = active_dropouts(layer)
     dropped: list[Tensor] = []
     if input_projection is None:
         # Autograd's own way through the layer, its parameters held fixed, is exact and saves no input.
-        with _replaced(dropouts, lambda module, z: _noted(F.dropout(z, module.p), dropped)):
+        with forwards_replaced(dropouts, lambda module, z: _noted(F.dropout(z, module.p), dropped)):
             fixed = {name: p.detach() for name, p in parameters.items()}
             y = functional_call(layer, fixed, (x,))
         dropped = [z.detach() for z in dropped]
@@ -79,7 +78,7 @@ def low_rank_layer(
             with torch.enable_grad():  # so that gradients reach x through the dropout
                 return _noted(F.dropout(x if z is x else x.to(z.dtype), module.p), dropped)
 
-        with torch.no_grad(), _replaced(dropouts, drop):
+        with torch.no_grad(), forwards_replaced(dropouts, drop):
             y = layer(x)
     record = LayerRecord(layer)
     tensors = record.take_tensors()
@@ -218,12 +217,12 @@ def _differentiate(
     Returns:
         The gradients of xs, none if not wanted, and those of the tensors, None for each that is not.
     """
-    with torch.enable_grad(), state.autocast(), _same_random_state(grad.device):
+    with torch.enable_grad(), state.autocast(), random_state_restored(grad.device):
         inputs = [z.detach().requires_grad_(inputs_too)[None] for z in xs]
         leaves = state.layer.leaves(held, trained)
         x, *rest = inputs
         dropped = iter(rest)
-        with state.layer.put_back(leaves), _replaced(state.dropouts, lambda module, z: next(dropped)):
+        with state.layer.put_back(leaves), forwards_replaced(state.dropouts, lambda module, z: next(dropped)):
             y = state.layer.layer(x)
         wanted = [*(inputs if inputs_too else []), *(t for t, needed in zip(leaves, trained, strict=True) if needed)]
         gradients = list(torch.autograd.grad(y, wanted, grad[None].to(y.dtype), allow_unused=True))
@@ -233,97 +232,6 @@ def _differentiate(
     return row_grads, [next(trained_grads) if needed else None for needed in trained]
 
 
-def _active_dropouts(layer: nn.Module) -> list[nn.Module]:
-    return [m for m in layer.modules() if type(m) is nn.Dropout and m.p > 0 and m.training]
-
-
-@contextmanager
-def _replaced(modules: list[nn.Module], forward: Callable[[Any, Tensor], Tensor]) -> Iterator[None]:
-    """Within, the modules do something else when they are called."""
-    with ExitStack() as stack:
-        for module in modules:
-            before = vars(module).copy()
-            vars(module)["forward"] = functools.partial(forward, module)
-            stack.callback(_set_back, module, before)
-        yield
-
-
-def _set_back(module: nn.Module, before: dict[str, Any]) -> None:
-    if "forward" in before:
-        vars(module)["forward"] = before["forward"]
-    else:
-        del vars(module)["forward"]
-
-
 def _noted(z: Tensor, notes: list[Tensor]) -> Tensor:
     notes.append(z)
     return z
-
-
-def _same_random_state(device: torch.device) -> Any:
-    """Numbers drawn within are not missed outside: training goes on as if the layer had run once."""
-    return torch.random.fork_rng([device] if device.type == "cuda" else [], device_type="cuda")
-
-
-def why_not_token_wise(layer: nn.Module, num_features: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Try out whether a layer treats every token by the same affine map, the same each time; "" if so.
-
-    It is run on a few random tokens with its trained parameters disturbed, since many an adapter does nothing before
-    it is trained. Dropout of the layer's input is allowed; other dropout is not.
-    """
-    if random := _random_parts(layer):
-        return f"its {random} is stochastic"
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device, dtype)
-
-    a, b = draw(2, 3, num_features), draw(2, 3, num_features)
-    disturbed = {
-        name: p.detach() + 0.1 * torch.randn(p.shape, generator=generator).to(p)
-        for name, p in layer.named_parameters()
-        if p.requires_grad
-    }
-    strange: list[Tensor] = []
-
-    def run(x: Tensor) -> Tensor:
-        def pass_on(module: nn.Module, z: Tensor) -> Tensor:
-            if z is not x and not (z.dtype != x.dtype and z.shape == x.shape):
-                strange.append(z)
-            return z
-
-        with _replaced(_active_dropouts(layer), pass_on):
-            return functional_call(layer, disturbed, (x,)).double()
-
-    fixed = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
-    with torch.enable_grad(), _same_random_state(device):
-        if functional_call(layer, fixed, (a,)).requires_grad:
-            return "it is trained by tensors that are not among its parameters"
-    with torch.no_grad(), _same_random_state(device):
-        at_a, at_zero = run(a), run(torch.zeros_like(a))
-        scale = at_a.abs().max() + 1e-6
-        tolerance = scale * (2e-3 if dtype.itemsize >= 4 and not torch.is_autocast_enabled(device.type) else 5e-2)
-        if strange:
-            return "it drops out more than its input"
-        if at_a.shape[:-1] != a.shape[:-1]:
-            return "it changes the number of tokens"
-        if not all((run(a) - at_a).abs().max() <= tolerance for _ in range(4)):
-            return "it is stochastic"
-        if (run(a[:, 1:2]) - at_a[:, 1:2]).abs().max() > tolerance:
-            return "what it makes of a token depends on the others"
-        if (run(a + b) - at_a - run(b) + at_zero).abs().max() > 2 * tolerance:
-            return "it is not linear in its input"
-    return ""
-
-
-def _random_parts(layer: nn.Module) -> str:
-    """Dropout other than nn.Dropout, by name: modules of that kind, or rates that a layer keeps as attributes."""
-    for module in layer.modules():
-        kind = type(module).__name__
-        if "dropout" in kind.lower() and kind != "Dropout" and module.training and getattr(module, "p", 1) > 0:
-            return kind
-        for name, value in vars(module).items():
-            rates = value.values() if isinstance(value, dict) else [value]
-            if name.endswith("dropout") and any(isinstance(rate, float) and rate > 0 for rate in rates):
-                return name
-    return ""

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import BitsAndBytesConfig, ViTForImageClassification
 
 from lbp_peft import LBPWHTConfig, exact_backward, layout_report
-from lbp_peft.ops.recompute import why_not_token_wise
+from lbp_peft.ops.token_wise import why_not_token_wise
 from lbp_peft.tuner.stacking import layer as stacked
 
 C_IN, C_OUT = 8, 12

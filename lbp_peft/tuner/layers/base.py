@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...bases.grids import LayoutError, TokenLayout
 from ...bounded import BoundedCache
 from ...layout import LayoutFinder
-from ...ops.recompute import why_not_token_wise
+from ...ops.token_wise import why_not_token_wise
 from ...transforms import in_forward_mode, in_transform
 from .planning import BackwardPlanner
 from .rule import COMPRESSIBLE, BackwardRule
