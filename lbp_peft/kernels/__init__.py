@@ -40,9 +40,9 @@ _HADAMARD_SIZES = (0, 1, 16, 32, 64, 128)
 _LARGEST_ROW = 8192  # a program holds a row
 
 
-def serve_tokens(tokens: Tensor, layout: TokenLayout, bases: BasisSet, padding: Tensor | None) -> bool:
+def serve_tokens(tokens: Tensor, layout: TokenLayout, bases: BasisSet, padding_mask: Tensor | None) -> bool:
     """Whether there are kernels to project, or lift, (N, L or k, C)."""
-    return _served(tokens) and bases.block_size <= _LARGEST_BLOCK and padding is None and not layout.order
+    return _served(tokens) and bases.block_size <= _LARGEST_BLOCK and padding_mask is None and not layout.order
 
 
 def serve_rows(rows: Tensor, hadamard_size: int) -> bool:

@@ -96,8 +96,8 @@ def _plain_record(key: int, name: str, layouts: str, *shape: int) -> tuple:
         found = _found(finder, name, shape, inputs)
     if len(found) != 1:
         why = "its tokens lay otherwise in different passes" if found else "the model has not run eagerly yet"
-        if name not in finder.told:
-            finder.told.add(name)
+        if name not in finder.layers_warned_of:
+            finder.layers_warned_of.add(name)
             warnings.warn(
                 f"{name} uses exact backpropagation in a compiled model: {why}. Run the model once with such inputs "
                 "before compiling it, or set grid_size.",
@@ -107,8 +107,8 @@ def _plain_record(key: int, name: str, layouts: str, *shape: int) -> tuple:
     (layout, why, text), *_ = found
     if isinstance(layout, PackedLayout):
         layout, why = None, "its tokens lie on several grids, one after another, which only eager models can use"
-        if "packed" not in finder.told:
-            finder.told.add("packed")
+        if "packed" not in finder.layers_warned_of:
+            finder.layers_warned_of.add("packed")
             warnings.warn(
                 f"{name} uses exact backpropagation, as do any layers like it: {why}. Do not compile the model, or "
                 "give it images of one size at a time.",

@@ -7,12 +7,10 @@ What else the layouts may depend on is checked in each pass, see `dependencies.p
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import threading
-import warnings
 import weakref
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -23,9 +21,11 @@ from torch import Tensor, nn
 from ..bounded import BoundedCache
 from ..transforms import in_transform, outside_transforms
 from . import compiled
-from .dependencies import ModelState, changed, random_state, why_undecided
-from .inputs import TENSORS, described_inputs, named_inputs, positions_of_images, signature, start, tensors_in
-from .masks import is_mask, mask_of, padding_of
+from .dependencies import ModelState, random_state, why_undecided
+from .hooks import PassHooks
+from .inputs import described_inputs, named_inputs, positions_of_images, signature, start, tensors_in
+from .masks import is_mask, mask_of, padding_mask_of
+from .notices import Notices
 from .operations import with_mixed_channels
 from .passes import ForwardPass, Trace, same
 from .records import (
@@ -52,9 +52,6 @@ from .reruns import (
 from .tracer import PositionTracer
 
 _MOST_TRACES = 64
-# After so many warn of them.
-_MANY_VALUES = 8
-_MANY_PASSES = 3
 
 
 class _Thread(threading.local):
@@ -69,11 +66,11 @@ class LayoutFinder:
 
     def __init__(self) -> None:
         self.exact: frozenset[str] = frozenset()
-        self.compiled_paddings: dict[str, Tensor] = {}
+        self.compiled_padding_masks: dict[str, Tensor] = {}
         self.layouts = ""  # of the eager pass under way
-        self.told: set[str] = set()
-        self._warned: set[str] = set()
-        self._hooks: list[Any] = []
+        self.layers_warned_of: set[str] = set()  # when the model was compiled
+        self._notices = Notices()
+        self._hooks = PassHooks()
         self._merge_size = 1
         self._start_anew()
 
@@ -87,10 +84,6 @@ class LayoutFinder:
         self._history = PassHistory()
         self._alone: BoundedCache[Hashable, LayoutRecord] = BoundedCache(_MOST_TRACES)
         self._state = ModelState(ignored=_is_own)
-        # What the last traced pass was given, and how often a traced pass differed from the one before in one thing.
-        self._given: dict[str, Hashable] = {}
-        self._num_values: Counter[str] = Counter()
-        self._num_not_traced: Counter[str] = Counter()
         # One pass for each distinct trace, setting and mask, for layers whose own pass cannot be found.
         self._kinds: list[ForwardPass] = []
         self.key = next(_keys)
@@ -98,8 +91,9 @@ class LayoutFinder:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles keep the hooks and the causes that were warned about, but none of the passes."""
-        kept = ("exact", "_warned", "_hooks", "_merge_size")
-        return {"compiled_paddings": {}, "layouts": "", "told": set()} | {name: self.__dict__[name] for name in kept}
+        kept = ("exact", "_notices", "_hooks", "_merge_size")
+        empty = {"compiled_padding_masks": {}, "layouts": "", "layers_warned_of": set()}
+        return empty | {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -118,24 +112,12 @@ class LayoutFinder:
         self._model = weakref.ref(model)
         self._layers = weakref.WeakSet(layers.values())
         self._merge_size = next((size for m in model.modules() if (size := _merge_size(m))), 1)
-        around = {""}
-        for name in layers:
-            parts = name.split(".")
-            around.update(".".join(parts[:length]) for length in range(1, len(parts)))
-        for name in sorted(around):
-            module = model.get_submodule(name)
-            if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-                continue
-            before = _Before(self, None if name else tuple(inspect.signature(module.forward).parameters))
-            self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
-            self._hooks.append(module.register_forward_hook(_After(self, not name), always_call=True))
+        self._hooks.attach(self, model, layers)
         self._traces.clear()
 
     def detach(self) -> None:
         """Remove all hooks from the model."""
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
+        self._hooks.detach()
 
     def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Begin a pass: a module that contains adapted layers is called."""
@@ -150,6 +132,15 @@ class LayoutFinder:
         if one.tracer is not None:
             one.contexts.enter_context(torch.compiler.set_stance("force_eager"))  # for parts that are compiled apart
             one.contexts.enter_context(one.tracer)
+
+    def before_compiled(self, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> None:
+        """The compiler begins to trace a call of the model, whose arguments have these names."""
+        compiled.note_inputs(self.key, args, kwargs)
+        self.compiled_padding_masks = _padding_masks({**dict(zip(names, args, strict=False)), **kwargs})
+
+    def after_compiled(self) -> None:
+        """The compiler has traced a call of the model."""
+        self.compiled_padding_masks = {}
 
     def _is_training(self, module: nn.Module) -> bool:
         return module.training or any(layer.training for layer in self._layers)
@@ -173,12 +164,7 @@ class LayoutFinder:
             trace.is_valid = False
         if one.decided_by:
             trace.is_valid = False
-            self.warn_once(
-                "decisions",
-                f"Each forward pass is traced, which takes time: the model's Python code {one.decided_by}, and may "
-                "choose by it where tokens go. Have tensor operations choose instead, or set such numbers once, as "
-                "attributes of a module.",
-            )
+            self._notices.note_decisions(one.decided_by)
         with self._lock:
             self._traces[one.key] = trace
             self._traces.move_to_end(one.key)
@@ -192,16 +178,16 @@ class LayoutFinder:
         else:
             forget_rerun()
         inputs = named_inputs(module, args, kwargs)
-        paddings = {name: padding_of(name, value) for name, value in inputs.items() if is_mask(name, value)}
-        has_padding = None if in_transform() else tuple(bool(padding.any()) for padding in paddings.values())
+        padding_masks = _padding_masks(inputs)
+        has_padding = None if in_transform() else tuple(bool(mask.any()) for mask in padding_masks.values())
         key = (id(module), self._state.key(module), signature(inputs), has_padding)
         trace = self._traces.get(key)
         if trace is not None and trace.is_valid and trace.depends_on.hold(module, self._state):
-            one = ForwardPass(trace, exact, paddings)
+            one = ForwardPass(trace, exact, padding_masks)
         elif torch.is_grad_enabled():
-            one = self._begin_traced(module, inputs, ForwardPass(Trace(), exact, paddings, key=key))
+            one = self._begin_traced(module, inputs, ForwardPass(Trace(), exact, padding_masks, key=key))
         else:  # no layer needs its layout unless the pass is run again
-            one = ForwardPass(Trace(is_valid=False), exact, paddings)
+            one = ForwardPass(Trace(is_valid=False), exact, padding_masks)
         with self._lock:
             if not any(one.is_like(other) for other in self._kinds):
                 self._kinds = [*self._kinds[-_MOST_TRACES:], one]
@@ -210,7 +196,7 @@ class LayoutFinder:
 
     def _begin_traced(self, module: nn.Module, inputs: dict[str, Any], one: ForwardPass) -> ForwardPass:
         if one.key not in self._traces:
-            self._warn_of_many_values(described_inputs(inputs) | self._state.described(module))
+            self._notices.note_given(described_inputs(inputs) | self._state.described(module))
         tensors = [value for _, value in tensors_in(inputs) if isinstance(value, Tensor)]
         one.trace.input_shapes = tuple(tuple(tensor.shape[1:]) for tensor in tensors)
         one.generators = self._state.generators(module)
@@ -219,21 +205,6 @@ class LayoutFinder:
         with outside_transforms():
             one.texts = start(one.tracer, inputs, self._merge_size)
         return one
-
-    def _warn_of_many_values(self, given: dict[str, Hashable]) -> None:
-        """Warn of an argument or an attribute that makes pass after pass be traced, by taking ever new values."""
-        differing, self._given = changed(self._given, given), given
-        if len(differing) != 1 or TENSORS in differing:
-            return
-        (name,) = differing
-        self._num_values[name] += 1
-        if self._num_values[name] >= _MANY_VALUES:
-            self.warn_once(
-                f"values of {name}",
-                f"Forward passes are traced again and again, which takes time, because {name} takes ever new values, "
-                "and the model's Python code may choose by them where tokens go. Pass a number as a tensor, and leave "
-                "out, or do not keep in the model, what it does not need.",
-            )
 
     def model(self) -> nn.Module | None:
         """The model that is followed; None if it no longer exists."""
@@ -286,7 +257,8 @@ class LayoutFinder:
         else:
             record = fitting(one.trace.records.get(name, []), number, shape)
             if record is NOT_TRACED:
-                self._note_not_traced(one, name)
+                one.trace.is_valid = False  # so that the next pass is traced again
+                self._notices.note_not_traced(name)
         self._note(one, name, record)
         return record
 
@@ -302,17 +274,6 @@ class LayoutFinder:
             return NOT_TRACED
         with one.tracer.paused():
             return read_record(one.tracer, one.texts, x, channels_axis)
-
-    def _note_not_traced(self, one: ForwardPass, name: str) -> None:
-        """Have the next pass traced again, and warn if that does not help."""
-        one.trace.is_valid = False
-        self._num_not_traced[name] += 1
-        if self._num_not_traced[name] >= _MANY_PASSES:
-            self.warn_once(
-                "not traced",
-                f"{name} uses exact backpropagation in some of the forward passes, as may other layers: "
-                f"{NOT_TRACED.why_unknown}, and that has come {_MANY_PASSES} times. {NOT_TRACED.remedy}",
-            )
 
     def _record_traced(self, one: ForwardPass, name: str, x: Tensor, channels_axis: int) -> LayoutRecord:
         assert one.tracer is not None
@@ -374,28 +335,26 @@ class LayoutFinder:
             return the_only([name in other.exact for other in self._passes_to_rerun()], name, "exact_backward")
         return name in (self.exact if one is None else one.exact)
 
-    def padding(self, name: str, record: LayoutRecord, x: Tensor) -> Tensor | None:
+    def padding_mask(self, name: str, record: LayoutRecord, x: Tensor) -> Tensor | None:
         """A mask of shape (N, L), True where a word is padding; None if the model was given no attention mask."""
         if not record.text:
             return None
         is_sequence_first = record.layout is not None and record.layout.axes == (0,)
         shape = x.shape[1::-1] if is_sequence_first else x.shape[:2]
         if torch.compiler.is_dynamo_compiling():
-            padding = mask_of(self.compiled_paddings, record.text)
-            return None if padding is None or padding.shape != shape else padding
+            mask = mask_of(self.compiled_padding_masks, record.text)
+            return None if mask is None or mask.shape != shape else mask
         one = self._current()
         passes = [one] if one is not None else self._passes_to_rerun() if in_backward() else []
-        paddings = [mask_of(other.paddings, record.text) for other in passes]
-        paddings = [None if p is None or p.shape != shape else p for p in paddings]
-        if not all(same(p, paddings[0]) for p in paddings):
+        masks = [mask_of(other.padding_masks, record.text) for other in passes]
+        masks = [None if mask is None or mask.shape != shape else mask for mask in masks]
+        if not all(same(mask, masks[0]) for mask in masks):
             raise AmbiguousRerunError(cannot_be_told_apart(name, "attention masks"))
-        return paddings[0] if paddings else None
+        return masks[0] if masks else None
 
     def warn_once(self, cause: str, message: str) -> None:
         """Warn, unless there was a warning for the same cause about any layer of this model."""
-        if cause not in self._warned and not torch.compiler.is_dynamo_compiling():
-            self._warned.add(cause)
-            warnings.warn(message, stacklevel=2)
+        self._notices.warn_once(cause, message)
 
     # Layers that are run again
 
@@ -421,36 +380,9 @@ class LayoutFinder:
         return record
 
 
-class _Before:
-    """A forward pre-hook."""
-
-    def __init__(self, finder: LayoutFinder, names: tuple[str, ...] | None):
-        self.finder = finder
-        self.names = names  # of the arguments of the whole model
-
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_dynamo_compiling():
-            self.finder.before(module, args, kwargs)
-        elif self.names is not None:
-            compiled.note_inputs(self.finder.key, args, kwargs)
-            inputs = {**dict(zip(self.names, args, strict=False)), **kwargs}
-            self.finder.compiled_paddings = {
-                name: padding_of(name, value) for name, value in inputs.items() if is_mask(name, value)
-            }
-
-
-class _After:
-    """A forward hook."""
-
-    def __init__(self, finder: LayoutFinder, is_root: bool):
-        self.finder = finder
-        self.is_root = is_root
-
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
-        if not torch.compiler.is_dynamo_compiling():
-            self.finder.after(module)
-        elif self.is_root:
-            self.finder.compiled_paddings = {}
+def _padding_masks(inputs: dict[str, Any]) -> dict[str, Tensor]:
+    """The padding masks of the texts among a model's inputs, by the names of these masks."""
+    return {name: padding_mask_of(name, value) for name, value in inputs.items() if is_mask(name, value)}
 
 
 def _is_own(module: nn.Module) -> bool:

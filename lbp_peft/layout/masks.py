@@ -29,7 +29,7 @@ def is_mask(name: str, value: Any) -> bool:
     return name.endswith(_ATTENTION) or (name.endswith(_PADDING) and is_bool)
 
 
-def padding_of(name: str, mask: Tensor) -> Tensor:
+def padding_mask_of(name: str, mask: Tensor) -> Tensor:
     """True where a word is only padding, of the shape of the mask."""
     if name.endswith(_PADDING):
         return mask != 0
@@ -40,7 +40,7 @@ def padding_of(name: str, mask: Tensor) -> Tensor:
 
 
 def mask_of(masks: dict[str, Tensor], text: str) -> Tensor | None:
-    """The mask, or the padding, that belongs to a text, by name: decoder_attention_mask to decoder_input_ids."""
+    """The mask that belongs to a text, by name: decoder_attention_mask to decoder_input_ids."""
     for ending in ("input_ids", "inputs_embeds", ""):
         if not text.endswith(ending):
             continue

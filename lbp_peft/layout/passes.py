@@ -80,7 +80,7 @@ class ForwardPass:
     Attributes:
         trace: What is known of it.
         exact: Names of the layers whose backward pass is to be exact.
-        paddings: Of the texts that the model was given, by the names of their masks: True for words that are only
+        padding_masks: Of the texts that the model was given, by the names of their masks: True where a word is only
             padding.
         key: Under which its trace is kept.
         tracer: While it is being traced.
@@ -96,7 +96,7 @@ class ForwardPass:
 
     trace: Trace
     exact: frozenset[str]
-    paddings: dict[str, Tensor]
+    padding_masks: dict[str, Tensor]
     key: Hashable = None
     tracer: PositionTracer | None = None
     texts: dict[int, str] = field(default_factory=dict)
@@ -118,10 +118,10 @@ class ForwardPass:
 
     def is_like(self, other: ForwardPass) -> bool:
         """Whether layers that are run again get the same in both."""
-        same_paddings = self.paddings.keys() == other.paddings.keys() and all(
-            same(padding, other.paddings[name]) for name, padding in self.paddings.items()
+        same_masks = self.padding_masks.keys() == other.padding_masks.keys() and all(
+            same(mask, other.padding_masks[name]) for name, mask in self.padding_masks.items()
         )
-        return self.trace is other.trace and self.exact == other.exact and same_paddings
+        return self.trace is other.trace and self.exact == other.exact and same_masks
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:

@@ -91,16 +91,16 @@ class RangeFinder:
     Args:
         rank, energy: See [`AdaptiveBasis`].
         layout: The positions of the tokens; None if they are not known.
-        padding: Shape (N, L), True where a token is padding.
+        padding_mask: Shape (N, L), True where a token is padding.
     """
 
     basis = None  # it is found for each gradient
 
-    def __init__(self, rank: int, energy: float | None, layout: TokenLayout | None, padding: Tensor | None):
+    def __init__(self, rank: int, energy: float | None, layout: TokenLayout | None, padding_mask: Tensor | None):
         self.rank = rank
         self.energy = energy
         self.layout = layout
-        self.padding = padding
+        self.padding_mask = padding_mask
 
     def of_dtype(self, dtype: torch.dtype) -> RangeFinder:
         """The same for tokens of another dtype."""
@@ -120,8 +120,8 @@ class RangeFinder:
         Raises:
             RuntimeError: the loss depends on padding.
         """
-        if self.padding is not None:
-            tokens = tokens.masked_fill(self.padding[:, :, None], zero_if_unused(tokens, self.padding))
+        if self.padding_mask is not None:
+            tokens = tokens.masked_fill(self.padding_mask[:, :, None], zero_if_unused(tokens, self.padding_mask))
         length = tokens.shape[1]
         before, after = (0, 0) if self.layout is None else _outside(self.layout)
         fitted = tokens[:, before : length - after]

@@ -85,7 +85,7 @@ def test_what_stands_in_the_padding_does_not_matter(grad_input, stacked):
     # What would have come of it without the mask, to see that it is the mask that does it.
     text = model.get_submodule(next(n for n, _ in model.named_modules() if n.endswith("text_model")))
     finder = next(m.finder for m in text.modules() if hasattr(m, "finder"))
-    finder.padding = lambda *_: None
+    finder.padding_mask = lambda *_: None
     first, second = (gradients(model, **words(padding)) for padding in (59, 7))
     assert largest_difference(first, second) > 1e-3
 

@@ -303,7 +303,7 @@ class BackwardPlanner:
         if not record.text:
             _check_given(record.layout, rule)
         self._check_layout(x, record.layout)
-        return record.layout, self.finder.padding(self.layer_name, record, x)
+        return record.layout, self.finder.padding_mask(self.layer_name, record, x)
 
     def _given_layout(self, x: Tensor, record: LayoutRecord, rule: BackwardRule) -> TokenLayout:
         """The layout that the configuration gives, checked against the input."""

@@ -1,0 +1,80 @@
+"""Warnings about one model: each cause once, and only after it has cost time again and again."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Hashable
+from typing import Any
+
+import torch
+
+from .dependencies import changed
+from .inputs import TENSORS
+from .records import NOT_TRACED
+
+# The number of times that something has to happen before there is a warning of it.
+_MANY_VALUES = 8
+_MANY_PASSES = 3
+
+
+class Notices:
+    """The warnings about a model that were given, and what is counted until there is one."""
+
+    def __init__(self) -> None:
+        self._causes: set[str] = set()
+        self._reset_counts()
+
+    def _reset_counts(self) -> None:
+        # What the last traced pass was given, and how often a traced pass differed from the one before in one thing.
+        self._given: dict[str, Hashable] = {}
+        self._num_values: Counter[str] = Counter()
+        self._num_not_traced: Counter[str] = Counter()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles keep the causes that were warned of, and count anew."""
+        return {"_causes": self._causes}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset_counts()
+
+    def warn_once(self, cause: str, message: str) -> None:
+        """Warn, unless there was a warning for the same cause about this model."""
+        if not torch.compiler.is_dynamo_compiling() and cause not in self._causes:
+            self._causes.add(cause)
+            warnings.warn(message, stacklevel=3)
+
+    def note_decisions(self, decided_by: str) -> None:
+        """A pass was traced whose code `decided_by`, such as "draws random numbers"."""
+        self.warn_once(
+            "decisions",
+            f"Each forward pass is traced, which takes time: the model's Python code {decided_by}, and may "
+            "choose by it where tokens go. Have tensor operations choose instead, or set such numbers once, as "
+            "attributes of a module.",
+        )
+
+    def note_given(self, given: dict[str, Hashable]) -> None:
+        """A pass is traced because the model was given these arguments and attributes for the first time."""
+        differing, self._given = changed(self._given, given), given
+        if len(differing) != 1 or TENSORS in differing:
+            return
+        (name,) = differing
+        self._num_values[name] += 1
+        if self._num_values[name] >= _MANY_VALUES:
+            self.warn_once(
+                f"values of {name}",
+                f"Forward passes are traced again and again, which takes time, because {name} takes ever new values, "
+                "and the model's Python code may choose by them where tokens go. Pass a number as a tensor, and leave "
+                "out, or do not keep in the model, what it does not need.",
+            )
+
+    def note_not_traced(self, layer_name: str) -> None:
+        """A call of a layer was not in the trace of its pass."""
+        self._num_not_traced[layer_name] += 1
+        if self._num_not_traced[layer_name] >= _MANY_PASSES:
+            self.warn_once(
+                "not traced",
+                f"{layer_name} uses exact backpropagation in some of the forward passes, as may other layers: "
+                f"{NOT_TRACED.why_unknown}, and that has come {_MANY_PASSES} times. {NOT_TRACED.remedy}",
+            )
