@@ -24,7 +24,7 @@ from lbp_peft.bases.grids import TokenLayout
 from lbp_peft.environment import environment, in_words, write_record
 from lbp_peft.heuristics import active
 from lbp_peft.measure.timing import interleaved, now, quartiles, ratios
-from lbp_peft.projection import DenseProjection, SeparableProjection, num_kept
+from lbp_peft.projection import DenseProjection, SeparableProjection, num_coefficients
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 LAYOUTS = [TokenLayout((8, 8), 1), TokenLayout((14, 14), 1), TokenLayout((16, 16), 5), TokenLayout((32, 32))]
@@ -50,7 +50,7 @@ def measured(layout: TokenLayout, r: int, channels: int, dtype: str, options: ar
     for run in runs:
         run(), run()
     times = interleaved(runs, range(options.rounds))
-    kept = num_kept(layout, bases)
+    kept = num_coefficients(layout, bases)
     names = ("project_by_axis", "project_at_once", "lift_by_axis", "lift_at_once")
     return {
         "grid": layout.grid,

@@ -30,7 +30,7 @@ from lbp_peft.bases.basis_set import BasisSet
 from lbp_peft.bases.grids import TokenLayout
 from lbp_peft.environment import environment, in_words, write_record
 from lbp_peft.measure.timing import interleaved, now, quartiles, ratios, touch
-from lbp_peft.projection import num_kept
+from lbp_peft.projection import num_coefficients
 
 PLAIN, ADAPTIVE = "plain", "adaptive"
 MODES = (PLAIN, "full", "bf16", "int8", "auto")  # and the rank of the weight gradient, as in the paper
@@ -158,12 +158,12 @@ def work(shape: Shape, mode: str, r: int, batch: int, bf16: bool, rates: Rates) 
     tokens, (in_features, out_features) = shape.layout.num_tokens, shape.features
     own = "bf16" if bf16 else "float32"
     fastest = max(rates.multiply_adds, key=lambda precision: rates.multiply_adds[precision])
-    for_weight = tokens if mode == PLAIN else num_kept(shape.layout, BasisSet(r))
+    for_weight = tokens if mode == PLAIN else num_coefficients(shape.layout, BasisSet(r))
     for_input, of_input, of_weight = tokens, own, own
     if (rank := input_gradient(mode).get("grad_input_rank")) and not mode.isdigit():
         for_input = min(rank + shape.prefix, tokens)
     elif mode.isdigit():
-        for_input = num_kept(shape.layout, BasisSet(int(mode)))
+        for_input = num_coefficients(shape.layout, BasisSet(int(mode)))
     elif mode not in (PLAIN, "full"):
         of_input, of_weight = fastest if mode == "auto" else mode, fastest
 

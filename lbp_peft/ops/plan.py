@@ -17,7 +17,7 @@ from ..bases.base import Basis
 from ..bases.grids import TokenLayout
 from ..formats.in_groups import BYTES_OF_SCALE, restored_rows, rows_with_scales
 from ..formats.products import Precision, saved_dtype
-from ..projection import Projection, num_kept, projection
+from ..projection import Projection, num_coefficients, projection
 from .kept import keep
 
 
@@ -114,7 +114,7 @@ class FixedBasis(InputGradient):
     needs_layout = uses_layout = True
 
     def num_coefficients(self, layout: TokenLayout) -> int:
-        return num_kept(layout, self.basis)
+        return num_coefficients(layout, self.basis)
 
     def projection(
         self, layout: TokenLayout | None, dtype: torch.dtype, device: torch.device, padding_mask: Tensor | None
@@ -159,7 +159,7 @@ class BackwardPlan:
         """
         if self.layout is None:
             return num_tokens, self.input_gradient.num_coefficients_of(num_tokens)
-        return num_kept(self.layout, self.weight_basis), self.input_gradient.num_coefficients(self.layout)
+        return num_coefficients(self.layout, self.weight_basis), self.input_gradient.num_coefficients(self.layout)
 
     def saved_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which the projection of an input of a dtype is saved for the weight gradient."""

@@ -36,6 +36,6 @@ def sum_of_tokens(g: Tensor, g_hat: Tensor | None, projection: Projection | None
 
     If the projection preserves sums, they are computed from its k coefficients instead of the L tokens.
     """
-    if g_hat is not None and projection is not None and projection.keeps_sums and g.dtype.itemsize >= 4:
+    if g_hat is not None and projection is not None and projection.preserves_sums and g.dtype.itemsize >= 4:
         return projection.sum(g_hat)
     return g.sum(dim=(0, 1))

@@ -2,7 +2,7 @@
 
 from .base import Float32Projection, Projection
 from .dense import DenseProjection
-from .factory import num_kept, projection
+from .factory import num_coefficients, projection
 from .packed import PackedProjection
 from .separable import SeparableProjection
 
@@ -12,6 +12,6 @@ __all__ = [
     "PackedProjection",
     "Projection",
     "SeparableProjection",
-    "num_kept",
+    "num_coefficients",
     "projection",
 ]

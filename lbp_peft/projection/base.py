@@ -63,7 +63,7 @@ class Projection(ABC):
         return all(type(value) is Tensor for value in vars(self).values() if isinstance(value, Tensor))
 
     @property
-    def keeps_sums(self) -> bool:
+    def preserves_sums(self) -> bool:
         """Whether [`sum`] is exact."""
         return self.padding_mask is None and self.basis.preserves_sums(self.layout)
 

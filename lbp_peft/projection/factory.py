@@ -22,7 +22,7 @@ from .separable import SeparableProjection
 _made: BoundedCache[tuple, tuple[Projection | None, heuristics.Heuristics]] = BoundedCache(64)
 
 
-def num_kept(layout: TokenLayout, basis: Basis | None) -> int:
+def num_coefficients(layout: TokenLayout, basis: Basis | None) -> int:
     """k: the rows that represent the L = `layout.num_tokens` tokens, those outside the grid included.
 
     It is L, and nothing is saved, if `basis` is None or keeps no fewer rows than there are tokens.
@@ -33,7 +33,7 @@ def num_kept(layout: TokenLayout, basis: Basis | None) -> int:
     if basis is None:
         return layout.num_tokens
     if isinstance(layout, PackedLayout):
-        return sum(num_kept(part, basis) for part in layout.parts)
+        return sum(num_coefficients(part, basis) for part in layout.parts)
     return min(basis.num_coefficients(layout), layout.num_tokens)
 
 
@@ -70,7 +70,7 @@ def projection(
 def _new_projection(
     layout: TokenLayout, basis: Basis, dtype: torch.dtype, device: torch.device, padding_mask: Tensor | None
 ) -> Projection | None:
-    kept = num_kept(layout, basis)
+    kept = num_coefficients(layout, basis)
     if kept == layout.num_tokens:
         return None
     if isinstance(layout, PackedLayout):

@@ -102,12 +102,12 @@ class LayoutReport:
         ran = {name: one for name in self.low_rank if (one := self.layers[name]) is not None and one.num_tokens}
         if ran:
             kept, total = (
-                sum(getattr(one, name) for one in ran.values()) for name in ("kept_for_weight", "num_tokens")
+                sum(getattr(one, name) for one in ran.values()) for name in ("grad_weight_rows", "num_tokens")
             )
             lines.append(f"Tokens kept of their inputs: {kept} of {total} ({100 * kept / total:.0f} %).")
         if ran and all(self.features.get(name) for name in ran):
             sizes = [(one, self.features[name] or 0) for name, one in ran.items()]
-            kept = sum(one.kept_for_weight * channels for one, channels in sizes)
+            kept = sum(one.grad_weight_rows * channels for one, channels in sizes)
             total = sum(one.num_tokens * channels for one, channels in sizes)
             lines.append(
                 f"Values kept of their inputs, each counted once: {kept / 1e6:.2f} M of {total / 1e6:.2f} M for each "
@@ -144,7 +144,7 @@ def _cells(ran: BackwardPass | None) -> tuple[str, ...]:
         return (*["-"] * (len(COLUMNS) - 2), "not called in training mode yet")
     grid = _words_for_grids(ran.layout) if ran.layout else "-"
     outside = str(ran.layout.num_outside) if ran.layout else "-"
-    kept = [str(ran.kept_for_weight), str(ran.kept_for_input)] if not ran.why_exact else ["-", "-"]
+    kept = [str(ran.grad_weight_rows), str(ran.grad_input_rows)] if not ran.why_exact else ["-", "-"]
     how = f"exact: {ran.why_exact}" if ran.why_exact else "low-rank"
     return (grid, outside, str(ran.num_tokens), *kept, ran.precision, ran.known_by or "-", how)
 

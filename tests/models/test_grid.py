@@ -78,7 +78,7 @@ def test_architectures_at_their_own_size(name):
         backward(model, images())
     assert not exact_warnings(caught)
     assert layouts(model) == {((8, 8), prefix)}
-    assert {ran.kept_for_weight for ran in layout_report(model).layers.values()} == {3 + prefix}
+    assert {ran.grad_weight_rows for ran in layout_report(model).layers.values()} == {3 + prefix}
     assert not layout_report(model).exact
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     assert not any("head" in name or "pooler" in name or "embed" in name for name in layout_report(model).layers)

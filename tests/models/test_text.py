@@ -61,7 +61,7 @@ def test_text_layers_are_one_dimensional():
         gradients(model, **words())
     ran = layout_report(model).layers
     assert {r.layout.grid for name, r in ran.items() if "text_model" in name} == {(1, LENGTH)}
-    assert {r.kept_for_weight for name, r in ran.items() if "text_model" in name} == {3}
+    assert {r.grad_weight_rows for name, r in ran.items() if "text_model" in name} == {3}
     assert {r.layout.grid for name, r in ran.items() if "vision_model" in name} == {(8, 8)}
 
 

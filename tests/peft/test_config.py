@@ -335,7 +335,7 @@ def test_ranks_may_differ_by_suffix_and_by_expression():
     pattern = {"fc2": 21, r".*layers\.1\.attention\.q_proj": 5, "layers.0.mlp.fc1": 6}
     model = get_peft_model(tiny_vit(), LBPWHTConfig(r=3, rank_pattern=pattern))
     gradients(model.train(), images())
-    ranks = {name: ran.kept_for_weight - 1 for name, ran in layout_report(model).layers.items()}
+    ranks = {name: ran.grad_weight_rows - 1 for name, ran in layout_report(model).layers.items()}
     assert {name for name, r in ranks.items() if r == 21} == {"vit.layers.0.mlp.fc2", "vit.layers.1.mlp.fc2"}
     assert {name for name, r in ranks.items() if r == 5} == {"vit.layers.1.attention.q_proj"}
     assert {name for name, r in ranks.items() if r == 6} == {"vit.layers.0.mlp.fc1"}
@@ -346,7 +346,7 @@ def test_a_rank_pattern_leaves_the_input_gradient_alone():
     model = get_peft_model(tiny_vit(), LBPWHTConfig(r=3, grad_input_rank=6, rank_pattern={"fc2": 21}))
     gradients(model.train(), images())
     ran = layout_report(model).layers["vit.layers.1.mlp.fc2"]
-    assert (ran.kept_for_weight, ran.kept_for_input) == (22, 7)
+    assert (ran.grad_weight_rows, ran.grad_input_rows) == (22, 7)
 
 
 def test_ranks_of_the_input_gradient_may_differ_by_suffix_and_by_expression():
@@ -360,7 +360,7 @@ def test_ranks_of_the_input_gradient_may_differ_by_suffix_and_by_expression():
         assert rule.input_gradient == (auto if rank is None else FixedBasis(BasisSet(rank)))
         assert rule.weight_basis.r == 3
     gradients(model.train(), images())
-    kept = {name: ran.kept_for_input for name, ran in layout_report(model).layers.items()}
+    kept = {name: ran.grad_input_rows for name, ran in layout_report(model).layers.items()}
     assert kept["vit.layers.1.mlp.fc2"] == 22 and kept["vit.layers.1.mlp.fc1"] == 7
     assert kept["vit.layers.0.mlp.fc1"] == 65
 

@@ -460,10 +460,10 @@ def test_each_adapter_beneath_keeps_its_head():
 def test_a_second_rule_on_top():
     model = stacked()
     model.add_adapter("fine", lbp_config(r=21, **input_gradient("full")))
-    assert {ran.kept_for_weight for ran in layout_report(model).layers.values()} == {4, 65}
+    assert {ran.grad_weight_rows for ran in layout_report(model).layers.values()} == {4, 65}
     model.set_adapter("fine")
     train(model, X)
-    assert {ran.kept_for_weight for ran in layout_report(model).layers.values() if not ran.why_exact} == {22}
+    assert {ran.grad_weight_rows for ran in layout_report(model).layers.values() if not ran.why_exact} == {22}
     model.delete_adapter("fine")
     train(model, X)
 
@@ -755,4 +755,4 @@ def test_transformers_takes_both_of_its_own():
     model.set_adapter(["default", "lbp"])
     losses = train(model, X)
     assert losses[-1] < losses[0]
-    assert {ran.kept_for_input for ran in layout_report(model).layers.values()} == {4, 65}
+    assert {ran.grad_input_rows for ran in layout_report(model).layers.values()} == {4, 65}

@@ -432,7 +432,7 @@ def test_a_whole_model_covers_every_linear_layer_of_the_encoder():
     for name, ran in report.layers.items():
         adapts = name.rsplit(".")[-1] in ("q_proj", "v_proj", "fc1")
         first = name in [f"vit.layers.0.attention.{p}_proj" for p in "qkv"]
-        assert (ran.kept_for_weight, ran.kept_for_input) == (4 if adapts else 65, 65 if first else 4), name
+        assert (ran.grad_weight_rows, ran.grad_input_rows) == (4 if adapts else 65, 65 if first else 4), name
 
 
 @pytest.mark.parametrize("lora_settings", [{}, {"use_dora": True}, {"lora_dropout": 0.2}])

@@ -374,7 +374,7 @@ def test_without_weights_of_its_own_earlier_parameters_get_low_rank_gradients():
     assert trainable and all("modules_to_save" in name for name in trainable)
     found, exact = gradients(model, x), exact_gradients(model, x)
     assert not layout_report(model).exact
-    assert {ran.kept_for_input for ran in layout_report(model).layers.values()} == {4}
+    assert {ran.grad_input_rows for ran in layout_report(model).layers.values()} == {4}
     assert largest_difference(found, exact) > 1e-2
     for name in found:  # no low-rank layer follows the head
         if "classifier" in name:

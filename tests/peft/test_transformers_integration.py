@@ -152,7 +152,7 @@ def test_deleting_the_last_adapter_and_adding_another():
     assert torch.equal(outputs(model, x), outputs(tiny_vit(), x))
     gradients(model.train(), x)
     assert low_rank(model)
-    assert {ran.kept_for_weight for ran in layout_report(model).layers.values()} == {7}
+    assert {ran.grad_weight_rows for ran in layout_report(model).layers.values()} == {7}
 
 
 @with_transformers_own_adapters

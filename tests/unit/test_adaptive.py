@@ -307,7 +307,7 @@ def test_a_model_trains_in_it_and_says_so():
     assert 0 < largest_difference(found, exact) < 2
     cosines = [F.cosine_similarity(found[n].flatten(), exact[n].flatten(), 0) for n in exact if n.endswith("default")]
     assert min(cosines) > 0.5
-    assert {(ran.kept_for_weight, ran.kept_for_input) for ran in layout_report(model).layers.values() if ran} <= {
+    assert {(ran.grad_weight_rows, ran.grad_input_rows) for ran in layout_report(model).layers.values() if ran} <= {
         (4, 4), (4, 65), (1, 1)
     }  # fmt: skip
 
@@ -348,7 +348,7 @@ def test_layers_whose_tokens_lie_on_no_grid_have_it_too():
         forward(model, x).square().sum().backward()
     found = x.grad.clone()
     reports = layout_report(model).layers.values()
-    assert [(ran.kept_for_weight, ran.kept_for_input, ran.why_exact) for ran in reports] == [(40, 1, "")] * 3
+    assert [(ran.grad_weight_rows, ran.grad_input_rows, ran.why_exact) for ran in reports] == [(40, 1, "")] * 3
     x.grad = None
     base.train()
     forward(base, x).square().sum().backward()
@@ -391,7 +391,7 @@ def test_narrow_layers_are_left_exact():
     assert not use(197, 32, 96, 96) and not use(40, 32, 768, 768)
     model = adapted(grad_input_rank=12)
     forward(model, images()).sum().backward()
-    assert {ran.kept_for_input for ran in layout_report(model).layers.values()} == {65}
+    assert {ran.grad_input_rows for ran in layout_report(model).layers.values()} == {65}
 
 
 REFUSED = [

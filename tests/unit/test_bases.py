@@ -8,7 +8,7 @@ import torch
 from lbp_peft import BasisSet, LayoutError, TokenLayout
 from lbp_peft.bases.separable import axis_blocks, grid_bases, num_bases
 from lbp_peft.bases.walsh import basis_order, walsh_functions
-from lbp_peft.projection import DenseProjection, SeparableProjection, num_kept, projection
+from lbp_peft.projection import DenseProjection, SeparableProjection, num_coefficients, projection
 
 GRIDS = [(8, 8), (16, 16), (14, 14), (7, 7), (4, 12), (9, 17), (3, 5), (2, 2), (1, 24), (6, 10)]
 RANKS = [1, 3, 7, 10, 36, 64]
@@ -100,12 +100,12 @@ def test_projection_and_lift_are_the_dense_matrices(grid, prefix):
     tokens = torch.randn(2, layout.num_tokens, 5, dtype=torch.float64)
     maps = projection(layout, bases, torch.float64, tokens.device)
     if maps is None:  # a grid too small to gain anything on
-        assert num_kept(layout, bases) == layout.num_tokens
+        assert num_coefficients(layout, bases) == layout.num_tokens
         return
     rows = torch.from_numpy(grid_bases(grid, bases).dense_analysis())
     dense = torch.block_diag(torch.eye(prefix, dtype=torch.float64), rows)
     small = maps.project(tokens)
-    assert small.shape == (2, num_kept(layout, bases), 5)
+    assert small.shape == (2, num_coefficients(layout, bases), 5)
     torch.testing.assert_close(small, dense @ tokens, rtol=0, atol=1e-12)
     torch.testing.assert_close(maps.lift(small), dense.T @ small, rtol=0, atol=1e-12)
     torch.testing.assert_close(maps.project(maps.lift(small)), small, rtol=0, atol=1e-12)

@@ -172,7 +172,7 @@ def test_a_model_trains_with_a_dense_basis_in_each_layer():
     dot = sum((found[name] * expected[name]).sum() for name in expected)
     norms = [sum(g.square().sum() for g in some.values()).sqrt() for some in (found, expected)]
     assert 0.97 < dot / (norms[0] * norms[1]) < 0.99999
-    assert {layer.last_backward.kept_for_weight for layer in layers_of(model).values()} == {64}
+    assert {layer.last_backward.grad_weight_rows for layer in layers_of(model).values()} == {64}
 
 
 # What is refused

@@ -217,7 +217,7 @@ def test_auto_is_the_default_and_leaves_narrow_layers_exact_with_one_warning(dec
     assert len(caught) == 1
     ran = {name.rsplit(".")[-1]: r for name, r in layout_report(model).layers.items()}
     assert "narrow" in ran["o_proj"].why_exact and ran["fc1"].precision == "int8" and ran["fc2"].precision == "full"
-    assert ran["fc1"].kept_for_weight == ran["fc2"].kept_for_weight == 11
+    assert ran["fc1"].grad_weight_rows == ran["fc2"].grad_weight_rows == 11
     assert not ran["fc2"].why_exact
 
 
@@ -278,7 +278,7 @@ def test_where_only_factors_are_trained_layers_are_judged_as_in_float32(decide, 
     with torch.autocast("cpu", torch.bfloat16):
         model(images()).logits.sum().backward()
     assert asked == [FLOAT if stacked else BF16] * 2
-    assert {ran.kept_for_weight for ran in layout_report(model).layers.values()} == {11}
+    assert {ran.grad_weight_rows for ran in layout_report(model).layers.values()} == {11}
 
 
 @pytest.mark.own_choice

@@ -14,7 +14,7 @@ from lbp_peft.projection import (
     DenseProjection,
     Float32Projection,
     SeparableProjection,
-    num_kept,
+    num_coefficients,
     projection,
 )
 
@@ -52,14 +52,14 @@ def draw(*shape, dtype=torch.float64):
 @pytest.mark.parametrize("layout, bases", cases())
 def test_both_ways_agree(layout, bases):
     by_axis, at_once = both(layout, bases)
-    tokens, small = draw(2, layout.num_tokens, 5), draw(2, num_kept(layout, bases), 5)
+    tokens, small = draw(2, layout.num_tokens, 5), draw(2, num_coefficients(layout, bases), 5)
     close = {"rtol": 1e-12, "atol": 1e-12}
     torch.testing.assert_close(at_once.project(tokens), by_axis.project(tokens), **close)
     torch.testing.assert_close(at_once.project_gradient(tokens), by_axis.project(tokens), **close)
     torch.testing.assert_close(at_once.lift(small), by_axis.lift(small), **close)
     torch.testing.assert_close(at_once.sum(small), by_axis.sum(small), **close)
-    assert at_once.keeps_sums == by_axis.keeps_sums == (bases.boundary == "orthogonal")
-    if at_once.keeps_sums:
+    assert at_once.preserves_sums == by_axis.preserves_sums == (bases.boundary == "orthogonal")
+    if at_once.preserves_sums:
         torch.testing.assert_close(at_once.sum(at_once.project(tokens)), tokens.sum((0, 1)), **close)
 
 
@@ -83,7 +83,7 @@ def test_both_ways_agree_in_other_dtypes(dtype, bound):
 def test_both_ways_agree_on_images(layout, bases, memory_format):
     by_axis, at_once = both(layout, bases)
     image = draw(2, 5, *layout.grid).contiguous(memory_format=memory_format)
-    small = draw(2, num_kept(layout, bases), 5)
+    small = draw(2, num_coefficients(layout, bases), 5)
     torch.testing.assert_close(at_once.project_image(image), by_axis.project_image(image))
     torch.testing.assert_close(at_once.lift_image(small), by_axis.lift_image(small))
 
@@ -91,9 +91,9 @@ def test_both_ways_agree_on_images(layout, bases, memory_format):
 def test_both_ways_agree_beside_padding():
     layout = TokenLayout((1, 77))
     padding = torch.arange(77) >= torch.tensor([[50], [77]])
-    tokens, small = draw(2, 77, 5), draw(2, num_kept(layout, BASES[0]), 5)
+    tokens, small = draw(2, 77, 5), draw(2, num_coefficients(layout, BASES[0]), 5)
     by_axis, at_once = both(layout, BASES[0], padding=padding)
-    assert not at_once.keeps_sums
+    assert not at_once.preserves_sums
     torch.testing.assert_close(at_once.project(tokens), by_axis.project(tokens))
     torch.testing.assert_close(at_once.lift(small), by_axis.lift(small))
     assert at_once.lift(small)[0, 50:].count_nonzero() == 0
@@ -120,7 +120,7 @@ def test_two_images_at_once_give_what_each_gives(batch, decide):
 def test_an_empty_batch_has_no_coefficients(layout, way):
     maps = way(layout, BASES[0], torch.float32, CPU)
     small = maps.project(torch.zeros(0, layout.num_tokens, 5))
-    assert small.shape == (0, num_kept(layout, BASES[0]), 5)
+    assert small.shape == (0, num_coefficients(layout, BASES[0]), 5)
     assert maps.lift(small).shape == (0, layout.num_tokens, 5)
     assert torch.equal(maps.sum(small), torch.zeros(5))
     if not (layout.num_outside or layout.order):

@@ -34,7 +34,7 @@ class BackwardPass:
     Attributes:
         num_tokens: L; 0 if the input has no token axis.
         layout: Where the tokens lie, if that is known.
-        kept_for_weight, kept_for_input: k of the L tokens that each gradient is computed from; L: exact.
+        grad_weight_rows, grad_input_rows: k of the L tokens that each gradient is computed from; L: exact.
         why_exact: The reason why both are exact; "" if at least one is low-rank or in low precision.
         precision: Precision of the product in the input gradient.
         known_by: The source of the layout: the number of operations through which it was followed from the model's
@@ -43,8 +43,8 @@ class BackwardPass:
 
     num_tokens: int
     layout: TokenLayout | None
-    kept_for_weight: int
-    kept_for_input: int
+    grad_weight_rows: int
+    grad_input_rows: int
     why_exact: str = ""
     precision: str = "full"
     known_by: str = ""
@@ -285,7 +285,7 @@ class BackwardPlanner:
         if plan is None or plan.precision.name == "full" or self.last_backward is None:
             return plan
         ran = self.last_backward = replace(self.last_backward, precision="full")
-        if min(ran.kept_for_weight, ran.kept_for_input) == ran.num_tokens:
+        if min(ran.grad_weight_rows, ran.grad_input_rows) == ran.num_tokens:
             self._note_exact(x, "only products of plain linear layers and LoRA's can be rounded", plan.layout)
             return None
         return plan.with_precision(FULL)
