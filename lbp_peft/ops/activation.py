@@ -1,8 +1,8 @@
-"""Inputs of activation functions and norms, kept in 8 bits for the backward pass.
+"""Activation functions and norms that save their input in 8 bits.
 
-What is left of the saved activations once linear layers keep projections is mostly these. The forward pass is exact.
-The backward pass runs the module again on the rounded input and differentiates it there, so whatever else the module
-would have saved is not saved either.
+Once linear layers save projections, these inputs are most of the saved activations. The forward pass is exact. The
+backward pass runs the module again on the rounded input and differentiates it there, so nothing else that the module
+would have saved is saved either.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ from .once_differentiable import once_differentiable
 
 
 def compressed_layer(layer: nn.Module, x: Tensor) -> Tensor:
-    """`layer(x)`, bit for bit, which keeps x in 8 bits for the backward pass.
+    """`layer(x)`, bit for bit, which saves x in 8 bits for the backward pass.
 
     Args:
-        layer: An activation function or a norm, which draws no random numbers. It is run again in the backward pass, as
-            it was in the forward pass, see [`lbp_peft.ops.layer_state`].
-        x: Shape (..., C).
+        layer: An activation function or a norm that is deterministic. It is run again in the backward pass, in its
+            state of the forward pass, see [`lbp_peft.ops.layer_state`].
+        x: Shape (..., C), of any floating dtype.
 
-    Double backward raises RuntimeError.
+    Returns:
+        The shape and dtype of `layer(x)`.
+
+    Raises:
+        RuntimeError: in the backward pass, if it is differentiated again.
     """
     record = LayerRecord(layer)
     tensors = record.take_tensors()
@@ -47,7 +51,7 @@ class _State:
 class _CompressedLayer(torch.autograd.Function):
     @staticmethod
     def forward(state: _State, x: Tensor, *held: Tensor) -> Tensor:
-        return state.layer.layer(x).detach()  # a view, as of a product's result, could not be changed in place
+        return state.layer.layer(x).detach()  # autograd refuses to change a view in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -63,7 +67,7 @@ class _CompressedLayer(torch.autograd.Function):
         with backward_pass(), torch.enable_grad(), state.autocast():
             x.requires_grad_(needs_x)
             leaves = state.layer.leaves(held, trained)
-            seen = x.view_as(x)  # no leaf: those who watch modules, as FLOP counters do, cannot follow one in here
+            seen = x.view_as(x)  # hooks on modules, such as those of FLOP counters, cannot handle a leaf here
             with state.layer.put_back(leaves):
                 y = state.layer.layer(seen)
             wanted = [t for t, needed in zip((x, *leaves), (needs_x, *trained), strict=True) if needed]

@@ -10,16 +10,16 @@ Martinsson and Tropp, SIAM Review 53, 2011, section 4.5) finds nearly the k lead
     Q = orth(Y)         (k, L)        orthonormal rows, by Cholesky's factorization of Y Y^T
     dx = Q^T ((Q g) W)  (L, C_in)     in place of g W
 
-The third product, Q g, is needed anyway. These are 3 L k C_out + k C_out C_in + L k C_in multiply-adds in place of
-L C_out C_in. Q has orthonormal rows, so dx is the exact input gradient of the nearest gradient in their span. With k at
-least the rank of g that is g itself, and dx is exact.
+The third of these products, Q g, is needed in any case. These are 3 L k C_out + k C_out C_in + L k C_in multiply-adds
+in place of L C_out C_in. Q has orthonormal rows, so dx is the exact input gradient of the nearest gradient in their
+span. With k at least the rank of g that is g itself, and dx is exact.
 
-From one layer to the next the leading patterns change little, because most of the gradient is handed on along the
-residual connections. Within one backward pass of autograd, the Q of the layer before it in that pass is therefore added
-to S: the span is then nearer to the leading patterns of g, and successive layers, which keep and lose the same ones,
-compound less error. [`sign_matrix`] gives the same S for all images, layers and steps, and the order of the layers in
-a backward pass is always the same, so a run can be repeated to the bit. Gradient checkpointing changes nothing, unless
-it is PyTorch's reentrant one, which makes a backward pass of its own of each block.
+From one layer to the next the leading patterns change little, because most of the gradient passes along the residual
+connections. Within one backward pass of autograd, the Q of the previous layer is therefore added to S: the span is then
+nearer to the leading patterns of g, and successive layers, which keep and lose the same patterns, compound less error.
+[`sign_matrix`] gives the same S for all images, layers and steps, and the order of the layers in a backward pass is
+always the same, so a run can be repeated to the bit. Gradient checkpointing changes nothing, unless it is PyTorch's
+reentrant one, which makes a backward pass of its own of each block.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ from ..transforms import must_be_functional, outside_transforms
 from .padding_check import zero_if_unused
 from .plan import InputGradient
 
-# Of the trace of Y Y^T, what is added to its diagonal, so that it is positive definite where g has fewer than k
-# directions. It lies far above the rounding errors of float64 and far below those of Y, which is computed in float32.
+# The share of the trace of Y Y^T that is added to its diagonal, so that it is positive definite where g has a rank
+# below k. It is far above the rounding errors of float64 and far below those of Y, which is computed in float32.
 _SHIFT = 1e-13
-# The length of S's rows beside those of the Q before, which are of length 1. From 0.03 to 0.3 it makes no difference.
+# The length of the rows of S relative to those of the previous Q, which have length 1. Values from 0.03 to 0.3 give the
+# same results.
 _LENGTH_OF_SIGNS = 0.1
 
 
@@ -58,10 +59,10 @@ class AdaptiveBasis(InputGradient):
     Attributes:
         rank: k, the number of rows of Q for each image. Where it is not below the number of tokens that are fitted, dx
             is exact.
-        energy: Share of the squared norm of g that is to be kept, above 0 and at most 1. If the Q of the layer before
-            in the backward pass keeps it in all images of a batch, that is used and none is fitted. Rows that are not
-            needed for it in any image are left out of the product with W. None: a Q is always fitted, and all k rows
-            are used.
+        energy: Share of the squared norm of g that is to be kept, above 0 and at most 1. If the Q of the
+            previous layer in the backward pass keeps it in all images of a batch, that Q is used and none is fitted.
+            Rows that are not needed for it in any image are left out of the product with W. None: a Q is always fitted,
+            and all k rows are used.
     """
 
     rank: int
@@ -133,7 +134,7 @@ class RangeFinder:
             wide = fitted.to(torch.float32 if is_half else product_dtype(fitted.dtype, fitted.device))
             basis, coefficients = self._fit(wide)
             if self.energy is not None:
-                basis, coefficients = _enough_for(self.energy, basis, coefficients, wide)
+                basis, coefficients = _rows_that_keep(self.energy, basis, coefficients, wide)
         coefficients = coefficients.to(tokens.dtype)
         if before or after:
             coefficients = torch.cat((tokens[:, :before], coefficients, tokens[:, length - after :]), dim=1)
@@ -141,16 +142,16 @@ class RangeFinder:
 
     def _fit(self, g: Tensor) -> tuple[Tensor, Tensor]:
         """Q, shape (N, k, L), and Q g, shape (N, k, C)."""
-        start, before = sign_matrix(self.rank, g.shape[1], g.dtype, g.device), _basis_before(g, self.rank)
-        if before is None:
-            sketch = torch.matmul(start, g)
+        signs, previous = sign_matrix(self.rank, g.shape[1], g.dtype, g.device), _previous_basis(g, self.rank)
+        if previous is None:
+            sketch = torch.matmul(signs, g)
         elif self.energy is None:
-            sketch = torch.bmm(torch.add(before, start, alpha=_LENGTH_OF_SIGNS * g.shape[1] ** 0.5), g)
+            sketch = torch.bmm(torch.add(previous, signs, alpha=_LENGTH_OF_SIGNS * g.shape[1] ** 0.5), g)
         else:
-            sketch = torch.bmm(before, g)
+            sketch = torch.bmm(previous, g)
             if bool((sketch.square().sum((1, 2)) >= self.energy * g.square().sum((1, 2))).all()):
-                return before, sketch
-            sketch = torch.add(sketch, torch.matmul(start, g), alpha=_LENGTH_OF_SIGNS * g.shape[1] ** 0.5)
+                return previous, sketch
+            sketch = torch.add(sketch, torch.matmul(signs, g), alpha=_LENGTH_OF_SIGNS * g.shape[1] ** 0.5)
         basis = orthonormal_rows(_patterns_of(sketch, g)).to(g.dtype)
         _keep_for_next(basis)
         return basis, torch.bmm(basis, g)
@@ -164,9 +165,9 @@ class AdaptiveProjection:
     """Tokens as combinations of k patterns of their own image.
 
     Args:
-        basis: Shape (N, k, L - p - s), orthonormal rows for each image; rows that an image has no use for are zero.
-        layout: It has p tokens before those that the basis is for, and s after them, which are their own coefficients.
-            None: none.
+        basis: Shape (N, k, L - p - s), orthonormal rows for each image; superfluous rows of an image are zero.
+        layout: The layout of the tokens, p of which are before those that the basis is for and s after them. These are
+            their own coefficients. None: there are none.
     """
 
     def __init__(self, basis: Tensor, layout: TokenLayout | None):
@@ -187,8 +188,8 @@ class AdaptiveProjection:
                 return torch.bmm(self.basis.mT, inner).to(coefficients.dtype)
             if must_be_functional() or inner.dtype != coefficients.dtype:
                 lifted = torch.bmm(self.basis.mT, inner).to(coefficients.dtype)
-                outer = coefficients[:, :before], coefficients[:, coefficients.shape[1] - after :]
-                return torch.cat((outer[0], lifted, outer[1]), dim=1)
+                prefix, suffix = coefficients[:, :before], coefficients[:, coefficients.shape[1] - after :]
+                return torch.cat((prefix, lifted, suffix), dim=1)
             tokens = coefficients.new_empty(len(coefficients), before + length + after, coefficients.shape[2])
             tokens[:, :before] = coefficients[:, :before]
             torch.bmm(self.basis.mT, inner, out=tokens[:, before : before + length])
@@ -208,30 +209,30 @@ def _outside(layout: TokenLayout) -> tuple[int, int]:
     return layout.num_prefix_tokens, layout.num_suffix_tokens
 
 
-class _Before(threading.local):
+class _Previous(threading.local):
     """The last Q that this thread fitted, and the number of the backward pass of autograd in which it did.
 
-    It stays in memory until the next one is fitted: N k L numbers.
+    Its N k L values stay in memory until the next one is fitted.
     """
 
     basis: Tensor | None = None
     backward_pass = -1
 
 
-_before = _Before()
+_previous = _Previous()
 
 
 def _backward_pass_number() -> int:
-    """The number of the backward pass that runs in this thread; -1: none, or one in which nothing may be kept."""
+    """The number of the backward pass that runs in this thread; -1: there is none, or it is compiled or transformed."""
     return -1 if must_be_functional() else int(torch._C._current_graph_task_id())
 
 
-def _basis_before(g: Tensor, rank: int) -> Tensor | None:
-    """Q of the layer before in this backward pass, if it had as many images, tokens and rows."""
+def _previous_basis(g: Tensor, rank: int) -> Tensor | None:
+    """The Q of the previous layer in this backward pass; None if its shape, dtype or device is another."""
     if (number := _backward_pass_number()) == -1:
         return None
-    basis = _before.basis
-    if basis is None or _before.backward_pass != number:
+    basis = _previous.basis
+    if basis is None or _previous.backward_pass != number:
         return None
     fits = basis.shape == (g.shape[0], rank, g.shape[1]) and basis.dtype == g.dtype and basis.device == g.device
     return basis if fits else None
@@ -239,13 +240,13 @@ def _basis_before(g: Tensor, rank: int) -> Tensor | None:
 
 def _keep_for_next(basis: Tensor) -> None:
     if (number := _backward_pass_number()) != -1:
-        # Another model may have its backward pass within this one, and must not get this one's NaN.
-        _before.basis, _before.backward_pass = basis.nan_to_num(0.0, 0.0, 0.0), number
+        # The backward pass of another model may run within this one, and must not get its NaN.
+        _previous.basis, _previous.backward_pass = basis.nan_to_num(0.0, 0.0, 0.0), number
 
 
 def _patterns_of(sketch: Tensor, g: Tensor) -> Tensor:
     """Y of the module's description from Z: (N, k, C), (N, L, C) -> (N, k, L), each image up to a factor."""
-    # So that no product of two small or two large numbers leaves the range of the dtype.
+    # Divided so that no product of two small or two large values leaves the range of the dtype.
     largest = sketch.abs().amax((1, 2), keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)
     return torch.bmm(sketch / largest, g.mT)
 
@@ -254,14 +255,15 @@ def orthonormal_rows(matrices: Tensor) -> Tensor:
     """Orthonormal rows with the same span, by Cholesky's factorization of the Gram matrix (Cholesky QR).
 
     In float64, except on devices without it, since the Gram matrix has the square of the condition number. Where a
-    matrix has fewer independent rows than k, the superfluous ones come out shorter than 1, down to 0: applied as a
-    projection, Q^T Q never lengthens a vector.
+    matrix has a rank below k, the superfluous rows come out shorter than 1, down to 0. As a projection, Q^T Q never
+    lengthens a vector.
 
     Args:
         matrices: Shape (N, k, L), k at most L.
 
     Returns:
-        Shape (N, k, L), float64, or float32 on devices without that. Not finite where the matrix is not.
+        Shape (N, k, L), float64, or float32 on devices without that. Its entries are not finite where those of the
+        matrix are not.
     """
     precise = torch.float32 if matrices.device.type == "mps" else torch.float64
     shift = _SHIFT if precise == torch.float64 else 1e-6
@@ -277,11 +279,11 @@ def orthonormal_rows(matrices: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(factor, rows, upper=False)
 
 
-def _enough_for(energy: float, basis: Tensor, coefficients: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of the basis, and their coefficients, that keep a share of each image's energy, those of most first.
+def _rows_that_keep(energy: float, basis: Tensor, coefficients: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """The fewest rows of the basis that keep a share of each image's energy, and their coefficients.
 
-    The same number of rows for all images, since they are multiplied together. All of them within transforms and
-    compiled graphs, whose shapes must not depend on values, and where even all keep less.
+    All images have the same number of rows, since they are multiplied together. All rows are returned if even they keep
+    less, and within transforms and compiled graphs, whose shapes must not depend on values.
     """
     if must_be_functional():
         return basis, coefficients
@@ -300,7 +302,7 @@ _signs: BoundedCache[tuple, Tensor] = BoundedCache(256)
 def sign_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Fixed pseudorandom signs, divided by the number of columns; the same on all devices and in all processes.
 
-    Divided, so that products with numbers of the dtype stay in its range.
+    They are divided so that products with values of the dtype stay in its range.
     """
     if torch.compiler.is_compiling():
         return _make_signs(rows, columns, dtype, device)
@@ -316,7 +318,7 @@ def sign_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.devic
 
 
 def _make_signs(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One bit of a hash of each entry's place: a random number generator's state would have to be kept and restored."""
+    """One bit of a hash of each entry's row and column. The state of a random generator would have to be restored."""
     row = torch.arange(rows, device=device)[:, None]
     column = torch.arange(columns, device=device)[None, :]
     bits = _scrambled(_scrambled(row + 1) + column)

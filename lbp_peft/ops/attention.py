@@ -1,15 +1,17 @@
 """Attention in bfloat16 on CPUs: the same forward pass, and a backward pass of matrix products.
 
-PyTorch's fused attention goes backward on CPUs more slowly in bfloat16 than in float32, for 65 tokens six times, which
-takes longer than all that low-rank layers leave of the backward pass. With P = softmax(s q k^T), y = P v, g = dLoss/dy:
+On CPUs, the backward pass of PyTorch's fused attention is slower in bfloat16 than in float32, for 65 tokens six times
+slower. That is more time than everything else in the backward pass of a model with low-rank layers takes. With
+P = softmax(s q k^T), y = P v and g = dLoss/dy,
 
     dv = P^T g
     dP = g v^T
     dS = P * (dP - rowsum(P * dP))
     dq = s dS k,  dk = s dS^T q
 
-That is exact: only the order of rounding differs. P is computed again: no more than q, k and v are kept. In dS the mean
-of v over the keys cancels. It is taken off before, so that what cancels is not what is left of rounding it.
+These are exact gradients: only rounding differs. P is computed again in the backward pass, so that only q, k and v are
+saved. The mean of v over the keys cancels in dS. It is subtracted from v beforehand, so that its rounding errors do not
+enter dS.
 """
 
 from __future__ import annotations
@@ -26,18 +28,18 @@ from .. import heuristics
 from ..transforms import backward_pass, in_forward_mode, in_transform
 from .once_differentiable import once_differentiable
 
-# Entries of the attention matrices that are worked on at once. Those of more would not stay in the cache.
+# Entries of the attention matrices that are computed at once. More of them would not fit into the cache.
 _ENTRIES_AT_ONCE = 2**20
 
 
 class AttentionMode(TorchFunctionMode):
-    """Within this context, `F.scaled_dot_product_attention` is another function, whoever calls it.
+    """Replaces `F.scaled_dot_product_attention` by another function within the context, for all callers.
 
     Args:
-        attention: Takes its place: [`attention`], or [`lbp_peft.ops.compressed_attention.compressed_attention`].
+        attention: The other function: [`attention`], or [`lbp_peft.ops.compressed_attention.compressed_attention`].
 
     Attributes:
-        was_called: Whether anybody has.
+        was_called: Whether the function was called.
     """
 
     was_called = False
@@ -68,19 +70,20 @@ def attention(
     Args:
         query: Shape (N, heads, L, d).
         key, value: Shapes (N, heads, S, d) and (N, heads, S, d_v).
-        attn_mask, dropout_p, is_causal, enable_gqa: With any of these set it *is* `F.scaled_dot_product_attention`, and
-            so it is for tensors that are not all bfloat16, on other devices than CPUs, for long sequences, within
-            transforms of `torch.func` and in forward mode.
-        scale: s; None: d^-0.5. With 0 it is PyTorch's too.
-
-    Double backward raises RuntimeError.
+        attn_mask, dropout_p, is_causal, enable_gqa: If any of these is set, PyTorch's function is called. It is also
+            called for tensors that are not all bfloat16, on devices other than CPUs, for long sequences, within
+            transforms of `torch.func`, and in forward mode.
+        scale: s; None: d^-0.5. For 0 PyTorch's function is called too.
 
     Returns:
         Shape (N, heads, L, d_v).
+
+    Raises:
+        RuntimeError: in the backward pass, if it is differentiated again.
     """
     tensors = (query, key, value)
     plain = attn_mask is None and not dropout_p and not is_causal and not enable_gqa
-    plain = plain and scale != 0  # a product times 0 leaves in its result what was there before
+    plain = plain and scale != 0  # baddbmm with alpha=0 does not write to its result
     plain = plain and not (in_transform() or in_forward_mode())
     wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if plain and wanted and _is_regular(*tensors) and _is_faster_by_products(key):
@@ -95,7 +98,7 @@ def _is_faster_by_products(key: Tensor) -> bool:
 
 
 def _is_regular(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether nothing has to be broadcast or cast, and there is something at all."""
+    """Whether the tensors need no broadcasting or cast, and are not empty."""
     return (
         query.numel() > 0
         and key.numel() > 0
@@ -108,7 +111,7 @@ def _is_regular(query: Tensor, key: Tensor, value: Tensor) -> bool:
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        return F.scaled_dot_product_attention(query, key, value, scale=scale).detach()  # no view, see _LowRankLinear
+        return F.scaled_dot_product_attention(query, key, value, scale=scale).detach()  # not a view, see _LowRankLinear
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -119,45 +122,49 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
         second_order = torch.is_grad_enabled()
-        with backward_pass(), torch.autocast(grads[0].device.type, enabled=False):  # the logits have to be float32
+        with backward_pass(), torch.autocast(grads[0].device.type, enabled=False):  # so that the logits are float32
             gradients = _gradients(query, key, value, grads[0], ctx.scale)
         return *(once_differentiable(gradients, grads[0]) if second_order else gradients), None
 
 
 def _gradients(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, scale: float) -> list[Tensor]:
-    """Those of query, key and value."""
+    """The gradients of query, key and value."""
     queries, keys, values = (t.flatten(0, 1).contiguous() for t in (query, key, value))
 
-    def some(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def of_heads(part: slice) -> tuple[Tensor, Tensor, Tensor]:
         v = values[part]
-        return queries[part], keys[part], v - v.mean(1, keepdim=True)  # what cancels may well be rounded
+        return (
+            queries[part],
+            keys[part],
+            v - v.mean(1, keepdim=True),
+        )  # subtracted in the dtype of v: the mean cancels anyway
 
-    return gradients_by_products(some, (query.shape, key.shape, value.shape), grad, scale)
+    return gradients_by_products(of_heads, (query.shape, key.shape, value.shape), grad, scale)
 
 
 def gradients_by_products(
-    some: Callable[[slice], tuple[Tensor, Tensor, Tensor]],
+    of_heads: Callable[[slice], tuple[Tensor, Tensor, Tensor]],
     shapes: tuple[torch.Size, torch.Size, torch.Size],
     grad: Tensor,
     scale: float,
 ) -> list[Tensor]:
-    """The gradients of query, key and value, a few heads at a time. See this module.
+    """The gradients of query, key and value, computed for a few heads at a time by the equations of this module.
 
     Args:
-        some: Returns query, key, and value less its mean over the keys, of some heads; shapes (heads, L or S, d or
-            d_v), float32 or the dtype of `grad`.
-        shapes: Of query, key and value.
-        grad: Gradient of the result; float32 or bfloat16.
+        of_heads: Returns query, key and centred value (value less its mean over the keys) of a slice of the heads.
+            Shapes (heads, L, d), (heads, S, d) and (heads, S, d_v), float32 or the dtype of `grad`.
+        shapes: The shapes of query, key and value.
+        grad: The gradient of the output, shape (N, heads, L, d_v), float32 or bfloat16.
         scale: s.
 
     Returns:
-        Of these shapes, of the dtype of `grad`.
+        Tensors of these shapes, of the dtype of `grad`.
     """
     grads, dtype = grad.flatten(0, 1).contiguous(), grad.dtype
     of_queries, of_keys, of_values = (grads.new_empty(shape[0] * shape[1], *shape[2:]) for shape in shapes)
     heads, rows, columns = len(grads), grads.shape[1], shapes[1][2]
     at_once, starts = heads, [0]
-    if not torch.compiler.is_compiling():  # in which a loop would be made for batches of one size
+    if not torch.compiler.is_compiling():  # a compiled loop would fit only batches of one size
         parts = -(-heads * rows * columns // _ENTRIES_AT_ONCE)
         at_once = -(-heads // min(parts, heads))
         starts = list(range(0, heads, at_once))
@@ -167,7 +174,7 @@ def gradients_by_products(
     rounded, narrow = (grads.new_empty(size, rows, columns) for _ in range(2))
     for start in starts:
         part = slice(start, start + at_once)
-        (q, k, v), g = some(part), grads[part]
+        (q, k, v), g = of_heads(part), grads[part]
         logits, p = wide[: len(q)], weights[: len(q)]
         _scaled_product(q.float(), k.float().transpose(1, 2), scale, logits)
         torch.softmax(logits, dim=-1, out=p)
@@ -176,15 +183,16 @@ def gradients_by_products(
         torch.bmm(p_rounded.transpose(1, 2), g, out=of_values[part])
         ds = logits if is_wide else narrow[: len(q)]
         torch.bmm(g, v.transpose(1, 2), out=ds)
-        # In float32, since the difference may be far smaller than its terms; copied, since of two dtypes at once all
-        # but copies are slow. The sum is of the very values that it is taken from: rows of dS then sum to zero.
+        # In float32, since the difference may be far smaller than its terms. Copied first, since operations on two
+        # dtypes other than copies are slow. The sum is over the very values that it is subtracted from, so that the
+        # rows of dS sum to zero.
         weighted = (logits if is_wide else logits.copy_(ds)).mul_(p)
         weighted.addcmul_(p, weighted.sum(-1, keepdim=True), value=-1)
         if not is_wide:
             ds.copy_(weighted)
         _scaled_product(ds, k, scale, of_queries[part])
         _scaled_product(ds.transpose(1, 2), q, scale, of_keys[part])
-    return [found.view(shape) for found, shape in zip((of_queries, of_keys, of_values), shapes, strict=True)]
+    return [gradient.view(shape) for gradient, shape in zip((of_queries, of_keys, of_values), shapes, strict=True)]
 
 
 def _scaled_product(a: Tensor, b: Tensor, scale: float, result: Tensor) -> None:

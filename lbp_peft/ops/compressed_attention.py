@@ -1,11 +1,11 @@
-"""Attention that keeps query, key and value in 8 bits.
+"""Attention that saves query, key and value in 8 bits.
 
-The forward pass is PyTorch's own. The backward pass computes the attention matrix again from what was kept: by matrix
-products, see [`lbp_peft.ops.attention`], or, with masks, on GPUs and for many keys, by running PyTorch's once more.
-Neither its result nor the log-sum-exp is kept, so that the rows of the attention matrix sum to one.
+The forward pass is PyTorch's own. The backward pass computes the attention matrix again from the saved tensors: by
+matrix products, see [`lbp_peft.ops.attention`], or, with masks, on GPUs and for many keys, by PyTorch's own attention.
+Neither the output nor the log-sum-exp is saved, so the rows of the attention matrix sum to one.
 
-What all keys have in common shifts the logits of a query alike, which softmax does not see, and what all values have in
-common cancels in the gradients of query and key. Both are taken off before rounding, which then is finer.
+The mean of the keys shifts all logits of a query by the same amount, which softmax ignores, and the mean of the values
+cancels in the gradients of query and key. Both are subtracted before rounding, which makes the rounding errors smaller.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from .kept import keep
 from .layer_state import to_save
 from .once_differentiable import once_differentiable
 
-# On CPUs, and in compiled graphs. With more keys the attention matrices of a head outgrow the cache.
+# The most keys for which matrix products are used, on CPUs and in compiled graphs. With more of them, the attention
+# matrix of a head is larger than the cache.
 _KEYS_BY_PRODUCTS = 600
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class _How:
-    """All that is no tensor."""
+class _State:
+    """Non-tensor state saved for backward."""
 
     is_causal: bool
     scale: float | None
@@ -51,24 +52,26 @@ def compressed_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`F.scaled_dot_product_attention`, bit for bit, which keeps query, key and value in 8 bits.
+    """`F.scaled_dot_product_attention`, bit for bit, which saves query, key and value in 8 bits.
 
     Args:
         query: Shape (N, heads, L, d).
         key, value: Shapes (N, heads, S, d) and (N, heads, S, d_v).
-        attn_mask: With one that requires a gradient it *is* [`lbp_peft.ops.attention.attention`], and so it is with
-            dropout, for tensors that are not of four axes or not of one dtype, float64, within transforms of
-            `torch.func`, in forward mode, and under `torch.compile` with a mask, causal, or with many keys.
-        dropout_p, is_causal, scale, enable_gqa: As PyTorch's.
+        attn_mask, dropout_p, is_causal, scale, enable_gqa: As PyTorch's.
 
-    Double backward raises RuntimeError.
+    [`lbp_peft.ops.attention.attention`] is called instead where this is not supported: a mask that requires a gradient,
+    dropout, tensors in float64 or of several dtypes or without four axes, transforms of `torch.func`, forward mode, and
+    under `torch.compile` with a mask, with causal attention or with many keys.
 
     Returns:
         Shape (N, heads, L, d_v).
+
+    Raises:
+        RuntimeError: in the backward pass, if it is differentiated again.
     """
     device = query.device.type
     tensors = (query, key, value)
-    if torch.is_autocast_enabled(device):  # it casts in the forward pass only
+    if torch.is_autocast_enabled(device):  # autocast casts in the forward pass only
         dtype = torch.get_autocast_dtype(device)
         query, key, value = (t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
         tensors = query, key, value
@@ -76,63 +79,67 @@ def compressed_attention(
     by_products = by_products and scale != 0 and key.dim() == 4 and key.shape[-2] <= _KEYS_BY_PRODUCTS
     by_products = by_products and query.dtype != torch.float16
     is_compiling = torch.compiler.is_compiling()
-    serves = not dropout_p and scale != 0 and not in_transform() and not in_forward_mode()
-    serves = serves and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    serves = serves and not (attn_mask is not None and attn_mask.requires_grad)
-    serves = serves and query.dtype in _FLOATS and query.dtype == key.dtype == value.dtype
-    serves = serves and query.dim() == key.dim() == value.dim() == 4 and query.numel() > 0 and key.numel() > 0
-    if not serves or (is_compiling and not by_products):
+    is_supported = not dropout_p and scale != 0 and not in_transform() and not in_forward_mode()
+    is_supported = is_supported and torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    is_supported = is_supported and not (attn_mask is not None and attn_mask.requires_grad)
+    is_supported = is_supported and query.dtype in _FLOATS and query.dtype == key.dtype == value.dtype
+    is_supported = (
+        is_supported and query.dim() == key.dim() == value.dim() == 4 and query.numel() > 0 and key.numel() > 0
+    )
+    if not is_supported or (is_compiling and not by_products):
         return attention(*tensors, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    how = _How(is_causal, scale, enable_gqa, by_products and (is_compiling or device == "cpu"))
-    return _CompressedAttention.apply(how, query, key, value, attn_mask)
+    state = _State(is_causal, scale, enable_gqa, by_products and (is_compiling or device == "cpu"))
+    return _CompressedAttention.apply(state, query, key, value, attn_mask)
 
 
 class _CompressedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, how: _How, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        ctx.how, ctx.dtype = how, query.dtype
-        kept: list[Tensor] = []
+    def forward(ctx: Any, state: _State, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        ctx.state, ctx.dtype = state, query.dtype
+        rounded: list[Tensor] = []
         for t, offset in ((query, None), (key, key.mean(-2, keepdim=True)), (value, value.mean(-2, keepdim=True))):
-            kept += map(keep, rounded_in_groups(t, offset))
-        ctx.save_for_backward(*kept, *to_save([] if mask is None else [mask]))
+            rounded += map(keep, rounded_in_groups(t, offset))
+        ctx.save_for_backward(*rounded, *to_save([] if mask is None else [mask]))
         y = F.scaled_dot_product_attention(
-            query, key, value, mask, 0.0, how.is_causal, scale=how.scale, enable_gqa=how.enable_gqa
+            query, key, value, mask, 0.0, state.is_causal, scale=state.scale, enable_gqa=state.enable_gqa
         )
-        return y.detach()  # no view, see _LowRankLinear
+        return y.detach()  # not a view, see _LowRankLinear
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         second_order = torch.is_grad_enabled()
         saved = ctx.saved_tensors  # read once: gradient checkpointing returns each tensor a single time
-        kept, mask = saved[:6], saved[6] if len(saved) > 6 else None
-        with backward_pass(), torch.autocast(grads[0].device.type, enabled=False):  # the logits have to be float32
-            if ctx.how.by_products:
-                gradients = _by_products(kept, grads[0], ctx.how.scale)
+        rounded, mask = saved[:6], saved[6] if len(saved) > 6 else None
+        with backward_pass(), torch.autocast(grads[0].device.type, enabled=False):  # so that the logits are float32
+            if ctx.state.by_products:
+                gradients = _by_products(rounded, grads[0], ctx.state.scale)
             else:
-                gradients = _run_again(kept, mask, grads[0], ctx.how)
+                gradients = _run_again(rounded, mask, grads[0], ctx.state)
         return None, *(once_differentiable(gradients, grads[0]) if second_order else gradients), None
 
 
-def _by_products(kept: Sequence[Tensor], grad: Tensor, scale: float | None) -> list[Tensor]:
-    values, scales = kept[::2], kept[1::2]
+def _by_products(rounded: Sequence[Tensor], grad: Tensor, scale: float | None) -> list[Tensor]:
+    values, scales = rounded[::2], rounded[1::2]
     flat = [(v.flatten(0, 1), s.flatten(0, 1)) for v, s in zip(values, scales, strict=True)]
 
-    def some(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+    def of_heads(part: slice) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (restored(v[part], s[part], torch.float32) for v, s in flat)
         return q, k, v
 
-    # Products in bfloat16 are several times as fast, where there are instructions for them, and what they multiply has
-    # been rounded more coarsely. Without them they are in float32.
+    # Where there are instructions for bfloat16, its products are several times as fast, and its rounding is finer than
+    # that to 8 bits.
     dtype = torch.bfloat16 if multiplies_bf16(grad.device) else torch.float32
     shapes = values[0].shape, values[1].shape, values[2].shape
-    found = gradients_by_products(some, shapes, grad.to(dtype), values[0].shape[-1] ** -0.5 if scale is None else scale)
-    return [gradient.to(grad.dtype) for gradient in found]
+    gradients = gradients_by_products(
+        of_heads, shapes, grad.to(dtype), values[0].shape[-1] ** -0.5 if scale is None else scale
+    )
+    return [gradient.to(grad.dtype) for gradient in gradients]
 
 
-def _run_again(kept: Sequence[Tensor], mask: Tensor | None, grad: Tensor, how: _How) -> list[Tensor]:
-    q, k, v = (restored(t, s, grad.dtype).requires_grad_() for t, s in zip(kept[::2], kept[1::2], strict=True))
+def _run_again(rounded: Sequence[Tensor], mask: Tensor | None, grad: Tensor, state: _State) -> list[Tensor]:
+    q, k, v = (restored(t, s, grad.dtype).requires_grad_() for t, s in zip(rounded[::2], rounded[1::2], strict=True))
     with torch.enable_grad():
         y = F.scaled_dot_product_attention(
-            q, k, v, mask, 0.0, how.is_causal, scale=how.scale, enable_gqa=how.enable_gqa
+            q, k, v, mask, 0.0, state.is_causal, scale=state.scale, enable_gqa=state.enable_gqa
         )
         return list(torch.autograd.grad(y, (q, k, v), grad))

@@ -1,6 +1,6 @@
-"""Activation functions that keep their derivative in 4 bits, see [`lbp_peft.formats.derivatives`].
+"""Activation functions that save their derivative in 4 bits, see [`lbp_peft.formats.derivatives`].
 
-The forward pass is exact. The backward pass multiplies by what was kept, and reads nothing else.
+The forward pass is exact. The backward pass multiplies by the saved derivative.
 """
 
 from __future__ import annotations
@@ -18,14 +18,18 @@ from .once_differentiable import once_differentiable
 
 
 def elementwise_function(function: Callable[[Tensor], Tensor], x: Tensor, table: DerivativeTable) -> Tensor:
-    """`function(x)`, bit for bit, which keeps its derivative in 4 bits.
+    """`function(x)`, bit for bit, which saves its derivative in 4 bits.
 
     Args:
-        function: Works element by element, has no tensors of its own, and draws no random numbers.
-        x: Any shape.
-        table: Of the same function.
+        function: An elementwise, deterministic function without tensors of its own.
+        x: Any shape and floating dtype.
+        table: The table of the function's derivative.
 
-    Double backward raises RuntimeError.
+    Returns:
+        The shape and dtype of `function(x)`.
+
+    Raises:
+        RuntimeError: in the backward pass, if it is differentiated again.
     """
     return _Elementwise.apply(function, table, x)
 
@@ -35,7 +39,7 @@ class _Elementwise(torch.autograd.Function):
     def forward(ctx: Any, function: Callable[[Tensor], Tensor], table: DerivativeTable, x: Tensor) -> Tensor:
         ctx.table, ctx.dtype = table, x.dtype
         ctx.save_for_backward(keep(table.pack(x)))
-        return function(x).detach()  # not x itself, if that is what it returns
+        return function(x).detach()  # an alias, since the function may return x itself
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

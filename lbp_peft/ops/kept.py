@@ -1,7 +1,7 @@
-"""Tensors that a compiled graph keeps from the forward pass to the backward pass.
+"""Tells `torch.compile` to save a rounded tensor for the backward pass.
 
-`torch.compile` decides by itself what to keep, and could compute a rounded tensor again from the exact one, which it
-would then keep. An operation that it knows nothing of is not computed again.
+The compiler decides by itself what to save, and might save the exact tensor and round it again in the backward pass. It
+does not compute an operation again that it does not know.
 """
 
 from __future__ import annotations
@@ -21,5 +21,5 @@ def _(x: Tensor) -> Tensor:
 
 
 def keep(x: Tensor) -> Tensor:
-    """x, which a compiled graph keeps as it is if the backward pass reads it. Outside of one it does nothing."""
+    """Return x, which a compiled graph then saves as it is if its backward pass reads it."""
     return _keep(x) if torch.compiler.is_compiling() else x

@@ -1,10 +1,11 @@
-"""Layer norm that keeps its normalised input in 8 bits.
+"""Layer norm that saves its normalised input in 8 bits.
 
 With x^ = (x - mean(x)) rstd, g = dLoss/dy and h = g * weight, over the channels of each token,
 
     dx = rstd (h - mean(h) - x^ mean(h x^)),   dweight = sum of g x^,   dbias = sum of g
 
-x^ is kept in groups of 64 channels, see [`lbp_peft.formats.in_groups`], and rstd in float32. The forward pass is exact.
+x^ is saved in groups of 64 channels, see [`lbp_peft.formats.in_groups`], and rstd in float32. The forward pass is
+exact.
 """
 
 from __future__ import annotations
@@ -22,14 +23,19 @@ from .once_differentiable import once_differentiable
 
 
 def compressed_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
-    """`F.layer_norm(x, (C,), weight, bias, eps)`, bit for bit, which keeps 8 bits for each element of x.
+    """`F.layer_norm(x, (C,), weight, bias, eps)`, bit for bit, which saves 8 bits for each element of x.
 
     Args:
-        x: Shape (..., C); float32, or of the dtype of the weight. Autocast does not reach it.
-        weight, bias: Shape (C,), or None. Their gradients are those of the rounded x^, and exact, respectively.
+        x: Shape (..., C), float32 or the dtype of the weight. Autocast is not applied.
+        weight: Shape (C,), or None. Its gradient is computed from the rounded x^.
+        bias: Shape (C,), or None. Its gradient is exact.
         eps: Added to the variance.
 
-    Double backward raises RuntimeError.
+    Returns:
+        The shape and dtype of x.
+
+    Raises:
+        RuntimeError: in the backward pass, if it is differentiated again.
     """
     return _LayerNorm.apply(x, weight, bias, eps)
 
@@ -50,8 +56,8 @@ class _LayerNorm(torch.autograd.Function):
         grad = grads[0]
         with backward_pass():
             centred = restored(values, scales, grad.dtype)
-            # The kernel takes a bias where it shall sum a gradient, but does not read it.
-            found = torch.ops.aten.native_layer_norm_backward(
+            # The kernel needs some tensor in the bias's place to compute its gradient, and does not read it.
+            gradients = torch.ops.aten.native_layer_norm_backward(
                 grad, centred, (grad.shape[-1],), torch.zeros_like(rstd), rstd, weight, weight, ctx.needs_input_grad[:3]
             )
-        return *(once_differentiable(found, grad) if second_order else found), None
+        return *(once_differentiable(gradients, grad) if second_order else gradients), None

@@ -151,7 +151,7 @@ def to_save(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _leaf(tensor: Tensor, is_parameter: bool, trained: bool) -> Tensor:
     if type(tensor) not in (Tensor, nn.Parameter) and not trained:
-        return tensor  # such as a quantised weight
+        return tensor  # for instance a quantized weight
     if is_parameter:
         return nn.Parameter(tensor.detach(), requires_grad=trained)
     return tensor.detach().requires_grad_(trained)

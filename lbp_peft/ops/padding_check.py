@@ -12,12 +12,12 @@ from torch import Tensor
 from ..transforms import in_transform
 
 
-def zero_if_unused(grad: Tensor, padding: Tensor) -> Tensor | float:
+def zero_if_unused(grad: Tensor, padding_mask: Tensor) -> Tensor | float:
     """Check that padding has no gradient, and return the zero to fill it with; the check only runs if that is used.
 
     Args:
         grad: Shape (N, L, C), the gradient of the tokens.
-        padding: Shape (N, L), True where a token is padding.
+        padding_mask: Shape (N, L), True where a token is padding.
 
     Returns:
         0, or a tensor of shape () and the dtype of `grad`.
@@ -26,11 +26,11 @@ def zero_if_unused(grad: Tensor, padding: Tensor) -> Tensor | float:
         RuntimeError: a padding token has a gradient.
     """
     if torch.compiler.is_compiling():
-        return torch.ops.lbp_peft.zero_if_unused(grad, padding)
-    if in_transform():  # within vmap, values can only be read of all samples together
-        is_used = torch.func.debug_unwrap(((grad != 0) & padding[:, :, None]).any())
+        return torch.ops.lbp_peft.zero_if_unused(grad, padding_mask)
+    if in_transform():  # within vmap, values can only be read for all samples together
+        is_used = torch.func.debug_unwrap(((grad != 0) & padding_mask[:, :, None]).any())
     else:
-        is_used = grad[padding]
+        is_used = grad[padding_mask]
     _raise_if_any(is_used)
     return 0.0
 
@@ -44,16 +44,16 @@ def _raise_if_any(is_used: Tensor) -> None:
         )
 
 
-# A CUDA graph cannot contain the check, which waits for a value of the device.
+# A CUDA graph cannot contain the check, since the CPU waits for a value from the device.
 _TAGS = tuple(getattr(torch.Tag, name) for name in ("cudagraph_unsafe",) if hasattr(torch.Tag, name))
 
 
 @torch.library.custom_op("lbp_peft::zero_if_unused", mutates_args=(), tags=_TAGS)
-def _zero_if_unused(grad: Tensor, padding: Tensor) -> Tensor:
-    _raise_if_any(grad[padding])
+def _zero_if_unused(grad: Tensor, padding_mask: Tensor) -> Tensor:
+    _raise_if_any(grad[padding_mask])
     return grad.new_zeros(())
 
 
 @_zero_if_unused.register_fake
-def _(grad: Tensor, padding: Tensor) -> Tensor:
+def _(grad: Tensor, padding_mask: Tensor) -> Tensor:
     return grad.new_zeros(())

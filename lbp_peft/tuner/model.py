@@ -18,7 +18,7 @@ from .inject import create_and_replace, detach_all, patch_blocks, prepare
 from .layers.base import LBPWHTLayer
 from .layers.linear import LBPWHTLinear
 from .report import LayoutReport, layout_report
-from .stacking.stack import KEYS, Stack, has_other_adapters, left_as_they_are, stack_beneath
+from .stacking.stack import KEYS, Stack, adapter_states_restored, has_other_adapters, stack_beneath
 from .validation.checks import adapter_keys, check_modules_to_save, check_state_dict
 from .validation.heads import warn_of_frozen_heads
 from .validation.names import is_free_in_dictionaries
@@ -129,7 +129,7 @@ class LBPWHTModel(BaseTuner):
                 f"An adapter cannot be called {adapter_name!r}: PyTorch's dictionaries of parameters take no key with "
                 "a dot, and none that is the name of one of their methods."
             )
-        with left_as_they_are(model) if has_other_adapters(model) else nullcontext():
+        with adapter_states_restored(model) if has_other_adapters(model) else nullcontext():
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         patch_blocks(model)
         if not self.peft_config[adapter_name].inference_mode:

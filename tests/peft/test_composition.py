@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lbp_peft import LBPWHTConfig, layout_report
-from lbp_peft.tuner.patches.activation_patch import LBPWHTCompressed
+from lbp_peft.tuner.patches.activation_patch import ActivationPatch
 
 
 class Convolutions(ConvMLP):
@@ -109,4 +109,4 @@ def test_gradients_are_near_those_of_an_input_gradient_in_full(kind, way, regime
         ran = layout_report(model).layers.values()
         assert {"compressed": "full", "bf16": "bf16"}.get(way, "int8") in {r.precision for r in ran if not r.why_exact}
     if "compress_activations" in WAYS[way]:
-        assert patches_of(model, LBPWHTCompressed)
+        assert patches_of(model, ActivationPatch)

@@ -17,7 +17,7 @@ from lbp_peft import LBPWHTConfig, exact_backward
 from lbp_peft import heuristics as cost
 from lbp_peft.ops import attention
 from lbp_peft.tuner.patches import attention_patch as attending
-from lbp_peft.tuner.patches.attention_patch import LBPWHTAttending
+from lbp_peft.tuner.patches.attention_patch import AttentionPatch
 from lbp_peft.tuner.patches.forward_patch import PATCH_ATTR
 
 SHAPES = [  # N, heads, L, S, d, d_v
@@ -208,7 +208,7 @@ def in_bf16(model):
 
 
 def those_inside(model):
-    return patches_of(model, LBPWHTAttending)
+    return patches_of(model, AttentionPatch)
 
 
 def test_the_blocks_of_an_adapted_model_use_it(used, monkeypatch):

@@ -20,7 +20,7 @@ from lbp_peft.formats.in_groups import restored, restored_rows, rounded_in_group
 from lbp_peft.measure import multiply_adds, saved_activations
 from lbp_peft.ops.activation import compressed_layer
 from lbp_peft.ops.layer_norm import compressed_layer_norm
-from lbp_peft.tuner.patches.activation_patch import LBPWHTCompressed, is_compressible
+from lbp_peft.tuner.patches.activation_patch import ActivationPatch, is_compressible
 
 
 def draw(*shape, seed=0):
@@ -117,7 +117,7 @@ def adapted(base=tiny_vit, **settings):
 
 
 def compressed(model):
-    return list(patches_of(model, LBPWHTCompressed))
+    return list(patches_of(model, ActivationPatch))
 
 
 @pytest.mark.parametrize("word, share", [
@@ -191,7 +191,7 @@ def test_a_copy_that_is_trained_beside_the_adapter_belongs_to_the_same_block():
     model.add_adapter("other", LBPWHTConfig(r=10, compress_activations="all", **settings))
     model.set_adapter("other")
     blocks = set(model.base_model.model.vit.layers)
-    inside = patches_of(model, LBPWHTCompressed)
+    inside = patches_of(model, ActivationPatch)
     assert any("modules_to_save.other" in name for name in inside)
     assert {one.block for one in inside.values()} == blocks
 
@@ -365,6 +365,6 @@ def test_functions_with_a_forward_method_of_their_own_are_left_alone():
 @pytest.mark.parametrize("kind", [nn.LayerNorm, type(ACT2FN["gelu"])])
 def test_hosts_that_are_called_by_keyword_do_as_their_class_does(kind):
     model = get_peft_model(tiny_vit(), LBPWHTConfig(r=3, compress_activations="all"))
-    host = next(m for n, m in model.named_modules() if n in patches_of(model, LBPWHTCompressed) and isinstance(m, kind))
+    host = next(m for n, m in model.named_modules() if n in patches_of(model, ActivationPatch) and isinstance(m, kind))
     x = torch.randn(2, 3, 32 if kind is nn.LayerNorm else 64)
     assert torch.equal(host(input=x), host(x))

@@ -1,4 +1,4 @@
-"""Activation functions and norms among the adapted layers that keep few bits for the backward pass."""
+"""Patches of activation functions and norms, which then save few bits for the backward pass."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ _ACTIVATIONS = (
 )  # fmt: skip
 
 
-class LBPWHTCompressed(BlockPatch):
-    """Stands inside an activation function or a norm, its host, and has it keep few bits for the backward pass.
+class ActivationPatch(BlockPatch):
+    """Has an activation function or a norm, its host, save few bits for the backward pass.
 
-    Layer norms and functions that work element by element have backward passes of their own. Other hosts keep their
-    input in 8 bits and are run again; under `torch.compile` they keep what they always do.
+    Layer norms and elementwise functions have backward passes of their own. Other hosts save their input in 8 bits and
+    are run again in the backward pass. Under `torch.compile`, those save what they save without the patch.
 
     Args:
-        block: Holds the host and adapted layers.
-        host: To make the table of its derivative, if it is a function.
+        block: The block that contains the host and the adapted layers.
+        host: The module. If it is an activation function, a table of its derivative is made.
     """
 
     def __init__(self, block: nn.Module, host: nn.Module):
@@ -67,7 +67,7 @@ class LBPWHTCompressed(BlockPatch):
         return {word for rule in self._rules_in_effect(host) for word in rule.compress}
 
     def _current_table(self, host: nn.Module) -> DerivativeTable | None:
-        """That of the host's derivative, unless the host was changed while it was compiled."""
+        """The table of the host's derivative; None if there is none, or the host has changed in a compiled model."""
         if self._names is not None and tuple(getattr(host, name, None) for name in self._names) == self._settings:
             return self._table
         if torch.compiler.is_compiling():
@@ -98,12 +98,12 @@ def _table_of(plain_class: Any, host: nn.Module) -> DerivativeTable | None:
     try:
         with torch.autocast("cpu", enabled=False):
             return derivative_table(lambda x: plain_class.forward(host, x))
-    except (RuntimeError, TypeError, ValueError):  # no float64, say: it is run again instead
+    except (RuntimeError, TypeError, ValueError):  # for instance without float64: the host is run again instead
         return None
 
 
 def _names_of_settings(host: nn.Module) -> tuple[str, ...] | None:
-    """The attributes that its results may depend on; None if there are others than constants and functions."""
+    """The attributes that the host's results depend on; None if these include more than constants and functions."""
     own = {name: value for name, value in vars(host).items() if name not in _OF_ALL_MODULES}
     if any(True for _ in host.parameters()) or any(True for _ in host.buffers()) or any(True for _ in host.children()):
         return None
@@ -116,7 +116,7 @@ _OF_ALL_MODULES = {*vars(nn.Module()), PATCH_ATTR, "forward", "_old_forward", "_
 
 
 def _is_plain_layer_norm(host: Any, x: Tensor) -> bool:
-    """Whether autocast and mixed dtypes leave it to PyTorch's kernel as it is."""
+    """Whether the host is PyTorch's layer norm over channels, and neither autocast nor its dtypes add a cast."""
     if type(host).plain_class is not nn.LayerNorm or len(host.normalized_shape) != 1:
         return False
     if host.weight is not None and host.weight.dtype != x.dtype:
@@ -125,15 +125,15 @@ def _is_plain_layer_norm(host: Any, x: Tensor) -> bool:
 
 
 def compress_activations(model: nn.Module) -> None:
-    """Put one into every activation function and norm in blocks with adapted layers, for adapters that ask for it."""
+    """Patch every activation function and norm in blocks with an adapter that asks for it."""
     for block, layers in blocks_with_layers(model):
-        if any(LBPWHTCompressed.is_wanted(rule) for layer in layers for rule in layer.lbpwht_rule.values()):
+        if any(ActivationPatch.is_wanted(rule) for layer in layers for rule in layer.lbpwht_rule.values()):
             for host in _outermost(block, is_compressible):
-                attach_to_block_module(host, functools.partial(LBPWHTCompressed, host=host), block)
+                attach_to_block_module(host, functools.partial(ActivationPatch, host=host), block)
 
 
 def _outermost(module: nn.Module, condition: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
-    """Modules for which a condition holds, but for those inside others for which it does."""
+    """The modules inside a module that meet a condition, without those inside another one that meets it."""
     for child in module.children():
         if condition(child):
             yield child

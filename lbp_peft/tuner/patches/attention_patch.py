@@ -1,7 +1,7 @@
-"""What modules that own adapted layers do for all of these at once.
+"""Patches of modules that own adapted layers, such as attention and MLPs.
 
-Layers of one input, as query, key and value, share its projection; and attention goes backward by matrix products where
-these are faster, or keeps query, key and value in 8 bits.
+Layers with the same input, as those of query, key and value, share its projection. Attention runs its backward pass by
+matrix products where these are faster, or saves query, key and value in 8 bits.
 """
 
 from __future__ import annotations
@@ -25,18 +25,19 @@ from .forward_patch import PATCH_ATTR, ForwardPatch
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
-class LBPWHTAttending(BlockPatch):
-    """Stands inside a module that owns adapted layers, its host. See this module.
+class AttentionPatch(BlockPatch):
+    """Patches a module that owns adapted layers: these share projections, and attention has another backward pass.
 
-    Only a forward pass tells whether there is any fused attention: an MLP owns layers too, and transformers has several
-    implementations of attention.
+    Only a forward pass shows whether the module calls fused attention: an MLP owns layers too, and transformers has
+    several implementations of attention.
     """
 
-    _without_attention: tuple[str | None, ...] = ()  # the implementation with which none was called
+    # The implementation of attention with which the host did not call fused attention; empty: none is known.
+    _without_attention: tuple[str | None, ...] = ()
 
     def run(self, host: Any, *args: Any, **kwargs: Any) -> Any:
         """The host's forward pass."""
-        if torch.compiler.is_compiling():  # it finds what is projected twice by itself
+        if torch.compiler.is_compiling():  # the compiler removes repeated projections by itself
             return self._attend(host, args, kwargs)
         with shared_projections():
             return self._attend(host, args, kwargs)
@@ -50,19 +51,19 @@ class LBPWHTAttending(BlockPatch):
         rules = self._rules_in_effect(host)
         if any("attention" in rule.compress for rule in rules):
             mode = AttentionMode(compressed_attention)
-        elif rules and _may_pay(x):
+        elif rules and _may_be_faster_by_products(x):
             mode = AttentionMode(attention)
         else:
             return plain(host, *args, **kwargs)
         with mode:
             result = plain(host, *args, **kwargs)
-        if not torch.compiler.is_compiling():  # it cannot ask the mode, and goes in once
+        if not torch.compiler.is_compiling():  # the compiler traces the forward pass once
             self._without_attention = () if mode.was_called else (implementation,)
         return result
 
 
-def _may_pay(x: Tensor) -> bool:
-    """Whether a module with this input works in bfloat16 on a CPU that multiplies it: the only case that gains."""
+def _may_be_faster_by_products(x: Tensor) -> bool:
+    """Whether a module with this input computes in bfloat16, on a CPU with instructions for it: no other case gains."""
     if x.device.type != "cpu" or not multiplies_bf16(x.device):
         return False
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
@@ -70,10 +71,10 @@ def _may_pay(x: Tensor) -> bool:
 
 
 def patch_attention(model: nn.Module) -> None:
-    """Put one into every owner of adapted layers in a block."""
+    """Patch every module that owns adapted layers in a block."""
     for block, _ in blocks_with_layers(model):
         for owner in list(_owners(block)):
-            attach_to_block_module(owner, LBPWHTAttending, block)
+            attach_to_block_module(owner, AttentionPatch, block)
 
 
 def _owners(block: nn.Module) -> Iterator[nn.Module]:
@@ -83,7 +84,7 @@ def _owners(block: nn.Module) -> Iterator[nn.Module]:
 
 
 def _parts(module: nn.Module) -> Iterator[nn.Module]:
-    """The children of a module, and instead of containers what these contain."""
+    """The children of a module, with the contents of containers in their place."""
     for child in module.children():
         if isinstance(child, _CONTAINERS):
             yield from _parts(child)

@@ -1,4 +1,4 @@
-"""What an adapter does around its layers: it stands inside other modules of their blocks."""
+"""Patches of modules that are no adapted layers themselves, but are in a block with some."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from .forward_patch import PATCH_ATTR, ForwardPatch, attach
 
 
 class BlockPatch(ForwardPatch):
-    """Stands inside a module that is no adapted layer, while adapters that want it are active in its block.
+    """Patches a module that is no adapted layer. It takes effect while an adapter that asks for it is active.
 
-    It is neither a module, since its host may call all of its children in turn, nor an adapter: PEFT does not list or
-    switch it. It asks the adapted layers.
+    It is not a module, since its host may call all of its children in turn. It is not an adapter either, so PEFT
+    neither lists nor switches it: it asks the adapted layers which adapters are active.
 
     Args:
-        block: Holds the host and the layers.
+        block: The block that contains the host and the adapted layers.
     """
 
     def __init__(self, block: nn.Module):
@@ -32,13 +32,13 @@ class BlockPatch(ForwardPatch):
         return any(self.is_wanted(rule) for rule in self._rules_in_effect(host))
 
     def _rules_in_effect(self, host: nn.Module) -> list[BackwardRule]:
-        """Those of the layers in the block, for a forward pass that will be followed by a backward pass."""
+        """The rules that the layers of the block follow; none if no backward pass will follow this forward pass."""
         if not (host.training and torch.is_grad_enabled()):
             return []
         return [rule for layer in self._adapted_layers() for rule in layer.rules_in_effect()]
 
     def _adapted_layers(self) -> list[LBPWHTLayer]:
-        if torch.compiler.is_compiling():  # it would watch the list
+        if torch.compiler.is_compiling():  # the compiler would guard on the list
             return [module for module in self.block.modules() if isinstance(module, LBPWHTLayer)]
         if self._layers is None:  # searched for once: a search takes longer than a small layer
             self._layers = [module for module in self.block.modules() if isinstance(module, LBPWHTLayer)]
@@ -50,19 +50,25 @@ class BlockPatch(ForwardPatch):
 
     @staticmethod
     def is_wanted(rule: BackwardRule) -> bool:
-        """Whether an adapter with this rule asks for it."""
+        """Whether an adapter with this rule asks for the patch."""
         return True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BlockPatch:
-        """A copy of the host alone, which PEFT makes of modules_to_save, stays in the block."""
-        again = memo[id(self)] = copy.copy(self)
-        again.block = memo.get(id(self.block), self.block)
-        again.forget_layers()
-        return again
+        """Copy the patch, and not the block if only the host is copied, as PEFT does with modules_to_save."""
+        copied = memo[id(self)] = copy.copy(self)
+        copied.block = memo.get(id(self.block), self.block)
+        copied.forget_layers()
+        return copied
 
 
 def attach_to_block_module(host: nn.Module, kind: Callable[[nn.Module], BlockPatch], block: nn.Module) -> None:
-    """Put one of a kind inside a module of a block, if there is none yet."""
+    """Patch a module of a block, if it has no patch yet.
+
+    Args:
+        host: The module.
+        kind: Makes the patch, for the block.
+        block: The block that contains the module.
+    """
     if not hasattr(host, PATCH_ATTR):
         attach(host, kind(block))
     elif isinstance(patch := getattr(host, PATCH_ATTR), BlockPatch):
@@ -70,7 +76,10 @@ def attach_to_block_module(host: nn.Module, kind: Callable[[nn.Module], BlockPat
 
 
 def blocks_with_layers(model: nn.Module) -> Iterator[tuple[nn.Module, list[LBPWHTLayer]]]:
-    """The outermost members of lists of blocks that hold adapted layers, and these layers."""
+    """The blocks of a model that contain adapted layers, each with these layers.
+
+    A block is a member of an `nn.ModuleList` or `nn.Sequential`, the outermost one that contains the layer.
+    """
     blocks: dict[str, list[LBPWHTLayer]] = {}
     for name, module in model.named_modules():
         if not isinstance(module, LBPWHTLayer):

@@ -16,10 +16,10 @@ PATCH_ATTR = "low_rank_backward"
 
 
 class ForwardPatch:
-    """Stands inside a module, its host, and decides how the host goes backward.
+    """Runs the forward pass of a module, its host, and thereby decides how the host's backward pass is run.
 
-    The host stays where it is and keeps its name, its weights and its type, so whatever its own method does with it
-    (saving, loading, merging, switching adapters) works as before. LBP-WHT has no weights here.
+    The host keeps its place in the model, its name, its weights and its type, so whatever its own method does with it
+    (saving, loading, merging, switching adapters) works as before. A patch has no weights.
     """
 
     def run(self, host: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -27,17 +27,17 @@ class ForwardPatch:
         raise NotImplementedError
 
 
-def attach(host: Any, inside: ForwardPatch) -> None:
-    """Have a layer's forward pass run by what stands inside it."""
-    setattr(host, PATCH_ATTR, inside)
+def attach(host: Any, patch: ForwardPatch) -> None:
+    """Have a module's forward pass run by a patch."""
+    setattr(host, PATCH_ATTR, patch)
     plain_class: Any = type(host)
     host.__class__ = _patched_class(plain_class)
-    if "_old_forward" in vars(host):  # accelerate has put its own in front, and calls this
+    if "_old_forward" in vars(host):  # accelerate's wrapper of the forward method calls this
         host._old_forward = type(host).forward.__get__(host)
 
 
 def detach(host: Any) -> None:
-    """The reverse of [`attach`]."""
+    """Remove the patch of a module."""
     host.__class__ = type(host).plain_class
     if "_old_forward" in vars(host):
         host._old_forward = type(host).forward.__get__(host)
@@ -46,7 +46,7 @@ def detach(host: Any) -> None:
 
 @functools.lru_cache(maxsize=256)
 def _patched_class(plain_class: Any) -> Any:
-    """The class, but for its forward method. Copies and pickles of its instances are made by way of the plain one."""
+    """A subclass whose forward method runs the patch. Copies and pickles of its instances refer to the plain class."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
         return getattr(self, PATCH_ATTR).run(self, *args, **kwargs)
@@ -64,7 +64,7 @@ def _new_patched(plain_class: Any) -> Any:
 
 
 class UnpatchedForward(nn.Module):
-    """A host as its class made it."""
+    """A patched module with the forward method of its own class."""
 
     def __init__(self, host: nn.Module):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What LBP-WHT was put on: the adapters of another PEFT method, which live on beneath it."""
+"""The adapters of another PEFT method that LBP-WHT is stacked on. They stay the other method's own."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PREFIX = "base_model.model."
 
 
 class Stack:
-    """The adapters beneath LBP-WHT, addressed as their own method does it.
+    """The adapters beneath LBP-WHT, handled in the way of their own method.
 
     Args:
         holder: A `PeftModel`, or a model that adapters were injected into (transformers' `model.add_adapter`).
@@ -81,7 +81,12 @@ class Stack:
             self.holder.active_adapter = names[0]
 
     def activate_modules_to_save(self, on_top: dict[str, list[str]], inference_mode: bool = False) -> None:
-        """Those of the active adapters here, and those that active adapters on top have brought, by name of adapter."""
+        """Activate the modules_to_save of the active adapters, of those beneath before those on top.
+
+        Args:
+            on_top: The names of the modules that each active LBP-WHT adapter has brought, by name of the adapter.
+            inference_mode: Whether they are frozen.
+        """
         active = self.active_adapters
         for name, module in self.base_model.named_modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
@@ -100,7 +105,7 @@ class Stack:
     # Checkpoints
 
     def describe(self) -> tuple[dict[str, PeftConfig] | None, list[str] | None]:
-        """What [`build`] needs: copies of the configurations, and which adapters are active; None if there are none."""
+        """What [`build`] needs: copies of the configurations and the names of the active adapters, or None."""
         configs = {name: copy.deepcopy(config) for name, config in self.configs.items()}
         for config in configs.values():
             config.inference_mode = True
@@ -111,7 +116,7 @@ class Stack:
 
     @staticmethod
     def build(model: nn.Module, configs: dict[str, PeftConfig], active: list[str], inference_mode: bool) -> Stack:
-        """Give a plain model the adapters that were described."""
+        """Give a plain model the adapters that [`describe`] described."""
         configs = {name: copy.deepcopy(config) for name, config in configs.items()}
         for config in configs.values():
             config.inference_mode = inference_mode
@@ -125,7 +130,7 @@ class Stack:
             _remove_adapters(model)
             for parameter, requires_grad in trained:
                 parameter.requires_grad = requires_grad
-            if isinstance(error, (TypeError, AttributeError, KeyError)):  # values that the other method does not check
+            if isinstance(error, (TypeError, AttributeError, KeyError)):  # the other method does not check all values
                 raise ValueError(
                     f"The adapter of stack_on[{name!r}] cannot be made from its configuration: {error}"
                 ) from error
@@ -137,7 +142,11 @@ class Stack:
         return stack
 
     def modules_to_save(self, of_whole_model: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The active copies, under the names of the modules, which PEFT looks up for an adapter of the same name."""
+        """The tensors of the active modules_to_save, under the names by which PEFT looks them up.
+
+        Args:
+            of_whole_model: The state dict of the model that LBP-WHT made of this one.
+        """
         found = {}
         for wrapper, module in self.base_model.named_modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
@@ -152,7 +161,7 @@ class Stack:
         """The trained tensors of all adapters.
 
         Args:
-            of_whole_model: Keys as in the model that LBP-WHT made of this.
+            of_whole_model: The state dict of the model that LBP-WHT made of this one.
             incomplete: Names of adapters of which `of_whole_model` has no tensors.
         """
         found = {}
@@ -161,7 +170,7 @@ class Stack:
             if name not in incomplete:
                 is_peft = isinstance(self.holder, PeftModel)
                 given = {k if is_peft else k.removeprefix(_PREFIX): t for k, t in of_whole_model.items()}
-            if self._names() - given.keys():  # what a method shares beside the layers
+            if self._names() - given.keys():  # tensors that a method shares between its layers
                 given = self.holder.state_dict() | given
             given = with_wrappers(given, self.holder)
             tensors = get_peft_model_state_dict(self.holder, given, name, save_embedding_layers=False)
@@ -172,13 +181,21 @@ class Stack:
         return found
 
     def _names(self) -> set[str]:
-        """Of all tensors. A state dict would tell as well, but FSDP gathers it from all processes."""
+        """The names of all tensors. A state dict has them too, but FSDP gathers it from all processes."""
         shared_too = {"remove_duplicate": False}
         tensors = itertools.chain(self.holder.named_parameters(**shared_too), self.holder.named_buffers(**shared_too))
         return {without_wrappers(name) for name, _ in tensors}
 
     def without_shared(self, own: dict[str, Tensor], beneath: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-        """Without the copies of modules_to_save that PEFT writes once more for an adapter of the same name."""
+        """The tensors of an adapter on top, less the modules_to_save that it shares with one beneath of the same name.
+
+        PEFT writes these for both.
+
+        Args:
+            own: The tensors of the adapter on top.
+            beneath: The tensors of the adapters beneath.
+            name: The name of the adapter on top.
+        """
         shared = set()
         parts = {key.split(".", 2)[2] for key in beneath}
         for wrapper, module in self.base_model.named_modules():
@@ -212,11 +229,11 @@ class Stack:
 
 
 def stack_beneath(model: nn.Module) -> Stack | None:
-    """The stack that a model brings along, if it does.
+    """The adapters of another method that a model has, on which LBP-WHT is to be stacked; None if it has none.
 
     Raises:
         TypeError: LBP-WHT cannot be put on such a model; the message says what to do instead.
-        ValueError: one of its adapters has a name that could not be loaded again.
+        ValueError: one of its adapters has a name with which a checkpoint could not be loaded.
     """
     if isinstance(model, PeftMixedModel):
         raise TypeError(
@@ -236,14 +253,14 @@ def stack_beneath(model: nn.Module) -> Stack | None:
 
 
 def _with_names_that_can_be_saved(stack: Stack) -> Stack:
-    """A checkpoint holds the names of the adapters, and [`LBPWHTConfig`] refuses some of them on loading."""
+    """The stack itself, after a check: a checkpoint holds the adapters' names, and loading refuses some names."""
     for name in stack.configs:
         check_adapter_name(name, "The model to stack on")
     return stack
 
 
 def _remove_adapters(model: nn.Module) -> None:
-    """Put back the modules of a model that adapters have replaced, even where not all of an adapter was made."""
+    """Put back the modules of a model that adapters have replaced, also after an error in the middle of that."""
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             original = module.get_base_layer()
@@ -257,12 +274,13 @@ def _remove_adapters(model: nn.Module) -> None:
 
 
 def has_other_adapters(model: nn.Module) -> bool:
+    """Whether a model has adapters of another method than LBP-WHT."""
     return any(isinstance(m, BaseTunerLayer) and not isinstance(m, LBPWHTLayer) for m in model.modules())
 
 
 @contextmanager
-def left_as_they_are(model: nn.Module) -> Iterator[None]:
-    """Afterwards the adapters that were there are as active, and as trainable, as before."""
+def adapter_states_restored(model: nn.Module) -> Iterator[None]:
+    """Restore, after the block, which modules_to_save are active and which parameters are trained."""
     trained = [(p, p.requires_grad) for p in model.parameters()]
     wrappers = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]
     states = [(m, m._active_adapter, m._disable_adapters) for m in wrappers]
