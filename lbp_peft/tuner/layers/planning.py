@@ -51,16 +51,21 @@ class BackwardPass:
 
 
 class NothingToGainError(LayoutError):
-    """Exact backpropagation is the best that can be done, so there is nothing to warn of.
+    """An input of shape (N, C), or with one token of each image: nothing to warn of."""
+
+
+class _Exact(NamedTuple):
+    """The decision for exact backpropagation. It is returned, not raised: torch.compile cannot trace the exception.
 
     Attributes:
         why: The reason.
         layout: Where the tokens lie, if that is known.
+        remedy: What the user can do about it; None: there is nothing to warn of.
     """
 
-    def __init__(self, why: str, layout: TokenLayout | None = None):
-        super().__init__(why, "")
-        self.layout = layout
+    why: str
+    layout: TokenLayout | None = None
+    remedy: str | None = None
 
 
 class _MadePlan(NamedTuple):
@@ -153,26 +158,19 @@ class BackwardPlanner:
         self, x: Tensor, base: nn.Module, train_weight: bool, rule: BackwardRule, record: LayoutRecord
     ) -> BackwardPlan | None:
         """The plan; None after recording why the backward pass is exact."""
-        try:
-            plan = self._low_rank_plan(x, base, train_weight, rule, record)
-        except NothingToGainError as error:
-            self._note_exact(x, error.why, error.layout)
-            return None
-        except LayoutError as error:
-            self._fall_back(x, error.why, error.remedy, cause=error.why)
-            return None
-        self._note_plan(x, plan)
-        return plan
+        decision = self._decide(x, base, train_weight, rule, record)
+        if isinstance(decision, BackwardPlan):
+            self._note_plan(x, decision)
+            return decision
+        if decision.remedy is None:
+            self._note_exact(x, decision.why, decision.layout)
+        else:
+            self._fall_back(x, decision.why, decision.remedy, cause=decision.why)
+        return None
 
-    def _low_rank_plan(
+    def _decide(
         self, x: Tensor, base: nn.Module, train_weight: bool, rule: BackwardRule, record: LayoutRecord
-    ) -> BackwardPlan:
-        """The plan of a backward pass that is not exact.
-
-        Raises:
-            NothingToGainError: exact backpropagation is as good.
-            LayoutError: the layout of the tokens is needed, and not known or not supported.
-        """
+    ) -> BackwardPlan | _Exact:
         # Within vmap, requires_grad does not tell whether an outer transform differentiates a tensor.
         train_weight, needs_x_grad = (needed or in_transform() for needed in (train_weight, x.requires_grad))
         weight_basis = rule.weight_basis if train_weight else None
@@ -180,34 +178,37 @@ class BackwardPlanner:
         # by it, and under checkpointing it does compute an input gradient.
         input_gradient = rule.input_gradient if needs_x_grad else ExactProduct(precision=rule.input_gradient.precision)
         if weight_basis is None and (not needs_x_grad or input_gradient.is_exact):
-            raise NothingToGainError("its weight is not trained and its input gradient is to be exact or is not needed")
-        self._check_token_axis(x)
+            return _Exact("its weight is not trained and its input gradient is to be exact or is not needed")
+        if why := self._why_no_tokens(x):
+            return _Exact(why)
         input_gradient = self._adaptive_if_faster(x, base, input_gradient)
         if weight_basis is None and input_gradient.is_exact:
-            raise NothingToGainError(_TOO_NARROW)
+            return _Exact(_TOO_NARROW)
         without_layout = BackwardPlan(input_gradient=input_gradient)
         if weight_basis is None and not input_gradient.uses_layout:
             return self._with_chosen_precision(x, base, without_layout)
         try:
             plan = self._plan_with_layout(x, rule, record, weight_basis, input_gradient)
+        except NothingToGainError as error:
+            return _Exact(error.why)
         except LayoutError as error:
-            works_without = input_gradient.uses_layout and not input_gradient.needs_layout and x.dim() > 2
-            if isinstance(error, NothingToGainError) or not works_without:
-                raise
+            if input_gradient.needs_layout or not input_gradient.uses_layout or x.dim() < 3:
+                return _Exact(error.why, remedy=error.remedy)
             if weight_basis is not None:
                 self._fall_back(x, error.why, error.remedy, cause=error.why, instead="computes exact weight gradients")
             return self._with_chosen_precision(x, base, without_layout)
         precision = plan.precision.name if needs_x_grad else "full"
         if precision in ("full", AUTO) and min(self._num_rows(x, plan)) == self._num_tokens(x, plan.layout):
-            raise NothingToGainError("it would keep as many rows as there are tokens", plan.layout)
+            return _Exact("it would keep as many rows as there are tokens", plan.layout)
         return self._with_chosen_precision(x, base, plan)
 
-    def _check_token_axis(self, x: Tensor) -> None:
-        """Raise NothingToGainError if an input has no tokens, or a single one."""
+    def _why_no_tokens(self, x: Tensor) -> str:
+        """Why an input has nothing to project: it has no token axis, or a single token; "" if it has several."""
         if x.dim() < 2:
-            raise NothingToGainError("its input has no token axis")
+            return "its input has no token axis"
         if x.dim() > 2 and _num_tokens(self._shape_of_tokens(x)) <= 1 and math.prod(x.shape[:-1]) == x.shape[0]:
-            raise NothingToGainError("its input has a single token")
+            return "its input has a single token"
+        return ""
 
     def _adaptive_if_faster(self, x: Tensor, base: nn.Module, input_gradient: InputGradient) -> InputGradient:
         """The input gradient as it is, but for an adaptive basis that would be slower than an exact product."""
@@ -237,19 +238,18 @@ class BackwardPlanner:
         self._num_rows(x, plan)  # which a basis that does not exist for the layout refuses
         return plan
 
-    def _with_chosen_precision(self, x: Tensor, base: nn.Module, plan: BackwardPlan) -> BackwardPlan:
-        """The plan, with the number format that is fastest for this shape if its precision is "auto".
-
-        Raises:
-            NothingToGainError: exact backpropagation is as fast.
-        """
+    def _with_chosen_precision(self, x: Tensor, base: nn.Module, plan: BackwardPlan) -> BackwardPlan | _Exact:
+        """The plan, with the number format that is fastest for this shape if its precision is "auto"."""
         if plan.precision.name == AUTO:
-            plan = self._with_fastest_precision(x, base, plan)
+            chosen = self._with_fastest_precision(x, base, plan)
+            if isinstance(chosen, _Exact):
+                return chosen
+            plan = chosen
         if plan.precision.name == "full" and min(self._num_rows(x, plan)) == self._num_tokens(x, plan.layout):
-            raise NothingToGainError("nothing is faster than exact backpropagation here", plan.layout)
+            return _Exact("nothing is faster than exact backpropagation here", plan.layout)
         return plan
 
-    def _with_fastest_precision(self, x: Tensor, base: nn.Module, plan: BackwardPlan) -> BackwardPlan:
+    def _with_fastest_precision(self, x: Tensor, base: nn.Module, plan: BackwardPlan) -> BackwardPlan | _Exact:
         """[`_with_chosen_precision`] for "auto"."""
         shape, dtype = self._shape_of_tokens(x), _dtype_of_layer(x)
         features = self._num_features_of(x, base)
@@ -263,7 +263,7 @@ class BackwardPlanner:
             given = (num_images, num_tokens, weight_rows, *features, weighed, x.device, on_images)
             if not heuristics.active().use_low_rank(*given):
                 self._warn_of_narrow_layers(x)
-                raise NothingToGainError(_TOO_NARROW, plan.layout)
+                return _Exact(_TOO_NARROW, plan.layout)
         name = heuristics.active().fastest_precision(num_images * input_rows, *features, dtype, x.device)
         return plan.with_precision(replace(plan.precision, name=name))
 
@@ -295,7 +295,7 @@ class BackwardPlanner:
     def _layout(self, x: Tensor, record: LayoutRecord, rule: BackwardRule) -> tuple[TokenLayout, Tensor | None]:
         """The layout of the input's tokens, and their padding mask, shape (N, L)."""
         if record.layout is None and not record.is_surprising and rule.grid_size is None:
-            raise NothingToGainError("its input has no token axis" if x.dim() == 2 else record.why_unknown)
+            raise NothingToGainError("its input has no token axis" if x.dim() == 2 else record.why_unknown, "")
         if rule.grid_size is not None and not record.text and x.dim() > 2:
             return self._given_layout(x, record, rule), None
         if record.layout is None:
