@@ -1,4 +1,4 @@
-"""On what a measurement was made, to be kept beside the figures."""
+"""The machine and the versions with which a measurement was made, for its record."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ PACKAGES = ("torch", "transformers", "peft", "timm", "lbp-peft")
 
 
 def environment() -> dict[str, Any]:
-    """Date, machine and versions; None for what is not there."""
+    """The date, the machine and the versions of packages; None for each that is missing."""
     return {
         "date": datetime.date.today().isoformat(),
         "processor": _processor(),
         "instructions": _instructions(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        # Of one minute: well above zero at the start, it says that the machine was not quiet.
+        # The load average of one minute. If it is well above zero at the start, the machine was not quiet.
         "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
@@ -36,7 +36,7 @@ def in_words(record: dict[str, Any]) -> str:
 
 
 def write_record(path: Path, environment: dict[str, Any], options: dict[str, Any], **results: Any) -> None:
-    """Everything about a run, as JSON."""
+    """Write the environment, the options and the results of a run as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"environment": environment, "options": options, **results}
     path.write_text(json.dumps(record, indent=2, default=str) + "\n")
@@ -44,7 +44,7 @@ def write_record(path: Path, environment: dict[str, Any], options: dict[str, Any
 
 def _version(package: str) -> str | None:
     if package == "torch":
-        return torch.__version__  # the metadata leave out which build it is
+        return torch.__version__  # the metadata do not say which build it is
     try:
         return version(package)
     except PackageNotFoundError:
@@ -52,7 +52,7 @@ def _version(package: str) -> str | None:
 
 
 def _instructions() -> str:
-    """PyTorch's level, and those for products of few bits."""
+    """The instruction set that PyTorch uses, and those for products in few bits."""
     names = ("vnni", "avx512_bf16", "amx_tile")
     found = [name for name in names if getattr(torch.cpu, f"_is_{name}_supported", lambda: False)()]
     return " + ".join([torch.backends.cpu.get_cpu_capability(), *found])

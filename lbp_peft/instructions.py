@@ -43,7 +43,7 @@ _LIMITS_BELOW_AMX = (*_LIMITS_BELOW_FP16, "avx512_core_fp16", "avx10_1_512", "av
 def of_cpu() -> Instructions:
     """The instructions of this machine's CPU. Tests replace this function to imitate other CPUs."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
-        return Instructions()  # PyTorch's own loops use none
+        return Instructions()  # PyTorch's own loops, without oneDNN, use none of them
     return _of_this_machine()
 
 

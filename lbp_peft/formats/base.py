@@ -1,4 +1,4 @@
-"""The interface of number formats, and what formats of 8 bits have in common."""
+"""The interface of number formats, and the base class of formats of 8 bits."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Quantized:
 
 
 class NumberFormat(ABC):
-    """A number format: the product g W of an input gradient, and what is saved for the backward pass, can be in it.
+    """A number format for the product g W of an input gradient and for tensors saved for the backward pass.
 
     Formats have no state. One instance of each is registered in [`lbp_peft.formats.registry`].
 
     Attributes:
         name: The value of `grad_input_dtype` that selects it.
         rotates: Whether a Hadamard matrix can be applied before quantization (`hadamard_size`).
-        requirement: What a device needs to have for it, for messages.
+        requirement: The hardware that it needs, for messages.
     """
 
     name: str
@@ -55,8 +55,8 @@ class NumberFormat(ABC):
         """Quantize a weight (C_out, C_in), with one scale per column, after mixing blocks of its rows.
 
         Args:
-            weight: Of any floating dtype.
-            hadamard_size: Rows that a Hadamard matrix mixes, a divisor of C_out; 0 or 1: none.
+            weight: The weight, of any floating dtype.
+            hadamard_size: The number of rows that a Hadamard matrix mixes, a divisor of C_out; 0 or 1: none.
         """
         if hadamard_size > 1:
             weight = rotate(weight.t(), hadamard_size).t()
@@ -64,7 +64,7 @@ class NumberFormat(ABC):
 
     @abstractmethod
     def multiply(self, g: Tensor, weight: Quantized, hadamard_size: int) -> Tensor:
-        """g W. It is called outside autocast.
+        """Compute g W. It is called outside autocast.
 
         Args:
             g: Shape (M, C_out), of any floating dtype.
@@ -76,7 +76,7 @@ class NumberFormat(ABC):
         """
 
     def is_supported(self, device: torch.device) -> bool:
-        """Whether products in this format can be computed on a device, at whatever speed."""
+        """Whether a device can compute products in this format, fast or not."""
         return True
 
     def caches_weight(self, device: torch.device) -> bool:
@@ -95,8 +95,8 @@ class NumberFormat(ABC):
         Args:
             rows: M, of g (M, C_out).
             out_features, in_features: C_out and C_in.
-            dtype: Of g.
-            device: Of g.
+            dtype: The dtype of g.
+            device: The device of g.
 
         Returns:
             None if `grad_input_dtype="auto"` must not choose the format: it was not measured, or would lose precision.
@@ -108,16 +108,16 @@ class EightBitFormat(NumberFormat):
     """A format of 8 bits with scales in float32: the largest magnitude along a dimension becomes its largest number.
 
     Attributes:
-        dtype: Of the values, int8 or float8_e4m3fn.
+        dtype: The dtype of the values, int8 or float8_e4m3fn.
     """
 
     dtype: torch.dtype
     rotates = True
 
     def quantize(self, tensor: Tensor, dim: int) -> Quantized:
-        """Rounding does not depend on the scale of the tensor.
+        """Quantize in such a way that rounding does not depend on the scale of the tensor.
 
-        A multiple by a power of two has the same values, down to the smallest normal number of float32.
+        A multiple of it by a power of two has the same values, down to the smallest normal number of float32.
         """
         largest = largest_magnitude(tensor, dim)
         return Quantized(self._to_dtype(scaled_to_range(tensor, largest, self.dtype)), self._scales(largest))
@@ -126,7 +126,7 @@ class EightBitFormat(NumberFormat):
         return largest / RANGES[self.dtype].largest
 
     def _to_dtype(self, scaled: Tensor) -> Tensor:
-        """Round values, scaled to the range of the dtype; it may write into them."""
+        """Round values that are scaled to the range of the dtype. It may change its argument in place."""
         return scaled.to(self.dtype)
 
     def quantize_rows(self, rows: Tensor, hadamard_size: int) -> Quantized:
@@ -140,12 +140,13 @@ class EightBitFormat(NumberFormat):
 
     @abstractmethod
     def multiply_quantized(self, left: Quantized, right: Quantized) -> Tensor:
-        """(M, K) with one scale per row, (K, N) with one per column -> (M, N)."""
+        """Multiply (M, K) with one scale per row by (K, N) with one per column -> (M, N)."""
 
     def caches_weight(self, device: torch.device) -> bool:
         return device.type == "cpu"  # elsewhere, waiting for a fingerprint takes longer than quantizing again
 
 
 def edges(rows: int, out_features: int, in_features: int) -> float:
-    """Elements of the factors and the result of g W per multiply-add: what quantization takes time for."""
+    """The elements of the factors and of the result of g W per multiply-add, to which quantization time is
+    proportional."""
     return 1 / max(rows, 1) + 1 / out_features + 1 / in_features

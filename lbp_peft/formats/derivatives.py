@@ -1,8 +1,8 @@
-"""The derivative of an activation function, kept in 4 bits for each input.
+"""The derivative of an activation function in 4 bits for each input.
 
-The backward pass of y = f(x), element by element, needs f'(x) and nothing else, and f' of the usual functions has a
-small range: from -0.13 to 1.13 for GELU. LowMemoryBP (arXiv 2406.16282) keeps it in 2 bits, by other functions than
-these. Here
+The backward pass of an elementwise function y = f(x) needs only f'(x), and f' of the usual functions has a small range,
+for GELU from -0.13 to 1.13. LowMemoryBP (arXiv 2406.16282) approximates the derivative in 2 bits by that of other
+functions. Here it is quantized:
 
     cell    i = clamp(ceil(x / step), -128, 127), step = R / 128, beyond [-R, R] f' is constant
     value   d_i = (f(i step) - f((i - 1) step)) / step, the mean of f' over the cell, or that of the tail
@@ -25,15 +25,15 @@ from ..bounded import BoundedCache
 LEVELS = 16
 _CELLS = 256
 _RANGES = (4.0, 8.0, 16.0)
-# How far f' may still be from its limit where the range ends, and how fine a step may be that the 16 levels resolve.
+# The largest distance of f' from its limit at the end of the range. The 16 levels resolve no finer steps either.
 _TOLERANCE = 0.01
-# Values that are worked on at once on CPUs: the intermediate results of so many stay in the cache.
+# Values that are computed at once on CPUs, so that the intermediate results stay in the cache.
 _VALUES_AT_ONCE = 2**17
 _AS_PAIRS = {torch.float32: torch.int64, torch.bfloat16: torch.int32, torch.float16: torch.int32}
 
 
 class DerivativeTable:
-    """Levels of the derivative of one function, and which inputs have which.
+    """Levels of the derivative of one function, and the level of each range of inputs.
 
     Args:
         levels: Shape (16,), values of the derivative.
@@ -72,7 +72,7 @@ class DerivativeTable:
             part = scaled[:n]
             if some.dtype == torch.float32:
                 torch.mul(some, self.cells_per_unit, out=part)
-            else:  # of two dtypes at once all but copies are slow
+            else:  # operations on two dtypes are slow, except for copies
                 part.copy_(some).mul_(self.cells_per_unit)
             cells[:n] = part.clamp_(-128, 127).ceil_()
             index = pairs[: n // 2].copy_(cells[:n].view(torch.int16)).add_(2**15)
@@ -124,13 +124,13 @@ class DerivativeTable:
         return torch.from_numpy(self.levels.astype(np.float32))
 
     def _pairs_of_codes(self, dtype: torch.dtype | None) -> Tensor:
-        """Shape (65536,): two codes by the cells of two neighbours, read as one integer of 16 bits."""
+        """Shape (65536,): the two codes of a pair of neighbouring inputs, by their cells as one 16-bit integer."""
         pairs = np.arange(-(2**15), 2**15).astype(np.int16).view(np.int8).reshape(-1, 2)
         codes = self.codes.astype(np.uint8)[pairs.astype(np.int64) + 128]
         return torch.from_numpy(codes[:, 0] | codes[:, 1] << 4)
 
     def _pairs_of_levels(self, dtype: torch.dtype | None) -> Tensor:
-        """Shape (256,): two levels by the byte that holds two codes, read as one integer: copied as one value."""
+        """Shape (256,): the two levels of a byte that holds two codes, as one integer of twice the size."""
         assert dtype is not None
         byte = np.arange(256)
         both = torch.from_numpy(self.levels[np.stack((byte & 15, byte >> 4), 1)]).to(dtype)
@@ -146,11 +146,13 @@ _MAKERS: dict[str, Callable[[DerivativeTable, torch.dtype | None], Tensor]] = {
 
 
 def derivative_table(function: Callable[[Tensor], Tensor]) -> DerivativeTable | None:
-    """The table of a function that works element by element; None where it does not, or its derivative does not become
-    constant.
+    """Make the table of an elementwise function.
 
     Args:
-        function: Takes float64 tensors, and draws no random numbers.
+        function: A deterministic function of float64 tensors.
+
+    Returns:
+        The table; None if the function is not elementwise, or its derivative does not become constant at both ends.
     """
     for limit in _RANGES:
         step = 2 * limit / _CELLS
@@ -175,9 +177,9 @@ def derivative_table(function: Callable[[Tensor], Tensor]) -> DerivativeTable | 
 
 
 def _nearest_levels(values: np.ndarray, centres: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """16 levels of least squared error, and the index of the level of each value.
+    """Find the 16 levels of least squared error, and the index of the level nearest to each value.
 
-    Inputs are taken to be spread as a normal distribution of variance 2, with a tenth of them spread evenly.
+    The inputs are assumed to follow a normal distribution of variance 2, mixed with a tenth of a uniform one.
     """
     weights = np.exp(-(centres**2) / 4)
     weights = weights / weights.sum() + 0.1 / len(values)

@@ -20,7 +20,7 @@ class Float8(EightBitFormat):
         return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
     def multiply_quantized(self, left: Quantized, right: Quantized) -> Tensor:
-        """In bfloat16. GPUs take multiples of 16 only, and the right factor column by column."""
+        """Multiply into bfloat16. GPUs need sizes that are multiples of 16, and a column-major right factor."""
         assert left.scales is not None and right.scales is not None
         (rows, inner), columns = left.values.shape, right.values.shape[1]
         if rows == 0:
@@ -33,4 +33,4 @@ class Float8(EightBitFormat):
 
 
 def _padded(values: Tensor, pads: tuple[int, ...]) -> Tensor:
-    return F.pad(values.view(torch.int8), pads).view(values.dtype)  # all bits zero are zero in either type
+    return F.pad(values.view(torch.int8), pads).view(values.dtype)  # zero has all bits zero in both types

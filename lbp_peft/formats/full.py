@@ -11,12 +11,12 @@ from .. import instructions
 from ..instructions import product_dtype
 from .base import NumberFormat, Quantized, edges
 
-CASTING_TO_BF16 = 40  # time per element, in multiply-adds of float32
-GPU_RATE_IN_16_BITS = 15.0  # how many times faster than in float32; by data sheets, not measured
+CASTING_TO_BF16 = 40  # time per element, in units of a multiply-add of float32
+GPU_RATE_IN_16_BITS = 15.0  # how many times faster than float32, according to data sheets
 
 
 class FullPrecision(NumberFormat):
-    """Nothing is quantized."""
+    """The dtype of g itself: nothing is quantized."""
 
     name = "full"
 
@@ -34,12 +34,12 @@ class FullPrecision(NumberFormat):
         if device.type != "cpu" or dtype != torch.bfloat16:
             return 1.0
         rate = 1 / instructions.cpu_rates()[0]
-        is_slow = product_dtype(dtype, device) != dtype  # then it is multiplied in float32
+        is_slow = product_dtype(dtype, device) != dtype  # so that it is multiplied in float32
         return rate + CASTING_TO_BF16 * edges(rows, out_features, in_features) if is_slow else rate
 
 
 def product_of_one_dtype(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, in their dtype; multiplied in float32 if the device has no instructions for it."""
+    """Compute left @ right in their dtype, by way of float32 if the device has no instructions for that dtype."""
     dtype = product_dtype(left.dtype, left.device)
     if dtype == left.dtype:
         return left @ right
@@ -48,7 +48,7 @@ def product_of_one_dtype(left: Tensor, right: Tensor) -> Tensor:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """A context in which products of float32 are in float32, although backward may be called under autocast."""
+    """A context without autocast, under which a backward pass may have been called."""
     if torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

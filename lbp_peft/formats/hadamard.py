@@ -33,7 +33,7 @@ def fitting_size(size: int, features: int) -> int:
 def _hadamard(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if not torch.compiler.is_compiling():
         return _cached_hadamard(size, dtype, device)
-    matrix = torch.ones(1, 1, dtype=dtype, device=device)  # the same in PyTorch, since NumPy's steps are not traced
+    matrix = torch.ones(1, 1, dtype=dtype, device=device)  # in PyTorch, since the compiler does not trace NumPy here
     while len(matrix) < size:
         matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
     sign_changes = (matrix[:, 1:] != matrix[:, :-1]).sum(1)

@@ -1,7 +1,7 @@
 """Integers of 8 bits with one scale for each group of neighbouring channels.
 
-A few outlying channels cost only their own group. What a backward pass reads once, such as the input of a norm, is kept
-in this format; [`lbp_peft.formats.int8`] is what matrix products read.
+Outliers in a few channels make only their own group coarser. Tensors that a backward pass reads once, such as the input
+of a norm, are saved in this format. The factors of matrix products are in that of [`lbp_peft.formats.int8`].
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ from .scaling import largest_magnitude, scaled_to_range
 
 BYTES_OF_SCALE = 4  # float32
 GROUP = 64  # channels
-# Values that are rounded at once on CPUs: the intermediate results of so many stay in the cache.
+# Values that are rounded at once on CPUs, so that the intermediate results stay in the cache.
 _VALUES_AT_ONCE = 2**17
 
 
 def rounded_in_groups(x: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(..., C) -> int8 values (..., C), and float32 scales (..., C / 64), or (..., 1) where 64 does not divide C.
+    """Round a tensor to int8 with one scale for each group of 64 channels, or for all if 64 does not divide C.
 
     Args:
-        x: What to round.
-        offset: Subtracted from it before; broadcast to it, but for its last axis (..., 1) or (..., C).
+        x: Shape (..., C), of any floating dtype.
+        offset: A tensor to subtract from x beforehand, which broadcasts to its shape. Its last axis is 1 or C.
+
+    Returns:
+        int8 values (..., C), and float32 scales (..., C / 64) or (..., 1).
     """
     group = _group(x.shape[-1])
     if x.device.type != "cpu" or torch.compiler.is_compiling():
@@ -34,7 +37,7 @@ def rounded_in_groups(x: Tensor, offset: Tensor | None = None) -> tuple[Tensor, 
 
 
 def _rounded_by_parts(x: Tensor, offset: Tensor | None, group: int) -> tuple[Tensor, Tensor]:
-    # In the order in which x lies in memory, so that it need not be copied: queries come as (N, L, heads, d), turned.
+    # In memory order, so that x need not be copied: queries are transposed views of (N, L, heads, d).
     order = sorted(range(x.dim() - 1), key=lambda axis: -x.stride()[axis])
     turned = x.permute(*order, -1)
     if not turned.is_contiguous():
@@ -55,7 +58,7 @@ def _rounded_by_parts(x: Tensor, offset: Tensor | None, group: int) -> tuple[Ten
         part = slice(start, start + at_once)
         some = turned[part]
         found = buffer[: len(some)]
-        if some.dtype != torch.float32:  # of two dtypes at once all but copies are slow
+        if some.dtype != torch.float32:  # operations on two dtypes are slow, except for copies
             some = found.copy_(some)
         if offset is not None:
             some = torch.sub(some, offset[part], out=found)
@@ -74,11 +77,18 @@ def restored(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def rows_with_scales(x: Tensor) -> Tensor:
-    """(..., C) -> int8, (..., C + 4): integers from -127 to 127, and the float32 scale of the row in the last 4 bytes.
+    """Round each row of a tensor to int8, with the row's scale beside its values.
 
-    One tensor, so that what is saved of an input stays one. Rows may differ much in scale, as those of coefficients do.
+    The result is a single tensor, so that one tensor is saved for each input. Each row has a scale of its own, since
+    the coefficients of different basis functions differ much in size.
+
+    Args:
+        x: Shape (..., C), of any floating dtype.
+
+    Returns:
+        int8, (..., C + 4): integers from -127 to 127, and the float32 scale of the row in the last 4 bytes.
     """
-    x = x.float()  # of two dtypes at once all but copies are slow
+    x = x.float()  # operations on two dtypes are slow, except for copies
     largest = largest_magnitude(x, dim=-1)
     values = scaled_to_range(x, largest, torch.int8).round_().to(torch.int8)
     return torch.cat((values, (largest / 127).view(torch.int8)), dim=-1)

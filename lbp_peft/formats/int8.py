@@ -18,8 +18,8 @@ from .base import EightBitFormat, Quantized, edges
 from .hadamard import rotate
 from .scaling import largest_magnitude, scaled_to_range
 
-_ROUNDING = {torch.float32: 120, torch.bfloat16: 50}  # time per element, in multiply-adds of float32
-# Sums of so many products of integers up to 127 are below 2^24: float32 holds them exactly, in whatever order.
+_ROUNDING = {torch.float32: 120, torch.bfloat16: 50}  # time per element, in units of a multiply-add of float32
+# Sums of this many products of integers up to 127 are below 2^24, so float32 holds them exactly in any order.
 _EXACT_TERMS = 2**24 // 127**2
 _ROWS_AT_ONCE, _VALUES_AT_ONCE = 400, 2**18
 
@@ -66,7 +66,7 @@ class Int8(EightBitFormat):
 
 
 def _round_into(values: Tensor, matrix: Tensor, largest: Tensor) -> None:
-    """Write the rounded matrix to `values`, by parts that stay in the cache from one step to the next."""
+    """Write the rounded matrix to `values`, in parts that stay in the cache between operations."""
     at_once = max(_VALUES_AT_ONCE // max(matrix.shape[1], 1), 1)
     buffer = torch.empty(at_once, matrix.shape[1], dtype=torch.float32)
     for start in range(0, len(matrix), at_once):
@@ -77,7 +77,7 @@ def _round_into(values: Tensor, matrix: Tensor, largest: Tensor) -> None:
 
 
 def _multiply_by_parts(g: Tensor, weight: Quantized, hadamard_size: int) -> Tensor:
-    """The product for some hundred rows of g at a time, so that the intermediate results stay in the cache."""
+    """Multiply a few hundred rows of g at a time, so that the intermediate results stay in the cache."""
     assert weight.scales is not None
     (num_rows, inner), columns = g.shape, weight.values.shape[1]
     at_once = -(-num_rows // max(round(num_rows / _ROWS_AT_ONCE), 1))
@@ -103,7 +103,8 @@ def _multiply_by_parts(g: Tensor, weight: Quantized, hadamard_size: int) -> Tens
         else:
             scaled_to_range(wide, largest, torch.int8, out=values[:n]).round_()
             _sum_exactly(values[:n], right, sums[:n], scaled)
-        scaled.mul_(weight.scales).mul_(largest / 127)  # the sums of large gradients would leave float32's range
+        # One factor after the other, so that large gradients stay in the range of float32.
+        scaled.mul_(weight.scales).mul_(largest / 127)
         if not is_wide:
             result.copy_(scaled)
     return product
@@ -123,7 +124,7 @@ def _sum_exactly(left: Tensor, right: Tensor, sums: Tensor, result: Tensor) -> N
 
 
 def _int_product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right of int8, in int32, or the same integers in float32."""
+    """Compute left @ right of int8 exactly, in int32, or as the same integers in float32."""
     (rows, inner), columns = left.shape, right.shape[1]
     if not multiplies_int8(left.device):
         parts = zip(left.float().split(_EXACT_TERMS, 1), right.float().split(_EXACT_TERMS), strict=True)
@@ -131,8 +132,8 @@ def _int_product(left: Tensor, right: Tensor) -> Tensor:
         return sums[0] if len(sums) == 1 else sum(part.to(torch.int32) for part in sums)
     if left.device.type != "cuda":
         return torch._int_mm(left, right)
-    # GPUs take more than 16 rows, and multiples of 8 otherwise. The right factor has to lie column by column: on an
-    # H200, products of small matrices with one that lies row by row failed.
+    # GPUs need more than 16 rows, and multiples of 8 along the other axes. The right factor has to be column-major: on
+    # an H200, products of small matrices with a row-major one failed.
     left = F.pad(left, (0, -inner % 8, 0, max(24, rows + -rows % 8) - rows))
     right = F.pad(right.t(), (0, -inner % 8, 0, -columns % 8)).t()
     return torch._int_mm(left, right)[:rows, :columns]

@@ -1,11 +1,12 @@
 """The products of a backward pass, in a number format.
 
-An exact input gradient dx = g W is the largest product of a step whose weight gradients are low-rank. Rounded to few
-bits it keeps its direction, as HLQ found (arXiv 2406.15102), and integer units multiply several times faster. On a
+An exact input gradient dx = g W is the largest product of a step whose weight gradients are low-rank. Rounding its
+factors to few bits hardly changes its direction, as HLQ found (arXiv 2406.15102), and integer units are several times
+faster. On a
 device without instructions for a format, the same rounded values are multiplied in float32: integers exactly, and
 bfloat16 up to the order of summation. A format then saves no time, and costs little more than float32.
 
-The factors of the weight gradient, a small product, are in bfloat16 if g W is in a format of fewer bits than its own.
+The weight gradient is a small product. Its factors are in bfloat16 if g W is in a format of fewer bits than its dtype.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from .hadamard import fitting_size
 from .registry import number_format
 from .weight_cache import Origin, origin, quantized_weight
 
-AUTO = "auto"  # one of them, as [`lbp_peft.heuristics.Heuristics.fastest_precision`] says
+AUTO = "auto"  # the format that [`lbp_peft.heuristics.Heuristics.fastest_precision`] chooses
 
 
 @dataclass(frozen=True)
@@ -31,9 +32,9 @@ class Precision:
 
     Attributes:
         name: The name of a registered format.
-        hadamard_size: Columns of g that a Hadamard matrix mixes before quantization, a power of two; 0: none. If C_out
-            is not a multiple of it, the largest smaller power of two that divides C_out is used. Formats that do not
-            rotate ignore it.
+        hadamard_size: The number of columns of g that a Hadamard matrix mixes before quantization, a power of two; 0:
+            none. If C_out is not a multiple of it, the largest smaller power of two that divides C_out is used. Formats
+            that do not rotate ignore it.
     """
 
     name: str = "full"
@@ -41,14 +42,14 @@ class Precision:
 
     def __post_init__(self) -> None:
         if self.name == "full":
-            object.__setattr__(self, "hadamard_size", 0)  # so that there is one way to say it, which equals FULL
+            object.__setattr__(self, "hadamard_size", 0)  # so that all full precisions are equal to FULL
 
 
 FULL = Precision()
 
 
 def product(grad: Tensor, weight: Tensor, precision: Precision, source: Tensor | Origin | None = None) -> Tensor:
-    """g W in a precision.
+    """Compute g W in a precision.
 
     Args:
         grad: Shape (..., C_out), of any floating dtype.
@@ -99,12 +100,12 @@ def weight_grad(g_hat: Tensor, x_hat: Tensor) -> Tensor:
         dtype = right.dtype
     columns = left.to(dtype).t()
     if columns.device.type == "cpu" and columns.dtype == torch.bfloat16 and len(columns) < right.shape[1]:
-        columns = columns.contiguous()  # the product itself takes longer to transpose them
+        columns = columns.contiguous()  # faster than a product with a transposed factor
     return product_of_one_dtype(columns, right.to(dtype)).to(g_hat.dtype)
 
 
 def precision_now(precision: Precision) -> Precision:
-    """The precision, or full precision in transforms of `torch.func`, which cannot follow the rounding of products."""
+    """The precision, or full precision within transforms of `torch.func`, which cannot trace rounded products."""
     return FULL if in_transform() else precision
 
 

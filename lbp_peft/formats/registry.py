@@ -25,11 +25,11 @@ def number_format(name: str) -> NumberFormat:
     return FORMATS[name]
 
 
-def register_format(one: NumberFormat) -> None:
+def register_format(new_format: NumberFormat) -> None:
     """Register a format, so that `grad_input_dtype` can be its name.
 
     Raises:
         ValueError: another format has its name.
     """
-    if FORMATS.setdefault(one.name, one) is not one:
-        raise ValueError(f"There is a number format {one.name!r} already.")
+    if FORMATS.setdefault(new_format.name, new_format) is not new_format:
+        raise ValueError(f"There is a number format {new_format.name!r} already.")

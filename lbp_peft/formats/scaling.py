@@ -1,6 +1,6 @@
 """Scaling of tensors to the range of an 8-bit dtype by their largest magnitude.
 
-Everything that is stored in 8 bits is scaled here, but in the Triton kernels, which use the same ranges.
+All tensors in 8 bits are scaled by these functions. Only the Triton kernels scale by themselves, with the same ranges.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class Range(NamedTuple):
     """The range of a dtype.
 
     Attributes:
-        largest: Its largest number.
+        largest: The largest number of the dtype.
         second_factor: A power of two. The factor of a row, largest / its largest magnitude, exceeds float32 if the row
             is near the smallest normal number. So it is applied in two steps: the second, by this power of two, leaves
             the first within the range and changes no bit of the result.
@@ -30,7 +30,7 @@ SMALLEST_NORMAL = torch.finfo(torch.float32).tiny
 
 
 def largest_magnitude(tensor: Tensor, dim: int) -> Tensor:
-    """The largest absolute value along `dim`, which is kept; float32, at least the smallest normal number."""
+    """The largest absolute value along a dimension, of size 1 there; float32, at least the smallest normal number."""
     largest = torch.maximum(tensor.amax(dim, keepdim=True), tensor.amin(dim, keepdim=True).neg_()).float()
     return largest.clamp_(min=SMALLEST_NORMAL)  # so that zeros stay zero
 

@@ -26,7 +26,7 @@ class Origin(NamedTuple):
 
 
 def origin(source: Tensor | None) -> Origin | None:
-    """The origin of a parameter; None for any other tensor, of which no copy is kept."""
+    """The origin of a parameter; None for any other tensor, since only copies of parameters are kept."""
     if not isinstance(source, nn.Parameter):
         return None
     return Origin(weakref.ref(source.untyped_storage()), int(source.storage_offset()))
@@ -38,7 +38,7 @@ _copies: weakref.WeakKeyDictionary[UntypedStorage, dict[int, tuple]] = weakref.W
 
 
 def forget(parameters: Iterable[Tensor]) -> None:
-    """Free the copies that are kept of these, if any."""
+    """Free the quantized copies of these parameters."""
     for parameter in parameters:
         _copies.pop(parameter.untyped_storage(), None)
 
@@ -46,7 +46,7 @@ def forget(parameters: Iterable[Tensor]) -> None:
 def quantized_weight(
     number_format: NumberFormat, weight: Tensor, hadamard_size: int, source: Tensor | Origin | None
 ) -> Quantized:
-    """A weight in a number format: a copy that is kept, if there is one and the weight has not changed.
+    """Quantize a weight, or return the copy that was kept if the weight has not changed since.
 
     Args:
         number_format: The format.
@@ -71,15 +71,15 @@ def quantized_weight(
 
 
 def _fingerprint(weight: Tensor) -> Tensor:
-    """Shape (C_in,); changes with the weight.
+    """A vector (C_in,) that changes when the weight changes.
 
-    Version counter and address do not: PEFT merges adapters by `weight.data += ...`, and some optimisers and sharded
-    training write without changing the counter too.
+    The version counter and the address do not always change with it: PEFT merges adapters by `weight.data += ...`, and
+    some optimizers and sharded training also write without changing the counter.
     """
     return torch.mv(weight.float().t(), torch.from_numpy(_weights_of_rows(len(weight))))
 
 
 @functools.lru_cache(maxsize=256)
 def _weights_of_rows(rows: int) -> np.ndarray:
-    """Random numbers from 1 to 2: none leaves a row out, and no pattern among rows cancels."""
+    """Random numbers from 1 to 2, so that every row counts and no pattern among rows cancels."""
     return np.random.default_rng(0).uniform(1, 2, rows).astype(np.float32)

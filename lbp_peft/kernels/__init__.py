@@ -1,12 +1,12 @@
-"""Triton kernels for projecting, lifting and quantizing, and which tensors they serve.
+"""Triton kernels for projecting, lifting and quantizing.
 
-Off unless the environment variable LBP_PEFT_KERNELS is "triton" when this package is imported. On an H200 they pass
-their tests and are faster than plain PyTorch on large tensors, see docs/results.md. What they do not serve takes plain
-PyTorch, which is also what they are checked against.
+They are used only if the environment variable LBP_PEFT_KERNELS is "triton" when this package is imported. On an H200
+they pass their tests and are faster than plain PyTorch on large tensors, see docs/results.md. Plain PyTorch handles
+the tensors that they do not support, and is the reference in their tests.
 
-Each is a custom operator with a fake implementation, so that torch.compile takes it for one node of the graph, and a
-formula for FLOP counters where it multiplies. The operators take a layout and bases as plain values and look up the
-tables that the kernels read by themselves: a compiled graph holds no tables.
+Each kernel is a custom operator with a fake implementation, so that it is one node of a compiled graph, and with a
+formula for FLOP counters if it multiplies. The operators take a layout and bases as plain values and look up the tables
+that the kernels read, so that compiled graphs contain no tables.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if _asked_for not in ("", "triton"):
     raise ValueError(f'{VARIABLE} is {_asked_for!r}; it must be "triton" or unset.')
 IN_USE = _asked_for == "triton"
 
-# Triton decides at its own import whether it interprets kernels on the CPU or compiles them.
+# Triton decides when it is imported whether it interprets kernels on the CPU or compiles them.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 if IN_USE:
@@ -35,18 +35,18 @@ if IN_USE:
         raise ImportError(f"{VARIABLE}=triton needs triton, which comes with PyTorch's builds for CUDA.") from error
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_LARGEST_BLOCK = 8  # a program holds a block of tokens, 8 x 8 of them, in registers
+_LARGEST_BLOCK = 8  # a program keeps a block of 8 x 8 tokens in registers
 _HADAMARD_SIZES = (0, 1, 16, 32, 64, 128)
-_LARGEST_ROW = 8192  # a program holds a row
+_LARGEST_ROW = 8192  # a program keeps a row in registers
 
 
 def serve_tokens(tokens: Tensor, layout: TokenLayout, bases: BasisSet, padding_mask: Tensor | None) -> bool:
-    """Whether there are kernels to project, or lift, (N, L or k, C)."""
+    """Whether the kernels support projecting tokens (N, L, C), or lifting coefficients (N, k, C)."""
     return _served(tokens) and bases.block_size <= _LARGEST_BLOCK and padding_mask is None and not layout.order
 
 
 def serve_rows(rows: Tensor, hadamard_size: int) -> bool:
-    """Whether there is a kernel to rotate and quantize (M, K)."""
+    """Whether the kernel supports rotating and quantizing a matrix (M, K)."""
     return _served(rows) and hadamard_size in _HADAMARD_SIZES and rows.shape[1] <= _LARGEST_ROW
 
 
@@ -76,6 +76,6 @@ def quantize_rows(rows: Tensor, hadamard_size: int, dtype: torch.dtype) -> tuple
 
 
 def _plain(layout: TokenLayout, bases: BasisSet) -> tuple:
-    """What [`lbp_peft.kernels.blocks.described`] reads."""
+    """A layout and bases as plain values, the arguments of [`lbp_peft.kernels.blocks.described`]."""
     outside = layout.num_prefix_tokens, layout.num_suffix_tokens
     return layout.grid, *outside, bases.r, bases.block_size, bases.selection, bases.boundary

@@ -1,8 +1,9 @@
-"""What the kernels know of a layout: for each block of the grid its tokens, its bases as one matrix, its coefficients.
+"""Tables of a layout for the kernels: the tokens, the basis matrix and the coefficients of each block of the grid.
 
-On a GPU that is better than one axis after the other: with 8 functions or fewer along an axis, a matrix unit would
-spend most of its tiles of 16 on padding, and what lies between the axes would have to be laid out anew. The block's
-64 tokens times its r bases is one product, of bases made in float64 and rounded once, and it sums in float32.
+On a GPU, one product for each block is faster than one axis after the other: with 8 functions or fewer along an axis,
+most of a matrix unit's tiles of 16 would be padding, and the intermediate result would have to be transposed. The
+product of a block's r basis functions and its 64 tokens is summed in float32. The matrices are computed in float64 and
+rounded once.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ class Blocks:
 
     Attributes:
         matrix: Shape (B, R, T): R bases on T tokens, zero where a block has fewer. R and T are powers of two from 16.
-        places: Shape (B, T), int64: where the tokens stand among all L, -1 where the block has fewer.
-        starts: Shape (B + 1,), int64: where the coefficients of each block start, and the last one's end, among all k.
-        multiply_adds: For one channel of one image, padding not counted.
+        places: Shape (B, T), int64: the indices of the tokens among all L, -1 where the block has fewer.
+        starts: Shape (B + 1,), int64: the index of each block's first coefficient among all k, then k on the grid.
+        multiply_adds: The number of multiply-adds for one channel of one image, without padding.
     """
 
     matrix: Tensor
@@ -44,24 +45,24 @@ class Blocks:
 def described(
     grid: Sequence[int], prefix: int, suffix: int, r: int, block_size: int, selection: str, boundary: str
 ) -> tuple[TokenLayout, BasisSet]:
-    """Layout and bases from the plain values that operators can be given."""
+    """The layout and the bases from the plain values that are arguments of the operators."""
     return TokenLayout((grid[0], grid[1]), prefix, suffix), BasisSet(r, block_size, selection, boundary)
 
 
 def num_coefficients(layout: TokenLayout, bases: BasisSet) -> int:
-    """k."""
+    """k, the number of rows that represent the tokens of an image."""
     return layout.num_outside + num_bases(layout.grid, bases)
 
 
 @lru_cache(maxsize=64)
 def analysis(layout: TokenLayout, bases: BasisSet, dtype: torch.dtype, device: torch.device) -> Blocks:
-    """From tokens to coefficients. With boundary="reflect" blocks also read tokens of their neighbours."""
+    """The map from tokens to coefficients. With boundary="reflect" blocks also read tokens of their neighbours."""
     return _blocks("analysis", layout, bases, dtype, device)
 
 
 @lru_cache(maxsize=64)
 def synthesis(layout: TokenLayout, bases: BasisSet, dtype: torch.dtype, device: torch.device) -> Blocks:
-    """From coefficients to tokens, as the transpose of `matrix`. Every token of the grid is in exactly one block."""
+    """The map from coefficients to tokens, the transpose of `matrix`. Each token of the grid is in one block only."""
     return _blocks("synthesis", layout, bases, dtype, device)
 
 
@@ -88,7 +89,7 @@ def _blocks(field: str, layout: TokenLayout, bases: BasisSet, dtype: torch.dtype
 def _one_block(
     field: str, row: AxisBlock, column: AxisBlock, layout: TokenLayout, bases: BasisSet
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Its bases on its tokens, and where these stand."""
+    """The matrix of a block, and the indices of its tokens."""
     kept = bases.select(row.sequencies, column.sequencies)
     down, across = getattr(row, field), getattr(column, field)
     at_rows, at_columns = (np.flatnonzero(functions.any(axis=0)) for functions in (down, across))

@@ -1,4 +1,4 @@
-"""What the kernels share."""
+"""Functions that the kernels share."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from .blocks import Blocks
 
 
 def tuned_over(*configs: triton.Config) -> list[triton.Config]:
-    """What autotuning may choose from; it cannot time anything in the interpreter."""
+    """The configurations for autotuning: only the first in the interpreter, which cannot be timed."""
     return list(configs[:1] if INTERPRETED else configs)
 
 
 def on_device_of(tensor: Tensor) -> AbstractContextManager:
-    """Triton launches on the current device, wherever the tensors are."""
+    """A context in which a tensor's device is the current one, on which Triton runs kernels."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def product_precision(tensor: Tensor) -> str:
-    """How [`product`] multiplies float32: three products in TF32 keep its digits, and run on the matrix units."""
+    """How [`product`] multiplies float32. Three products in TF32 have its accuracy and use the matrix units."""
     if INTERPRETED:
         return "interpreted"
     has_tf32 = torch.version.hip is None and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
@@ -32,13 +32,13 @@ def product_precision(tensor: Tensor) -> str:
 
 
 def num_parts(blocks: Blocks, num_outside: int) -> int:
-    """Programs for a tile of channels of one image: one a block, then as many as copy the tokens outside the grid."""
+    """The number of programs for a tile of channels of one image: one for each block, and some for other tokens."""
     return len(blocks.matrix) + triton.cdiv(num_outside, blocks.places.shape[1])
 
 
 @triton.jit
 def product(a, b, PRECISION: tl.constexpr):
-    """Of two matrices, summed in float32."""
+    """The product of two matrices, summed in float32."""
     if PRECISION == "interpreted":  # the interpreter multiplies the bits of bfloat16 as if they were integers
         return tl.dot(a.to(tl.float32), b.to(tl.float32))
     return tl.dot(a, b, input_precision=PRECISION)
@@ -46,7 +46,7 @@ def product(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def locate(channels, num_parts, BLOCK_C: tl.constexpr):
-    """Of this program: image, part of the image, channels."""
+    """The image, the part of the image and the channels of this program."""
     tile = tl.program_id(0)
     tiles = tl.cdiv(channels, BLOCK_C)
     image = (tile // tiles // num_parts).to(tl.int64)  # an offset of 32 bits could overflow

@@ -37,7 +37,7 @@ def lift_kernel(
     PRECISION: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A program takes some channels of one block of one image, or of tokens outside the grid."""
+    """A program handles some channels of one block of one image, or of tokens outside the grid."""
     image, part, channel = locate(channels, num_parts, BLOCK_C)
     tokens += image * length * channels
     coefficients += image * kept * channels

@@ -1,4 +1,4 @@
-"""Rotate and quantize rows in one pass: read once, written once, in 8 bits and one scale a row."""
+"""Rotate and quantize rows in one pass over memory, to 8 bits and one scale for each row."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..bases.walsh import walsh_functions
 from ..formats.scaling import RANGES, SMALLEST_NORMAL
 from .common import on_device_of, product, product_precision, tuned_over
 
-_UNROTATED = 128  # columns of the tile that a row is laid out in
+_UNROTATED = 128  # the number of columns of the tile that holds a row
 
 
 @triton.autotune(
@@ -38,7 +38,7 @@ def quantize_kernel(
     B: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A program takes a row, laid out as GROUPS x B."""
+    """A program handles a row, as a tile of GROUPS x B."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, GROUPS)[:, None] * B + tl.arange(0, B)[None, :]
     x = tl.load(rows + row * columns + column, mask=column < columns, other=0.0)
@@ -46,9 +46,9 @@ def quantize_kernel(
         signs = tl.load(hadamard + tl.arange(0, B)[:, None] * B + tl.arange(0, B)[None, :])
         x = product(x, signs, PRECISION) * factor
     x = x.to(tl.float32)
-    largest = tl.maximum(tl.max(tl.max(tl.abs(x), axis=1), axis=0), SMALLEST_NORMAL)  # what is all zero stays zero
+    largest = tl.maximum(tl.max(tl.max(tl.abs(x), axis=1), axis=0), SMALLEST_NORMAL)  # so that zeros stay zero
     not_numbers = tl.sum(tl.sum((x != x).to(tl.int32), axis=1), axis=0)
-    largest = tl.where(not_numbers > 0, float("nan"), largest)  # a maximum leaves them out: the row would seem finite
+    largest = tl.where(not_numbers > 0, float("nan"), largest)  # the maximum ignores NaN, so the row would seem finite
     x = x * (LARGEST / SECOND_FACTOR / largest) * SECOND_FACTOR
     if TO_INTEGERS:
         # Triton has no rounding to the nearest even integer, but at this size a float32 has no fraction.
@@ -73,7 +73,7 @@ def quantize_rows(rows: Tensor, hadamard_size: int, dtype: torch.dtype) -> tuple
     """(M, K), contiguous, float32, float16 or bfloat16 -> values (M, K), scales (M, 1) in float32.
 
     Args:
-        hadamard_size: Columns that a Hadamard matrix mixes, 16 to 128, dividing K; 0 or 1: none.
+        hadamard_size: The number of columns that a Hadamard matrix mixes, 16 to 128, dividing K; 0 or 1: none.
         dtype: int8 or float8_e4m3fn.
     """
     (num_rows, columns), rotate = rows.shape, hadamard_size > 1

@@ -1,4 +1,4 @@
-"""Provides layouts while torch.compile traces a model. They come from an eager pass: positions cannot be followed then.
+"""Provides layouts while torch.compile traces a model. They come from an eager pass, since positions cannot be traced.
 
 If the model has not run eagerly yet, it runs once, on zeros of the shapes that are being compiled. The compiler calls
 these functions as ordinary Python while it traces, and treats their results as constants of the graph.
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
     from .records import LayoutRecord
 
 FINDERS: weakref.WeakValueDictionary[int, LayoutFinder] = weakref.WeakValueDictionary()
-# By finder, the arguments that its model is compiled for: tensors as (shape without batch, dtype), others as they are.
+# The arguments that each finder's model is compiled for: tensors as (shape without batch, dtype), others unchanged.
 _inputs: dict[int, dict[str, Any]] = {}
 _BATCH = 2
 
 
 def note_inputs(key: int, args: tuple, kwargs: dict[str, Any]) -> None:
-    """The model is called with these while the compiler traces it."""
+    """Record the arguments with which the model is called while the compiler traces it."""
     _forget_inputs(key)
     for index, value in enumerate(args):
         _note(key, str(index), value)
@@ -61,12 +61,15 @@ def _note_value(key: int, name: str, value: Any) -> int:
 
 
 def record(key: int, name: str, x: Tensor, channels_axis: int, layouts: str) -> LayoutRecord:
-    """What is known of the input of a layer.
+    """The record of the input of a layer.
 
     Args:
-        key, name: Of the finder and of the layer.
-        x, channels_axis: The input, and which of its axes runs over channels.
-        layouts: Of the eager pass that the compiled part belongs to, if there is one. The compiler guards on it.
+        key: The key of the finder.
+        name: The name of the layer.
+        x: The input.
+        channels_axis: The axis of the channels in x.
+        layouts: The summary of the layouts of the eager pass that the compiled part belongs to; "" without one. The
+            compiler guards on it.
     """
     from .records import LayoutRecord
 
@@ -81,13 +84,13 @@ def record(key: int, name: str, x: Tensor, channels_axis: int, layouts: str) -> 
 
 @torch.compiler.assume_constant_result
 def _plain_record(key: int, name: str, layouts: str, *shape: int) -> tuple:
-    """The only layout that is known of a layer's inputs of a shape (N, ...), as plain values."""
+    """The layout of a layer's inputs of a shape (N, ...) as plain values, if exactly one is known."""
     finder, inputs = FINDERS[key], _inputs.get(key, {})
     found = _found(finder, name, shape, inputs)
     if not found and inputs:
         try:
             _run_eagerly(finder.model(), inputs)
-        except Exception as error:  # whatever a model makes of zeros
+        except Exception as error:  # a model may fail on zeros in any way
             warnings.warn(
                 f"To find where its tokens lie, the model was run on zeros before it was compiled, and that failed "
                 f"({type(error).__name__}: {error}). Its layers use exact backpropagation. Run it before compiling.",
@@ -95,7 +98,7 @@ def _plain_record(key: int, name: str, layouts: str, *shape: int) -> tuple:
             )
         found = _found(finder, name, shape, inputs)
     if len(found) != 1:
-        why = "its tokens lay otherwise in different passes" if found else "the model has not run eagerly yet"
+        why = "its tokens had different layouts in different passes" if found else "the model has not run eagerly yet"
         if name not in finder.layers_warned_of:
             finder.layers_warned_of.add(name)
             warnings.warn(
@@ -133,7 +136,7 @@ def _found(
 
 @torch.compiler.disable
 def _run_eagerly(model: nn.Module | None, inputs: dict[str, Any]) -> None:
-    """One forward pass, of which nothing remains but what was traced."""
+    """Run one forward pass for its trace, and undo its other effects."""
     if model is None:
         return
     device = next(model.parameters()).device

@@ -32,13 +32,13 @@ _DEEPEST = 4
 
 
 class Dependencies:
-    """Tensors of a model, such as a buffer that holds an order, as they were when the model was traced."""
+    """The tensors of a model on whose values a trace depends, such as a buffer that holds an order."""
 
     def __init__(self) -> None:
         self._versions: dict[int, tuple[weakref.ref[Tensor], int]] = {}
 
     def update(self, consulted: dict[int, tuple[Tensor, int]]) -> None:
-        """Note some tensors, each with its version when it was read, by id."""
+        """Record tensors, each with its version when it was read, by id."""
         for key, (tensor, version) in consulted.items():
             if key not in self._versions:
                 self._versions[key] = weakref.ref(tensor), version
@@ -63,7 +63,7 @@ def random_state(generators: Iterable[Any] = ()) -> Hashable:
     """The state of the generators of random numbers that Python code draws from.
 
     Args:
-        generators: Those besides the global ones of `random` and NumPy.
+        generators: Generators besides the global ones of `random` and NumPy.
     """
     states: list[Hashable] = [random.getstate(), _state_of_numpy(np.random)]
     for generator in generators:
@@ -86,7 +86,7 @@ def why_undecided(read_by: str, state: Hashable, generators: Iterable[Any]) -> s
     Args:
         read_by: Where it read a value of a tensor; "" if nowhere.
         state: [`random_state`] of these generators when tracing began.
-        generators: Those besides the global ones.
+        generators: Generators besides the global ones.
     """
     if read_by:
         return f"reads a value of a tensor ({read_by})"
@@ -108,7 +108,7 @@ class ModelState:
         self._known: weakref.WeakKeyDictionary[nn.Module, _Snapshot] = weakref.WeakKeyDictionary()
 
     def key(self, module: nn.Module) -> Hashable:
-        """The same as long as the attributes are the same. Replicas of a module, made for one pass, have one key."""
+        """A key that changes when the attributes do. Replicas of a module that are made for one pass share a key."""
         snapshot = self._known.get(module)
         if snapshot is None or not snapshot.holds():
             snapshot = _Snapshot(module, self._ignored)
@@ -136,7 +136,7 @@ class _Snapshot:
     """The attributes of all modules of a model at one moment."""
 
     def __init__(self, module: nn.Module, ignored: Callable[[nn.Module], bool]):
-        # Containers other than modules, and functions that return values, to look at each time.
+        # Containers other than modules, and functions that return values, which are compared each time.
         self._containers: dict[int, Any] = {}
         self._getters: dict[Hashable, Callable[[], Any]] = {}
         self._ignored = ignored
@@ -295,7 +295,7 @@ def described(value: Any) -> Hashable:
 
 
 def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
-    """Those that a module has besides what PyTorch manages."""
+    """The attributes of a module, without those that PyTorch manages."""
     return [(name, value) for name, value in vars(module).items() if name not in _INTERNAL]
 
 

@@ -62,19 +62,19 @@ class _Thread(threading.local):
 
 
 class LayoutFinder:
-    """Knows the [`TokenLayout`] of each adapted layer's input. One is shared by all layers of a model."""
+    """Finds the [`TokenLayout`] of each adapted layer's input. All layers of a model share one finder."""
 
     def __init__(self) -> None:
         self.exact: frozenset[str] = frozenset()
         self.compiled_padding_masks: dict[str, Tensor] = {}
-        self.layouts = ""  # of the eager pass under way
+        self.layouts = ""  # a summary of the layouts of the current eager pass
         self.layers_warned_of: set[str] = set()  # when the model was compiled
         self._notices = Notices()
         self._hooks = PassHooks()
         self._merge_size = 1
-        self._start_anew()
+        self._reset()
 
-    def _start_anew(self) -> None:
+    def _reset(self) -> None:
         self._model: weakref.ref[nn.Module] | None = None
         self._layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._traces: OrderedDict[Hashable, Trace] = OrderedDict()
@@ -97,12 +97,12 @@ class LayoutFinder:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._start_anew()
+        self._reset()
 
     # Watching a model
 
     def watch(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
-        """Follow this model's forward passes from now on, by hooks. To be called again when its modules have changed.
+        """Follow this model's forward passes from now on, by hooks. Call it again when its modules have changed.
 
         Args:
             model: The model.
@@ -124,13 +124,13 @@ class LayoutFinder:
         thread = self._thread
         if thread.passes or not self._is_training(module):
             return
-        if in_backward() and module is not self.model():  # a part of the model is run again, which begins no pass
+        if in_backward() and module is not self.model():  # checkpointing runs a part of the model again
             return
         one = self._begin(module, args, kwargs)
         self.layouts = one.trace.layouts
         thread.passes.append((module, one))
         if one.tracer is not None:
-            one.contexts.enter_context(torch.compiler.set_stance("force_eager"))  # for parts that are compiled apart
+            one.contexts.enter_context(torch.compiler.set_stance("force_eager"))  # in compiled parts of the model too
             one.contexts.enter_context(one.tracer)
 
     def before_compiled(self, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> None:
@@ -160,7 +160,7 @@ class LayoutFinder:
         """Keep the trace of a pass that ends, for later passes with the same inputs."""
         trace = one.trace
         trace.layouts = trace.summary()
-        if trace.is_ambiguous():  # calls may come in another order, so each pass is traced
+        if trace.is_ambiguous():  # calls may come in another order next time
             trace.is_valid = False
         if one.decided_by:
             trace.is_valid = False
@@ -211,10 +211,14 @@ class LayoutFinder:
         return None if self._model is None else self._model()
 
     def known(self, name: str, shapes: dict[str, tuple[int, ...]]) -> list[LayoutRecord]:
-        """All that was found of a layer's inputs so far.
+        """All records of a layer's inputs so far.
 
-        It is that of the pass under way, where a part of the model is compiled by itself; else of all passes whose
-        inputs had these shapes, by name or number, without their axis of images.
+        If a part of the model is compiled by itself, these are the records of the current pass, otherwise those of all
+        passes whose inputs had the same shapes.
+
+        Args:
+            name: The layer's name.
+            shapes: The shapes of the inputs without the axis of images, by name or number.
         """
         if (one := self._current()) is not None:
             return one.trace.records.get(name, [])
@@ -222,12 +226,12 @@ class LayoutFinder:
         return [record for trace in traces for record in trace.records.get(name, [])]
 
     def forget_traces(self) -> None:
-        """Have the next forward pass traced, whether there was one like it or not."""
+        """Have the next forward pass traced in any case."""
         self._traces.clear()
 
     @contextmanager
     def keeping_positions(self) -> Iterator[dict[str, list[Tensor | None]]]:
-        """Trace passes anew within the block, and yield a dictionary that collects the positions of layers' tokens."""
+        """Trace all passes within the block, and yield a dictionary that collects the positions of layers' tokens."""
         self.forget_traces()
         self._kept = {}
         try:
@@ -235,7 +239,7 @@ class LayoutFinder:
         finally:
             self._kept = None
 
-    # What a layer asks
+    # Calls from layers
 
     def record(self, name: str, x: Tensor, channels_axis: int = -1) -> LayoutRecord:
         """The record of the input of a layer that is being called.
@@ -268,7 +272,7 @@ class LayoutFinder:
         self._history.add_frames(one, frames)
 
     def record_now(self, x: Tensor, channels_axis: int = -1) -> LayoutRecord:
-        """What is known about any tensor in the pass that is being traced; nothing in other passes."""
+        """The record of any tensor in a pass that is being traced; `NOT_TRACED` in other passes."""
         one = self._current()
         if one is None or one.tracer is None:
             return NOT_TRACED
@@ -363,7 +367,7 @@ class LayoutFinder:
         return passes[-1][1] if passes else None
 
     def _passes_to_rerun(self) -> list[ForwardPass]:
-        """The passes that the code that is run again now may belong to."""
+        """The passes that may be the one whose code is run again now."""
         return self._history.to_rerun() or self._kinds
 
     def _record_to_rerun(self, name: str, shape: tuple[int, ...]) -> LayoutRecord:

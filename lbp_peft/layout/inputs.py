@@ -15,12 +15,12 @@ from .masks import is_mask
 from .positions import FIRST_TEXT, encode, moved_to, number_of
 from .tracer import PositionTracer
 
-# Numbers of inputs, see [`lbp_peft.layout.positions.encode`]. All images are one: those of several inputs go together.
+# Numbers of inputs, see [`lbp_peft.layout.positions.encode`]. All inputs of images share a number.
 IMAGES = 0
 # Inputs with two axes of places and no channels: (N, time, frequency).
 _SPECTROGRAMS = ("input_values", "input_features", "spectrogram")
 _EMBEDDED = ("embeds",)
-# Which arguments may hold the sizes of images; the values of others are not looked at.
+# Arguments that may hold the sizes of images. The values of other arguments are not read.
 _SIZES = re.compile(r"grid|shape|size|thw|_hw")
 _MOST_VALUES = 4096
 TENSORS = "all tensors"
@@ -51,7 +51,7 @@ def tensors_in(inputs: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def signature(inputs: dict[str, Any]) -> tuple:
-    """A key of all that a trace depends on: shapes, dtypes, types, and the values of tensors that give image sizes."""
+    """A key of the inputs that a trace depends on: shapes, dtypes, types, and the values of tensors of image sizes."""
     parts: list[Any] = []
     for name, value in tensors_in(inputs):
         if isinstance(value, Tensor):
@@ -105,7 +105,7 @@ def start(tracer: PositionTracer, inputs: dict[str, Any], merge_size: int = 1) -
         positions = None
         if tensor.is_floating_point():
             positions = positions_of_images(name, tensor, sizes, merge_size)
-            if positions is not None and positions.numel():  # images of several inputs may come in one row
+            if positions is not None and positions.numel():  # a model may join images of several inputs in one sequence
                 count = int(number_of(positions.flatten()[-1])) + 1
                 positions, num_images = moved_to(positions, num_images), num_images + count
         text_shape = _text_shape(name, tensor)
@@ -120,7 +120,7 @@ def start(tracer: PositionTracer, inputs: dict[str, Any], merge_size: int = 1) -
 
 
 def _kind_of_text(name: str) -> str:
-    """One for all arguments that describe the same words: those of a decoder are others than those of an encoder."""
+    """The same string for all arguments that describe the same words; a decoder and an encoder have different words."""
     for ending in ("input_ids", "inputs_embeds", "token_type_ids", "position_ids", "attention_mask"):
         if name.endswith(ending):
             return name.removesuffix(ending)
@@ -128,7 +128,7 @@ def _kind_of_text(name: str) -> str:
 
 
 def _is_certain(tensor: Tensor, positions: Tensor | None) -> bool:
-    """Whether the shape alone tells which axis runs over channels; else the first convolution will."""
+    """Whether the shape alone tells which axis runs over channels; otherwise the first convolution tells."""
     if positions is None or not tensor.is_floating_point() or tensor.dim() not in (3, 4):
         return True
     if tensor.dim() == 3:  # one image, or tokens

@@ -1,11 +1,11 @@
 """The masks of a model's texts, which tell words from padding.
 
-Conventions differ. An argument called ..._attention_mask has ones, or True, at words: transformers' convention. If it
-is of floating point and has negative values, it is one that is added to attention scores: 0 at words and a large
-negative number, or minus infinity, at padding. An argument called ..._padding_mask has True at padding: PyTorch's
-convention.
-If a model has yet another convention, words are taken for padding; they have gradients, which padding must not have, so
-that the backward pass raises an error.
+There are three conventions. In transformers, an argument called ..._attention_mask has ones, or True, at words. A mask
+of a floating dtype with negative values is added to attention scores: it is 0 at words, and a large negative number or
+minus infinity at padding. In PyTorch, an argument called ..._padding_mask is True at padding.
+
+If a model has yet another convention, words are taken for padding. They have gradients, which padding must not have, so
+the backward pass raises an error.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 _ATTENTION, _PADDING = "attention_mask", "padding_mask"
-# Below any bias that a model may add to attention scores, and above what stands for minus infinity.
+# Below any bias that a model may add to attention scores, and above the values that represent minus infinity.
 _FAR_BELOW = -1000
 _KINDS = (_ATTENTION, "key_padding_mask", _PADDING)
 

@@ -1,4 +1,4 @@
-"""Warnings about one model: each cause once, and only after it has cost time again and again."""
+"""Warnings about one model, one for each cause. Some are only given when their cause has occurred several times."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .dependencies import changed
 from .inputs import TENSORS
 from .records import NOT_TRACED
 
-# The number of times that something has to happen before there is a warning of it.
+# The number of times that a cause has to occur before there is a warning.
 _MANY_VALUES = 8
 _MANY_PASSES = 3
 
 
 class Notices:
-    """The warnings about a model that were given, and what is counted until there is one."""
+    """Gives each warning about a model once, and counts causes that need to occur several times."""
 
     def __init__(self) -> None:
         self._causes: set[str] = set()
@@ -32,7 +32,7 @@ class Notices:
         self._num_not_traced: Counter[str] = Counter()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles keep the causes that were warned of, and count anew."""
+        """Keep the causes that were warned of in copies and pickles, and reset the counts."""
         return {"_causes": self._causes}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -46,7 +46,7 @@ class Notices:
             warnings.warn(message, stacklevel=3)
 
     def note_decisions(self, decided_by: str) -> None:
-        """A pass was traced whose code `decided_by`, such as "draws random numbers"."""
+        """Warn that each pass is traced because of what the model's code does, such as "draws random numbers"."""
         self.warn_once(
             "decisions",
             f"Each forward pass is traced, which takes time: the model's Python code {decided_by}, and may "
@@ -55,7 +55,7 @@ class Notices:
         )
 
     def note_given(self, given: dict[str, Hashable]) -> None:
-        """A pass is traced because the model was given these arguments and attributes for the first time."""
+        """Count a pass that is traced because these arguments and attributes occur for the first time."""
         differing, self._given = changed(self._given, given), given
         if len(differing) != 1 or TENSORS in differing:
             return
@@ -64,13 +64,13 @@ class Notices:
         if self._num_values[name] >= _MANY_VALUES:
             self.warn_once(
                 f"values of {name}",
-                f"Forward passes are traced again and again, which takes time, because {name} takes ever new values, "
-                "and the model's Python code may choose by them where tokens go. Pass a number as a tensor, and leave "
-                "out, or do not keep in the model, what it does not need.",
+                f"Forward passes are traced again and again, which takes time, because {name} has a new value "
+                "each time, and the model's Python code may choose by it where tokens go. Pass numbers as tensors, and "
+                "leave out arguments and attributes that the model does not need.",
             )
 
     def note_not_traced(self, layer_name: str) -> None:
-        """A call of a layer was not in the trace of its pass."""
+        """Count a call of a layer that was not in the trace of its pass."""
         self._num_not_traced[layer_name] += 1
         if self._num_not_traced[layer_name] >= _MANY_PASSES:
             self.warn_once(

@@ -56,7 +56,7 @@ _PLAIN_NAMES = {
 } | {"__neg__": "neg", "__invert__": "bitwise_not", "__abs__": "abs", "__eq__": "eq", "__ne__": "ne", "__lt__": "lt",
      "__le__": "le", "__gt__": "gt", "__ge__": "ge"}  # fmt: skip
 
-# Operations that take from a tensor, if they are given one, its shape, dtype and device alone.
+# Operations that read only the shape, dtype and device of a tensor argument.
 FILLED = frozenset(
     _names("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty empty_strided")
 )
@@ -76,10 +76,10 @@ RANDOM = frozenset(
     """)
 )
 
-# Models ask for these in training, to clamp what has overflowed.
+# Models call these in training, to clamp values that have overflowed.
 FINITENESS = frozenset(_names("isfinite isinf isnan"))
 
-# Operations by which Python code reads values of a tensor, and may decide by them what comes next.
+# Operations by which Python code reads values of a tensor, on which its next operations may then depend.
 READING = frozenset(
     _names("""
         item tolist __bool__ __int__ __float__ __complex__ __index__ __contains__ numpy __array__ equal allclose
@@ -116,14 +116,14 @@ def _moves(*names: str) -> None:
         RULES[name] = _applied_to_positions(name)
 
 
-_LIKE_OTHERS = ("view_as", "reshape_as", "expand_as")  # take another tensor for its shape
+_LIKE_OTHERS = ("view_as", "reshape_as", "expand_as")  # which read the shape of another tensor
 
 
 def _applied_to_positions(name: str) -> Callable[..., Any]:
     method = getattr(Tensor, name, None) or getattr(torch, name)
 
     def rule(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        # An argument such as how often each element is repeated may be a tensor.
+        # Arguments may be tensors, for instance the number of times that each element is repeated.
         if name not in _LIKE_OTHERS and not _are_fixed((args, kwargs), tracer):
             return None
         return _run(method, tracer.positions(x), args, kwargs)
@@ -326,13 +326,13 @@ def _index_select(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 @rule("index_add", "index_fill", "index_reduce", "masked_fill", "scatter_add")
 def _changed_in_places(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Some elements take other values and stay where they are."""
+    """Elements that get other values keep their positions."""
     return tracer.positions(x)
 
 
 @rule("index_copy", "index_put", "masked_scatter", "scatter", "scatter_reduce")
 def _copied_to_places(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Elements of a source take the places of others; in a text, as what an image says does, they become its words."""
+    """Elements of a source take the places of others. Image features that are put into a text become its words."""
     positions = tracer.positions(x)
     sources = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor) and tracer.trail(t) is not None]
     if positions is not None and (not sources or bool((source_of(compact(positions)) >= FIRST_TEXT).any())):
@@ -351,10 +351,10 @@ def _copied_to_places(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 def _element_wise(tracer: Any, *args: Any, **kwargs: Any) -> Any:
     """The positions of those operands that have any.
 
-    A sum of tokens whose places are known and of others whose places are not, as x + f(x) with an f that has no rule,
-    keeps the places that are known: of a residual stream they are right, and the bases need smooth tokens there, not
-    tokens that are nothing but smooth. A factor that is only broadcast, as a gate of each token, says nothing about the
-    order of the tokens that it is applied to, so that these have to be known themselves.
+    A sum of tokens with known places and of others with unknown places, such as x + f(x) where f has no rule, keeps the
+    known places: they are right for the residual stream, which is where the tokens need to be smooth. A factor that is
+    only broadcast, such as a gate of each token, says nothing about the order of the tokens that it is applied to, so
+    the places of these have to be known.
     """
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     operands = [p for x in tensors if (p := tracer.positions(x)) is not None]
@@ -376,13 +376,13 @@ for _name in _names("""
 
 
 def _like_the_first(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The positions of the first argument, whatever the others are."""
+    """The positions of the first argument; those of the others do not matter."""
     return tracer.positions(x)
 
 
 @rule("where")
 def _where(tracer: Any, condition: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Each element is one of two, so that both have to be known."""
+    """Each element is one of two, so the positions of both have to be known."""
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     trails = [trail for x in tensors if (trail := tracer.trail(x)) is not None]
     if not trails or any(t.positions is None or bool((compact(t.positions) == LOST).any()) for t in trails):
@@ -517,7 +517,7 @@ def _einsum(tracer: Any, equation: Any, *operands: Any) -> Any:
 
 @rule("scaled_dot_product_attention", "flex_attention")
 def _attention(tracer: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """An output is where its query is; else, as in attention among channels, where its column of the values is."""
+    """An output has the position of its query, or, in attention among channels, that of its column of the values."""
     positions = with_mixed_channels(tracer.positions(query), value.shape[-1])
     if positions is not None and bool((compact(positions) >= 0).any()):
         return positions
@@ -532,7 +532,7 @@ def _attention(tracer: Any, query: Tensor, key: Tensor, value: Tensor, *args: An
 
 @rule("grid_sample", "grid_sampler")
 def _grid_sample(tracer: Any, x: Tensor, grid: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """An output is where the token is that chose the places to sample, as in deformable attention."""
+    """An output has the position of the token that chose the places to sample, as in deformable attention."""
     positions = tracer.positions(grid)
     if positions is None:
         return None

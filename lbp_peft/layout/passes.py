@@ -1,4 +1,4 @@
-"""Forward passes of a model, and what is kept of them."""
+"""Forward passes of a model, and their traces."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Trace:
     """The result of tracing a forward pass.
 
     Attributes:
-        records: Of each layer's calls in order, by the layer's name.
+        records: The records of each layer's calls, in order, by the layer's name.
         is_valid: Whether later passes with the same inputs may use it; if not, the next one is traced again.
-        input_shapes: Of all tensors that the model was given, without their first axes.
-        layouts: The same for traces with the same layouts.
-        depends_on: Tensors of the model by which the tokens were ordered.
+        input_shapes: The shapes of all tensors that the model was given, without their first axes.
+        layouts: A string that is the same for traces with the same layouts.
+        depends_on: The tensors of the model by which the tokens were ordered.
     """
 
     records: dict[str, list[LayoutRecord]] = field(default_factory=dict)
@@ -38,10 +38,10 @@ class Trace:
     def has_inputs(self, shapes: list[tuple[int, ...]]) -> bool:
         """Whether its inputs had these shapes, without their axis of images, in any order."""
         given, own = (sorted(shape for shape in several if shape) for several in (shapes, self.input_shapes))
-        return given == own  # labels and numbers decide no layout
+        return given == own  # labels and numbers have no effect on layouts
 
     def is_ambiguous(self) -> bool:
-        """Whether inputs of one shape, of one layer, lay otherwise in different calls."""
+        """Whether inputs of one layer and one shape had different layouts in different calls."""
         return any(
             one.shape[1:] == other.shape[1:] and one.layout != other.layout
             for records in self.records.values()
@@ -49,7 +49,7 @@ class Trace:
         )
 
     def summary(self) -> str:
-        """The same for traces with the same layouts."""
+        """A string that is the same for traces with the same layouts."""
         return str(hash(tuple((name, *(r.layout for r in found)) for name, found in sorted(self.records.items()))))
 
 
@@ -62,8 +62,8 @@ class Call:
         record: The record that the layer used.
         number: The number of the next node of autograd's graph at that moment.
         had_grad: Whether autograd was on; it is off within gradient checkpointing with use_reentrant=True.
-        frames: Of the parts of the pass, one within the other, that gradient checkpointing with use_reentrant=False
-            will run again.
+        frames: The frames of the nested parts of the pass that gradient checkpointing with use_reentrant=False will
+            run again.
     """
 
     name: str
@@ -78,20 +78,20 @@ class ForwardPass:
     """A forward pass of the model that is running, or a past one whose layers may be run again.
 
     Attributes:
-        trace: What is known of it.
+        trace: The trace of this pass, or of an earlier one with the same inputs.
         exact: Names of the layers whose backward pass is to be exact.
-        padding_masks: Of the texts that the model was given, by the names of their masks: True where a word is only
-            padding.
-        key: Under which its trace is kept.
-        tracer: While it is being traced.
-        texts: Names of the texts, while it is being traced.
-        calls: Of layers, so far.
-        counts: How often each was called.
-        contexts: In force until it ends.
-        generators: Of random numbers, that the model's Python code may draw from.
-        random_state: Their state when tracing began.
-        decided_by: What Python code did before the last call of a layer that may make the next pass differ, such as
-            "draws random numbers"; "" if nothing.
+        padding_masks: The padding masks of the texts that the model was given, by the names of their masks: True where
+            a word is padding.
+        key: The key under which the trace is kept.
+        tracer: The tracer; None unless the pass is being traced.
+        texts: The names of the texts, while the pass is being traced.
+        calls: The calls of layers so far.
+        counts: The number of calls of each layer so far.
+        contexts: The contexts that are entered until the pass ends.
+        generators: The random generators that the model's Python code may use.
+        random_state: The state of these generators when tracing began.
+        decided_by: An action of Python code before the last call of a layer that may make the next pass differ, such as
+            "draws random numbers"; "" if there was none.
     """
 
     trace: Trace
@@ -117,7 +117,7 @@ class ForwardPass:
         self.tracer = self.random_state = None
 
     def is_like(self, other: ForwardPass) -> bool:
-        """Whether layers that are run again get the same in both."""
+        """Whether layers that are run again get the same layouts, settings and masks from both passes."""
         same_masks = self.padding_masks.keys() == other.padding_masks.keys() and all(
             same(mask, other.padding_masks[name]) for name, mask in self.padding_masks.items()
         )

@@ -2,8 +2,8 @@
 
 A position encodes the input, the image (or text) of the batch, and the row and column in it. A tensor of positions has
 the shape of the tensor it describes, so any operation that moves data (reshape, permute, cat, roll, slices, ...) can be
-applied to the positions unchanged. Rows and columns are counted in quarters of a
-pixel, so that upsampled feature maps have positions of their own.
+applied to the positions unchanged. Rows and columns are counted in quarters of a pixel,
+so that upsampled feature maps have positions of their own.
 
 Tensors of positions are mostly expanded views, since all channels of a token have the same position; expanding takes no
 memory.
@@ -192,7 +192,7 @@ def _step(positions: Tensor) -> int:
 
 
 def sampled(positions: Tensor, axis: int, places: Tensor) -> Tensor:
-    """The positions at some indices along an axis; indices out of range are clamped."""
+    """The positions at the given indices along an axis; indices out of range are clamped."""
     places = places.clamp(0, positions.shape[axis] - 1)
     if positions.stride(axis) == 0:
         return positions.narrow(axis, 0, 1).expand(

@@ -16,7 +16,7 @@ from .positions import LOST, NOWHERE
 
 
 class UnknownLayoutError(ValueError):
-    """The tokens do not lie on one grid, as far as their positions tell. Its text is the reason.
+    """The positions of the tokens do not form one grid. The text of the error is the reason.
 
     Attributes:
         remedy: What the user can do about it.
@@ -211,7 +211,7 @@ def _read_grid(rows: np.ndarray) -> _Grid:
     columns = np.flatnonzero(known.any(axis=0))
     before, after = int(columns[0]), int(rows.shape[1] - 1 - columns[-1])
     inner = rows[:, before : rows.shape[1] - after]
-    why = "its tokens lie on no grid"
+    why = "its tokens do not form a grid"
     parts = [(inner, (before, after)), (rows, (0, 0))]  # windows may reach over the border
     if (inner == NOWHERE).any():
         parts.reverse()

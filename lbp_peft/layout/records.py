@@ -20,14 +20,14 @@ class LayoutRecord:
     """What the tracer found about the input of one call of a layer.
 
     Attributes:
-        layout: Where its tokens lie; None where that is not known.
-        why_unknown: The reason.
+        layout: The layout of its tokens; None if it is not known.
+        why_unknown: The reason why it is not known.
         remedy: What the user can do about it.
-        steps: Operations between the model's input and the layer's.
-        text: Name of the input that the tokens are words of; "" for patches of an image.
-        shape: Of the input, without channels.
-        is_surprising: Whether there may be tokens that would be worth it if their layout were known.
-        source: Number of the input that the tokens come from.
+        steps: The number of operations between the model's input and the layer's.
+        text: The name of the input that the tokens are words of; "" for patches of an image.
+        shape: The shape of the input, without channels.
+        is_surprising: Whether the layer might have had a low-rank backward pass if the layout were known.
+        source: The number of the input that the tokens come from.
     """
 
     layout: TokenLayout | None = None

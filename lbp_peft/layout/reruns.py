@@ -57,7 +57,7 @@ class PassHistory:
             self._by_frame[frame] = one
 
     def to_rerun(self) -> list[ForwardPass] | None:
-        """The passes that what is run again now may belong to; None if they may have been forgotten."""
+        """The passes that may be the one that is run again now; None if they may have been forgotten."""
         frame, _ = rerun_frame()
         if frame is not None and (one := self._by_frame.get(frame)) is not None:
             return [one]
@@ -128,12 +128,12 @@ def current_number() -> int | None:
 
 
 def frames_to_rerun() -> tuple[Any, ...]:
-    """The frames of the parts, one within the other, that what is running now will be run again with."""
+    """The frames of the nested parts of the forward pass that the current code will be run again with."""
     return tuple(frame for pack in _hooks() for frame, is_rerun in [_frame_of(pack)] if frame and not is_rerun)
 
 
 def rerun_frame() -> tuple[Any, Any]:
-    """The frame of the innermost part that is being run again, and the hook of that rerun; None and None without."""
+    """The frame of the innermost part that is being run again, and the hook of that rerun; or None and None."""
     for pack in reversed(_hooks()):
         frame, is_rerun = _frame_of(pack)
         if is_rerun:
@@ -182,13 +182,13 @@ def in_backward() -> bool:
 
 
 def the_only(answers: list[Any], name: str, what: str, values: list[Any] | None = None) -> Any:
-    """The common answer, or the first of the values that go with the answers; None if there are no answers.
+    """The common answer of all passes that may be run again; None if there are no passes.
 
     Args:
-        answers: What each of the passes that may be run again says.
+        answers: The answer of each of these passes.
         name: The layer's name, for the message.
-        what: What the answers are, for the message.
-        values: One for each answer.
+        what: The meaning of the answers, for the message.
+        values: One value for each answer. If they are given, the first of them is returned instead of the answer.
 
     Raises:
         AmbiguousRerunError: the answers differ.
@@ -199,7 +199,7 @@ def the_only(answers: list[Any], name: str, what: str, values: list[Any] | None 
 
 
 def cannot_be_told_apart(name: str, what: str) -> str:
-    """The message for a layer that is run again for one of several passes, of which it is not known which."""
+    """The message for a layer that is run again for an unknown one of several passes."""
     return (
         f"Gradient checkpointing runs {name} again, and it is not known for which of several forward passes with "
         f"different {what}: they cannot be told apart. Call backward after each forward pass, or do without gradient "
