@@ -1,4 +1,4 @@
-"""What a user may choose."""
+"""The configuration of the method."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from .validation.names import check_adapter_name, is_module_name
 from .validation.patterns import check_pattern, show
 
 GRAD_INPUT_BASES = ("walsh", "adaptive")
-_MAX_BLOCK_SIZE = 128  # its Walsh functions are block_size**2 numbers, its bases block_size**4
-# How PEFT embeds regular expressions in its own.
+_MAX_BLOCK_SIZE = 128  # whose Walsh functions have block_size**2 values, and whose bases block_size**4
+# The regular expressions in which PEFT embeds those of a configuration.
 _IN_RANK_PATTERN = r"(.*\.)?({})$"
 _IN_LAYERS_PATTERN = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 
@@ -51,10 +51,10 @@ class LBPWHTConfig(PeftConfig):
         grad_input_rank: Walsh bases kept in each block for the input gradient, 1 to block_size**2; the paper's setting
             is `grad_input_rank=r`. None: the input gradient is not low-rank. The error of a low-rank input gradient
             compounds from the last layer to the first, that of the weight gradient does not.
-        grad_input_basis: What a low-rank input gradient is a combination of. "walsh": the Walsh functions that come
-            first. "adaptive": in each backward pass and for each image, orthonormal patterns over the tokens that fit
-            the gradient; `grad_input_rank` is then their number for each image (16 to 32 are useful), tokens outside
-            the grid come in addition, and layers whose tokens lie on no known grid have a low-rank input gradient too.
+        grad_input_basis: The basis of a low-rank input gradient. "walsh": the first Walsh functions of the selection.
+            "adaptive": in each backward pass and for each image, orthonormal patterns over the tokens that fit the
+            gradient; `grad_input_rank` is then their number for each image (16 to 32 are useful), tokens outside the
+            grid come in addition, and layers whose tokens lie on no known grid have a low-rank input gradient too.
         grad_input_energy: With grad_input_basis="adaptive", the share of the squared norm of each image's gradient that
             is to be kept, above 0 and at most 1: of the `grad_input_rank` patterns, only as many are used as a batch
             needs for it. None: all are used. It has no effect under `torch.compile` and in transforms of `torch.func`.
@@ -64,18 +64,18 @@ class LBPWHTConfig(PeftConfig):
             narrow that it is faster altogether; see docs/configuration.md. Where the input gradient is low-rank,
             "auto" means "full". Beside a product in low precision the two factors of the weight gradient are rounded
             to bfloat16.
-        hadamard_size: Before g and W are rounded to 8 bits, mix blocks of this many outputs by a Hadamard matrix, a
-            power of two; 0: do not. It spreads outliers and cancels in the product.
-        compress_activations: What keeps few bits for the backward pass in blocks with adapted layers: "all", or some of
-            "activation" (activation functions keep their derivative in 4 bits), "norm" (norms keep their normalised
-            input in 8 bits), "attention" (query, key and value in 8 bits) and "projection" (adapted layers keep
-            projected inputs in 8 bits). The forward pass is exact, gradients are off by the rounding. None: nothing.
+        hadamard_size: The size of a Hadamard matrix that mixes blocks of outputs before g and W are rounded to 8 bits,
+            a power of two; 0: none. It spreads outliers, and cancels in the product.
+        compress_activations: What is saved in few bits for the backward pass in blocks with adapted layers: "all", or
+            some of "activation" (the derivatives of activation functions, in 4 bits), "norm" (the normalised inputs of
+            norms, in 8 bits), "attention" (query, key and value, in 8 bits) and "projection" (the projected inputs of
+            adapted layers, in 8 bits). The forward pass is exact, and gradients have rounding errors. None: nothing.
             "gelu" is "activation"; "int8" is a deprecated name of ("activation", "norm").
         block_size: Order of the two-dimensional Walsh-Hadamard transform, a power of two, 128 at most.
-        selection: Which bases (i, j) come first: "lp_l1" by i + j, "lp_linf" by max(i, j). Ties: see
+        selection: The order of the bases (i, j): "lp_l1" by i + j, "lp_linf" by max(i, j). For ties, see
             [`lbp_peft.bases.walsh.basis_order`].
-        boundary: On grids that are no multiple of block_size. "orthogonal": a true projection, exact at full rank.
-            "reflect": as the paper's reference code, which counts border patches twice.
+        boundary: The treatment of grids that are not a multiple of block_size. "orthogonal": a true projection, exact
+            at full rank. "reflect": that of the paper's reference code, which counts border patches twice.
         train_base_weight: True: the adapter is a trained copy of each target's weight and bias. False: it has no
             weights of its own and only makes the backward pass cheap.
         base_weights: Where a target's base weight waits while one adapter is trained that has a copy of it. "auto": in
@@ -202,7 +202,7 @@ class LBPWHTConfig(PeftConfig):
         return Precision(self.grad_input_dtype, self.hadamard_size)
 
     def compressed_words(self) -> tuple[str, ...]:
-        """What keeps few bits for the backward pass: some of [`COMPRESSIBLE`]."""
+        """What is saved in few bits for the backward pass: some of [`COMPRESSIBLE`]."""
         value = self.compress_activations
         if isinstance(value, str):
             return COMPRESSIBLE
@@ -210,7 +210,7 @@ class LBPWHTConfig(PeftConfig):
 
     def to_dict(self) -> dict[str, Any]:
         output: dict[str, Any] = super().to_dict()
-        del output["base_weights"]  # concerns the machine that it runs on, not the adapter
+        del output["base_weights"]  # a setting of the machine, not of the adapter
         if self.stack_on:
             output["stack_on"] = {name: _plain(config.to_dict()) for name, config in self.stack_on.items()}
         return output
@@ -408,7 +408,7 @@ class LBPWHTConfig(PeftConfig):
 
 
 def _checked_words(value: Any) -> str | tuple[str, ...] | None:
-    """A value of compress_activations in the form in which it is kept: None, "all", or words in their usual order."""
+    """A value of compress_activations in its normal form: None, "all", or words in their usual order."""
     if value is None or _is_one_of(value, ["all"]):
         return "all" if value else None
     if _is_one_of(value, ["int8"]):
@@ -503,7 +503,7 @@ def _check_patterns_beneath(field: str, config: PeftConfig) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON has it."""
+    """A value as JSON represents it."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (set, frozenset)):

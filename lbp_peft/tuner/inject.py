@@ -1,4 +1,4 @@
-"""Which layers of a model get an LBP-WHT adapter, and of which kind."""
+"""Gives the targeted layers of a model their LBP-WHT adapters."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ _Rank = TypeVar("_Rank", int, "int | None")
 
 
 def prepare(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -> None:
-    """Settle what the configuration leaves open, and refuse what can be refused before a module is replaced."""
-    config.check()  # its values may have been changed since it was made
+    """Complete the configuration, and check everything that can be checked before a module is replaced."""
+    config.check()  # its values may have changed since it was made
     if config.modules_to_save and has_other_adapters(model):
-        # Those that another adapter trains are saved with it; a second copy would put the trained one out of use.
+        # Modules that another adapter trains are saved with that; a second copy would replace the trained one.
         trained = [f".{name}" for name, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         left = [name for name in config.modules_to_save if not any(one.endswith(f".{name}") for one in trained)]
         config.modules_to_save = left or None
@@ -63,7 +63,7 @@ def prepare(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -> None:
     warn_of_unmatched_ranks(config, [name for name, _ in targets])
     check_targets(targets, config.train_base_weight, beside_others=has_other_adapters(model))
     shared = _shared_parameters(model)
-    # The device of a model's first parameter is taken for that of the model.
+    # PEFT takes the device of the first parameter for the device of the model.
     tuner._needed_elsewhere = shared | {id(parameter) for parameter in itertools.islice(model.parameters(), 1)}
     check_base_weights_are_there(model)
     if config.train_base_weight and config.base_weights == DROPPED:
@@ -103,7 +103,7 @@ def create_and_replace(
     current_key: str,
     **_: object,
 ) -> None:
-    """Give one layer an adapter: in its place if nobody else has to do with it, inside it otherwise."""
+    """Give one layer an adapter: replace the layer, or patch it if another method has adapted it."""
     rank = _rank_of_layer(config.rank_pattern, config.r, current_key)
     input_rank = _rank_of_layer(config.grad_input_rank_pattern, config.grad_input_rank, current_key)
     rule = BackwardRule(
@@ -150,7 +150,7 @@ def _rank_of_layer(patterns: Mapping[str, _Rank], default: _Rank, name: str) -> 
 
 
 def _input_gradient(config: LBPWHTConfig, rank: int | None) -> InputGradient:
-    """How the input gradient of a layer with this rank for it is computed."""
+    """The way to compute the input gradient of a layer with this `grad_input_rank`."""
     basis, precision = config.input_bases(rank), config.input_precision(rank)
     if rank is None or basis is None:
         return ExactProduct(precision=precision)
@@ -165,9 +165,10 @@ def _adapting_class(target: nn.Module) -> type[LBPWHTLinear]:
 
 
 def detach_all(model: nn.Module) -> set[LayoutFinder]:
-    """Go from inside all layers; the grid finders of all LBP-WHT layers, to be detached when these are gone too.
+    """Remove all patches from a model, and quantized copies of its weights.
 
-    What the layers kept beside the model's own weights goes as well.
+    Returns:
+        The layout finders of all LBP-WHT layers, to be detached when these layers are removed too.
     """
     for module in model.modules():
         if isinstance(module, LBPWHTLinear):
@@ -186,7 +187,7 @@ def _trained_by_others(target: nn.Module, model: nn.Module) -> bool:
 
 
 def patch_blocks(model: nn.Module) -> None:
-    """Have the layers of a model learn on what grids their tokens lie, and what is around them do its part."""
+    """Have the layout finder follow a model's forward passes, and patch the modules beside the adapted layers."""
     patch_attention(model)
     compress_activations(model)
     layers: dict[str, nn.Module] = {
@@ -196,7 +197,7 @@ def patch_blocks(model: nn.Module) -> None:
 
 
 def layout_finder(model: nn.Module) -> LayoutFinder:
-    """The one that all layers of the model share, whichever adapter brought them."""
+    """The layout finder that all layers of a model share, of all its adapters."""
     return (
         next((module.finder for module in model.modules() if isinstance(module, LBPWHTLayer)), None) or LayoutFinder()
     )

@@ -28,25 +28,25 @@ from .weighted import add_weighted_adapter
 class LBPWHTModel(BaseTuner):
     """A model whose targeted layers have LBP-WHT adapters.
 
-    Made by `get_peft_model(model, LBPWHTConfig(...))`; `model.base_model` of what that returns.
+    `get_peft_model(model, LBPWHTConfig(...))` makes it. It is `base_model` of the model that this function returns.
 
-    Put on a model that another PEFT method has adapted, it makes that method's backward pass cheap: the other adapters
-    stay in the model, trained, under their own names, and are saved and loaded along with this one.
+    On a model that another PEFT method has adapted, it makes that method's backward pass cheap: the other adapters stay
+    in the model under their own names, are trained, and are saved and loaded along with this one.
 
     Args:
-        model: Adapted in place. Where it is a `PeftModel`, what that adapted.
-        peft_config: Of each adapter, by name; or one, which PEFT injects into a model of transformers or its like.
-        adapter_name: Of the first adapter.
+        model: The model, which is adapted in place. Of a `PeftModel`, the model that it has adapted is.
+        peft_config: The configurations of the adapters, by name; or a single one, when PEFT injects the adapter.
+        adapter_name: The name of the first adapter.
         low_cpu_mem_usage: Make the adapter's weights on the meta device, to be filled by a checkpoint.
         state_dict: See PEFT.
 
     Attributes:
-        stack: The adapters beneath, None where there are none.
+        stack: The adapters of another method that it is stacked on; None: there are none.
     """
 
     prefix: str = "lbpwht_"
     tuner_layer_cls = LBPWHTLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # structure tells, see encoder.py
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # the structure tells the targets, see encoder.py
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class LBPWHTModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ):
-        # Injected into a model, an adapter joins those that are there; a PeftModel has a list of its own.
+        # An injected adapter joins those that are there, whereas a PeftModel has a list of its own.
         injected = isinstance(peft_config, PeftConfig)
         config: Any = peft_config if injected else peft_config[adapter_name]
         self.peft_config: Any
@@ -75,12 +75,12 @@ class LBPWHTModel(BaseTuner):
         if self.stack is None:
             super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
             return
-        config = copy.copy(config)  # it will hold what is beneath, which the caller's should not
+        config = copy.copy(config)  # it will have stack_on, which the caller's should not
         peft_config = {adapter_name: config}
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = self.stack.base_model_name_or_path
         model = self.stack.base_model
-        listed = model.__dict__.pop("peft_config")  # or PEFT would add to it
+        listed = model.__dict__.pop("peft_config")  # so that PEFT does not add to it
         try:
             super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
         except Exception:
@@ -94,7 +94,7 @@ class LBPWHTModel(BaseTuner):
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
-        except AttributeError:  # AdaLoRA's update_and_allocate and its like
+        except AttributeError:  # such as AdaLoRA's update_and_allocate
             stack = self.__dict__.get("stack")
             if stack is None or not isinstance(stack.holder, PeftModel) or name == "peft_config":
                 raise
@@ -102,11 +102,11 @@ class LBPWHTModel(BaseTuner):
 
     @property
     def stacked_on(self) -> nn.Module | None:
-        """The model beneath. Its `save_pretrained` writes a checkpoint of its own method, free of LBP-WHT."""
+        """The model of the other method. Its `save_pretrained` writes a checkpoint of that method alone."""
         return None if self.stack is None else self.stack.holder
 
     def layout_report(self) -> LayoutReport:
-        """How each adapted layer's backward pass ran last, see [`lbp_peft.layout_report`]."""
+        """A report of how the backward pass of each adapted layer ran last, see [`lbp_peft.layout_report`]."""
         return layout_report(self.model)
 
     def _prepare_adapter_config(self, peft_config: LBPWHTConfig, model_config: dict) -> LBPWHTConfig:
@@ -141,17 +141,17 @@ class LBPWHTModel(BaseTuner):
     def _get_module_names_tied_with_embedding(self) -> list[str]:
         try:
             names: list[str] = super()._get_module_names_tied_with_embedding()
-        except NotImplementedError:  # some detectors tie weights but have no embedding of words
+        except NotImplementedError:  # some detectors tie weights and have no word embedding
             return []
         return names
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, AuxiliaryTrainingWrapper):  # a trained copy takes the place of its original as it is
+        if isinstance(child, AuxiliaryTrainingWrapper):  # the trained copy replaces its original
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
 
-    # What concerns the adapters beneath as well: no module here holds their PeftModel and its tuner.
+    # Calls for the adapters of the other method, whose PeftModel and tuner are not submodules of this one.
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         tuner = None if self.stack is None else self.stack.tuner
@@ -182,7 +182,7 @@ class LBPWHTModel(BaseTuner):
         super()._check_merge_allowed()
         if self.stack is not None and self.stack.tuner is not None:
             self.stack.tuner._check_merge_allowed()
-        for module in self.model.modules():  # all of them before the first is merged
+        for module in self.model.modules():  # check all of them before the first is merged
             if isinstance(module, LBPWHTLinear) and module.weights_in_effect():
                 module.check_base_weight_is_a_parameter()
 
@@ -191,7 +191,7 @@ class LBPWHTModel(BaseTuner):
         if hasattr(tuner, "_enable_peft_forward_hooks"):
             hooks: AbstractContextManager[Any] = tuner._enable_peft_forward_hooks(*args, **kwargs)
             return hooks
-        for argument in ("adapter_names", "alora_offsets"):  # which PEFT would drop without a word
+        for argument in ("adapter_names", "alora_offsets"):  # which PEFT would ignore silently
             if kwargs.get(argument) is not None:
                 raise ValueError(
                     f"{argument}: only LoRA chooses an adapter for each image of a batch. Call "
@@ -212,9 +212,9 @@ class LBPWHTModel(BaseTuner):
 
         Args:
             adapters: Names of adapters that have weights of their own.
-            weights: One for each, of any sign.
-            adapter_name: Of the new adapter.
-            *args: `combination_type`: "linear", the default, and the only one.
+            weights: One weight for each adapter, of any sign.
+            adapter_name: The name of the new adapter.
+            *args: `combination_type`, which can only be "linear", the default.
             **kwargs: The same by name.
 
         Raises:
@@ -239,7 +239,7 @@ class LBPWHTModel(BaseTuner):
         else:
             add_weighted_adapter(self, own, adapters, weights, adapter_name, *args, **kwargs)
 
-    # Switching adapters. A name means every adapter that has it, here and beneath.
+    # Switching adapters. A name means every adapter that has it, of LBP-WHT and of the other method.
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
@@ -263,7 +263,7 @@ class LBPWHTModel(BaseTuner):
         super().delete_adapter(adapter_name)
 
     def _check_base_weights(self, what: str) -> None:
-        """Before the first layer is changed."""
+        """Check that all base weights are available, before the first layer is changed."""
         for module in self.model.modules():
             if isinstance(module, LBPWHTLinear):
                 module.check_base_weight(what)
@@ -275,7 +275,7 @@ class LBPWHTModel(BaseTuner):
         holder = self.stacked_on
         tuner: Any = holder.base_model if isinstance(holder, PeftModel) else super()
         model: nn.Module = tuner._unload_and_optionally_merge(*args, **kwargs)
-        if self._is_built():  # what was beneath another adapter, which is gone now
+        if self._is_built():  # on adapters of `stack_on`, which are removed already
             model = super()._unload_and_optionally_merge(*args, **kwargs)
         for finder in finders:
             finder.detach()
@@ -328,7 +328,7 @@ def _stack_of(model: nn.Module) -> Stack | None:
 
 
 def _no_stack_by_injection(config: Any) -> str:
-    """Why transformers' own `from_pretrained`, `load_adapter`, `add_adapter` and `pipeline` refuse a stack."""
+    """The message for transformers' own `from_pretrained`, `load_adapter`, `add_adapter` and `pipeline`: no stacks."""
     beneath = ", ".join(sorted({str(getattr(c.peft_type, "value", c.peft_type)) for c in config.stack_on.values()}))
     return (
         f"This adapter is a stack, LBP-WHT on {beneath} (stack_on). transformers' own from_pretrained, load_adapter, "

@@ -22,7 +22,7 @@ from ..stacking.stack import adapter_states_restored, has_other_adapters
 
 
 class MixedModel(mixed.MixedModel):
-    """PEFT's, which knows LBP-WHT as well."""
+    """PEFT's mixed model, which takes LBP-WHT adapters as well."""
 
     def _check_new_adapter_config(self, config: Any) -> None:
         if isinstance(config, LBPWHTConfig) and config.stack_on:
@@ -64,7 +64,7 @@ class MixedModel(mixed.MixedModel):
 
 
 def join_mixed_models() -> None:
-    """Make `PeftMixedModel` take LBP-WHT adapters; once, however often it is called."""
+    """Make `PeftMixedModel` take LBP-WHT adapters. Further calls have no effect."""
     if peft.mixed_model.MixedModel is MixedModel:
         return
     mixed.COMPATIBLE_TUNER_TYPES += (PeftType.LBPWHT,)

@@ -1,18 +1,18 @@
-"""Make PEFT know the method."""
+"""Registers the method with PEFT."""
 
 from __future__ import annotations
 
 import peft
 from packaging.version import Version
 
-# The releases the tests ran against. PEFT's tuner internals, which every method builds on, change between minor ones.
+# The releases that were tested. PEFT's tuner internals, on which every method builds, change between minor releases.
 LOWEST_PEFT, BELOW_PEFT = "0.21.0", "0.22"
 
 NAME = "lbpwht"
 
 
 def check_peft_version(version: str) -> None:
-    """Raise ImportError outside the tested range."""
+    """Raise ImportError if a version of PEFT is outside the tested range."""
     if not Version(LOWEST_PEFT) <= Version(version) < Version(BELOW_PEFT):
         raise ImportError(
             f"lbp-peft works with peft >={LOWEST_PEFT},<{BELOW_PEFT}, found {version}. "
@@ -21,7 +21,7 @@ def check_peft_version(version: str) -> None:
 
 
 def add_peft_type() -> None:
-    """Give `PeftType` its member LBPWHT. Other packages may extend the enumeration too; they do not meet."""
+    """Add the member LBPWHT to `PeftType`. Other packages may add members of their own."""
     from aenum import extend_enum
     from peft.utils.peft_types import PeftType
 
@@ -30,7 +30,7 @@ def add_peft_type() -> None:
 
 
 def register() -> None:
-    """Enter the method into PEFT's registry; once, however often it is called."""
+    """Enter the method into PEFT's registry. Further calls have no effect."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils import register_peft_method
 

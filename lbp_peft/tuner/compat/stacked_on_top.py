@@ -1,4 +1,4 @@
-"""When another method's layer is put on top of an LBP-WHT layer."""
+"""Support for adapters of another method on top of LBP-WHT layers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from ..layers.linear import LBPWHTLinear
 
 
 def stand_in_as_base_layer() -> None:
-    """Let an LBP-WHT layer be the base layer of what wraps it, as long as it computes with a weight of its own.
+    """Have `get_base_layer` return an LBP-WHT layer, as long as it computes with a weight of its own.
 
-    PEFT takes the innermost layer, which is not the one in effect: what another method merged into it would be lost.
+    PEFT returns the innermost layer, whose weight is not in use then: merging another method's adapter into it would
+    lose that adapter.
     """
     innermost = BaseTunerLayer.get_base_layer
     if hasattr(innermost, "__wrapped__"):

@@ -1,4 +1,4 @@
-"""What FSDP and activation checkpointing put around modules: part of modules' names, but not of a state dict's keys."""
+"""Wrappers of FSDP and activation checkpointing, whose names are in modules' names, but not in state dicts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def without_wrappers(name: str) -> str:
 
 
 def with_wrappers(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """A state dict under the names that the modules have, which is where PEFT looks for tensors."""
+    """A state dict under the names of the modules, by which PEFT looks for tensors."""
     names = {without_wrappers(name): name for name, _ in model.named_modules()}
     found = {}
     for key, tensor in state_dict.items():

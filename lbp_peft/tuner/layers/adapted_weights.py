@@ -17,10 +17,10 @@ class AdaptedWeights(WaitingBaseWeight):
     """The part of an adapted layer that holds its adapters' weights, each of them a full copy of the base weight.
 
     Attributes:
-        lbpwht_weight, lbpwht_bias: By name of the adapter.
+        lbpwht_weight, lbpwht_bias: The trained weights and biases, by name of the adapter.
     """
 
-    if TYPE_CHECKING:  # of the layer
+    if TYPE_CHECKING:  # attributes of the layer
         lbpwht_rule: dict[str, BackwardRule]
         active_adapters: list[str]
         merged_adapters: list[str]
@@ -36,15 +36,16 @@ class AdaptedWeights(WaitingBaseWeight):
 
     @property
     def weight(self) -> Tensor:
-        """The weight the layer works with, for code that reads it instead of calling the layer; shape (out, in)."""
+        """The weight that the layer computes with, shape (C_out, C_in), for code that reads it."""
         return self._adapted_parameters()[0]
 
     @property
     def bias(self) -> Tensor | None:
+        """The bias that the layer computes with, shape (C_out,); None: it has no bias."""
         return self._adapted_parameters()[1]
 
     def _base_parameters(self) -> tuple[Tensor, Tensor | None]:
-        """Those of the base layer, as they were before any merge, on the layer's device."""
+        """The base layer's weight and bias before any merge, on the layer's device."""
         base = self.get_base_layer()
         weight: Any
         weight, bias = (base.weight, base.bias) if self._unmerged is None else self._unmerged
@@ -53,26 +54,27 @@ class AdaptedWeights(WaitingBaseWeight):
         return weight, bias
 
     def _dtypes_of_base(self) -> tuple[torch.dtype, torch.dtype | None]:
-        """The dtypes of the base weight and bias, which the layer computes in; None: it has no bias."""
+        """The dtypes of the base weight and bias, in which the layer computes; None: it has no bias."""
         base = self.get_base_layer()
         weight: Any
         weight, bias = (base.weight, base.bias) if self._unmerged is None else self._unmerged
         return self._dropped_dtype if self.is_dropped else weight.dtype, None if bias is None else bias.dtype
 
     def weights_in_effect(self) -> list[str]:
-        """The adapters whose weights the layer computes with, in place of those of the base layer."""
+        """The adapters whose weights replace those of the base layer in the forward pass."""
         if self.disable_adapters or self.merged:
             return []
         return [name for name in self.active_adapters if name in self.lbpwht_weight]
 
     def _parameter_of_weight(self) -> Tensor | None:
-        """The one that the weight is, or is a cast of; None where it is the sum of several."""
+        """The parameter that the weight is, or is a cast of; None if the weight is a sum of several."""
         names = self.weights_in_effect()
         if len(names) > 1:
             return None
         return self.lbpwht_weight[names[0]] if names else self._base_parameters()[0]
 
     def _adapted_parameters(self) -> tuple[Tensor, Tensor | None]:
+        """The weight and the bias that the layer computes with."""
         if self.disable_adapters:
             return self._base_parameters()
         if self.merged:
@@ -81,9 +83,9 @@ class AdaptedWeights(WaitingBaseWeight):
         return self._combined_parameters(self.active_adapters)
 
     def _combined_parameters(self, adapter_names: list[str]) -> tuple[Tensor, Tensor | None]:
-        """Those of one adapter; of several, the base's plus what each of them changed. In the base layer's dtype."""
+        """The weight and bias of one adapter, or the base's plus the changes of several, in the base layer's dtype."""
         trained = [name for name in adapter_names if name in self.lbpwht_weight]
-        if len(trained) == 1:  # nearly always, and then the base weight may be elsewhere
+        if len(trained) == 1:  # the usual case, in which the base weight may wait elsewhere
             dtype, dtype_of_bias = self._dtypes_of_base()
             bias = None if dtype_of_bias is None else self.lbpwht_bias[trained[0]].to(dtype_of_bias)
             return self.lbpwht_weight[trained[0]].to(dtype), bias
@@ -94,7 +96,7 @@ class AdaptedWeights(WaitingBaseWeight):
         return weight, bias
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """What an adapter changed: its weight less the base layer's, shape (C_out, C_in)."""
+        """The change by an adapter: its weight less the base layer's, shape (C_out, C_in)."""
         weight, _ = self._base_parameters()
         if adapter not in self.lbpwht_weight:
             return torch.zeros_like(weight)
@@ -102,11 +104,11 @@ class AdaptedWeights(WaitingBaseWeight):
 
     @torch.no_grad()
     def combine(self, new: str, weights: list[tuple[str, float]]) -> None:
-        """Make an adapter's weight and bias the base's plus the weighted sum of what others changed.
+        """Set an adapter's weight and bias to the base's plus a weighted sum of the changes by other adapters.
 
         Args:
-            new: The adapter to fill.
-            weights: Of the others, by name. Those that do not adapt this layer changed nothing.
+            new: The adapter to set.
+            weights: The other adapters, with their weights. Those that do not adapt this layer are skipped.
         """
         weight, bias = self._base_parameters()
         for base, copies in ((weight, self.lbpwht_weight), (bias, self.lbpwht_bias)):
@@ -115,7 +117,7 @@ class AdaptedWeights(WaitingBaseWeight):
                 copies[new].data = weighted_sum_of_changes(base, given)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """A LoRA has no place for a trained bias."""
+        """Whether an adapter can be converted to LoRA, which has no trained bias."""
         return adapter_name not in self.lbpwht_bias
 
     # Merging
@@ -125,10 +127,10 @@ class AdaptedWeights(WaitingBaseWeight):
 
         Args:
             safe_merge: Check for NaN and infinity first.
-            adapter_names: Default: the active ones.
+            adapter_names: The adapters to merge; None: the active ones.
 
         Raises:
-            ValueError: safe_merge, and an adapter is broken. Nothing is changed then.
+            ValueError: with safe_merge, if a weight is not finite. Nothing is changed then.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lbpwht_rule]
         if not any(name in self.lbpwht_weight for name in names):
@@ -144,10 +146,10 @@ class AdaptedWeights(WaitingBaseWeight):
                 )
             base = self.get_base_layer()
             if self._unmerged is None:
-                # Kept, not recomputed: taking differences back out would not restore the base weight bit for bit.
+                # Kept, since subtracting the changes would not restore the base weight bit for bit.
                 kept = None if self.is_dropped else base.weight.data
                 self._unmerged = (kept, None if base.bias is None else base.bias.data)
-            if base.weight is None:  # it was dropped
+            if base.weight is None:  # the base weight was dropped
                 base.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
             base.weight.data = weight.detach().clone()
             if bias is not None:
@@ -157,8 +159,8 @@ class AdaptedWeights(WaitingBaseWeight):
     def unmerge(self) -> None:
         """Give the base layer its own weights back.
 
-        What others merged into it or took out of it in between, as an adapter on top of this layer does, stays with
-        this layer's weights.
+        If others have changed the merged weights in between, as an adapter on top of this layer does when it is merged,
+        this layer's weights get their changes.
 
         Raises:
             ValueError: the base weight was dropped.
@@ -176,11 +178,11 @@ class AdaptedWeights(WaitingBaseWeight):
         _restore(base.weight, stash[0], merged[0], self.lbpwht_weight[name])
         if base.bias is not None:
             _restore(base.bias, stash[1], merged[1], self.lbpwht_bias[name])
-        self._is_on_host = False  # it came to the layer's device
+        self._is_on_host = False  # `_restore` has moved it to the layer's device
         self._watch_training()
 
     def check_base_weight_is_a_parameter(self) -> None:
-        """Raise ValueError where a parametrization or a hook computes it anew and would undo what is written to it."""
+        """Raise ValueError if a parametrization or a hook computes the weight and would overwrite any other value."""
         base = self.get_base_layer()
         if "weight" not in base._parameters:
             raise ValueError(
@@ -192,7 +194,7 @@ class AdaptedWeights(WaitingBaseWeight):
 
 
 def _plus_changes(base: Tensor, adapted: list[Tensor]) -> Tensor:
-    """The base plus what each adapted copy of it changed, in the base's dtype."""
+    """The base plus the change by each adapted copy of it, in the base's dtype."""
     if not adapted:
         return base
     if len(adapted) == 1:
@@ -202,10 +204,10 @@ def _plus_changes(base: Tensor, adapted: list[Tensor]) -> Tensor:
 
 
 def weighted_sum_of_changes(base: Tensor, adapted: list[tuple[Tensor, float]]) -> Tensor:
-    """The base plus, for each adapted copy of it, a multiple of what it changed; in the copies' dtype."""
+    """The base plus a multiple of the change by each adapted copy of it, in the copies' dtype."""
     dtype = adapted[0][0].dtype
     master = torch.promote_types(dtype, torch.float32)
-    # Written so that a single copy of weight 1, or the mean of equal ones, comes out to the bit.
+    # In this form, a single copy of weight 1, and the mean of equal copies, come out to the bit.
     total = (1 - math.fsum(factor for _, factor in adapted)) * base.detach().to(master)
     for copy, factor in adapted:
         total = total + factor * copy.detach().to(master)
@@ -214,7 +216,7 @@ def weighted_sum_of_changes(base: Tensor, adapted: list[tuple[Tensor, float]]) -
 
 @torch.no_grad()
 def _restore(base: Tensor, stash: Any, merged: Any, copy: Tensor) -> None:
-    """Put the stash back into a parameter; what it differs by from what was merged goes to the adapter's copy."""
+    """Put the stash back into a parameter, and add to the adapter's copy what others have added to the parameter."""
     if base.dtype == stash.dtype and not torch.equal(base, merged):
         copy += (base - merged).to(copy)
     base.data = stash.to(base)

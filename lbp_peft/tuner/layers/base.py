@@ -1,4 +1,4 @@
-"""The base class of layers with LBP-WHT adapters: which adapter's rule is in effect, and whether it can be followed."""
+"""The base class of layers with LBP-WHT adapters: chooses the rule of the active adapters for the backward pass."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class LBPWHTLayer(BackwardPlanner, BaseTunerLayer):
 
     other_param_names: tuple[str, ...] = ("lbpwht_rule",)
 
-    if TYPE_CHECKING:  # PEFT's, which is not followed
+    if TYPE_CHECKING:  # attributes of BaseTunerLayer, which has no types
         active_adapters: list[str]
         disable_adapters: bool
         merged: bool
@@ -44,16 +44,14 @@ class LBPWHTLayer(BackwardPlanner, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._why_not_token_wise: BoundedCache[Hashable, str] = BoundedCache(16)
 
-    # How to run the backward pass
-
     def rules_in_effect(self) -> list[BackwardRule]:
-        """The rules of the active adapters; none if the backward pass has to be exact."""
+        """The rules of the active adapters; empty if the backward pass has to be exact."""
         if self.disable_adapters or self.merged or self.finder.is_exact(self.layer_name):
             return []
         return [self.lbpwht_rule[name] for name in self.active_adapters if name in self.lbpwht_rule]
 
     def _active_rule(self, x: Tensor) -> BackwardRule | None:
-        """The rule for the coming backward pass; None if there will be none, or if it is to be exact."""
+        """The rule for the backward pass of this call; None if there will be no such pass, or it has to be exact."""
         rule = self._choose_rule(x) if self.training and torch.is_grad_enabled() else None
         if rule is None:
             self._note_call(x)
@@ -64,13 +62,14 @@ class LBPWHTLayer(BackwardPlanner, BaseTunerLayer):
         self.finder.note_call(self.layer_name, x, self._channels_axis(x))
 
     def _choose_rule(self, x: Tensor) -> BackwardRule | None:
+        """The rule that all active adapters agree on; None, after a warning, if they do not."""
         rules = self.rules_in_effect()
         if rules and in_forward_mode():
             why = "forward-mode differentiation (torch.func.jvp, jacfwd, hessian) has no backward pass"
             self._fall_back(x, why, "Use lbp_peft.exact_backward(model) or model.eval() to silence this.", cause=why)
             return None
         if len(rules) > 1:
-            # Activation functions, norms and attention serve each rule for itself.
+            # Activation functions, norms and attention follow each rule by itself.
             words = tuple(word for word in COMPRESSIBLE if all(word in rule.compress for rule in rules))
             rules = list({replace(rule, compress=words) for rule in rules})
         if len(rules) > 1:
@@ -80,11 +79,17 @@ class LBPWHTLayer(BackwardPlanner, BaseTunerLayer):
         return rules[0] if rules else None
 
     def _as_one_operation(self, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
-        """Run a function of x that treats each token by itself; the tracer takes it for a single operation."""
+        """Run a function of x that maps each token by itself, as a single operation for the tracer."""
         return self.finder.as_one_operation(x, run, self._channels_axis(x))
 
     def _is_token_wise(self, layer: nn.Module, x: Tensor, state: Hashable) -> bool:
-        """Whether the backward pass of a layer other than a plain linear one can use few rows; tried once per state."""
+        """Whether a layer maps each token by itself, so that few rows can replace the tokens in its backward pass.
+
+        Args:
+            layer: A layer that is not plain.
+            x: Its input.
+            state: A key of everything that the answer depends on; the layer is tried out once for each state.
+        """
         if torch.compiler.is_compiling():
             return False
         if in_transform():

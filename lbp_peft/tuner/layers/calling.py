@@ -24,7 +24,7 @@ _ONLY_BRING_PARAMETERS = "deepspeed."
 _ONLY_NOTE = "torch."
 
 
-# The reason why a layer that would be run again in the backward pass is exact, and the remedy.
+# The reason for exact backpropagation through a layer that would have to be run again, and the remedy.
 WATCHED = (
     "modules inside it have hooks or replaced forward methods, which would run once more in the backward pass",
     "Put the hooks on the layer itself, or remove them for training.",
@@ -40,7 +40,7 @@ def has_hooks(module: nn.Module) -> bool:
         module._backward_hooks,
     )
     of_all: tuple[Mapping[int, object], ...] = (_before_all, _after_all, _before_all_backward, _after_all_backward)
-    if not (any(own) or any(of_all)):  # nearly always
+    if not (any(own) or any(of_all)):  # the usual case
         return False
     only_bring = all(_all_from(_ONLY_BRING_PARAMETERS, hooks) for hooks in own)
     return not (only_bring and all(_all_from(_ONLY_NOTE, hooks) for hooks in of_all))
@@ -132,7 +132,7 @@ class _StandIn:
         module: The module whose method it replaces.
         replaced: The instance's own method; None if the instance only had that of its class.
         forwards: The function that runs instead, by thread.
-        users: The number of replacements in force.
+        users: The number of current replacements.
     """
 
     def __init__(self, module: nn.Module, replaced: Callable[..., Tensor] | None):

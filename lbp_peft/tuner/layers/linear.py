@@ -35,18 +35,20 @@ from .waiting import DROPPED, RESIDENT
 
 @register_layer_type("torch.nn.Linear", is_plain_linear)
 class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
-    """`nn.Linear` with LBP-WHT adapters. An adapter's weight is a full copy of the base weight, trained; the base stays
-    intact, see [`WaitingBaseWeight`].
+    """`nn.Linear` with LBP-WHT adapters.
+
+    The weight of an adapter is a trained copy of the base weight. The base weight itself is not changed; it may wait
+    elsewhere during training, see [`lbp_peft.tuner.layers.waiting`].
 
     Args:
         base_layer: The adapted layer.
-        finder: Knows where tokens lie; shared by all layers of the model.
-        layer_name: Of the layer in the model, for messages.
-        adapter_name: The first adapter.
-        rule: Its backward pass.
-        train_base_weight: Whether it trains a copy of the weight and the bias.
-        inference_mode: Whether it is frozen.
-        base_weights: Where the base weight waits while it is active, see [`LBPWHTConfig`].
+        finder: Finds where tokens lie; shared by all layers of the model.
+        layer_name: The name of the layer in the model, for messages.
+        adapter_name: The name of the first adapter.
+        rule: The first adapter's settings for the backward pass.
+        train_base_weight: Whether this adapter trains a copy of the weight and the bias.
+        inference_mode: Whether this adapter is frozen.
+        base_weights: Where the base weight waits while only this adapter is active, see [`LBPWHTConfig`].
     """
 
     adapter_layer_names = ("lbpwht_weight", "lbpwht_bias")
@@ -95,7 +97,7 @@ class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
         with onloaded(self.get_base_layer()):
             if train_base_weight:
                 weight, bias = self._base_parameters()
-                weight = weight.detach()  # where the base's is dropped, it is itself trained
+                weight = weight.detach()  # with "dropped", the base weight itself becomes the trained weight
                 self.lbpwht_weight[adapter_name] = nn.Parameter(weight if base_weights == DROPPED else weight.clone())
                 if bias is not None:
                     self.lbpwht_bias[adapter_name] = nn.Parameter(bias.detach().clone())
@@ -120,11 +122,13 @@ class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
             return self._compute(x, rule)
 
     def _call_base_layer(self, x: Tensor) -> Tensor:
+        """The output of the base layer with its own weights."""
         if (self.is_dropped or self._file is not None) and not self.merged:
             self.check_base_weight("Running the model without its adapter")
         return self.base_layer(x)
 
     def _compute(self, x: Tensor, rule: BackwardRule | None) -> Tensor:
+        """The output of the layer with the adapters' weights, if these have any."""
         if not self.layer_type.matches(self.get_base_layer()) or has_own_forward(self.base_layer):
             return self._run_base_layer(x, rule)
         if not has_to_be_called(self.base_layer):
@@ -133,7 +137,7 @@ class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
         return eagerly(call_with, self.base_layer, forward, x)
 
     def _multiply_adapted(self, rule: BackwardRule | None, x: Tensor) -> Tensor:
-        """In the place of a plain base layer's forward method."""
+        """The output of a plain base layer, computed from the weights in effect without its forward method."""
         weight, bias = self._adapted_parameters()
         plan = None if rule is None else self._plan(x, self.get_base_layer(), weight.requires_grad, rule)
         if plan is None:
@@ -141,7 +145,7 @@ class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
         return self._as_one_operation(x, lambda: self._multiply_low_rank(x, weight, bias, plan))
 
     def _run_base_layer(self, x: Tensor, rule: BackwardRule | None) -> Tensor:
-        """Where the base layer computes something else, or in another way, than a plain one."""
+        """The output of a base layer that is not plain, such as a quantized one, by its own forward method."""
         base = self.base_layer
         if self.weights_in_effect():
             if rule is not None:
@@ -161,6 +165,7 @@ class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
         return self._as_one_operation(x, lambda: low_rank_layer(base, x, plan=plan))
 
     def _parameters_to_put_in(self, base: nn.Module) -> dict[str, Tensor]:
+        """The weights in effect, for a call of the base layer with them. Raises ValueError if that is not possible."""
         self.check_base_weight_is_a_parameter()
         if self.is_dropped:
             self.check_base_weight("A layer whose forward method was replaced")
@@ -173,6 +178,7 @@ class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
         return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
     def _refuse_to_train_what_is_offloaded(self) -> None:
+        """Raise RuntimeError if accelerate has offloaded weights that are trained."""
         trained = [p for parameters in (self.lbpwht_weight, self.lbpwht_bias) for p in parameters.values()]
         trains = self.training and torch.is_grad_enabled() and any(p.requires_grad for p in trained)
         if trains and is_offloaded(self.lbpwht_weight):
@@ -186,12 +192,15 @@ class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
         return self.layer_type.channels_axis
 
     def _num_features(self, base: Any) -> tuple[int, int]:
+        """C_in and C_out of a base layer."""
         return base.in_features, base.out_features
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's forward pass with a given weight and bias."""
         return F.linear(x, weight, bias)
 
     def _multiply_low_rank(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: BackwardPlan) -> Tensor:
+        """[`_multiply`] with a backward pass that follows a plan."""
         return low_rank_linear(x, weight, bias, plan=plan, parameter=self._parameter_of_weight())
 
     # Switching adapters
@@ -222,7 +231,7 @@ class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
 
 
 def can_be_dropped(base: nn.Module) -> bool:
-    """Whether a layer's own weight is needed by nothing but the forward method of a plain layer."""
+    """Whether only the forward method of a plain layer needs the weight of a layer."""
     weight = base._parameters.get("weight")
     is_ours = weight is not None and not weight.is_meta and not hasattr(weight, "ds_status")
     return layer_type_of(base) is not None and is_ours and not has_own_forward(base) and "_hf_hook" not in vars(base)

@@ -22,7 +22,7 @@ from ...ops.plan import BackwardPlan, ExactProduct, InputGradient
 from ...transforms import in_transform
 from .rule import BackwardRule
 
-# A compiled graph has to serve batches of all sizes. "auto" chooses for this one there.
+# The batch size that "auto" assumes in a compiled graph, which has to serve all batch sizes.
 _USUAL_BATCH = 8
 _TOO_NARROW = "exact backpropagation is faster for so narrow a layer"
 
@@ -33,7 +33,7 @@ class BackwardPass:
 
     Attributes:
         num_tokens: L; 0 if the input has no token axis.
-        layout: Where the tokens lie, if that is known.
+        layout: The layout of the tokens, if it is known.
         grad_weight_rows, grad_input_rows: k of the L tokens that each gradient is computed from; L: exact.
         why_exact: The reason why both are exact; "" if at least one is low-rank or in low precision.
         precision: Precision of the product in the input gradient.
@@ -51,7 +51,7 @@ class BackwardPass:
 
 
 class NothingToGainError(LayoutError):
-    """An input of shape (N, C), or with one token of each image: nothing to warn of."""
+    """The input has shape (N, C), or one token for each image, so there is nothing to warn of."""
 
 
 class _Exact(NamedTuple):
@@ -59,7 +59,7 @@ class _Exact(NamedTuple):
 
     Attributes:
         why: The reason.
-        layout: Where the tokens lie, if that is known.
+        layout: The layout of the tokens, if it is known.
         remedy: What the user can do about it; None: there is nothing to warn of.
     """
 
@@ -69,7 +69,7 @@ class _Exact(NamedTuple):
 
 
 class _MadePlan(NamedTuple):
-    """A plan as a layer remembers it: making it takes longer than a small product, and most calls are alike."""
+    """A plan that a layer keeps for its next calls: making a plan takes longer than a small product."""
 
     plan: BackwardPlan | None
     ran: BackwardPass | None
@@ -80,7 +80,7 @@ class _MadePlan(NamedTuple):
 class BackwardPlanner:
     """Plans the backward passes of one layer, and records each decision in `last_backward`.
 
-    Subclasses say how their inputs and weights are laid out.
+    Subclasses define the shapes of their inputs and weights.
 
     Args:
         finder: Finds where tokens lie; shared by all layers of the model.
@@ -93,7 +93,7 @@ class BackwardPlanner:
         self.last_backward: BackwardPass | None = None
         self._plans: ScratchCache[Hashable, _MadePlan] = ScratchCache(16)
 
-    # What differs between types of layers
+    # Differences between types of layers
 
     def _channels_axis(self, x: Tensor) -> int:
         """The axis of the channels in the input."""
@@ -109,7 +109,7 @@ class BackwardPlanner:
         return shape
 
     def _trains_whole_weight(self, base: Any) -> bool:
-        """Whether training this layer means training its whole weight matrix, and not only factors."""
+        """Whether the layer trains its whole weight matrix, and not only the factors of a low-rank update."""
         return True
 
     def _check_layout(self, x: Tensor, layout: TokenLayout) -> None:
@@ -118,7 +118,7 @@ class BackwardPlanner:
     # The plan
 
     def _plan(self, x: Tensor, base: nn.Module, train_weight: bool, rule: BackwardRule) -> BackwardPlan | None:
-        """The plan of the backward pass; None if it has to be exact, or if nothing is gained otherwise.
+        """The plan of the backward pass; None if it has to be exact, or if a low-rank one gains nothing.
 
         Args:
             x: The layer's input.
@@ -131,8 +131,8 @@ class BackwardPlanner:
             return self._plan_or_reason(x, base, train_weight, rule, record)
         if record.text or in_transform():  # the plan depends on the attention mask of the pass, or on the transform
             return self._make_plan(x, base, train_weight, rule, record).plan
-        # All that a plan depends on. Rules and records are immutable, and the entry keeps them alive, so that no other
-        # one can have the same id.
+        # The key has everything that a plan depends on. Rules and records are immutable, and the entry keeps them
+        # alive, so that their ids are not used again.
         key = (
             x.shape, x.dtype, x.device, x.requires_grad, _dtype_of_layer(x), self._channels_axis(x),
             train_weight, self._trains_whole_weight(base), self._shape_of_weight(base), id(rule), id(record),
@@ -174,8 +174,8 @@ class BackwardPlanner:
         # Within vmap, requires_grad does not tell whether an outer transform differentiates a tensor.
         train_weight, needs_x_grad = (needed or in_transform() for needed in (train_weight, x.requires_grad))
         weight_basis = rule.weight_basis if train_weight else None
-        # A first layer, which needs no input gradient, has the precision of the others all the same: its input is saved
-        # by it, and under checkpointing it does compute an input gradient.
+        # The first layer needs no input gradient. It has the precision of the other layers nevertheless: its input is
+        # saved accordingly, and under gradient checkpointing it does compute an input gradient.
         input_gradient = rule.input_gradient if needs_x_grad else ExactProduct(precision=rule.input_gradient.precision)
         if weight_basis is None and (not needs_x_grad or input_gradient.is_exact):
             return _Exact("its weight is not trained and its input gradient is to be exact or is not needed")
@@ -203,7 +203,7 @@ class BackwardPlanner:
         return self._with_chosen_precision(x, base, plan)
 
     def _why_no_tokens(self, x: Tensor) -> str:
-        """Why an input has nothing to project: it has no token axis, or a single token; "" if it has several."""
+        """The reason why an input has no tokens to project; "" if it has."""
         if x.dim() < 2:
             return "its input has no token axis"
         if x.dim() > 2 and _num_tokens(self._shape_of_tokens(x)) <= 1 and math.prod(x.shape[:-1]) == x.shape[0]:
@@ -211,7 +211,7 @@ class BackwardPlanner:
         return ""
 
     def _adaptive_if_faster(self, x: Tensor, base: nn.Module, input_gradient: InputGradient) -> InputGradient:
-        """The input gradient as it is, but for an adaptive basis that would be slower than an exact product."""
+        """The same input gradient, or an exact product if an adaptive basis would be slower than that."""
         if not isinstance(input_gradient, AdaptiveBasis) or x.dim() < 3:
             return input_gradient
         out_features, in_features = self._num_features_of(x, base)
@@ -235,7 +235,7 @@ class BackwardPlanner:
         """
         layout, padding_mask = self._layout(x, record, rule)
         plan = BackwardPlan(layout, weight_basis, input_gradient, padding_mask, "projection" in rule.compress)
-        self._num_rows(x, plan)  # which a basis that does not exist for the layout refuses
+        self._num_rows(x, plan)  # raises LayoutError if a basis does not exist for the layout
         return plan
 
     def _with_chosen_precision(self, x: Tensor, base: nn.Module, plan: BackwardPlan) -> BackwardPlan | _Exact:
@@ -257,7 +257,8 @@ class BackwardPlanner:
         weight_rows, input_rows = self._num_rows(x, plan)
         num_images = _USUAL_BATCH if torch.compiler.is_compiling() else math.prod(shape[:-1]) // num_tokens
         if weight_rows < num_tokens:
-            # Where only factors are trained, low-rank gradients are used to save the memory of x, and less for time.
+            # If only factors are trained, low-rank gradients save the memory of x rather than time: they are used
+            # wherever they would be faster in float32.
             weighed = dtype if self._trains_whole_weight(base) else torch.float32
             on_images = x.dim() == 4 and shape != x.shape
             given = (num_images, num_tokens, weight_rows, *features, weighed, x.device, on_images)
@@ -281,7 +282,7 @@ class BackwardPlanner:
         return plan.num_rows(self._num_tokens(x, plan.layout))
 
     def _in_full_precision(self, x: Tensor, plan: BackwardPlan | None) -> BackwardPlan | None:
-        """The plan for a layer that is run again in the backward pass, so that its product g W cannot be quantized."""
+        """The plan in full precision, for a layer that is run again, since its product g W cannot be quantized."""
         if plan is None or plan.precision.name == "full" or self.last_backward is None:
             return plan
         ran = self.last_backward = replace(self.last_backward, precision="full")
@@ -293,7 +294,11 @@ class BackwardPlanner:
     # The layout of the tokens
 
     def _layout(self, x: Tensor, record: LayoutRecord, rule: BackwardRule) -> tuple[TokenLayout, Tensor | None]:
-        """The layout of the input's tokens, and their padding mask, shape (N, L)."""
+        """The layout of the input's tokens, and their padding mask (N, L).
+
+        Raises:
+            LayoutError: the layout is not known or not supported.
+        """
         if record.layout is None and not record.is_surprising and rule.grid_size is None:
             raise NothingToGainError("its input has no token axis" if x.dim() == 2 else record.why_unknown, "")
         if rule.grid_size is not None and not record.text and x.dim() > 2:
@@ -318,7 +323,7 @@ class BackwardPlanner:
             return TokenLayout(grid)
         return given_layout(int(shape[1]), record, grid, rule.num_prefix_tokens, rule.num_suffix_tokens)
 
-    # What is recorded, and what the user is told
+    # Records and warnings
 
     def _fall_back(
         self, x: Tensor, why: str, remedy: str, cause: str, instead: str = "uses exact backpropagation"
@@ -372,12 +377,13 @@ class BackwardPlanner:
 
 
 def _dtype_of_layer(x: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer works on x."""
+    """The dtype in which a linear layer computes for an input x."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def _num_tokens(shape: torch.Size) -> int:
+    """L of (N, ..., C); 0 if there is no token axis."""
     return math.prod(shape[1:-1]) if len(shape) > 2 else 0
 
 

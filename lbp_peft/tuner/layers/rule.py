@@ -1,4 +1,4 @@
-"""The settings of an adapter for the backward pass of one layer."""
+"""Rules: the settings of an adapter for the backward pass of one layer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ...bases.base import Basis
 from ...ops.plan import ExactProduct, InputGradient
 
-# What `compress_activations` may name.
+# The words that `compress_activations` may contain.
 COMPRESSIBLE = ("activation", "norm", "attention", "projection")
 
 
@@ -18,7 +18,7 @@ class BackwardRule:
     Attributes:
         weight_basis: Basis of the weight gradient.
         input_gradient: How the input gradient is computed. The name of its precision may be "auto".
-        compress: What is saved in few bits in the block of the layer, words of `compress_activations`.
+        compress: The words of `compress_activations`: what is saved in few bits in the block of the layer.
         grid_size, num_prefix_tokens, num_suffix_tokens: As given in the configuration.
     """
 

@@ -27,7 +27,7 @@ from torch import Tensor
 _FREE_SPACE_LEFT = 2**30
 _CHUNK = 2**23
 _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
-_WHERE_ELSE = "/var/tmp"  # temporary files that are expected to lie on a disk
+_WHERE_ELSE = "/var/tmp"  # which is usually on a disk
 _MADV_DONTNEED = 4
 _CAN_UNLINK_OPEN_FILES = os.name == "posix"
 
@@ -65,7 +65,7 @@ def in_own_file(weight: Tensor) -> Tensor:
     """A copy of a weight in a temporary file that has no name: it disappears with the tensor, or with the process.
 
     Args:
-        weight: Contiguous, of any shape, dtype and device.
+        weight: A contiguous tensor of any shape, dtype and device.
 
     Returns:
         A tensor on the CPU, mapped from the file. None of its pages is in memory yet.
@@ -98,7 +98,7 @@ def release_pages(weight: Tensor) -> FileStamp | None:
     That is how safetensors loads checkpoints on the CPU. Pages that are dropped are read again when they are used.
 
     Args:
-        weight: On the CPU, contiguous.
+        weight: A contiguous tensor on the CPU.
 
     Returns:
         The file; None if the weight lies elsewhere or was changed since it was loaded, and nothing was dropped.
@@ -113,7 +113,7 @@ def release_pages(weight: Tensor) -> FileStamp | None:
             return None
     except OSError:
         return None
-    # Of the pages that the weight shares with its neighbours nothing is known.
+    # Pages that the weight shares with its neighbours are left alone, since the neighbours may have changed.
     page = os.sysconf("SC_PAGE_SIZE")
     start, end = -(-weight.data_ptr() // page) * page, (weight.data_ptr() + weight.nbytes) // page * page
     if end > start:
@@ -122,7 +122,7 @@ def release_pages(weight: Tensor) -> FileStamp | None:
 
 
 def in_host_memory(weight: Tensor) -> Tensor:
-    """A copy of a device's weight in the CPU's memory, pinned where that can be had, for fast transfers."""
+    """A copy of a weight in the CPU's memory, pinned for fast transfers if possible."""
     try:
         copy = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=weight.device.type == "cuda")
     except RuntimeError:  # the system limits how much may be pinned

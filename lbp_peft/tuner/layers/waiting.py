@@ -1,4 +1,4 @@
-"""Where the base weight of a layer waits while the layer computes with a trained copy of it."""
+"""Puts the base weight of a layer away while the layer computes with a trained copy of it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _LEAST_BYTES = 2**16  # smaller weights are not worth a file
 class WaitingBaseWeight(nn.Module):
     """The part of an adapted layer that puts its base weight away, and brings it back where it is needed.
 
-    It is put away when the first backward pass that trains a copy of it ends, which is before an optimiser has any
-    state: until then, whatever wraps the model for training finds ordinary parameters. Wherever it waits it remains the
-    parameter of the base layer, so that state dicts, copies and pickles are complete. On the CPU it is an ordinary
-    tensor, mapped from a file, and need not be brought back. A GPU's is on the CPU meanwhile.
+    It is put away at the end of the first backward pass that trains a copy of it, which is before an optimizer has any
+    state. Until then, libraries that wrap the model for training find ordinary parameters. It always remains the
+    parameter of the base layer, so that state dicts, copies and pickles are complete. The weight of a layer on a CPU is
+    then mapped from a file and need not be brought back; that of a layer on a GPU waits on the CPU.
 
     Attributes:
         lbpwht_base_weights: Where it is to wait while an adapter is active, by name of the adapter.
@@ -32,7 +32,7 @@ class WaitingBaseWeight(nn.Module):
     lbpwht_base_weights: dict[str, str]
     is_dropped = False
 
-    if TYPE_CHECKING:  # of the layer
+    if TYPE_CHECKING:  # attributes of the layer
         layer_name: str
         finder: Any
         lbpwht_weight: nn.ParameterDict
@@ -51,12 +51,12 @@ class WaitingBaseWeight(nn.Module):
 
     @property
     def base_weight_waits(self) -> bool:
-        """Whether the base weight was put away and takes no memory of the layer's device, or was dropped."""
+        """Whether the base weight was put away, so that it takes no memory of the layer's device, or was dropped."""
         weight = self.get_base_layer()._parameters.get("weight")
         return self.is_dropped or self._is_on_host or (weight is not None and 0 != weight.data_ptr() == self._waits_at)
 
     def put_base_weight_away(self) -> None:
-        """Put the base weight where the adapter in effect has it wait, if it is only that adapter's that is used."""
+        """Put the base weight where the active adapter has it wait, if only that adapter's weight is in use."""
         names = self.weights_in_effect()
         weight = self.get_base_layer()._parameters.get("weight")
         if len(names) != 1 or weight is None or weight.data_ptr() == self._waits_at:
@@ -78,7 +78,7 @@ class WaitingBaseWeight(nn.Module):
         self._waits_at = weight.data_ptr()
 
     def _can_wait(self, weight: Tensor, where: str) -> bool:
-        """Whether nobody else holds the values: FSDP, ZeRO-3 and accelerate have places of their own for them."""
+        """Whether the weight may be put away: FSDP, ZeRO-3 and accelerate manage the values of weights themselves."""
         base = self.get_base_layer()
         if where == RESIDENT or type(weight) is not nn.Parameter or weight.is_meta or weight.requires_grad:
             return False
@@ -106,7 +106,7 @@ class WaitingBaseWeight(nn.Module):
         return True
 
     def drop_base_weight(self) -> None:
-        """Leave the layer without its base weight, for good, unless the copy of it is still to get its values."""
+        """Leave the layer without its base weight for good, unless its copy has no values yet."""
         weight = self.get_base_layer().weight
         if any(copy.is_meta for copy in self.lbpwht_weight.values()):
             return
@@ -117,17 +117,17 @@ class WaitingBaseWeight(nn.Module):
     # Back again
 
     def bring_base_weight_back(self) -> None:
-        """Have the base weight on the layer's device, in memory of its own."""
+        """Move the base weight back to the layer's device."""
         if self._is_on_host and self._unmerged is None:
             weight = self.get_base_layer().weight
             weight.data = weight.data.to(self._device_of_copies())
             self._is_on_host = False
 
     def check_base_weight(self, what: str) -> None:
-        """Check that the base weight can be had.
+        """Check that the base weight is available.
 
         Args:
-            what: What needs it, as the beginning of a sentence.
+            what: The operation that needs it, as the beginning of a sentence.
 
         Raises:
             ValueError: it was dropped.
@@ -156,7 +156,7 @@ class WaitingBaseWeight(nn.Module):
         return next((copy.device for copy in self.lbpwht_weight.values()), torch.device("cpu"))
 
     def _base_weight_may_be_needed(self) -> None:
-        """To be called when adapters were switched, disabled or deleted."""
+        """Bring the base weight back if it is needed, after adapters were switched, disabled or deleted."""
         if self._is_on_host and len(self.weights_in_effect()) != 1:
             self.bring_base_weight_back()
         self._watch_training()
@@ -175,7 +175,7 @@ class WaitingBaseWeight(nn.Module):
                 hook = _AtEndOfBackward(weakref.ref(self))
                 hook.handle = trained.register_post_accumulate_grad_hook(hook)
 
-    # Where nn.Module or PEFT changes the layer
+    # Changes of the layer by nn.Module or PEFT
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Any:
         self.bring_base_weight_back()
@@ -195,14 +195,14 @@ class WaitingBaseWeight(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._waits_at, self._file = 0, None  # a copy's values lie in memory
+        self._waits_at, self._file = 0, None  # the values of a copy are in memory
         self._watch_training()
 
 
 class _AtEndOfBackward:
     """A hook on a trained parameter that puts the base weight away once the whole backward pass is over.
 
-    Not earlier: the pass may go through parts of the graph in which the base weight was used.
+    It does not do so earlier, since the pass may go through parts of the graph in which the base weight was used.
     """
 
     handle: Any = None

@@ -36,16 +36,16 @@ from ..patches.forward_patch import ForwardPatch, UnpatchedForward
 
 
 class LBPWHTStacked(nn.Module, ForwardPatch, LBPWHTLayer):
-    """Stands inside a layer that another method adapts, see [`ForwardPatch`].
+    """Patches a layer that another method adapts, its host, see [`ForwardPatch`].
 
     Args:
-        finder: Knows where tokens lie; shared by all layers of the model.
-        layer_name: Of the host in the model, for messages.
-        rules: By adapter name; the first adapter is active.
+        finder: Finds where tokens lie; shared by all layers of the model.
+        layer_name: The name of the host in the model, for messages.
+        rules: The rules of the LBP-WHT adapters, by name. The first adapter is active.
     """
 
     adapter_layer_names = ()
-    weight = bias = None  # where PEFT would ask a base layer, and find this one again and again
+    weight = bias = None  # so that PEFT does not look for a base layer here, without end
 
     def __init__(self, finder: LayoutFinder, layer_name: str, rules: dict[str, BackwardRule]):
         super().__init__()
@@ -55,13 +55,13 @@ class LBPWHTStacked(nn.Module, ForwardPatch, LBPWHTLayer):
         self._on_images = False
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Nothing to merge."""
+        """Do nothing: there are no weights to merge."""
 
     def unmerge(self) -> None:
-        """Nothing was merged."""
+        """Do nothing: no weights were merged."""
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """Nothing to move."""
+        """Do nothing: there are no weights to move."""
 
     def _shape_of_tokens(self, x: Tensor) -> torch.Size:
         return x.movedim(1, -1).shape if self._on_images and x.dim() > 2 else x.shape
@@ -141,7 +141,7 @@ def _is_trained(host: nn.Module) -> bool:
 
 
 class _ChannelsLast(nn.Module):
-    """A layer that works on (N, C, H, W) or (N, C, L), for (N, H, W, C) and for rows of tokens (N, L, C)."""
+    """A layer for (N, C, H, W) or (N, C, L), made a layer for (N, H, W, C) or (N, L, C)."""
 
     def __init__(self, layer: nn.Module, num_axes: int):
         super().__init__()
@@ -155,21 +155,21 @@ class _ChannelsLast(nn.Module):
 
 
 def _adapters_in_use(host: object) -> tuple[str, ...]:
-    """The adapters that a host computes with. Merging changes its weights without their version counters."""
+    """The adapters that a host computes with. Merging changes weights, but not their version counters."""
     names = ("active_adapters", "disable_adapters", "merged_adapters")
     return tuple(str(getattr(host, name, None)) for name in names)
 
 
 def _call_parts(layer: LBPWHTStacked, host: Any, x: Tensor, linears: list[Any], plan: BackwardPlan) -> Tensor:
-    """The host's own forward pass, each of its linear parts with a low-rank backward pass of its own."""
+    """The host's own forward pass, in which each linear part has a low-rank backward pass of its own."""
     base = linears[0]
     plan_of_factor = plan.with_precision(FULL)
 
     def forward(part: Any, z: Tensor) -> Tensor:
-        if z.shape[:-1] != x.shape[:-1]:  # a hook made something else of the tokens
+        if z.shape[:-1] != x.shape[:-1]:  # a hook has changed the shape of the tokens
             return F.linear(z, part.weight, part.bias)
         part_plan = plan if part is base else plan_of_factor
-        if part.weight.shape[1] != base.weight.shape[1]:  # it takes the r features of the first factor
+        if part.weight.shape[1] != base.weight.shape[1]:  # the second factor of LoRA, whose input has r features
             part_plan = replace(plan_of_factor, input_gradient=ExactProduct())
         return layer._as_one_operation(z, lambda: low_rank_linear(z, part.weight, part.bias, plan=part_plan))
 
@@ -210,7 +210,7 @@ def _lora_parts(host: Any, x: Tensor) -> list[_LoraParts] | None:
         if name in host.lora_variant or not plain:
             return None
         if down.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
-            return None  # the layer casts back and forth
+            return None  # the layer casts its input and its output
         found.append(_LoraParts(down, up, dropout, host.scaling[name]))
     return found
 
