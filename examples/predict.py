@@ -31,10 +31,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the program.
 
     Args:
-        arguments: Flags; None takes those of the command line.
+        arguments: The flags; None: those of the command line.
 
     Returns:
-        The exit status, 1 where an image could not be read.
+        The exit status, 1 if an image could not be read.
     """
     options = _parse(arguments)
     transformers.logging.disable_progress_bar()
@@ -93,7 +93,7 @@ def _files(paths: list[Path]) -> Iterator[Path]:
 
 @torch.no_grad()
 def _predict(predictor: Predictor, image: Image.Image, file: Path, options: Any) -> dict[str, float]:
-    """The likeliest classes with their probabilities, or the commonest with their shares of the pixels."""
+    """The most likely classes with their probabilities, or the most frequent ones with their shares of the pixels."""
     logits = predictor.model(pixel_values=pixels(predictor.processor, image), **predictor.arguments).logits
     if predictor.segments:
         size = image.height, image.width

@@ -63,7 +63,7 @@ def main() -> None:
     print("Pre-training on the digits 0 to 4")
     vit = pretrained()
     images, labels, test_images, test_labels = digits(5, 9)
-    # Layers this narrow are not faster with a low-rank backward pass, so the default, "auto", would leave them exact.
+    # These layers are too narrow to be faster with a low-rank backward pass, so "auto" would leave them exact.
     model = get_peft_model(vit, LBPWHTConfig(r=10, grad_input_dtype="full", modules_to_save=["classifier"]))
     model.print_trainable_parameters()
     print("Adapting to the digits 5 to 9")

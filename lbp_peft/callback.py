@@ -1,4 +1,4 @@
-"""Watches the gradients of a model while transformers' Trainer trains it."""
+"""A callback that measures the quality of gradients while transformers' Trainer trains a model."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from .measure.undisturbed import LossFunction, device_of
 
 
 class LBPWHTCallback(TrainerCallback):
-    """Measures, every so many steps, how close the gradients are to exact ones, on the batch of the step.
+    """Compares the gradients with exact ones every few steps, on the batch of the step.
 
-    Training is not disturbed: with and without the callback it gives the same weights, bit for bit. Each measurement
-    takes two more forward and backward passes, and memory for two more sets of gradients. Under DDP every process
-    measures its own batch, and the first one's values are logged. Models whose parameters are sharded (FSDP, ZeRO-3)
-    are not measured, which one warning says.
+    Training is not disturbed: with and without the callback, the weights are the same, bit for bit. Each measurement
+    takes two additional forward and backward passes, and the memory of two additional sets of gradients. Under DDP
+    every process measures its own batch, and the values of the first are logged. If parameters are sharded (FSDP,
+    ZeRO-3), nothing is measured, with one warning.
 
     The values `lbp_wht/gradient_cosine`, `lbp_wht/gradient_norm_ratio` and `lbp_wht/peak_memory_mib` go into the
     trainer's `state.log_history`, and into its next log, which callbacks after this one see.
 
     Args:
-        every: Steps between measurements; the first is made in step 1.
+        every: The number of steps between measurements. The first one is made in step 1.
         min_cosine: Warn once when the cosine of the gradients is lower.
         loss_fn: (model, batch) -> scalar loss; None: `model(**batch).loss`.
 
     Attributes:
-        history: (step, [`lbp_peft.GradientQuality`]) of each measurement.
+        history: The step and the [`lbp_peft.GradientQuality`] of each measurement.
 
     Example:
         >>> trainer = Trainer(model, args, callbacks=[LBPWHTCallback(every=200, min_cosine=0.8)], ...)
@@ -128,6 +128,6 @@ def _why_not(model: nn.Module) -> str:
 
 
 def _peak_mib(device: torch.device) -> float:
-    """Of this process since its start: of PyTorch's allocator on a GPU, of the resident set on a CPU."""
+    """The peak memory of this process in MiB: of PyTorch's allocator on a GPU, of the resident set on a CPU."""
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident_now()["VmHWM"]
     return peak / 2**20

@@ -1,4 +1,4 @@
-"""Which modules of a model are its head, told from its structure."""
+"""Finds the modules that make up the head of a model, from its structure."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from torch import nn
 
 
 def head_modules(model: nn.Module) -> list[str]:
-    """The names of the modules that hold the head, as `modules_to_save` takes them.
+    """The names of the modules that make up the head, for `modules_to_save`.
 
-    Of a model of transformers these are the modules outside its base model or its backbone; of timm's, its classifiers.
+    In a model of transformers these are the modules outside its base model or its backbone, in a model of timm its
+    classifiers.
 
     Returns:
-        An empty list where the head cannot be told.
+        The names; an empty list if the head cannot be found.
     """
     prefix = getattr(model, "base_model_prefix", None)
     if isinstance(prefix, str):
@@ -32,10 +33,10 @@ def _has_weights(module: nn.Module) -> bool:
 
 
 def _without_nesting(model: nn.Module, heads: list[str]) -> list[str]:
-    """The same modules, by the names of their parts where need be.
+    """The same modules, by the names of their parts if necessary.
 
-    PEFT takes a name in `modules_to_save` for all modules whose names end so. Of a match inside a match (`head.head` of
-    DPT) it trains a copy that no forward pass reaches.
+    In PEFT, a name in `modules_to_save` stands for all modules whose names end with it. If such a module contains
+    another one (`head.head` of DPT), PEFT trains a copy of the inner one that is never called.
     """
     names = []
     for head in heads:

@@ -1,8 +1,8 @@
-"""The types of layers that LBP-WHT adapts. Each multiplies every token by one matrix.
+"""The registry of the types of layers that LBP-WHT adapts. Each of them multiplies every token by one matrix.
 
-A type is registered by the class that adapts its layers, in the file of that class; what finds, checks, adapts or
-stacks on layers asks here. To add one, write such a file and import it in `lbp_peft/tuner/layers/__init__.py`, or in
-your own code, before a model is adapted.
+The class that adapts layers of a type registers it. All code that finds, checks or adapts layers, or stacks on them,
+reads this registry. To add a type, write a file with such a class, and import it in
+`lbp_peft/tuner/layers/__init__.py`, or in your own code before a model is adapted.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class LayerType:
     Attributes:
         description: The layers' classes, and the settings that they need, for messages.
         matches: Whether a module is such a layer. At most one type may match a module.
-        adapting_class: Class of the layers that take the place of these when they are adapted.
-        channels_axis: Axis of the features in the layers' input: -1 for (N, ..., C), 1 for (N, C, ...).
+        adapting_class: The class of the layers that replace these when they are adapted.
+        channels_axis: The axis of the features in the layers' input: -1 for (N, ..., C), 1 for (N, C, ...).
     """
 
     description: str
@@ -40,12 +40,12 @@ _LAYER_TYPES: list[LayerType] = []
 def register_layer_type(
     description: str, matches: Callable[[nn.Module], bool], channels_axis: int = -1
 ) -> Callable[[_AdaptingClass], _AdaptingClass]:
-    """Register a type of layers: decorate the class whose layers take their place when they are adapted.
+    """Register a type of layers, as a decorator of the class whose layers replace these when they are adapted.
 
     That class derives from [`lbp_peft.LBPWHTLinear`] and overrides what differs from `nn.Linear`: `_num_features`
     (C_in, C_out of a layer), `_multiply` (the forward pass with a given weight and bias), `_multiply_low_rank` (the
     same with a low-rank backward pass) and, where the features are not the last axis, `_shape_of_tokens` and
-    `_check_layout`. It gets the type as its attribute `layer_type`.
+    `_check_layout`. The type becomes its attribute `layer_type`.
 
     Args:
         description: See [`LayerType`].
@@ -62,8 +62,8 @@ def register_layer_type(
 
 
 def layer_type_of(module: nn.Module) -> LayerType | None:
-    """The type of a layer; None if it is of none that LBP-WHT adapts."""
-    for layer_type in _LAYER_TYPES:  # a loop, since torch.compile has to follow it
+    """The type of a layer; None if LBP-WHT does not adapt it."""
+    for layer_type in _LAYER_TYPES:  # a loop, which torch.compile can trace
         if layer_type.matches(module):
             return layer_type
     return None
@@ -77,11 +77,11 @@ def described_layer_types() -> str:
 
 def runs_forward_of(module: nn.Module, *classes: type[_Module]) -> TypeGuard[_Module]:
     """Whether a module is of one of these classes, or of a subclass of it that does not override its forward method."""
-    cls: Any = getattr(type(module), "plain_class", type(module))  # LBP-WHT may run a layer's forward pass from inside
+    cls: Any = getattr(type(module), "plain_class", type(module))  # LBP-WHT may have patched the forward method
     return isinstance(module, classes) and cls.forward in [plain.forward for plain in classes]
 
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module computes x W^T + b the way `nn.Linear` does."""
-    cls = getattr(type(module), "plain_class", type(module))  # written out, since layers ask in every call
+    cls = getattr(type(module), "plain_class", type(module))  # written out, since every call of a layer needs it
     return isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward

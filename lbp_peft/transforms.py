@@ -1,4 +1,4 @@
-"""Tells whether `torch.compile` or a transform of `torch.func` is at work, and what then has to be done otherwise."""
+"""Tells whether `torch.compile` or a transform of `torch.func` is active, and provides contexts for both."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def in_transform() -> bool:
 
 
 def must_be_functional() -> bool:
-    """Whether results must be new tensors: `torch.compile` and transforms cannot follow writes into views or `out=`."""
+    """Whether results must be new tensors: `torch.compile` and transforms cannot trace writes into views or `out=`."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
@@ -47,7 +47,7 @@ def backward_pass() -> AbstractContextManager:
     Raises:
         RuntimeError: autograd runs several backward passes at once (`is_grads_batched=True`).
     """
-    # torch.compile leaves autograd off for good behind a generator's context in a backward pass (torch 2.14.1).
+    # In a compiled backward pass, a generator-based context would leave autograd disabled for good (torch 2.14.1).
     return torch.no_grad() if torch.compiler.is_compiling() else _eager_backward_pass()
 
 
@@ -68,6 +68,6 @@ def _eager_backward_pass() -> Iterator[None]:
 def tracked_by_transforms() -> AbstractContextManager:
     """Context for tensors that an autograd function saves: within a transform, they stay connected to the inputs.
 
-    Autograd disables gradients in its functions, and so for all transforms around them too.
+    Autograd disables gradients in its functions, and thereby for all enclosing transforms too.
     """
     return torch.enable_grad() if in_transform() else nullcontext()

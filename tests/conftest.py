@@ -6,26 +6,26 @@ from choices import deciding
 
 from lbp_peft import projection
 
-# Nothing in this suite may reach for the network.
+# No test may use the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Tests run on all cores at once, so each process keeps to one; programs that tests start inherit it.
+# Tests run on all cores at once, so each process uses one thread, as do the programs that tests start.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
 def decide():
-    """Fixes choices of the heuristics until the end of the test: see [`choices.deciding`]."""
+    """Fix choices of the heuristics until the end of the test, see [`choices.deciding`]."""
     with contextlib.ExitStack() as stack:
         yield lambda **answers: stack.enter_context(deciding(**answers))
 
 
 @pytest.fixture(autouse=True)
-def every_layer_pays(request, decide):
-    """The default, grad_input_dtype="auto", leaves narrow layers exact, and the layers of these tests are narrow.
+def every_layer_is_low_rank(request, decide):
+    """Have "auto" choose low-rank weight gradients and exact products for all layers.
 
-    Here all pay, with exact products, but for tests of that choice, marked `own_choice`.
+    By itself it would leave the narrow layers of these tests exact. Tests of its own choice are marked `own_choice`.
     """
     if "own_choice" not in request.keywords:
         decide(use_low_rank=True, fastest_precision="full")
@@ -33,6 +33,6 @@ def every_layer_pays(request, decide):
 
 @pytest.fixture(params=["SeparableProjection", "DenseProjection"])
 def way(request, decide):
-    """Either class that projects tokens. Within the test they all are projected that way, whichever is faster."""
+    """Both classes that project tokens. Within a test, all tokens are projected by one of them."""
     decide(use_dense_projection=request.param == "DenseProjection")
     return getattr(projection, request.param)

@@ -1,4 +1,4 @@
-"""Writes folders of trained models that others can use, and loads them again.
+"""Writes folders of trained models for others to use, and loads them again.
 
     adapter/       the weights, as PEFT or transformers writes them
       model_config/config.json   configuration of the model with the names of the classes
@@ -142,7 +142,7 @@ def _load_adapter(folder: Path, base: str | None) -> PreTrainedModel:
 
 
 def base_model(path: str, config: transformers.PretrainedConfig) -> PreTrainedModel:
-    """The base model with the head that the configuration describes, whose weights the adapter brings."""
+    """The base model with the head that the configuration describes. The adapter has the weights of the head."""
     cls = getattr(transformers, config.architectures[0])
     # Whether the checkpoint contains a head, and not only the backbone.
     is_whole = AutoConfig.from_pretrained(path).model_type == config.model_type

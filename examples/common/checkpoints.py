@@ -1,4 +1,4 @@
-"""Checkpoints that appear whole or not at all, and are not believed blindly.
+"""Checkpoints that are written atomically and verified before use.
 
 A checkpoint is written under another name, a manifest of its files' sizes and checksums last, and then takes its own
 name in one step. So a run that is killed at any moment keeps the last whole one. A checkpoint that does not agree with
@@ -27,12 +27,12 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .processes import on_main
 
-KEPT = 2  # the last, and the one to fall back on
+KEPT = 2  # the last one, and one to fall back on
 MANIFEST, PROGRESS = "manifest.json", "progress.json"
 
 
 class Part(Protocol):
-    """What a checkpoint holds beside that: tensors by name, the same on all processes."""
+    """An additional part of a checkpoint: tensors by name, the same on all processes."""
 
     def state_dict(self) -> dict[str, Tensor]: ...
 
@@ -46,7 +46,7 @@ def save_checkpoint(
     progress: dict[str, Any],
     parts: dict[str, Part] | None = None,
 ) -> None:
-    """Write `folder`/checkpoint-`number`: all that the accelerator prepared, random states, the progress, and parts.
+    """Write `folder`/checkpoint-`number`: everything that the accelerator prepared, random states, progress and parts.
 
     All processes take part; they share the folder.
     """
@@ -63,9 +63,9 @@ def save_checkpoint(
         (new / PROGRESS).write_text(json.dumps(progress))
         write_manifest(new, accelerator.num_processes)
         others = [path for path in checkpoints(folder) if path != name]
-        refused = [name] if name.exists() else []  # or training would not have come here again
+        refused = [name] if name.exists() else []  # damaged, since training would not be here again otherwise
         for outdated in [*refused, *others[: 1 - KEPT]]:
-            outdated.rename(old)  # half removed, it would look like a broken one
+            outdated.rename(old)  # so that a half-removed one does not look like a damaged one
             shutil.rmtree(old)
         new.rename(name)
         _to_disk(folder)
@@ -82,7 +82,7 @@ def load_checkpoint(
     """Restore the last sound checkpoint into what the accelerator prepared, and into the parts.
 
     Returns:
-        The progress that was saved with it; None where there is no checkpoint yet.
+        The progress that was saved with it; None if there is no checkpoint yet.
 
     Raises:
         SystemExit: there are checkpoints, but none is sound; or the sound one is of another number of processes.
@@ -110,12 +110,10 @@ class Manifests(TrainerCallback):
 
 
 def last_sound(processes: Accelerator | PartialState, folder: Path) -> Path | None:
-    """The last checkpoint in the folder that agrees with its manifest, the same on all processes.
-
-    Those after it are refused by name.
+    """Find the last checkpoint in the folder that agrees with its manifest, and report damaged ones after it.
 
     Returns:
-        None where there is no checkpoint yet.
+        Its folder, the same on all processes; None if there is no checkpoint yet.
 
     Raises:
         SystemExit: there are checkpoints, but none is sound; or the sound one is of another number of processes.
@@ -136,7 +134,7 @@ def last_sound(processes: Accelerator | PartialState, folder: Path) -> Path | No
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Those of a run, oldest first."""
+    """The checkpoints of a run, oldest first."""
     found = {path: path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*")}
     return sorted((path for path, number in found.items() if number.isdigit()), key=lambda path: int(found[path]))
 
@@ -147,7 +145,7 @@ def remove_checkpoints(folder: Path) -> None:
 
 
 def write_manifest(path: Path, processes: int) -> None:
-    """Describe all files of a checkpoint; they and the manifest are on the disk when this returns."""
+    """Write a manifest of all files of a checkpoint, and make sure that all of them are on the disk."""
     for each in path.rglob("*"):
         _to_disk(each)
     files = [file for file in sorted(path.rglob("*")) if file.is_file() and file != path / MANIFEST]
@@ -156,7 +154,7 @@ def write_manifest(path: Path, processes: int) -> None:
 
 
 def what_is_wrong(path: Path) -> str:
-    """Why a checkpoint is not to be used, "" if it is sound."""
+    """The reason why a checkpoint cannot be used; "" if it is sound."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         expected = {name: (value["bytes"], value["sha256"]) for name, value in manifest["files"].items()}
@@ -175,7 +173,7 @@ def what_is_wrong(path: Path) -> str:
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Write a text file so that it is there with all of the text, or as it was before."""
+    """Write a text file atomically: it has all of the text, or is as it was before."""
     new = file.with_name(f"{file.name}.new")
     new.write_text(text)
     _to_disk(new)
@@ -188,7 +186,7 @@ def _file_of(checkpoint: Path, part: str) -> Path:
 
 
 def _choose(folder: Path) -> tuple[Path | None, list[str]]:
-    """The last sound checkpoint, and what is wrong with those after it."""
+    """The last sound checkpoint, and the faults of those after it."""
     refused = []
     for path in reversed(checkpoints(folder)):
         if not (wrong := what_is_wrong(path)):
@@ -198,7 +196,7 @@ def _choose(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def _to_disk(path: Path) -> None:
-    """Have a file, or a folder's list of names, on the disk: a power cut could keep a rename and lose the content."""
+    """Flush a file, or a folder's list of names, to the disk: a power cut could keep a rename and lose the content."""
     if path.is_dir() and os.name != "posix":
         return  # elsewhere folders cannot be opened
     opened = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)

@@ -66,7 +66,7 @@ class Classification(Task):
         return load_classification(options)
 
     def few(self, source: Source, options: ClassificationData) -> Dataset:
-        """So many images of each class, or so many of all classes in proportion."""
+        """A number of images of each class, or of all classes in proportion."""
         labels = np.asarray(self.classes(source.train))
         if options.train_images:
             return source.train.select(draw(len(labels), options.train_images, options.data_seed, labels))
@@ -104,7 +104,7 @@ class Classification(Task):
         check_augmentation(options.rand_augment, options.mixup, options.cutmix)
 
     def keep_examples(self, folder: Path, logits: torch.Tensor, labels: Any) -> None:
-        """Nothing: a class is nothing to look at."""
+        """Do nothing: there is no picture of a class."""
 
     def picture(self, output: Path, source: Source, folders: dict[str, Path], options: Options) -> None:
-        """Nothing, likewise."""
+        """Do nothing: there is no picture of a class."""

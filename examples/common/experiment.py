@@ -51,7 +51,7 @@ REPORTS = ("table.txt", "results.json", "plot.png", "predictions.png", "classes.
 
 @dataclass
 class Experiment:
-    """One model, one set of images, and all that is done with them."""
+    """One model and one set of images, for all methods."""
 
     task: Task
     options: Options
@@ -61,7 +61,7 @@ class Experiment:
 
     def __post_init__(self) -> None:
         self.output = Path(self.options.output or "runs")
-        self.places: dict[Path, Path] = {}  # where parts were written that could not be written to their own folders
+        self.places: dict[Path, Path] = {}  # the folders of parts that could not be written to their own
         self.remaining = Remaining(self.runs)
         model = self.base(seed=0)
         self.preprocessor = Preprocessor(self.options, model.config, self.task.whole_image)
@@ -79,11 +79,11 @@ class Experiment:
 
     def base(self, seed: int) -> transformers.PreTrainedModel:
         model = self.task.model(self.options.model, self.source.names, seed, self.options)
-        model.name_or_path = self.options.model  # which adapters note; that of a new head on a backbone has none
+        model.name_or_path = self.options.model  # which adapters record; a new head on a backbone has no name
         return model
 
     def loaders(self, seed: int) -> list[DataLoader]:
-        """Of training images, test images and, if there are any, validation images."""
+        """The loaders of training images, test images and, if there are any, validation images."""
         how = self.task, self.preprocessor, self.options
         images = [Images(self.source.train, *how, train=True, seed=seed)]
         images += [Images(one, *how, train=False) for one in (self.source.test, self.source.validation) if one]
@@ -106,7 +106,7 @@ class Experiment:
             ) from None
 
     def rehearse(self, methods: list[Method]) -> int:
-        """Adapt the model by each method once, so that mistakes come out before training.
+        """Adapt the model by each method once, so that errors show before training.
 
         Returns:
             How many bytes the run will write.
@@ -123,9 +123,9 @@ class Experiment:
                 raise SystemExit(f"{method.label}: {cause_of(error)}{advice}") from None
             trained = trainable_parameters(model)
             total += 4 * trained * len(method.parts(model)) * len(self.options.seeds)
-            # All weights; of those that are trained two moments of the optimizer, and the best and averaged ones.
+            # All weights. Trained ones count again for two moments of the optimizer, the best and the average weights.
             kept = 2 + self.options.needs_validation + bool(self.options.ema_decay)
-            # The checkpoint being written lies beside those that are kept.
+            # The checkpoint that is being written is in addition to those that are kept.
             largest = max(largest, 4 * (frozen + kept * trained) * (KEPT + 1))
         return total + (largest if self.options.checkpoint_every else 0)
 
@@ -152,7 +152,7 @@ class Experiment:
             labels = batch.pop("labels")
             counts = None if confusion.counts is None else confusion.counts.tolist()
             for name, part in method.save(model, folder).items():
-                # Another seed gives another head: agreement then shows that the head, too, came with the adapter.
+                # Another seed gives another head, so agreement shows that the adapter contains the head.
                 reloaded = method.reload(self.base(seed + 1), folder / name)
                 logits = self.check_same(model, reloaded, batch, label)
                 card = self.card(method, seed, part, history, counts, folder / name)
@@ -174,7 +174,7 @@ class Experiment:
         counts: list[list[int]] | None,
         folder: Path,
     ) -> Card:
-        """The model card of what was written to a folder."""
+        """The model card of a folder of weights."""
         options, kept, source = self.options, kept_epoch(history), self.source
         peft_type = model.active_peft_config.peft_type.value if isinstance(model, PeftModel) else None
         plain = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -231,11 +231,11 @@ class Experiment:
 
     @property
     def metric(self) -> str:
-        """What the report calls it."""
+        """The metric's name in the report."""
         return Path(self.options.metric or self.task.metric_name).stem
 
     def confusion(self, method: Method) -> torch.Tensor | None:
-        """What the test images were taken for, all seeds of a method together; None where it was not counted."""
+        """The confusion matrix of the test images, over all seeds of a method; None if it was not counted."""
         total = Confusion()
         for seed in self.options.seeds:
             file = self.folder(method, seed) / CONFUSION
@@ -244,7 +244,7 @@ class Experiment:
         return total.counts
 
     def finished(self, folder: Path) -> list[dict[str, float]] | None:
-        """The record of a part that the run to be resumed had finished; None where there is something to train."""
+        """The record of a part that the run to be resumed has finished; None if it has to be trained."""
         file = folder / RECORD
         if not (self.options.resume and file.exists()):
             return None
@@ -262,7 +262,7 @@ class Experiment:
     def check_same(
         self, model: nn.Module, reloaded: nn.Module, batch: dict[str, torch.Tensor], label: str
     ) -> torch.Tensor:
-        """The model's logits; stop the program if those of the reloaded one differ."""
+        """The model's logits, after a check that those of the reloaded model are the same."""
         batch = send_to_device(batch, self.accelerator.device)
         first, second = (m.to(self.accelerator.device).eval()(**batch).logits for m in (model, reloaded))
         if not torch.equal(first, second):
@@ -286,7 +286,7 @@ class Experiment:
         show_confusions(output / "confusion.png", counted, names, self.task.counted)
 
     def costs(self, methods: list[Method]) -> tuple[Cost, list[Cost]]:
-        """What a step costs with full fine-tuning, and with each method."""
+        """The costs of a step with full fine-tuning and with each method."""
         seed = self.options.seeds[0]
         set_seed(seed)
         batch = send_to_device(next(iter(self.loaders(seed)[0])), self.accelerator.device)
@@ -309,7 +309,7 @@ def shrink(task: Task, source: Source, options: Options) -> Source:
 
 
 def load(accelerator: Accelerator, task: Task, options: Options) -> Source:
-    """The data that the options name, as far as it is used, and checked. If that fails, all processes stop."""
+    """Load and check the part of the data that the options use. If that fails, all processes stop."""
     if options.embedded:
         source = shrink(task, task.embedded().new(), options)
     else:
@@ -332,13 +332,13 @@ def pretrain(task: Task, options: Options, accelerator: Accelerator, names: list
     """Train the embedded example's small model; return the options with it as the model to adapt.
 
     Args:
-        names: Of the classes that it is to be adapted to.
+        names: The names of the classes that it will be adapted to.
     """
     example = task.embedded()
     untrained, new, trained = pretraining(Path(options.output))
 
     def begin() -> bool:
-        """Whether there is something to train."""
+        """Whether the model has to be trained."""
         shutil.rmtree(new, ignore_errors=True)
         if trained.exists() or not checkpoints(untrained):
             shutil.rmtree(untrained, ignore_errors=True)
@@ -350,11 +350,11 @@ def pretrain(task: Task, options: Options, accelerator: Accelerator, names: list
         for name, value in class_names(names).items():  # for those who load an adapter together with its base
             setattr(model.config, name, value)
         example.save(model, new)
-        new.rename(trained)  # so that it is there whole or not at all
+        new.rename(trained)  # so that it is written atomically
         shutil.rmtree(untrained)
 
     if on_main(accelerator, begin):
-        # What chooses weights and augments images is for the methods that are compared; this is what they start from.
+        # The choice of weights and augmentation are for the methods that are compared, not for their common start.
         plain = {"keep_best": False, "patience": None, "ema_decay": None}
         plain |= {"rand_augment": None, "mixup": 0.0, "cutmix": 0.0}
         plain = {name: value for name, value in plain.items() if hasattr(options, name)}
@@ -372,9 +372,9 @@ def part(output: Path, method: Method, seed: int) -> Path:
 
 
 def prepare_output(options: Options, methods: list[Method]) -> None:
-    """Write the options to the output folder; a resumed run must have those of the run it goes on with.
+    """Write the options to the output folder, and check that a resumed run has the same ones as before.
 
-    Of a run that starts anew the folder keeps nothing that a later `--resume` could take for its own.
+    If a run starts from the beginning, everything is removed that a later `--resume` could take for its own.
     """
     output = Path(options.output)
     file = output / OPTIONS
@@ -389,7 +389,7 @@ def prepare_output(options: Options, methods: list[Method]) -> None:
         ]:
             raise SystemExit(
                 f"cannot resume {options.output}: it ran with another {', '.join(differing)}. Give the same options as "
-                f"before ({file} lists them), or --overwrite to start anew"
+                f"before ({file} lists them), or --overwrite to start again"
             )
     elif options.resume:
         say(f"There is no run in {output} to resume; a new one starts.")
@@ -409,7 +409,7 @@ def prepare_output(options: Options, methods: list[Method]) -> None:
 
 
 def check_space(output: Path, needed: int) -> None:
-    """Stop before training where the disk has no room for what it will write."""
+    """Stop before training if the disk is too small for the files of the run."""
     free = shutil.disk_usage(output).free
     if free < needed:
         raise SystemExit(
@@ -418,7 +418,7 @@ def check_space(output: Path, needed: int) -> None:
 
 
 def checked(flag: str, function: Callable[..., Any], *values: Any) -> Any:
-    """What the function returns; if a flag's value makes it fail, a line that names the flag."""
+    """Call a function of a flag's value. If it fails, stop with a line that names the flag."""
     try:
         return function(*values)
     except (ImportError, OSError, TypeError, ValueError) as error:

@@ -19,7 +19,7 @@ from .task import Task
 
 
 class Images(torch.utils.data.Dataset):
-    """Images as pixel values. What augmentation draws depends on seed, epoch and index alone, never on history."""
+    """Images as pixel values. Augmentation depends only on seed, epoch and index, not on history."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class Images(torch.utils.data.Dataset):
 
 
 class EpochOrder(Sampler[int]):
-    """The order of an epoch, from its seed and number alone: a resumed epoch goes on where it stopped."""
+    """The order of an epoch, which depends only on its seed and number, so that it can be resumed."""
 
     def __init__(self, images: Images):
         self.images = images
@@ -79,8 +79,8 @@ class Collator:
 def loader(images: Images, options: Options, extra: dict[str, Any]) -> DataLoader:
     """Batches of images, shuffled by epoch for training.
 
-    The loader draws from a generator of its own: otherwise starting an epoch would move the global one, and a resumed
-    run would see other dropout masks than an unbroken one.
+    The loader has a random generator of its own. Otherwise the start of an epoch would change the state of the global
+    generator, and a resumed run would have other dropout masks than an uninterrupted one.
     """
     return DataLoader(
         images,

@@ -1,4 +1,4 @@
-"""What a training step of each method costs: memory and multiply-adds counted, times compared side by side."""
+"""Measures the cost of a training step of each method: memory, multiply-adds, and times compared side by side."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def measure_costs(
 ) -> list[Cost]:
     """Measure forward and backward passes on one batch.
 
-    The models take turns, and each round compares its own times: what else the machine does meanwhile slows
-    neighbours alike, and the median over rounds drops what it does not.
+    The models take turns, and times are compared within each round: other work on the machine slows the models of a
+    round alike, and the median over rounds removes outliers.
 
     Args:
-        models: Builds each model; the first is what the others' times are relative to.
+        models: Functions that build the models. Times are relative to those of the first model.
     """
     built = [build().to(accelerator.device).train() for build in models]
     counts = [_count(accelerator, model, batch) for model in built]
@@ -63,7 +63,7 @@ def _forward(accelerator: Accelerator, model: nn.Module, batch: dict[str, Any]) 
 
 
 def _count(accelerator: Accelerator, model: nn.Module, batch: dict[str, Any]) -> tuple[int, int]:
-    """Bytes saved by the forward pass, multiply-adds of the backward pass."""
+    """The bytes saved by the forward pass, and the multiply-adds of the backward pass."""
     with saved_activations(model) as saved:
         loss = _forward(accelerator, model, batch)
     with multiply_adds() as backward:

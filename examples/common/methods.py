@@ -1,4 +1,4 @@
-"""The methods that are compared: what each makes of the base model, and its learning rate.
+"""The methods that are compared: how each adapts the base model, and its learning rate.
 
 To add one, write a function from options to [`Method`] and name it in `METHODS`.
 """
@@ -29,11 +29,11 @@ class Method:
     """A way to adapt a model.
 
     Args:
-        label: What the report calls it.
+        label: The method's name in the report.
         learning_rate: Peak learning rate.
-        config: From the names of the head's modules to the PEFT configuration; none trains the model itself.
-        folder: Where its runs are kept, inside the output folder.
-        checkpointing: Whether it turns gradient checkpointing on, whatever the options say.
+        config: A function from the names of the head's modules to the PEFT configuration; None: full fine-tuning.
+        folder: The folder of its runs, inside the output folder.
+        checkpointing: Whether it always uses gradient checkpointing, regardless of the options.
     """
 
     label: str
@@ -60,16 +60,16 @@ class Method:
         return parts
 
     def parts(self, model: PreTrainedModel | PeftModel) -> dict[str, PreTrainedModel | PeftModel]:
-        """What is saved of an adapted model, by name: `adapter`, and of a stack `stack` beside it.
+        """The parts of an adapted model to save, by name: `adapter`, and for a stack also `stack`.
 
-        Of a stack, `adapter` is a checkpoint of the method beneath, as that method alone would write it: it is for
-        inference, and needs no lbp-peft. To go on training with LBP-WHT takes `stack`.
+        For a stack, `adapter` is a checkpoint of the method that LBP-WHT is stacked on, as that method alone would
+        write it. It is for inference, and needs no lbp-peft. `stack` is for continuing the training with LBP-WHT.
         """
         beneath = getattr(model, "stacked_on", None) if self.config else None
         return {"adapter": model} if beneath is None else {"adapter": beneath, "stack": model}
 
     def reload(self, base: PreTrainedModel, folder: Path) -> PreTrainedModel | PeftModel:
-        """What `save_pretrained` wrote to the folder, on a fresh copy of the base model."""
+        """Load the files that `save_pretrained` wrote to a folder into a fresh copy of the base model."""
         if self.config is None:
             return type(base).from_pretrained(folder)
         return PeftModel.from_pretrained(base, folder)
@@ -126,12 +126,12 @@ def lbp_wht(options: Options) -> Method:
 
 
 def lbp_wht_paper(options: Options) -> Method:
-    """The setting of the paper: input gradients at the rank of the weight gradients."""
+    """LBP-WHT with the paper's setting: input gradients have the rank of the weight gradients."""
     return lbp_wht(options.with_overrides(f"grad_input_rank={options.r},grad_input_basis=walsh"))
 
 
 def lora_with_lbp_wht(options: Options) -> Method:
-    """LoRA's weights are trained, LBP-WHT makes their gradients cheap."""
+    """LoRA with LBP-WHT on top, which makes its gradients cheap."""
 
     def config(heads: list[str]) -> LBPWHTConfig:
         return lbp_wht_config(options, train_base_weight=False, stack_on=lora_config(options, heads))
@@ -140,7 +140,7 @@ def lora_with_lbp_wht(options: Options) -> Method:
 
 
 def recommended(options: Options) -> Method:
-    """What `lbp-peft recommend` found for this model, read from the file that it wrote.
+    """The recommendation of `lbp-peft recommend` for this model, read from the file that it wrote.
 
     Raises:
         SystemExit: there is no such file, or it cannot be read.

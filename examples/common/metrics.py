@@ -1,4 +1,4 @@
-"""Metrics through `evaluate`; accuracy and mean IoU are built in, so that nothing need be downloaded."""
+"""Metrics through `evaluate`. Accuracy and mean IoU are built in, so that nothing has to be downloaded."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ class MeanIoU(evaluate.Metric):
 
 
 class Confusion:
-    """How often each class (rows) was taken for each class (columns), over many batches.
+    """Counts how often each class (rows) was predicted as each class (columns), over many batches.
 
     Attributes:
-        counts: Shape (classes, classes), int64; None where nothing was counted, as with more than `MOST_CLASSES`.
+        counts: Shape (classes, classes), int64; None if nothing was counted, as with more than `MOST_CLASSES`.
     """
 
-    MOST_CLASSES = 1000  # the matrix takes 8 MB then
+    MOST_CLASSES = 1000  # for which the matrix takes 8 MB
 
     def __init__(self) -> None:
         self.counts: torch.Tensor | None = None
@@ -68,10 +68,10 @@ class Confusion:
 
 
 def confusion_matrix(predictions: torch.Tensor, labels: torch.Tensor, classes: int, ignore: int = -100) -> torch.Tensor:
-    """How many images or pixels of each class (rows) are taken for each class (columns).
+    """Count how many images or pixels of each class (rows) are predicted as each class (columns).
 
     Args:
-        ignore: The label of those that are not counted.
+        ignore: The label of images or pixels that are not counted.
 
     Returns:
         Shape (classes, classes), int64.

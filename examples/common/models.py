@@ -1,4 +1,4 @@
-"""The pretrained model that every method starts from: its head, and what of it is trained."""
+"""The pretrained model that every method starts from: its head, and its training mode."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def head_modules(model: PreTrainedModel, options: Options) -> list[str]:
 
 
 def train_mode(model: nn.Module) -> None:
-    """Training mode, but for batch norms that are frozen: no adapter saves the statistics that they would gather."""
+    """Set training mode except for frozen batch norms, whose statistics no adapter would save."""
     model.train()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

@@ -1,4 +1,4 @@
-"""The options that the example programs share, beside those of model and data."""
+"""The options that the example programs share, in addition to those of model and data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal, get_args, get_type_hints
 
 from lbp_peft.loading.options import DataOptions, Limits, option
 
-# Beside those of the data, see lbp_peft/loading/options.py.
+# In addition to those of the data, see lbp_peft/loading/options.py.
 OWN_LIMITS: Limits = [
     (
         "at least 1",
@@ -31,7 +31,7 @@ OWN_LIMITS: Limits = [
     ("from 0 to 1", lambda value: 0 <= value <= 1, ("warmup_ratio", "mixup", "cutmix")),
     ("from 1 to 29", lambda value: 1 <= value <= 29, ("rand_augment",)),
 ]  # fmt: skip
-# What a method may set for itself: all else is common to the methods that are compared.
+# The options that a method may set for itself. All others are common to the methods that are compared.
 OF_METHODS = (
     "r", "grad_input_rank", "grad_input_basis", "grad_input_energy", "grad_input_dtype", "compress_activations",
     "block_size", "selection", "boundary",
@@ -147,7 +147,7 @@ class Options(DataOptions):
 
     @property
     def embedded(self) -> bool:
-        """Whether to run the example's own data, because no other is named."""
+        """Whether to use the example's own data, because no other data is named."""
         return not (self.model or self.dataset or self.train_files)
 
     @property
@@ -158,7 +158,7 @@ class Options(DataOptions):
         """These options with some replaced, as given by `text`: `r=3,learning_rate=1e-4`. `none` leaves a rank out.
 
         Raises:
-            ValueError: an option is none that a method may set for itself, or its value makes no sense.
+            ValueError: a method may not set the option for itself, or its value makes no sense.
         """
         values, hints = {}, get_type_hints(type(self))
         for part in filter(None, text.split(",")):

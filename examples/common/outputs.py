@@ -14,11 +14,11 @@ from .options import Options
 from .task import Task
 
 FAILED_WRITE = re.compile("no space left|i/o error|write failed|failed writing|read-only file system", re.IGNORECASE)
-OPTIONS = "options.yaml"  # of the run that the folder holds; alone it means that nothing was trained
+OPTIONS = "options.yaml"  # the options of the run in the folder; without other files, nothing was trained
 
 
 def default_output(task: Task, options: Options) -> Path:
-    """Where results go if the options name no folder: for the embedded example, that of its data."""
+    """The folder for results if the options name none; the embedded example has one for its data."""
     return Path("runs", task.defaults.stem if options.embedded else task.folder)
 
 

@@ -1,4 +1,4 @@
-"""One process, or several: what all of them need before training starts."""
+"""Sets up training on one process or several."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 
 from .options import Options
 
-# Under these the prepared model is in pieces or in another dtype: only all processes together can save it or run it.
+# With these, the prepared model is sharded or in another dtype, so only all processes together can save or run it.
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
@@ -25,7 +25,7 @@ def make_accelerator(options: Options) -> Accelerator:
         SystemExit: several processes were started, but each takes itself for the only one.
     """
     accelerator = Accelerator(
-        # Without a device, accelerate would let each process of torchrun run alone unless it is told so.
+        # Without a GPU, accelerate has to be told to form a group of torchrun's processes.
         cpu=not torch.accelerator.is_available(),
         mixed_precision=options.mixed_precision,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
@@ -37,7 +37,7 @@ def make_accelerator(options: Options) -> Accelerator:
     if accelerator.num_processes != started:
         raise SystemExit(f"{started} processes were started, but they form groups of {accelerator.num_processes}.")
     if plugin := accelerator.state.deepspeed_plugin:
-        # DeepSpeed clips by itself, and at 1 where accelerate is not told otherwise.
+        # DeepSpeed clips gradients itself, by default at a norm of 1.
         plugin.deepspeed_config["gradient_clipping"] = options.max_grad_norm or 0.0
     count = accelerator.num_processes
     accelerator.print(f"{count} process{'es' if count > 1 else ''}, {accelerator.device.type}.")
@@ -45,7 +45,7 @@ def make_accelerator(options: Options) -> Accelerator:
 
 
 def on_main(processes: Accelerator | PartialState, function: Callable[..., Any], *values: Any) -> Any:
-    """Call a function on the main process only. If it fails there, all stop: none waits for what does not come.
+    """Call a function on the main process only. If it fails there, all processes stop.
 
     Returns:
         What it returned, on every process.
@@ -65,7 +65,7 @@ def on_main(processes: Accelerator | PartialState, function: Callable[..., Any],
 
 
 def plain_copy(accelerator: Accelerator, model: nn.Module) -> nn.Module | None:
-    """On the main process of sharded training, a copy of the model for the trained weights to be put into."""
+    """A copy of the model that will get the trained weights; only on the main process of sharded training."""
     if accelerator.distributed_type in SHARDED and accelerator.is_main_process:
         return copy.deepcopy(model)
     return None
@@ -75,7 +75,7 @@ def whole_model(accelerator: Accelerator, model: nn.Module, plain: nn.Module | N
     """The model without accelerate's wrappers. All processes take part.
 
     Args:
-        model: As accelerate prepared it.
+        model: The model as accelerate prepared it.
         plain: Its [`plain_copy`]. It takes the weights of a sharded model, and can then be saved and run by the main
             process alone.
     """
@@ -91,14 +91,14 @@ def whole_model(accelerator: Accelerator, model: nn.Module, plain: nn.Module | N
 def freeze_unused(model: nn.Module, batch: dict[str, torch.Tensor]) -> list[str]:
     """Freeze the parameters that the loss does not depend on, such as the mask token of DINOv2.
 
-    They would never change; but processes that train together would wait for their gradients.
+    They would never change, and processes that train together would wait for their gradients.
 
     Args:
-        model: Run once, in eval mode, so that no layer is left out by chance and no random number is drawn.
-        batch: With labels.
+        model: The model. It is run once in eval mode, so that no layer is skipped at random.
+        batch: A batch with labels.
 
     Returns:
-        Their names.
+        The names of these parameters.
     """
     trained = model.training
     model.eval()

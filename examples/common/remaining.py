@@ -1,4 +1,4 @@
-"""How long the runs of an experiment will still take, all methods and seeds together."""
+"""Estimates the remaining time of an experiment, over all methods and seeds."""
 
 from __future__ import annotations
 

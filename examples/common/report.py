@@ -1,4 +1,4 @@
-"""The report: one table, one plot, one JSON file; for maps of classes a picture."""
+"""The report: a table, a plot and a JSON file, and a picture for segmentation."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MARKERS = "osD^vP*"
 
 @dataclass
 class Row:
-    """What the report knows of a method: the history of each seed's run, and the cost of a step."""
+    """The results of a method: the history of each seed's run, and the cost of a step."""
 
     method: str
     seeds: list[int]
@@ -46,17 +46,17 @@ class Row:
 
     @property
     def scores(self) -> list[float]:
-        """Of the epoch whose weights are kept, by seed."""
+        """The scores of the epochs whose weights are kept, by seed."""
         return [history[kept_epoch(history)]["score"] for history in self.histories]
 
     def scores_by_epoch(self) -> list[list[float]]:
-        """After each epoch, the scores of the seeds that came so far: early stopping ends some before others."""
+        """The scores after each epoch, of the seeds that were trained so long; early stopping ends some earlier."""
         longest = max(len(history) for history in self.histories)
         return [[h[epoch]["score"] for h in self.histories if epoch < len(h)] for epoch in range(longest)]
 
 
 def table(rows: list[Row], metric: str) -> str:
-    """One aligned row a method."""
+    """A table with one row for each method."""
     header = ["method", "trainable", metric, "step time", "saved activations", "backward mult-adds"]
     lines = []
     for row in rows:
@@ -77,7 +77,7 @@ def table(rows: list[Row], metric: str) -> str:
 
 
 def write_json(path: Path, rows: list[Row], options: Options, extra: dict[str, Any]) -> None:
-    """All that the table and the plot show and more, with machine, versions, date and options."""
+    """Write the values of the table and the plot, and machine, versions, date and options, as JSON."""
     accelerators = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     packages = ["lbp-peft", "torch", "transformers", "peft", "accelerate", "datasets"]
     record = {
@@ -104,7 +104,7 @@ def installed_version(package: str) -> str:
 
 
 def plot(path: Path, rows: list[Row], reference: Cost, metric: str) -> None:
-    """Left: the score against time in training. Right: what a step costs. Both in units of full fine-tuning."""
+    """Plot the score against training time, and the cost of a step, both in units of full fine-tuning."""
     colours = {row.method: COLOURS[index % len(COLOURS)] for index, row in enumerate(rows)}
     figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 5), width_ratios=[1.15, 1], layout="constrained")
     _plot_scores(left, rows, colours, metric)
@@ -171,7 +171,7 @@ def _plot_costs(axes: Axes, rows: list[Row], reference: Cost, colours: dict[str,
 
 
 def show_maps(path: Path, rows: dict[str, list[Image.Image]], names: list[str]) -> None:
-    """A column of images under one another, and beside each its maps of classes, in one colour a class."""
+    """Draw a column of images, with their label maps beside them, one colour for each class."""
     count = len(next(iter(rows.values())))
     ratio = max(image.height / image.width for image in next(iter(rows.values())))
     size = (2.2 * len(rows), 2.2 * ratio * count + 0.7)
@@ -191,14 +191,14 @@ def show_maps(path: Path, rows: dict[str, list[Image.Image]], names: list[str]) 
 
 
 def write_classes_json(path: Path, names: list[str], methods: dict[str, Any]) -> None:
-    """Scores and confusion matrix of each method; rows of a matrix are true classes, columns predicted ones."""
+    """Write the scores and confusion matrices of each method; rows are true classes, columns predicted ones."""
     parts = [f"  {json.dumps(label)}: {json.dumps(record)}" for label, record in methods.items()]
     joined = ",\n".join(parts)
     path.write_text(f'{{"classes": {json.dumps(names)},\n "methods": {{\n{joined}\n}}}}\n')
 
 
 def show_confusions(path: Path, matrices: dict[str, torch.Tensor], names: list[str], counted: str) -> None:
-    """A confusion matrix for each method, each row in shares of its class; few classes with names and numbers."""
+    """Draw a confusion matrix for each method, with rows as shares of a class, and names if there are few classes."""
     few = len(names) <= 12
     columns = min(3, len(matrices))
     rows = -(-len(matrices) // columns)

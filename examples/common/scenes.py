@@ -20,9 +20,9 @@ DIGITS_PER_SCENE = 3
 
 
 def scenes(wanted: Sequence[int], train: int, test: int) -> Source:
-    """Digits of random size, place and colour before a background of another texture in each; masks as label maps.
+    """Scenes of digits of random size, place and colour on random textures, with label maps.
 
-    Class 0 is the background. Those who wrote the digits of the test scenes wrote none of the training scenes.
+    Class 0 is the background. The writers of the digits in test scenes are not those of the training scenes.
     """
     data = load_digits()
     first_test = len(data.images) * 2 // 3  # rows are ordered by writer
@@ -56,7 +56,7 @@ def scene(glyphs: list[tuple[np.ndarray, int]], random: np.random.Generator) -> 
 
 
 def texture(random: np.random.Generator) -> np.ndarray:
-    """(height, width, 3): dark waves in a random direction, and grain."""
+    """A background of dark waves in a random direction with noise, shape (height, width, 3)."""
     y, x = np.mgrid[:HEIGHT, :WIDTH]
     angle, wavelength = random.uniform(0, np.pi), random.uniform(6, 40)
     waves = np.sin(2 * np.pi * (x * np.cos(angle) + y * np.sin(angle)) / wavelength + random.uniform(0, 2 * np.pi))
@@ -77,7 +77,7 @@ def tiny_segformer(seed: int = 0) -> SegformerForSemanticSegmentation:
         initializer_range=0.08,
     )
     model = SegformerForSemanticSegmentation(config)
-    for module in model.modules():  # the usual deviation of 0.02 suits wide models; from scratch this learns faster
+    for module in model.modules():  # 0.02 is for wide models; this narrow one learns faster from scratch with more
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
     return model

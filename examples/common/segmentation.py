@@ -52,7 +52,7 @@ class Segmentation(Task):
         return load_segmentation(options)
 
     def few(self, source: Source, options: SegmentationOptions) -> Dataset:
-        """So many images, whatever is on them."""
+        """A number of images, regardless of their classes."""
         if not options.train_images:
             return source.train
         order = np.random.default_rng(options.data_seed).permutation(len(source.train))
@@ -79,7 +79,7 @@ class Segmentation(Task):
     def label(
         self, value: PILImage.Image, view: View | None, size: tuple[int, int], options: SegmentationOptions
     ) -> torch.Tensor:
-        """(height, width) of the view, or in testing of the map as it was stored; int64."""
+        """The label map, int64, of the size of the view, or in testing of the stored map."""
         classes = label_map(value, options)
         if view is not None:
             classes = view.of(classes, size, PILImage.Resampling.NEAREST)
@@ -112,7 +112,7 @@ class Segmentation(Task):
         maps, classes = predicted_maps(logits, labels), logits.shape[1]
         counts = [confusion_matrix(*pair, classes, options.ignore_index) for pair in zip(maps, labels, strict=True)]
         total = accelerator.gather_for_metrics(torch.stack(counts)).sum(0).cpu()
-        if isinstance(metric, MeanIoU):  # counts are much smaller than maps, which may differ in size besides
+        if isinstance(metric, MeanIoU):  # counts are much smaller than maps, whose sizes may also differ
             metric.add(confusion=total.numpy())
             return total
         pairs = [(found.cpu().numpy(), label.cpu().numpy()) for found, label in zip(maps, labels, strict=True)]
@@ -122,7 +122,7 @@ class Segmentation(Task):
 
 
 def predicted_maps(logits: torch.Tensor, labels: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The likeliest class of every pixel of each label map: logits are resized to its height and width.
+    """The most likely class of each pixel, for logits resized to the height and width of each label map.
 
     Args:
         logits: Shape (images, classes, height, width).

@@ -48,7 +48,7 @@ def kept_epoch(history: list[dict[str, float]]) -> int:
 
 
 def is_over(history: list[dict[str, float]], epochs: int, patience: int | None) -> bool:
-    """Whether all epochs are done, or the last `patience` ones brought no better validation score."""
+    """Whether all epochs are done, or the last `patience` ones had no better validation score."""
     if len(history) >= epochs:
         return True
     return bool(history) and patience is not None and len(history) - 1 - kept_epoch(history) >= patience
@@ -71,7 +71,7 @@ class Best:
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Give the model the weights that were kept."""
+        """Set the model's weights to those that were kept."""
         live = self._live()
         for name, tensor in self.weights.items():
             live[name].copy_(tensor)
@@ -102,13 +102,13 @@ class Average:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Give the model the averaged weights."""
+        """Set the model's weights to their average."""
         for live, averaged in zip(self.live, self.averaged.module, strict=True):
             live.copy_(averaged)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Give the model the averaged weights within the block, and its own back afterwards, bit for bit."""
+        """Set the model's weights to their average within the block, and restore them afterwards, bit for bit."""
         own = [parameter.detach().clone() for parameter in self.live]
         self.apply()
         yield

@@ -1,4 +1,4 @@
-"""Reads all images and label maps once before training, so that a broken one does not stop it later."""
+"""Reads all images and label maps once before training, so that a damaged file does not stop it later."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .options import Options
 from .processes import on_main
 from .task import Task
 
-ROWS = 256  # held in memory at a time
+ROWS = 256  # in memory at a time
 NAMED = 3  # how many broken images a message names
 
 
 @dataclass
 class Fault:
-    """Why a row of a dataset cannot be used."""
+    """A row of a dataset that cannot be used, and the reason."""
 
     row: int
     file: str

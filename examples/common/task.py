@@ -1,4 +1,4 @@
-"""What a task has of its own: its labels, its models and its metric. All else in an experiment is the same for all."""
+"""The interface of tasks. A task defines labels, models and a metric; the rest of an experiment is the same for all."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from .options import Options
 
 @dataclass(frozen=True)
 class Embedded:
-    """A task's embedded example: a small model learns some classes from scratch, and is to be adapted to others.
+    """A task's embedded example: a small model learns some classes from scratch, and is then adapted to others.
 
     Args:
-        label: What the progress bar calls the pre-training.
-        model: Builds the small model, untrained.
-        processor: Its image processor.
-        known: The data it is trained on first.
-        new: What it is to be adapted to.
-        epochs: Of pre-training.
-        learning_rate: Of pre-training.
+        label: The name of the pre-training in the progress bar.
+        model: A function that builds the small model, untrained.
+        processor: A function that builds its image processor.
+        known: A function that returns the data for pre-training.
+        new: A function that returns the data to adapt to.
+        epochs: The number of epochs of pre-training.
+        learning_rate: The learning rate of pre-training.
     """
 
     label: str
@@ -57,14 +57,14 @@ class Task(ABC):
     Attributes:
         options: The dataclass of the program's options.
         defaults: YAML file of the options of the embedded example.
-        folder: ForwardPatch `runs`, where the results go unless the options say so.
+        folder: The folder for results inside `runs`, unless the options name one.
         auto_model: The Auto class of transformers that loads its models.
-        metric: The metric that is built in.
-        metric_name: What the report calls it.
+        metric: The built-in metric.
+        metric_name: The metric's name in the report.
         whole_image: Whether the model must see the whole of a test image, or may see the centre that the checkpoint's
             image processor crops.
-        pipeline: What transformers' pipeline for it is called.
-        class_score: Which of [`common.metrics.per_class_scores`] the model card lists.
+        pipeline: The name of transformers' pipeline for the task.
+        class_score: The one of [`common.metrics.per_class_scores`] that the model card lists.
         counted: What a confusion matrix counts, images or pixels.
     """
 
@@ -91,11 +91,11 @@ class Task(ABC):
         """The training images that the small-data protocol keeps."""
 
     def classes(self, dataset: Dataset) -> list[int] | None:
-        """The class of each image, by which images are drawn; None where an image has no single one."""
+        """The class of each image, for stratified sampling; None if images have more than one class."""
         return None
 
     def examine(self, column: str, images: dict[str, Image.Image], names: list[str], options: Options) -> None:
-        """Look at an image that has been read, `images[column]`, beside those before it.
+        """Check an image that has been read, `images[column]`, together with the columns before it.
 
         Raises:
             ValueError: it does not suit the task.
@@ -104,49 +104,49 @@ class Task(ABC):
 
     @abstractmethod
     def label(self, value: Any, view: View | None, size: tuple[int, int], options: Options) -> Any:
-        """The label of an example from what the dataset has.
+        """The label of an example, from the value in the dataset.
 
         Args:
-            value: Of the column `label`.
-            view: The part of the image that the model sees, None in testing.
+            value: The value of the column `label`.
+            view: The part of the image that the model sees; None in testing.
             size: (height, width) of that part.
+            options: The options of the program.
         """
 
     @abstractmethod
     def collate(self, labels: list[Any], train: bool) -> torch.Tensor | list[torch.Tensor]:
-        """The labels of a batch; in training they go to the model."""
+        """The labels of a batch, which the model gets in training."""
 
     @abstractmethod
     def add_batch(
         self, metric: evaluate.Metric, accelerator: Accelerator, logits: torch.Tensor, labels: Any, options: Options
     ) -> torch.Tensor | None:
-        """Gather what the metric needs of a batch from all processes, and add it.
+        """Gather the predictions and labels of a batch from all processes, and add them to the metric.
 
         Returns:
-            How many images or pixels of each class (rows) were taken for each class (columns), int64 on the CPU; None
-            where there are too many classes for that.
+            The confusion matrix of the batch, int64 on the CPU; None if there are too many classes for one.
         """
 
     @abstractmethod
     def keep_examples(self, folder: Path, logits: torch.Tensor, labels: Any) -> None:
-        """Write to the folder what the model answers to the first test batch, if there is something to look at."""
+        """Write the predictions for the first test batch to the folder, if there is a picture of them."""
 
     @abstractmethod
     def picture(self, output: Path, source: Source, folders: dict[str, Path], options: Options) -> None:
-        """Draw what [`keep_examples`] wrote into the output folder, from a folder for each method's label."""
+        """Draw the predictions of [`keep_examples`] into the output folder, from a folder for each method's label."""
 
     def model(self, path: str, names: list[str], seed: int, options: Options) -> PreTrainedModel:
-        """The checkpoint with a head for these classes, new where it does not fit: the same head for equal seeds."""
+        """The checkpoint with a head for these classes. A new head depends only on the seed."""
         return load_model(self.auto_model, path, names, seed)
 
     def augment(self, image: Image.Image, seed: tuple[int, ...], options: Options) -> Image.Image:
-        """What training sees of an RGB image that was cropped and resized; drawn from the seed."""
+        """Augment an RGB image that was cropped and resized, depending on the seed."""
         return image
 
     def mix(self, batch: dict[str, Any], seed: tuple[int, ...], options: Options) -> dict[str, Any]:
-        """What training sees of a batch; drawn from the seed."""
+        """Augment a training batch, depending on the seed."""
         return batch
 
     def check(self, options: Options) -> None:
-        """Stop with one line where options of this task cannot be followed; called before anything is written."""
+        """Stop with one line if options of this task are not possible. It is called before anything is written."""
         return None

@@ -38,12 +38,12 @@ class Run:
     """One training run.
 
     Args:
-        label: What the progress bar and the trackers call it.
-        folder: Where its checkpoint goes.
-        epochs: Passes over the training images.
-        learning_rate: Peak learning rate.
-        seed: Of what is drawn for a batch.
-        remaining: Estimates the time that this run and those after it take.
+        label: The run's name in the progress bar and the trackers.
+        folder: The folder of its checkpoints.
+        epochs: The number of passes over the training images.
+        learning_rate: The peak learning rate.
+        seed: The seed of the random numbers for a batch.
+        remaining: The estimate of the time that this run and the later ones take.
     """
 
     label: str
@@ -56,7 +56,7 @@ class Run:
 
 @dataclass
 class Progress:
-    """Where training stands: what a checkpoint holds beside the states of model, optimizer and random numbers."""
+    """The progress of training: the contents of a checkpoint other than model, optimizer and random states."""
 
     epoch: int = 0
     batch: int = 0
@@ -66,7 +66,7 @@ class Progress:
     history: list[dict[str, float]] = field(default_factory=list)
 
     def next_epoch(self, value: float, validation: float | None = None) -> None:
-        """Close the epoch: its mean loss, its scores and the seconds spent on training steps go on record."""
+        """End the epoch, and record its mean loss, its scores and the seconds of its training steps."""
         scores = {"score": value} | ({} if validation is None else {"validation": validation})
         self.history.append({"loss": self.loss / self.batch, **scores, "seconds": self.seconds})
         self.epoch, self.batch, self.loss, self.seconds = self.epoch + 1, 0, 0.0, 0.0
@@ -84,13 +84,13 @@ def train(
     """Train the model and test it after every epoch.
 
     Args:
-        loaders: Of training and test images; with a third one, of validation images, the best epoch by their score is
-            kept.
-        confusion: Is given what the returned model takes the test images for.
+        loaders: The loaders of training and test images. With a third one, of validation images, the epoch with the
+            best score on these is kept.
+        confusion: Counts the predictions of the returned model on test images.
 
     Returns:
-        The trained model, free of accelerate's wrappers and, on the main process, whole; and per epoch its loss, scores
-        and seconds of training.
+        The trained model without accelerate's wrappers, not sharded on the main process; and the loss, the scores and
+        the seconds of training of each epoch.
     """
     images = loaders[0].dataset
     if unused := freeze_unused(model, loaders[0].collate_fn([images[0]])):
@@ -114,7 +114,7 @@ def train(
             loss = loss_of(model, batch)
             accelerator.backward(loss)
             if accelerator.sync_gradients and options.max_grad_norm:
-                # Those of the prepared model: sharding put others in the place of `weights`.
+                # The parameters of the prepared model, since sharding has replaced `weights`.
                 accelerator.clip_grad_norm_(model.parameters(), options.max_grad_norm)
             optimizer.step()
             if accelerator.sync_gradients and not accelerator.optimizer_step_was_skipped:
@@ -125,7 +125,7 @@ def train(
         return accelerator.reduce(loss.detach(), "mean").item()
 
     def close_epoch() -> None:
-        """Score the weights that the run would end with now, and keep them if they are the best so far."""
+        """Score the current weights, or their average, and keep them if they are the best so far."""
         with average.applied() if average is not None else nullcontext():
             tested = Confusion()
             scores = [test(accelerator, task, model, test_loader, options, tested)]
@@ -182,7 +182,7 @@ def train(
 
 
 def write_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, parts: dict[str, Part]) -> None:
-    """Save a checkpoint; a single process goes on training where the disk has no room for it."""
+    """Save a checkpoint. If the disk is full, a single process continues without one."""
     try:
         save_checkpoint(accelerator, folder, progress.updates, dataclasses.asdict(progress), parts)
     except Exception as error:
@@ -193,7 +193,7 @@ def write_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress,
 
 
 def check_scheduler(options: Options) -> None:
-    """Build the schedule of an optimizer that is not used.
+    """Check the schedule by building it for an optimizer that is not used.
 
     Raises:
         ValueError: transformers has no such schedule.
@@ -211,7 +211,7 @@ def test(
     options: Options,
     confusion: Confusion | None = None,
 ) -> float:
-    """The metric over the images of the loader; what they are taken for goes into the confusion matrix."""
+    """The metric over the images of the loader, which are also counted in the confusion matrix."""
     metric = load_metric(task.metric, options)
     model.eval()
     for batch in loader:
@@ -223,7 +223,7 @@ def test(
 
 
 def shown(progress: Progress, run: Run) -> str:
-    """For the progress bar: the mean loss of the epoch so far, the last scores, and the time that is left."""
+    """Values for the progress bar: the mean loss of the epoch so far, the last scores, and the remaining time."""
     loss = progress.loss / progress.batch if progress.batch else progress.history[-1]["loss"]
     parts = [f"loss={loss:.3f}"]
     if progress.history:

@@ -1,4 +1,4 @@
-"""What a training step costs, and how good its gradients are, measured on the step itself."""
+"""Measures the cost of a training step and the quality of its gradients."""
 
 from .activations import SavedActivations, saved_activations
 from .gradients import GradientQuality, TensorQuality, gradient_quality

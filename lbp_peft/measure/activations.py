@@ -1,4 +1,4 @@
-"""The activations that a forward pass saves for the backward pass, counted on the pass itself."""
+"""Counts the activations that a forward pass saves for the backward pass."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 @dataclass
 class SavedActivations:
-    """Bytes that the forward pass keeps for the backward pass, parameters and buffers of the model not counted."""
+    """The bytes that the forward pass saves for the backward pass, without parameters and buffers of the model."""
 
     bytes: int = 0
 
@@ -26,7 +26,7 @@ def saved_activations(model: nn.Module) -> Iterator[SavedActivations]:
     """Count the tensors that autograd saves while the block runs; each storage is counted once.
 
     Args:
-        model: Its parameters and buffers do not count: they are there whether or not a step is taken.
+        model: The model, whose parameters and buffers do not count, since they are in memory in any case.
 
     Yields:
         [`SavedActivations`], complete when the block ends.
@@ -38,7 +38,7 @@ def saved_activations(model: nn.Module) -> Iterator[SavedActivations]:
     """
     result = SavedActivations()
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    # Holding the storages keeps their addresses from being given out twice while we count.
+    # References to the storages prevent their addresses from being used again while they are counted.
     seen: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:

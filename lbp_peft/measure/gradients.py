@@ -1,4 +1,4 @@
-"""How close the gradients of LBP-WHT are to the exact ones, on the user's own model and batch."""
+"""Compares the gradients of LBP-WHT with exact ones, on a given model and batch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class TensorQuality:
-    """One gradient beside the exact one.
+    """The gradient of one tensor, compared with the exact one.
 
     Attributes:
-        cosine: Of the angle between the two, 1 where they point in the same direction.
+        cosine: The cosine of the angle between the two, 1 if they have the same direction.
         norm_ratio: The norm of the gradient, divided by that of the exact one.
     """
 
@@ -30,12 +30,12 @@ class TensorQuality:
 
 @dataclass(frozen=True)
 class GradientQuality:
-    """The gradients of a training step beside the exact ones; print it for a table of the worst tensors.
+    """The gradients of a training step, compared with the exact ones. Printed, it is a table of the worst tensors.
 
     Attributes:
-        cosine, norm_ratio: Of all trained matrices in layers with LBP-WHT together, as if they were one vector. Biases,
-            whose gradients are exact but for what comes from later layers, do not count.
-        tensors: Name of each trained tensor with a gradient, the head's included -> its [`TensorQuality`].
+        cosine, norm_ratio: The figures for all trained matrices in layers with LBP-WHT as one vector. Biases do not
+            count: their gradients are exact except for the errors of later layers.
+        tensors: The [`TensorQuality`] of each trained tensor with a gradient, also of the head, by name.
     """
 
     cosine: float
@@ -65,14 +65,17 @@ def gradient_quality(model: nn.Module, batch: Any, loss_fn: LossFunction | None 
     (such as the statistics of batch norms), modes and random number generators are left as they were.
 
     Args:
-        model: A model with LBP-WHT layers, free of wrappers such as DDP's.
-        batch: The arguments of the model with its labels, or whatever `loss_fn` takes. It is moved to the model's
+        model: A model with LBP-WHT layers, without wrappers such as DDP's.
+        batch: The arguments of the model including labels, or the batch for `loss_fn`. It is moved to the model's
             device.
         loss_fn: (model, batch) -> scalar loss. None: `model(**batch).loss`.
 
+    Returns:
+        The comparison, tensor by tensor and in all.
+
     Raises:
         ValueError: the model has no LBP-WHT layers, or trains nothing, or returns no loss.
-        RuntimeError: its gradient checkpointing is the reentrant one, through which `torch.autograd.grad` cannot go.
+        RuntimeError: its gradient checkpointing is reentrant, which `torch.autograd.grad` does not support.
 
     Example:
         >>> quality = lbp_peft.gradient_quality(model, batch)
@@ -82,12 +85,12 @@ def gradient_quality(model: nn.Module, batch: Any, loss_fn: LossFunction | None 
     from ..tuner.report import exact_backward
 
     adapted = [
-        f"{name.removesuffix('.low_rank_backward')}."  # which stands inside a layer of another method
+        f"{name.removesuffix('.low_rank_backward')}."  # a patch of another method's layer
         for name, module in model.named_modules()
         if isinstance(module, LBPWHTLayer)
     ]
     if not adapted:
-        raise ValueError("The model has no LBP-WHT layers: its gradients are exact as they are.")
+        raise ValueError("The model has no LBP-WHT layers, so its gradients are exact.")
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     if not trained:
         raise ValueError("The model has no trained parameters, so there are no gradients to compare.")
@@ -109,10 +112,12 @@ def gradient_quality(model: nn.Module, batch: Any, loss_fn: LossFunction | None 
 
 
 def compare(found: dict[str, Tensor], exact: dict[str, Tensor], counted: Iterable[str]) -> GradientQuality:
-    """Compare gradients, by name; those that vanish in both are left out.
+    """Compare gradients by name. Tensors whose gradients are zero in both are left out.
 
     Args:
-        counted: Names of the tensors that make up the totals.
+        found: The gradients to judge.
+        exact: The exact gradients.
+        counted: The names of the tensors that make up the totals.
     """
     counted = set(counted)
     tensors, total = {}, [0.0, 0.0, 0.0]
@@ -130,7 +135,7 @@ def compare(found: dict[str, Tensor], exact: dict[str, Tensor], counted: Iterabl
 
 
 def _sums(found: Tensor, expected: Tensor) -> tuple[float, float, float]:
-    """Their inner product, and the squares of their norms."""
+    """The inner product of two tensors, and the squares of their norms."""
     one, other = found.detach().flatten().float(), expected.detach().flatten().to(found.device).float()
     return float(one @ other), float(one @ one), float(other @ other)
 

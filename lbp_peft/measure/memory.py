@@ -1,9 +1,9 @@
-"""The most memory that a training step needs at once.
+"""Measures the peak memory of a training step.
 
-Two figures are of use. [`peak_memory`] is the real one, weights and all: on a GPU what PyTorch's allocator has handed
-out, on a CPU the largest resident set of the process. [`allocated`] counts what tensors alone need beyond what was
-there before, exactly and repeatably, which tells two programs apart by a few kilobytes; memory that libraries use
-beside PyTorch, and memory that was freed but stays with the process, are not in it.
+There are two figures. [`peak_memory`] is that of the device or the process, weights included: on a GPU the allocation
+of PyTorch's allocator, on a CPU the largest resident set of the process. [`allocated`] counts the memory of tensors
+that are allocated within a block. It is exact and repeatable, so that two programs can be compared to a few kilobytes,
+but leaves out memory that other libraries use and freed memory that stays with the process.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import psutil
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler announces each start and stop
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # so that the profiler does not print each start and stop
 
 _STATUS, _CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass
 class PeakMemory:
-    """Bytes in use at the fullest moment of a block, all that was there before included."""
+    """The most bytes in use at once within a block, including those from before the block."""
 
     bytes: int = 0
 
@@ -42,10 +42,10 @@ class PeakMemory:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
-    """Read the peak of a device's memory while the block runs.
+    """Measure the peak memory of a device while the block runs.
 
-    On a GPU it is what PyTorch's allocator has handed out at once. On a CPU it is the resident set of this process, so
-    that Python and its libraries count, and whatever else the program holds.
+    On a GPU it is the most memory that PyTorch's allocator had allocated at once. On a CPU it is the largest resident
+    set of this process, which includes Python, its libraries and all other data of the program.
 
     Yields:
         [`PeakMemory`], complete when the block ends.
@@ -60,7 +60,7 @@ def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
     elif _reset_high_water_mark():
         yield result
         result.bytes = resident_now()["VmHWM"]
-    else:  # another system than Linux
+    else:  # not Linux
         with _sampled(result):
             yield result
 
@@ -91,7 +91,7 @@ def _reset_high_water_mark() -> bool:
 
 @contextmanager
 def _sampled(result: PeakMemory) -> Iterator[None]:
-    """The resident set, looked at every five milliseconds."""
+    """Sample the resident set every five milliseconds."""
     process, over = psutil.Process(), threading.Event()
 
     def watch() -> None:
@@ -110,11 +110,11 @@ def _sampled(result: PeakMemory) -> Iterator[None]:
 
 @dataclass
 class Allocated:
-    """Bytes beyond what was allocated when the block began.
+    """The bytes allocated since the block began.
 
     Attributes:
         peak: The most at any moment.
-        left: When the block ended.
+        left: Those at the end of the block.
     """
 
     peak: int = 0
@@ -125,13 +125,13 @@ class Allocated:
 def allocated(device: torch.device) -> Iterator[Allocated]:
     """Follow the memory that PyTorch allocates on one device while the block runs.
 
-    On a GPU PyTorch's allocator keeps that figure. On a CPU it does not; every allocation and release of a tensor is
-    read from PyTorch's profiler there, and summed up in order.
+    On a GPU, PyTorch's allocator counts. On a CPU, all allocations and releases of tensors are read from PyTorch's
+    profiler and summed up in order.
 
     Yields:
         [`Allocated`], complete when the block ends.
 
-    Release of memory from before the block is not seen on a CPU.
+    On a CPU, releases of memory from before the block do not count.
     """
     result = Allocated()
     gc.collect()
@@ -153,7 +153,7 @@ def allocated(device: torch.device) -> Iterator[Allocated]:
 
 
 def _allocations(profiler: profile) -> list[int]:
-    """Bytes of every allocation, negative for a release, in the order in which they happened."""
+    """The bytes of each allocation, negative for a release, in order."""
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
         profiler.export_chrome_trace(os.fspath(trace))

@@ -1,7 +1,4 @@
-"""The multiply-adds of a training step, counted on the step itself.
-
-They are read off the running computation, so full fine-tuning, LoRA and LBP-WHT are counted by the same rule.
-"""
+"""Counts the multiply-adds of a training step while it runs, by the same rules for all methods."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass
 class MultiplyAdds:
-    """Multiply-adds of the matrix products in any precision, convolutions and fused attention in a region."""
+    """The multiply-adds of matrix products in any precision, convolutions and fused attention within a block."""
 
     total: int = 0
 
@@ -26,8 +23,8 @@ class MultiplyAdds:
 def multiply_adds() -> Iterator[MultiplyAdds]:
     """Count the multiply-adds of the block with PyTorch's own FLOP counter, at two FLOPs each.
 
-    Where the counter goes wrong, or knows nothing, it is told better: grouped convolutions count by their groups, and
-    products in int8, products added in place and the fused attention of CPUs count at all.
+    Some formulas of the counter are corrected or added: for grouped convolutions, products in int8, products that are
+    added in place, and the fused attention of CPUs.
 
     Yields:
         [`MultiplyAdds`], complete when the block ends.
@@ -44,7 +41,7 @@ def multiply_adds() -> Iterator[MultiplyAdds]:
 
 
 def _of_product(left: torch.Size, right: torch.Size, *args: Any, **kwargs: Any) -> int:
-    """(M, K), (K, N)"""
+    """The FLOPs of a product (M, K) x (K, N)."""
     return 2 * math.prod(left) * right[1]
 
 
@@ -55,10 +52,10 @@ def _of_product_added_in_place(to: torch.Size, left: torch.Size, right: torch.Si
 def _of_convolution_backward(
     grad_shape: torch.Size, x_shape: torch.Size, weight_shape: torch.Size, *args: Any, **kwargs: Any
 ) -> int:
-    """Each gradient takes the multiply-adds of the forward pass.
+    """Count the multiply-adds of the forward pass for each gradient.
 
-    PyTorch's own formula ignores groups in the gradient of the weight: for a depthwise convolution of C channels it
-    counts C times too much, which would make training one look dearer than it is.
+    PyTorch's own formula ignores groups in the gradient of the weight: its result for a depthwise convolution of C
+    channels is C times too large.
     """
     *_, transposed, _, _, output_mask = args
     pixels = math.prod((x_shape if transposed else grad_shape)[2:])
@@ -66,9 +63,9 @@ def _of_convolution_backward(
 
 
 def _of_attention(query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any) -> int:
-    """(N, heads, L, d), (N, heads, M, d), (N, heads, M, e): the products q k^T, and of what softmax makes of it with v.
+    """The FLOPs of q k^T and softmax(q k^T) v, of shapes (N, heads, L, d), (N, heads, M, d) and (N, heads, M, e).
 
-    As PyTorch counts fused attention of other kinds, a causal mask saves nothing.
+    A causal mask saves nothing, as in PyTorch's formulas for other kinds of fused attention.
     """
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
@@ -76,7 +73,7 @@ def _of_attention(query: torch.Size, key: torch.Size, value: torch.Size, *args: 
 def _of_attention_backward(
     grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any
 ) -> int:
-    """Two products for each of the forward pass's, and q k^T once more, since it was not kept."""
+    """Count two products for each of the forward pass, and q k^T again, since it was not saved."""
     scores = math.prod(query[:-1]) * key[-2]
     return 2 * _of_attention(query, key, value) + 2 * scores * query[-1]
 

@@ -1,4 +1,4 @@
-"""What one training step costs: the time of each part, memory, multiply-adds."""
+"""Measures the cost of a training step: the time of its parts, memory and multiply-adds."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from .undisturbed import LossFunction, device_of, loss_of_output, to_device, und
 
 @dataclass(frozen=True)
 class StepCost:
-    """The cost of a training step; print it for a summary.
+    """The cost of a training step. Printed, it is a summary.
 
     Attributes:
-        forward, backward, optimiser: Seconds of each part, medians of the timed steps.
-        saved_bytes: What the forward pass saves for the backward pass, parameters and buffers not counted.
-        peak_bytes: The most memory in use at once, with weights, gradients and the state of the optimiser: on a GPU
-            what PyTorch's allocator has handed out, on a CPU the resident set of this process, whatever else it holds
-            included.
-        forward_multiply_adds, backward_multiply_adds: Of matrix products, convolutions and attention.
+        forward, backward, optimiser: The time of each part in seconds, medians of the timed steps.
+        saved_bytes: The bytes that the forward pass saves for the backward pass, without parameters and buffers.
+        peak_bytes: The most bytes in use at once, with weights, gradients and the state of the optimiser: on a GPU the
+            allocation of PyTorch's allocator, on a CPU the resident set of this process, all its other data included.
+        forward_multiply_adds, backward_multiply_adds: The multiply-adds of matrix products, convolutions and attention.
         trained_parameters: The number of trained values.
     """
 
@@ -41,7 +40,7 @@ class StepCost:
 
     @property
     def seconds(self) -> float:
-        """Of the whole step."""
+        """The time of the whole step."""
         return self.forward + self.backward + self.optimiser
 
     def __str__(self) -> str:
@@ -59,13 +58,13 @@ def step_cost(model: nn.Module, batch: Any, loss_fn: LossFunction | None = None,
 
     The optimiser has a learning rate of 0: no weight changes. Gradients, buffers, modes and the state of random number
     generators are left as they were. Other work on the machine disturbs the times. To compare settings, which have to
-    take turns for that, use [`lbp_peft.recommend`].
+    take turns, use [`lbp_peft.recommend`].
 
     Args:
         model: Any model, adapted or not, on its device.
-        batch: The arguments of the model with its labels, or whatever `loss_fn` takes.
+        batch: The arguments of the model including labels, or the batch for `loss_fn`.
         loss_fn: (model, batch) -> scalar loss. None: `model(**batch).loss`.
-        steps: How many are timed, after one that counts.
+        steps: The number of timed steps. One step before them counts memory and multiply-adds.
 
     Raises:
         ValueError: the model returns no loss or trains nothing, its gradients are not finite, or `steps` is below 1.
@@ -98,12 +97,12 @@ def step_cost(model: nn.Module, batch: Any, loss_fn: LossFunction | None = None,
 
 
 def idle_optimiser(trained: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW that does all its work and changes no weight, since its learning rate is 0."""
+    """AdamW with a learning rate of 0, which does all its work and changes no weight."""
     return torch.optim.AdamW(trained, lr=0.0, weight_decay=0.0)
 
 
 def check_finite(optimiser: torch.optim.Optimizer) -> None:
-    """Stop before a step that would do harm: a learning rate of 0, times a gradient that is not finite, is not 0.
+    """Check that a step with a learning rate of 0 changes no weight: 0 times infinity is not 0.
 
     Raises:
         ValueError: a gradient is infinite or not a number.

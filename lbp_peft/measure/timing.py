@@ -1,4 +1,4 @@
-"""Times of several programs, taken in turns, and their spread."""
+"""Times several programs in turns, and computes the spread of their times."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ Result = TypeVar("Result")
 
 
 def interleaved(runs: Sequence[Callable[[], Result]], rounds: Iterable[object]) -> list[list[Result]]:
-    """Call every function once a round, one after the other, and return what each gave in all rounds.
+    """Call all functions once in each round, and return the results of each function.
 
-    What else the machine does meanwhile slows neighbours alike, so compare times within a round, as
-    [`ratios`] does.
+    Other work on the machine slows all functions of a round alike, so compare times within a round, as [`ratios`] does.
     """
     results: list[list[Result]] = [[] for _ in runs]
     for _ in rounds:
@@ -26,9 +25,9 @@ def interleaved(runs: Sequence[Callable[[], Result]], rounds: Iterable[object]) 
 
 
 def rounds_within(minutes: float, rounds: int) -> Iterator[int]:
-    """0, 1, ... up to `rounds`; stops before a round that, at the pace so far, would end after `minutes`.
+    """Yield 0, 1, ... up to `rounds`, and stop before a round that would end after `minutes` at the pace so far.
 
-    The first round is always given.
+    The first round is always yielded.
     """
     start = time.perf_counter()
     for number in range(rounds):
@@ -38,19 +37,19 @@ def rounds_within(minutes: float, rounds: int) -> Iterator[int]:
 
 
 def now() -> float:
-    """Seconds on a clock, read once the device has done all it was given."""
+    """The time in seconds, when the device has finished all its work."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
 
 
 def ratios(times: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """Of each round's time to the reference's in the same round."""
+    """The ratio of each round's time to the reference's in the same round."""
     return [own / other for own, other in zip(times, reference, strict=True)]
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
-    """First quartile, median and third quartile; of a single value, three times that value."""
+    """The first quartile, the median and the third quartile, which are equal for a single value."""
     if len(values) == 1:
         return values[0], values[0], values[0]
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -59,7 +58,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 @torch.no_grad()
 def touch(model: torch.nn.Module) -> None:
-    """Write to the trained weights, as an optimiser does between two steps: what was derived from them is outdated."""
+    """Write to the trained weights, as an optimizer does between two steps, so that copies of them are outdated."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.mul_(1)

@@ -1,4 +1,4 @@
-"""Runs a model on the side, without a trace in its later training."""
+"""Runs a model for a measurement without an effect on its later training."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def loss_of_output(model: nn.Module, batch: Any) -> Tensor:
     """The loss that a model of transformers returns when its batch has labels.
 
     Raises:
-        ValueError: the batch is no dict of arguments, or the output has no loss.
+        ValueError: the batch is not a dict of arguments, or the output has no loss.
     """
     if not isinstance(batch, Mapping):
         raise ValueError(
-            f"A batch is to be a dict of the model's arguments, with labels, but it is a {type(batch).__name__}. "
+            f"A batch has to be a dict of the model's arguments, with labels, but it is a {type(batch).__name__}. "
             "For other batches give loss_fn(model, batch)."
         )
     output = model(**batch)
@@ -62,13 +62,13 @@ def device_of(model: nn.Module) -> torch.device:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """Restore, when the block ends, all that forward and backward passes change beside the weights.
+    """Restore, at the end of the block, everything but the weights that forward and backward passes change.
 
-    These are gradients, buffers (the statistics of batch norms, say), training modes, the state of the random number
-    generators of Python, NumPy and PyTorch, and what LBP-WHT layers report of their last pass. Within the block the
-    parameters have no gradients.
+    These are gradients, buffers (for instance the statistics of batch norms), training modes, the state of the random
+    number generators of Python, NumPy and PyTorch, and the reports of LBP-WHT layers about their last pass. Within the
+    block the parameters have no gradients.
     """
-    from ..tuner.layers.base import LBPWHTLayer  # which needs what is measured nowhere
+    from ..tuner.layers.base import LBPWHTLayer  # here, since it is not needed without LBP-WHT layers
 
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers() if not buffer.is_meta]
@@ -94,7 +94,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def same_random_numbers(device: torch.device) -> Iterator[None]:
-    """Give the random number generators back the state that they had when the block began."""
+    """Restore the state of the random number generators at the end of the block."""
     python, numpy = random.getstate(), np.random.get_state()
     kinds = () if device.type in ("cpu", "meta") else (device,)
     try:

@@ -283,7 +283,7 @@ def test_activating_an_unknown_adapter_is_an_error():
         VIT.adapted().set_adapter("nope")
 
 
-@pytest.mark.parametrize("compress", [None, "all"])  # which stands inside modules that are not adapted
+@pytest.mark.parametrize("compress", [None, "all"])  # which patches modules that are not adapted
 @pytest.mark.parametrize("train_base_weight", [True, False])
 def test_status_is_reported(train_base_weight, compress):
     settings = {"train_base_weight": train_base_weight, "compress_activations": compress}

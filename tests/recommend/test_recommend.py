@@ -281,7 +281,7 @@ def test_a_model_whose_gradients_are_not_finite_is_refused_unharmed(monkeypatch)
     [
         (WithoutLoss, {"x": torch.ones(2, 3)}, "returned no loss"),
         (tiny_vit, {"pixel_values": images()}, "returned no loss"),
-        (tiny_vit, torch.ones(3), "is to be a dict"),
+        (tiny_vit, torch.ones(3), "has to be a dict"),
     ],
 )
 def test_a_model_without_a_loss_is_told_why(tmp_path, make, batch, message):

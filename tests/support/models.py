@@ -242,7 +242,7 @@ def layers_of(model: nn.Module) -> dict[str, LBPWHTLayer]:
 
 
 def patches_of(model: nn.Module, kind: type) -> dict[str, Any]:
-    """What stands inside modules that are no adapted layers, by the name of its host."""
+    """The patches of modules that are not adapted layers, by the name of the host."""
     inside = {name: getattr(module, PATCH_ATTR, None) for name, module in model.named_modules()}
     return {name: one for name, one in inside.items() if isinstance(one, kind)}
 

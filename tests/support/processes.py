@@ -1,4 +1,4 @@
-"""Several processes on the CPU, for tests of what they do together."""
+"""Runs functions on several processes on the CPU."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from filelock import FileLock
 def on_processes(count: int, function: Callable[[], Any], folder: Path) -> list[Any]:
     """Run a function of a module on each of `count` processes that form a group (gloo), as `torchrun` starts them.
 
-    To start them costs seconds, so give them a lot to do.
+    Starting processes takes seconds, so have them do as much as possible at a time.
 
     Returns:
-        What each of them returned, by rank.
+        The results by rank.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     # Threads of two processes on one core would wait for each other.
     before = dict(os.environ)
-    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # what takes a GPU unasked takes none
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # so that no library uses a GPU
     try:
         torch.multiprocessing.spawn(_process, (count, port, function, str(folder)), nprocs=count)
     finally:
@@ -37,7 +37,7 @@ def on_processes(count: int, function: Callable[[], Any], folder: Path) -> list[
 
 
 def shared_folder(tmp_path_factory: Any, name: str) -> Path:
-    """A temporary folder that all workers of pytest-xdist have in common."""
+    """A temporary folder that all workers of pytest-xdist share."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
     folder.mkdir(exist_ok=True)
@@ -45,7 +45,7 @@ def shared_folder(tmp_path_factory: Any, name: str) -> Path:
 
 
 def on_processes_once(count: int, function: Callable[[], Any], folder: Path) -> list[Any]:
-    """As [`on_processes`], where several workers ask for the same: one runs it, the others read what it left."""
+    """[`on_processes`], run by one worker of pytest-xdist; the others read its results."""
     with FileLock(folder / "lock"):
         if not (folder / "done").exists():
             on_processes(count, function, folder)

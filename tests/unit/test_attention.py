@@ -1,4 +1,4 @@
-"""Attention that goes backward by matrix products: its arithmetic, when it steps aside, and in models."""
+"""Attention with a backward pass of matrix products: its gradients, the cases it leaves to PyTorch, and models."""
 
 import copy
 import pickle
@@ -16,7 +16,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from lbp_peft import LBPWHTConfig, exact_backward
 from lbp_peft import heuristics as cost
 from lbp_peft.ops import attention
-from lbp_peft.tuner.patches import attention_patch as attending
+from lbp_peft.tuner.patches import attention_patch
 from lbp_peft.tuner.patches.attention_patch import AttentionPatch
 from lbp_peft.tuner.patches.forward_patch import PATCH_ATTR
 
@@ -31,7 +31,7 @@ SHAPES = [  # N, heads, L, S, d, d_v
 @pytest.fixture(autouse=True)
 def multiplies_bf16(monkeypatch):
     """Whatever the processor does."""
-    for module in (cost, attending):
+    for module in (cost, attention_patch):
         monkeypatch.setattr(module, "multiplies_bf16", lambda device: True)
 
 
@@ -215,7 +215,7 @@ def test_the_blocks_of_an_adapted_model_use_it(used, monkeypatch):
     model = adapted()
     found = in_bf16(model)
     assert used == 2 * [(2, 2, 65, 16)]
-    monkeypatch.setattr(attending, "multiplies_bf16", lambda device: False)
+    monkeypatch.setattr(attention_patch, "multiplies_bf16", lambda device: False)
     assert cosine(in_bf16(model), found) > 0.9999 and len(used) == 2
 
 

@@ -185,7 +185,7 @@ def test_copies_work_on_their_own(how):
 
 
 def test_a_copy_that_is_trained_beside_the_adapter_belongs_to_the_same_block():
-    """PEFT copies modules_to_save for each adapter, host and all that stands inside."""
+    """PEFT copies modules_to_save for each adapter, a host together with its patch."""
     settings = {"modules_to_save": ["layernorm_before"]}
     model = adapted(**settings)
     model.add_adapter("other", LBPWHTConfig(r=10, compress_activations="all", **settings))

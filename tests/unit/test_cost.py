@@ -66,7 +66,7 @@ def test_on_gpus_the_precision_follows_the_capability(monkeypatch, capability, e
 
 
 @pytest.mark.parametrize(
-    ("found", "features", "dtype", "pays"),
+    ("found", "features", "dtype", "is_used"),
     [
         (AMX, (384, 384), FLOAT, True),
         (AMX, (64, 256), FLOAT, False),
@@ -80,9 +80,9 @@ def test_on_gpus_the_precision_follows_the_capability(monkeypatch, capability, e
         (NONE, (128, 128), FLOAT, False),
     ],
 )
-def test_narrow_layers_do_not_pay(processor, found, features, dtype, pays):
+def test_narrow_layers_are_left_exact(processor, found, features, dtype, is_used):
     processor(found)
-    assert HEURISTICS.use_low_rank(8, 197, 41, *features, dtype, CPU) is pays
+    assert HEURISTICS.use_low_rank(8, 197, 41, *features, dtype, CPU) is is_used
 
 
 def test_on_images_layers_have_to_be_wider(processor):
@@ -204,10 +204,10 @@ def adapted(**settings):
 
 @pytest.mark.own_choice
 def test_auto_is_the_default_and_leaves_narrow_layers_exact_with_one_warning(decide):
-    def pays(images, tokens, kept, out_features, in_features, *_):
+    def use_low_rank(images, tokens, kept, out_features, in_features, *_):
         return out_features * in_features > 64 * 64
 
-    decide(use_low_rank=pays, fastest_precision=lambda rows, out, into, *_: "int8" if out > into else "full")
+    decide(use_low_rank=use_low_rank, fastest_precision=lambda rows, out, into, *_: "int8" if out > into else "full")
     model = adapted()
     with pytest.warns(
         UserWarning, match=r'q_proj uses exact backpropagation.*narrow.*grad_input_dtype="full"'

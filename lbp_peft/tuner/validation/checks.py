@@ -1,4 +1,4 @@
-"""What is refused, and with which words."""
+"""Checks of targets, modules and checkpoints."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ def check_targets(targets: list[tuple[str, nn.Module]], train_base_weight: bool,
     """Refuse layers that LBP-WHT cannot adapt.
 
     Args:
-        targets: By name.
-        train_base_weight: As configured.
+        targets: The layers to adapt, with their names.
+        train_base_weight: The setting of the configuration.
         beside_others: Whether the model has adapters of another method.
 
     Raises:
-        TypeError: a target is no linear layer, nor an adapter of one.
+        TypeError: a target is neither a linear layer nor an adapter of one.
         ValueError: a target's weight cannot be trained, as it is quantised or another method adapts the layer.
     """
     for name, module in targets:
@@ -72,8 +72,8 @@ def check_base_weights_can_be_dropped(model: nn.Module, targets: list[tuple[str,
     """Refuse `base_weights="dropped"` where anything but the new adapter needs a target's base weight.
 
     Args:
-        model: To be adapted.
-        targets: By name.
+        model: The model to be adapted.
+        targets: The layers to adapt, with their names.
         shared: Ids of the parameters that several modules use.
 
     Raises:
@@ -104,8 +104,8 @@ def check_modules_to_save(model: nn.Module, config: PeftConfig) -> None:
     cannot load again.
 
     Args:
-        model: To be adapted.
-        config: LBP-WHT's, or that of an adapter beneath.
+        model: The model to be adapted.
+        config: The configuration of LBP-WHT, or of an adapter that it is stacked on.
 
     Raises:
         ValueError: the message says what to name instead.
@@ -205,7 +205,7 @@ def _is_of_others(module: nn.Module) -> bool:
 
 
 def is_adapted_linear(module: nn.Module) -> bool:
-    """Whether it is another method's adapter of a layer that LBP-WHT supports."""
+    """Whether a module is another method's adapter of a layer that LBP-WHT supports."""
     if not isinstance(module, BaseTunerLayer) or isinstance(module, LBPWHTLayer):
         return False
     base = module.get_base_layer()
@@ -238,7 +238,7 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
     Args:
         model: The model that the checkpoint is for.
         adapter_name: The adapter that the checkpoint is for.
-        state_dict: Keys as in the model.
+        state_dict: The tensors of the checkpoint, with the keys of the model's state dict.
 
     Raises:
         ValueError: tensors are missing or do not belong.

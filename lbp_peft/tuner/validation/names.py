@@ -10,7 +10,7 @@ from torch import nn
 
 from .patterns import show
 
-_MAX_LENGTH = 200  # a file system takes 255 bytes
+_MAX_LENGTH = 200  # in characters; file systems allow 255 bytes
 _DEVICES = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³])", re.IGNORECASE)
 # PEFT names these for models of these tasks, whether the model has them or not.
 _OF_TASKS = {

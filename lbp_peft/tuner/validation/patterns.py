@@ -63,14 +63,14 @@ def show(value: object) -> str:
 
 
 def _num_steps(tree: Any, repeated: bool, ignores_case: bool) -> float:
-    """How many steps matching a part of an expression may take, roughly; infinite where they are more than allowed.
+    """Roughly the number of steps that matching a part of an expression may take; infinite if it is more than allowed.
 
     Steps multiply along parts that leave a choice, and with those of the expressions inside these parts. A literal
     character in between ends that: it occurs few times in a name.
 
     Args:
         tree: The parsed part.
-        repeated: Whether the part stands inside a repetition, where each choice multiplies with itself.
+        repeated: Whether the part is inside a repetition, where each choice multiplies with itself.
         ignores_case: Whether any part of the expression does. Which characters a literal matches is not known then.
     """
     items = list(_items(tree))
