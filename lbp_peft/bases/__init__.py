@@ -1,4 +1,4 @@
-"""Bases of the small space: which functions over the patch grid a backward pass keeps."""
+"""Bases: the functions over the patch grid that a backward pass keeps."""
 
 from .base import Basis
 from .basis_set import BasisSet

@@ -1,4 +1,4 @@
-"""The interface of bases: which functions over the tokens a backward pass keeps."""
+"""The interface of bases: sets of functions over the tokens that a backward pass keeps."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .grids import TokenLayout
 
 
 class Basis(ABC):
-    """A set of functions over the tokens of an image; tokens are projected on it and lifted from it.
+    """A set of functions over the tokens of an image. Tokens are projected on them, and coefficients lifted to tokens.
 
-    Instances are immutable, and can be compared and hashed: two are equal if they keep the same functions.
+    Instances are immutable, and can be compared and hashed: two are equal if they have the same functions.
 
-    Tokens outside the grid are usually kept as they are: the matrices then have a row for each of them.
+    Tokens outside the grid usually pass through exactly: the matrices then have a row for each of them.
     """
 
     @abstractmethod
@@ -36,24 +36,25 @@ class Basis(ABC):
 
     @abstractmethod
     def synthesis(self, layout: TokenLayout, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The matrix whose transpose lifts coefficients, shape (k, L); of orthonormal functions it is the analysis."""
+        """The matrix whose transpose lifts coefficients, shape (k, L); for orthonormal functions, the analysis."""
 
     def preserves_sums(self, layout: TokenLayout) -> bool:
-        """Whether projecting and lifting preserve the sum over tokens: the constant function is in the span.
+        """Whether projecting and lifting preserve the sum over tokens, since the constant function is in the span.
 
-        The gradient of a bias is computed from the coefficients if so, and from all tokens otherwise.
+        If so, the gradient of a bias is computed from the coefficients, otherwise from all tokens.
         """
         return False
 
     def state(self) -> dict[str, Tensor]:
-        """Tensors to be saved in the adapter's checkpoint, by name; none if its settings determine the basis."""
+        """Tensors to save in the adapter's checkpoint, by name; none if the settings determine the basis."""
         return {}
 
 
 def without_transforms(make: Callable[[], Tensor]) -> Tensor:
-    """Make a tensor that may be kept: no inference tensor, which could not be saved for backward, and not wrapped.
+    """Make a tensor that can be kept for later passes.
 
-    A transform of `torch.func` wraps every tensor that is made within it.
+    It is not an inference tensor, which could not be saved for backward, and not wrapped by a transform of
+    `torch.func`, as all tensors are that are made within one.
     """
     with torch.inference_mode(False), torch.no_grad():
         tensor = make()

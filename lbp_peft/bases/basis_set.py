@@ -17,12 +17,12 @@ class BasisSet(WalshBasis):
     """The first r Walsh functions of a selection, the same in every block of `block_size` x `block_size` patches.
 
     Attributes:
-        r: Functions kept in each block, 1 to block_size**2. A block with fewer tokens keeps at most as many as these.
+        r: The number of functions in each block, 1 to block_size**2. A block with fewer tokens has at most as many.
         block_size: Order of the transform along each side, a power of two.
-        selection: Which r come first, see [`basis_order`].
-        boundary: What happens on a grid that is no multiple of block_size. "orthogonal": the cropped functions are
-            orthonormalised, a true projection, exact at full rank. "reflect": the grid is padded by reflection and
-            what is lifted is cropped, as the paper's reference code does; this is not a projection.
+        selection: The order of the functions, see [`basis_order`].
+        boundary: The treatment of a grid that is not a multiple of block_size. "orthogonal": the cropped functions are
+            orthonormalised, which gives a true projection, exact at full rank. "reflect": the grid is padded by
+            reflection and the lifted result is cropped, as in the paper's reference code; this is not a projection.
     """
 
     r: int

@@ -15,16 +15,16 @@ _TOLERANCE = 1e-4  # for matrices in float32
 class DenseBasis(Basis):
     """Orthonormal functions over the tokens, one in each row of a matrix.
 
-    Two are equal only if they are the same object, so share one instance between the gradients that are to share their
+    Two dense bases are equal only if they are the same object, so use one instance for gradients that are to share
     projections.
 
     Args:
-        matrix: Shape (k, M) with orthonormal rows, of any floating dtype; it is copied in float64. If M is the number
-            of tokens on the grid, the tokens outside the grid are kept exactly in addition; if M is the number of all
-            tokens, the functions extend over these too. Tokens are in the order in which the layer receives them.
+        matrix: Shape (k, M) with orthonormal rows, of any floating dtype. It is copied in float64. If M is the number
+            of tokens on the grid, the tokens outside the grid pass through exactly; if M is the number of all tokens,
+            the functions extend over these too. Tokens are in the order in which the layer receives them.
 
     Raises:
-        ValueError: it is no matrix with at most as many rows as columns, or its rows are not orthonormal.
+        ValueError: it is not a matrix with at most as many rows as columns, or its rows are not orthonormal.
     """
 
     def __init__(self, matrix: Tensor):
@@ -66,7 +66,7 @@ class DenseBasis(Basis):
         return {"matrix": self._matrix}
 
     def _num_exact(self, layout: TokenLayout) -> int:
-        """Tokens outside the grid that are kept as they are."""
+        """The number of tokens outside the grid that pass through exactly."""
         columns = self._matrix.shape[1]
         on_grid = layout.num_tokens - layout.num_outside
         if columns not in (on_grid, layout.num_tokens):

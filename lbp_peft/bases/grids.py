@@ -1,4 +1,4 @@
-"""Layouts: where the tokens of a layer's input lie on the patch grid."""
+"""Layouts: the places of the tokens of a layer's input on the patch grid."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class LayoutError(ValueError):
 
 
 class TokenOrder(tuple):
-    """For each token in turn, its place when the tokens of its grid are arranged row by row.
+    """The index of each token when the tokens of the grid are sorted row by row.
 
-    A tuple of ints whose hash is computed only once, since layouts are looked up in every step.
+    It is a tuple of ints whose hash is computed only once, since layouts are looked up in every step.
     """
 
     _hash: int | None = None
@@ -34,17 +34,18 @@ class TokenOrder(tuple):
 
 @dataclass(frozen=True)
 class TokenLayout:
-    """Where the tokens of a layer's input lie.
+    """The places of the tokens of a layer's input.
 
     Attributes:
         grid: (H, W) of the patch grid, whose tokens come row by row. (1, L): a sequence of L tokens, such as words.
-        num_prefix_tokens: Tokens before the grid's ([CLS], distillation, registers). They pass through exactly.
-        num_suffix_tokens: Tokens after the grid's (YOLOS's detection tokens). They pass through exactly too.
-        order: The order of the grid's tokens, if it is not row by row, such as Hiera's (arXiv 2306.00989), which puts
-            the patches at equal places of its units together.
-        axes: The axes of the input (..., C) along which the tokens lie, the last running fastest; the others count as
-            images. None: all but the first.
-        packed: Images, of one grid each, that come one after another along these axes.
+        num_prefix_tokens: The number of tokens before the grid's ([CLS], distillation, registers), which pass through
+            exactly.
+        num_suffix_tokens: The number of tokens after the grid's (YOLOS's detection tokens), likewise.
+        order: The order of the grid's tokens if it is not row by row. Hiera (arXiv 2306.00989), for example, has the
+            patches at the same place of its units next to each other.
+        axes: The axes of the input (..., C) that run over tokens, the last one fastest; the other axes count as images.
+            None: all axes but the first.
+        packed: The number of images, each with one grid, that are concatenated along these axes.
     """
 
     grid: tuple[int, int]
@@ -56,10 +57,10 @@ class TokenLayout:
 
     @property
     def num_outside(self) -> int:
-        """Tokens before and after the grid."""
+        """The number of tokens before and after the grid."""
         return self.num_prefix_tokens + self.num_suffix_tokens
 
     @property
     def num_tokens(self) -> int:
-        """L, the tokens of one image."""
+        """L, the number of tokens of one image."""
         return self.num_outside + self.grid[0] * self.grid[1]

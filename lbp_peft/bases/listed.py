@@ -14,13 +14,13 @@ class ListedBasis(WalshBasis):
     """The Walsh functions (i, j) of a list, the same in every block of `block_size` x `block_size` patches.
 
     Pair (i, j) is the product of the i-th function down the rows and the j-th along the columns. In blocks that the
-    border crops, functions that have become dependent are missing, and so are the pairs with them. On a sequence, that
-    is, on a grid of 1 x L, blocks are `block_size**2` tokens long, and only pairs (0, j) exist.
+    border crops, functions that become linearly dependent are left out, and so are the pairs with them. On a sequence,
+    that is, on a grid of 1 x L, blocks are `block_size**2` tokens long, and only pairs (0, j) exist.
 
     Attributes:
         pairs: The pairs, each once, from 0 to block_size - 1 (j to block_size**2 - 1 for sequences).
         block_size: Order of the transform along each side, a power of two.
-        boundary: As of [`BasisSet`].
+        boundary: See [`BasisSet`].
 
     Raises:
         ValueError: the list is empty, or a pair is out of range or occurs twice.

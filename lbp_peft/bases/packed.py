@@ -1,4 +1,4 @@
-"""Layouts of several grids: images of several sizes, whose tokens come one after another in one sequence."""
+"""Layouts of several grids: images of several sizes whose tokens are concatenated in one sequence."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .grids import TokenLayout
 
 @dataclass(frozen=True)
 class PackedLayout(TokenLayout):
-    """Where the tokens of several grids lie that come one after another, as those of images of several sizes.
+    """The layout of the concatenated tokens of several grids, such as images of several sizes.
 
     Each grid has bases of its own, so that the bases of all tokens are block-diagonal.
 
@@ -23,7 +23,7 @@ class PackedLayout(TokenLayout):
 
     @staticmethod
     def of(parts: tuple[TokenLayout, ...], axes: tuple[int, ...] | None = None) -> PackedLayout:
-        """The layout of some grids, one after another."""
+        """The layout of concatenated grids."""
         return PackedLayout((0, 0), axes=axes, parts=parts)
 
     @property
@@ -33,7 +33,7 @@ class PackedLayout(TokenLayout):
 
     @property
     def num_tokens(self) -> int:
-        """Of all grids."""
+        """The tokens of all grids."""
         return sum(part.num_tokens for part in self.parts)
 
     @property

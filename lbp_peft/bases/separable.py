@@ -2,9 +2,9 @@
 
 A grid is cut into blocks of `block_size` along each axis. Everything here is separable: one matrix for the rows of the
 grid, one for its columns, and the list of (row function, column function) pairs that are kept. That holds at the
-border too. Gram-Schmidt in sequency order only mixes a function with those of lower sequency; so if every selection
-keeps (a, b) before (i, j) when a <= i and b <= j, which [`basis_order`] checks, orthonormalising along each axis and
-taking products spans the same space as orthonormalising the cropped two-dimensional functions themselves.
+border too. Gram-Schmidt in sequency order mixes a function only with those of lower sequency. Every selection keeps
+(a, b) before (i, j) if a <= i and b <= j, which [`basis_order`] checks. So products of functions that are
+orthonormalised along each axis span the same space as the orthonormalised cropped two-dimensional functions.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Factors(NamedTuple):
 class SeparableBasis(Basis):
     """A basis whose functions are products of one over the rows and one over the columns of the grid.
 
-    Tokens outside the grid are kept as they are.
+    Tokens outside the grid pass through exactly.
     """
 
     @abstractmethod
@@ -63,7 +63,7 @@ class SeparableBasis(Basis):
 
 
 class WalshBasis(SeparableBasis):
-    """Walsh functions, cut into blocks; a subclass selects which are kept.
+    """Walsh functions on the blocks of a grid. A subclass selects the functions that are kept.
 
     A subclass is a frozen dataclass of plain values.
 
@@ -94,10 +94,10 @@ class WalshBasis(SeparableBasis):
 
     @abstractmethod
     def _settings(self) -> tuple:
-        """The arguments of its constructor, plain values: torch.compile calls functions of constants only."""
+        """The arguments of its constructor as plain values, since torch.compile calls functions of constants only."""
 
     def size_along(self, grid: tuple[int, int]) -> int:
-        """The length of a block along each side. On a single row it has as many tokens as a square block has."""
+        """The length of a block along each side. A block of a single row has as many tokens as a square block."""
         return self.block_size**2 if 1 in grid else self.block_size
 
     def check(self, layout: TokenLayout) -> None:
@@ -118,8 +118,8 @@ class WalshBasis(SeparableBasis):
         return Factors(*(_matrix(n, layout.grid, self, t, device) for n, t in zip(Factors._fields, types, strict=True)))
 
     def equal_blocks(self, side: int, layout: TokenLayout) -> int:
-        # Block by block takes fewer multiply-adds, in more and smaller products. That is faster from three blocks on,
-        # if no tokens outside the grid make the batch's grids lie apart.
+        # Block by block takes fewer multiply-adds, but more and smaller products. That is faster from three blocks on,
+        # unless tokens outside the grid separate the grids of a batch in memory.
         blocks, rest = divmod(side, self.size_along(layout.grid))
         return blocks if rest == 0 and blocks >= 3 and layout.num_outside == 0 else 1
 
@@ -137,9 +137,9 @@ class WalshBasis(SeparableBasis):
 class AxisBlock:
     """One block along one axis, and the functions on it.
 
-    `sequencies` (functions,) is what they had before cropping. `analysis` (functions, side) reads the block's
-    coefficients off a whole side, `synthesis` (functions, side) puts them back. Rows have squared norm `block_size`,
-    so that uncropped functions stay exactly +-1 in every precision.
+    `sequencies` (functions,) are those before cropping. `analysis` (functions, side) computes the block's coefficients
+    from a whole side, and `synthesis` (functions, side) lifts them. Rows have squared norm `block_size`, so that
+    uncropped functions are exactly +-1 in every precision.
     """
 
     sequencies: tuple[int, ...]
@@ -151,8 +151,9 @@ class AxisBlock:
 class GridBases:
     """The bases on one grid in separable form, float64.
 
-    Row functions a and column functions b make coefficients  sum_hw row_analysis[a, h] column_analysis[b, w] z[h, w]
-    of a grid z (H, W). Those kept are, in order, the ones at the flat positions `kept` of the (a, b) table.
+    The coefficient of a grid z (H, W) for row function a and column function b is
+    sum_hw row_analysis[a, h] column_analysis[b, w] z[h, w]. The coefficients at the flat positions `kept` of the (a, b)
+    table are kept, in that order.
     """
 
     row_analysis: np.ndarray
@@ -171,12 +172,12 @@ class GridBases:
 
 
 def _orthogonalised(functions: np.ndarray, squared_norm: float) -> tuple[list[int], np.ndarray]:
-    """Gram-Schmidt over the rows in their order. Which rows are independent of those before them, and the result."""
+    """Gram-Schmidt over the rows in their order: the indices of rows independent of earlier ones, and the result."""
     independent: list[int] = []
     kept: list[np.ndarray] = []
     for index, function in enumerate(functions):
         residual = function.copy()
-        for _ in range(2):  # once more for the round-off of the first pass
+        for _ in range(2):  # twice, because of the rounding errors of the first pass
             for other in kept:
                 residual -= other * (other @ residual) / (other @ other)
         if residual @ residual > 1e-9 * (function @ function):
@@ -186,9 +187,9 @@ def _orthogonalised(functions: np.ndarray, squared_norm: float) -> tuple[list[in
 
 
 def _cropped_functions(length: int, offset: int, block_size: int) -> tuple[list[int], np.ndarray]:
-    """Sequencies and values of the functions on a block of which the border leaves `length` tokens from `offset` on.
+    """Sequencies and values of the functions on a block that is cropped to `length` tokens from `offset` on.
 
-    Half a block or less is served by a smaller order, whose functions are all independent.
+    Half a block or less has functions of a smaller order, which are all independent.
     """
     order = block_size
     while order // 2 >= length:
@@ -202,7 +203,7 @@ def _cropped_functions(length: int, offset: int, block_size: int) -> tuple[list[
 
 
 def check_side(side: int, block_size: int, boundary: str) -> None:
-    """Raise LayoutError where boundary="reflect" cannot be had: a reflection reaches over less than a whole side."""
+    """Raise LayoutError if a side is too short for boundary="reflect", which reflects less than a whole side."""
     before = (-side % block_size + 1) // 2
     if boundary == "reflect" and before >= side:
         raise LayoutError(
@@ -224,7 +225,7 @@ def axis_blocks(side: int, block_size: int, boundary: str) -> tuple[AxisBlock, .
     check_side(side, block_size, boundary)
     padding = -side % block_size
     before = (padding + 1) // 2
-    # Position p of the padded side shows token reflected[p] of the true one.
+    # Position p of the padded side has token reflected[p] of the true side.
     positions = np.arange(side + padding) - before
     reflected = np.abs(positions)
     reflected = np.where(reflected >= side, 2 * (side - 1) - reflected, reflected)
@@ -277,7 +278,7 @@ def grid_bases(grid: tuple[int, int], basis: WalshBasis) -> GridBases:
         for b, column in enumerate(columns)
         for i, j in basis.select(row.sequencies, column.sequencies)
     ]
-    # Functions that no kept pair uses would only cost time.
+    # Functions without a kept pair are left out, since they would only cost time.
     used_rows, row_index = np.unique([i for i, _ in pairs], return_inverse=True)
     used_columns, column_index = np.unique([j for _, j in pairs], return_inverse=True)
 
@@ -294,8 +295,8 @@ def grid_bases(grid: tuple[int, int], basis: WalshBasis) -> GridBases:
     )
 
 
-# torch.compile does not trace the construction of bases: it takes the results of these three as constants. Their
-# arguments are plain values for its sake.
+# torch.compile does not trace the construction of bases. It takes the results of these three functions for constants,
+# for which their arguments have to be plain values.
 
 
 @torch.compiler.assume_constant_result
@@ -305,7 +306,7 @@ def _num_bases(height: int, width: int, kind: type[WalshBasis], *settings: Any) 
 
 @torch.compiler.assume_constant_result
 def _functions_outnumber_tokens(height: int, width: int, kind: type[WalshBasis], *settings: Any) -> bool:
-    """Along either axis. Only functions on a padded grid, which those of boundary="reflect" are, can do so."""
+    """Whether there are more functions than tokens along an axis, as is possible with boundary="reflect"."""
     bases = grid_bases((height, width), kind(*settings))
     return len(bases.row_analysis) > height or len(bases.column_analysis) > width
 
@@ -319,8 +320,8 @@ _matrices: BoundedCache[tuple, Tensor] = BoundedCache(512)
 
 
 def _matrix(name: str, grid: tuple[int, int], basis: WalshBasis, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One of the arrays of [`GridBases`] as a tensor; made once per layout, basis, dtype and device."""
-    if torch.compiler.is_compiling():  # the compiled graph keeps it
+    """One of the arrays of [`GridBases`] as a tensor, kept for later calls."""
+    if torch.compiler.is_compiling():  # the compiled graph contains it as a constant
         return torch.tensor(_values(name, *grid, type(basis), *basis._settings()), dtype=dtype, device=device)
     key = (name, grid, basis, dtype, device)
     matrix = _matrices.get(key)
@@ -341,7 +342,7 @@ _orders: BoundedCache[tuple, tuple[Tensor, Tensor]] = BoundedCache(64)
 
 
 def order_indices(layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Indices that arrange the grid's tokens row by row, and back, for a layout with an order."""
+    """The indices that sort the grid's tokens row by row, and those that restore the layout's order."""
     key = (layout, device)
     order = _orders.get(key)
     if order is None:
@@ -356,8 +357,8 @@ _wholes: BoundedCache[tuple, Tensor] = BoundedCache(64)
 def _whole_matrix(
     name: str, layout: TokenLayout, basis: WalshBasis, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Shape (k, L): "analysis" or "synthesis" of all tokens, those outside the grid as they are."""
-    if torch.compiler.is_compiling():  # made in each pass: to hold it, the graph would take a list of its values
+    """The matrix (k, L) for the analysis or synthesis of all tokens, of which those outside the grid pass through."""
+    if torch.compiler.is_compiling():  # made in each pass, since the graph would contain it as a list of values
         return _whole_matrix_compiled(name, layout, basis, device).to(dtype)
     key = (name, layout, basis, dtype, device)
     matrix = _wholes.get(key)

@@ -1,4 +1,4 @@
-"""Walsh functions, and the order in which two-dimensional ones are kept.
+"""Walsh functions, and the order of two-dimensional ones.
 
 The i-th Walsh function of order n is a vector of n signs with exactly i sign changes (its *sequency*, the square-wave
 cousin of frequency). A two-dimensional basis (i, j) is the outer product of the i-th function down the rows and the
@@ -14,6 +14,7 @@ import numpy as np
 
 
 def is_power_of_two(n: int) -> bool:
+    """Whether an integer is a power of two."""
     return n > 0 and n & (n - 1) == 0
 
 
@@ -29,7 +30,7 @@ def walsh_functions(order: int) -> np.ndarray:
         squared norm `order`.
 
     Raises:
-        ValueError: `order` is no power of two.
+        ValueError: `order` is not a power of two.
     """
     if not is_power_of_two(order):
         raise ValueError(f"Walsh functions exist for orders that are powers of two, got {order}.")
@@ -43,14 +44,14 @@ def walsh_functions(order: int) -> np.ndarray:
 
 
 def basis_order(selection: str, rows: Sequence[int], columns: Sequence[int]) -> list[tuple[int, int]]:
-    """The two-dimensional bases that two sets of functions make, the ones to keep first at the front.
+    """The order of the two-dimensional bases that two sets of functions make; the first ones are kept.
 
     Args:
         selection: "lp_l1" orders by i + j (low-pass in the L1 norm), ties by i: (0,0) (0,1) (1,0) (0,2) (1,1) ...
             "lp_linf" orders by max(i, j), ties by i + j, then by i: (0,0) (0,1) (1,0) (1,1) (0,2) (2,0) ...
             The first n(n+1)/2 of the one and the first n**2 of the other are the paper's LP_L1-n and LP_Linf-n
             (arXiv 2309.15275, section 3).
-        rows, columns: Sequencies i and j of the functions to pair.
+        rows, columns: The sequencies i and j of the functions to pair.
 
     Returns:
         Pairs of positions in `rows` and `columns`.

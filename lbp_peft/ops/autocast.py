@@ -11,11 +11,11 @@ from torch import Tensor, nn
 def cast_as_autocast_would(weight: Tensor, tensors: list[Any]) -> tuple[list[Any], torch.dtype | None]:
     """Cast tensors as autocast casts the arguments of a linear layer.
 
-    A weight that is a parameter is cast in each pass instead, because its copy, which is as large as many inputs, would
-    otherwise be kept from the forward pass to the backward pass.
+    A weight that is a parameter is cast in both passes instead. Otherwise its copy, which may be as large as the
+    inputs, would be kept from the forward pass to the backward pass.
 
     Returns:
-        The tensors, and the dtype that the weight has still to be cast to in each pass; None: it has been cast.
+        The tensors, and the dtype to which the weight has to be cast in each pass; None: it has been cast.
     """
     device = weight.device.type
     if not torch.is_autocast_enabled(device):

@@ -1,8 +1,8 @@
-"""Tells the two forward passes of gradient checkpointing apart, to leave out work whose results nobody uses.
+"""Tells the two forward passes of gradient checkpointing apart, so that unused results are not computed.
 
 `torch.utils.checkpoint` with `use_reentrant=False` runs the forward pass with gradients on and throws away what is
 saved for the backward pass. When the backward pass asks for it, the same function runs again, until the last tensor
-that the first pass saved has been saved once more: what comes after that is not computed. (With `use_reentrant=True`
+that the first pass saved has been saved once more. Later operations are not run. (With `use_reentrant=True`
 the first pass runs without gradients, so that nothing is saved, and the second one is differentiated itself.)
 """
 
@@ -19,7 +19,7 @@ from ..transforms import must_be_functional
 
 
 def _code_of_pack_hook(of: str) -> CodeType | None:
-    """The code of the hook with which one of the two passes saves tensors; None if this PyTorch has no such hook."""
+    """The code of the hook by which one of the two passes saves tensors; None if PyTorch has no such hook."""
     constants = getattr(getattr(checkpoint, of, None), "__init__", None)
     code = getattr(constants, "__code__", None)
     found = [
@@ -34,8 +34,7 @@ _FIRST, _AGAIN = _code_of_pack_hook("_checkpoint_hook"), _code_of_pack_hook("_re
 def saved_tensors_are_discarded() -> bool:
     """Whether only the shape, dtype and device of tensors that are saved now will matter.
 
-    It is False under modes that see all operations: those of selective checkpointing count the operations of both
-    passes.
+    It is False under dispatch modes: those of selective checkpointing count the operations of both passes.
     """
     return _FIRST is not None and _code_of_current_hook() is _FIRST
 

@@ -14,14 +14,13 @@ from ..transforms import in_transform
 def once_differentiable(
     gradients: Iterable[Tensor | None], output_grad: Tensor, are_tracked: bool = False
 ) -> list[Tensor | None]:
-    """The gradients, which raise RuntimeError when they are differentiated again.
+    """The same gradients, whose own backward pass raises RuntimeError.
 
     Args:
-        gradients: Of the inputs of an autograd function.
-        output_grad: The gradient of its output. `torch.autograd.grad` runs only what lies on a path to the tensors that
-            it is asked for: that path leads through this one.
-        are_tracked: Whether they require gradients already where they depend on anything that does, as within
-            transforms of `torch.func`.
+        gradients: The gradients of the inputs of an autograd function.
+        output_grad: The gradient of its output. `torch.autograd.grad` only runs nodes on a path to the tensors that it
+            differentiates with respect to, and this tensor is on that path.
+        are_tracked: Whether autograd tracks the gradients already, as within transforms of `torch.func`.
     """
     if are_tracked or in_transform():
         return [d if d is None else _OnceDifferentiable.apply(d) for d in gradients]
@@ -30,7 +29,7 @@ def once_differentiable(
 
 
 class _OnceDifferentiable(torch.autograd.Function):
-    """Identity whose own backward says why there is no second derivative."""
+    """The identity, with a backward pass that raises an error: there is no second derivative."""
 
     generate_vmap_rule = True
 

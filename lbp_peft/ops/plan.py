@@ -1,8 +1,8 @@
-"""The plan of a layer's backward pass: one immutable description, made once per call and handed down whole.
+"""The plan of a layer's backward pass: an immutable description that all operations take.
 
 The three operations ([`lbp_peft.ops.linear`], [`lbp_peft.ops.conv1x1`], [`lbp_peft.ops.recompute`]) take the same plan.
-How the input gradient is computed is an object of its own, a subclass of [`InputGradient`], because there are several
-ways that have different settings.
+The way to compute the input gradient is an object of its own, a subclass of [`InputGradient`], because the ways have
+different settings.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ class InputGradient:
     A subclass is a frozen dataclass, so that plans and the rules of adapters can be compared and hashed.
 
     Attributes:
-        precision: Number format of the product with W. If it is low, the projected input of the weight gradient is
+        precision: The number format of the product with W. If it is low, the projected input of the weight gradient is
             saved in bfloat16 too.
-        needs_layout: Whether it can only be computed where the layout of the tokens is known.
-        uses_layout: Whether it makes use of the layout where that is known.
+        needs_layout: Whether it can only be computed if the layout of the tokens is known.
+        uses_layout: Whether it uses the layout if that is known.
     """
 
-    # A factory, here and below: before torch 2.13, torch.compile refuses dataclasses with objects for defaults.
+    # A default factory, here and below, since torch.compile before 2.13 refuses dataclasses with objects as defaults.
     precision: Precision = field(default_factory=Precision, kw_only=True)
 
     needs_layout = False
@@ -70,7 +70,7 @@ class InputGradient:
 
     @property
     def is_exact(self) -> bool:
-        """Whether this is plain backpropagation, to the bit."""
+        """Whether this is plain backpropagation, bit for bit."""
         return False
 
     def with_precision(self, precision: Precision) -> InputGradient:
@@ -78,7 +78,7 @@ class InputGradient:
         return replace(self, precision=precision)
 
     def num_coefficients(self, layout: TokenLayout) -> int:
-        """The number of rows that represent the L tokens in the product with W; L if none is saved."""
+        """The number of rows that represent the L tokens in the product with W; L: all of them."""
         return layout.num_tokens
 
     def num_coefficients_of(self, num_tokens: int) -> int:
@@ -106,7 +106,7 @@ class FixedBasis(InputGradient):
     """dx = P^T ((P g) W), where P is the same for all images and all steps.
 
     Attributes:
-        basis: The rows of P. If it keeps as many coefficients as there are tokens, dx is exact.
+        basis: The rows of P. If it has as many functions as there are tokens, dx is exact.
     """
 
     basis: Basis
@@ -127,11 +127,11 @@ class BackwardPlan:
     """How a layer runs its backward pass.
 
     Attributes:
-        layout: The positions of the L tokens. It may be None if no basis is used, and for images (N, C, H, W), whose
+        layout: The layout of the L tokens. It may be None if no basis is used, and for images (N, C, H, W), whose
             layout is their grid.
-        weight_basis: Basis of the weight gradient; the input is saved as its projection on it. None, or as many
-            coefficients as tokens: the weight gradient is exact.
-        input_gradient: How the input gradient is computed; an exact product by default.
+        weight_basis: The basis of the weight gradient. The input is saved as its projection on this basis. The weight
+            gradient is exact if it is None, or if it has as many functions as there are tokens.
+        input_gradient: The way to compute the input gradient; by default, an exact product.
         padding_mask: Shape (N, L), bool, True where a token is padding. Padding is projected and lifted as zero, so it
             does not enter the gradients of other tokens. None: there is no padding.
         saves_8_bits: Whether the projection of the input is saved in int8, with one scale for each row.
@@ -166,13 +166,13 @@ class BackwardPlan:
         return saved_dtype(dtype, self.precision)
 
     def to_saved(self, x_hat: Tensor) -> Tensor:
-        """A projected input, shape (N, k, C), in the form in which it is saved for the weight gradient."""
+        """Convert a projected input, shape (N, k, C), to the form in which it is saved for the weight gradient."""
         if self.saves_8_bits and x_hat.dtype != torch.float64:
             return keep(rows_with_scales(x_hat))
         return x_hat.to(self.saved_dtype(x_hat.dtype))
 
     def empty_saved(self, x: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        """A tensor of the shape and dtype that [`to_saved`] gives for a projection of x of a shape, without memory."""
+        """A tensor like the result of [`to_saved`] for a projection of x of this shape, without memory of its own."""
         if self.saves_8_bits and x.dtype != torch.float64:
             num_images, num_rows, channels = shape
             return x.new_empty((), dtype=torch.int8).expand(num_images, num_rows, channels + BYTES_OF_SCALE)
@@ -183,11 +183,11 @@ class BackwardPlan:
         return restored_rows(saved, self.saved_dtype(dtype)) if saved.dtype == torch.int8 else saved
 
     def weight_projection(self, dtype: torch.dtype, device: torch.device) -> Projection | None:
-        """The projection that the weight gradient is computed from; None: it is exact."""
+        """The projection for the weight gradient; None: it is exact."""
         return projection(self.layout, self.weight_basis, dtype, device, self.padding_mask)
 
     def input_projection(self, dtype: torch.dtype, device: torch.device) -> InputProjection | None:
-        """The projection that the input gradient is computed from; None: there is none."""
+        """The projection for the input gradient; None: g is multiplied as it is."""
         return self.input_gradient.projection(self.layout, dtype, device, self.padding_mask)
 
     def with_precision(self, precision: Precision) -> BackwardPlan:

@@ -18,14 +18,14 @@ from .tokens import as_tokens
 
 
 class _Shared(threading.local):
-    """What was projected last in the innermost [`shared_projections`] of this thread; None outside of any."""
+    """The last projected input in the innermost [`shared_projections`] of this thread; None outside of any."""
 
     last: _Projected | None = None
 
 
 @dataclass
 class _Projected:
-    """An input and its saved projection. References are weak, so that neither tensor lives longer than it would."""
+    """An input and its saved projection, by weak references, so that neither tensor is kept alive."""
 
     x: Callable[[], Tensor | None] = lambda: None
     x_hat: Callable[[], Tensor | None] = lambda: None
@@ -39,9 +39,9 @@ _shared = _Shared()
 def shared_projections() -> Iterator[None]:
     """Let consecutive layers that receive the same tensor (query, key and value) share its projection.
 
-    Enter it for one forward pass of the module that owns these layers, if that module does not change their input in
-    between: whether a tensor is unchanged cannot be told otherwise, since version counters miss writes through `.data`
-    or NumPy. Nested blocks and other threads share nothing with it.
+    Enter it for one forward pass of the module that owns these layers, which must not change their input in between.
+    Changes cannot be detected with certainty, since version counters miss writes through `.data` or NumPy. Nested
+    blocks and other threads share nothing with it.
     """
     before, _shared.last = _shared.last, _Projected()
     try:
@@ -51,7 +51,7 @@ def shared_projections() -> Iterator[None]:
 
 
 def input_to_save(x: Tensor, projection: Projection | None, plan: BackwardPlan, source: Tensor | None = None) -> Tensor:
-    """What is saved of an input for the gradient of a weight.
+    """The tensor to save of an input for the gradient of a weight: its projection, or the input itself.
 
     Args:
         x: Shape (N, ..., C).
@@ -60,8 +60,8 @@ def input_to_save(x: Tensor, projection: Projection | None, plan: BackwardPlan, 
         source: The tensor that x was cast from; None: x itself.
 
     Returns:
-        Shape (N, k, C), or (N, L, C) without a projection; in the form of [`BackwardPlan.to_saved`]. Without values in
-        the first pass of gradient checkpointing, which throws them away.
+        Shape (N, k, C) in the form of [`BackwardPlan.to_saved`], or (N, L, C) without a projection. It has no values in
+        the first pass of gradient checkpointing, which discards saved tensors.
     """
     layout = plan.layout
     if projection is None:
@@ -75,8 +75,8 @@ def input_to_save(x: Tensor, projection: Projection | None, plan: BackwardPlan, 
         with tracked_by_transforms():
             return projection.project(as_tokens(x, layout)).to(x.dtype)
     source, last = x if source is None else source, _shared.last
-    # The compiler finds the common expression by itself. Inference tensors have no version counter, and those of other
-    # classes, as a tracer's, no address.
+    # The compiler finds common expressions itself. Inference tensors have no version counter, and tensors of other
+    # classes, such as a tracer's, no address.
     if last is None or must_be_functional() or source.is_inference() or type(source) is not Tensor:
         return plan.to_saved(projection.project(as_tokens(x, layout)))
     identity = source._version, source.data_ptr(), source.shape, source.stride()

@@ -10,7 +10,7 @@ from ..projection import Projection
 
 
 def as_tokens(x: Tensor, layout: TokenLayout | None = None) -> Tensor:
-    """(N, ..., C) -> (N, L, C). With a layout, its axes are those of the tokens, and packed images are separated."""
+    """(N, ..., C) -> (N, L, C). If there is a layout, its axes run over the tokens, and packed images are separated."""
     if layout is None or (layout.axes is None and layout.packed == 1):
         return x if x.dim() == 3 else x.flatten(1, -2)
     order = _images_first(x.dim() - 1, layout)
@@ -18,7 +18,7 @@ def as_tokens(x: Tensor, layout: TokenLayout | None = None) -> Tensor:
 
 
 def from_tokens(tokens: Tensor, shape: torch.Size, layout: TokenLayout | None = None) -> Tensor:
-    """The inverse of [`as_tokens`]: (N, L, C) -> `shape`, except for its last axis, which becomes C."""
+    """The inverse of [`as_tokens`]: (N, L, C) -> `shape`, with C as its last axis."""
     if layout is None or layout.axes is None:
         return tokens.reshape(*shape[:-1], tokens.shape[-1])
     order = _images_first(len(shape) - 1, layout)
@@ -32,9 +32,12 @@ def _images_first(num_axes: int, layout: TokenLayout) -> list[int]:
 
 
 def sum_of_tokens(g: Tensor, g_hat: Tensor | None, projection: Projection | None) -> Tensor:
-    """The sum of g over images and tokens, shape (C,): the gradient of a bias.
+    """The gradient of a bias: the sum of g over images and tokens, shape (C,).
 
-    If the projection preserves sums, they are computed from its k coefficients instead of the L tokens.
+    Args:
+        g: The gradient of the outputs, shape (N, L, C).
+        g_hat: Its projection, shape (N, k, C); None: it was not computed.
+        projection: The projection. If it preserves sums, the sum is computed from the k coefficients.
     """
     if g_hat is not None and projection is not None and projection.preserves_sums and g.dtype.itemsize >= 4:
         return projection.sum(g_hat)

@@ -1,4 +1,4 @@
-"""Project the tokens of layers on a basis, and lift coefficients to tokens."""
+"""Projections of tokens on a basis, which also lift coefficients to tokens."""
 
 from .base import Float32Projection, Projection
 from .dense import DenseProjection

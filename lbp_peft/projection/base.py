@@ -20,9 +20,10 @@ class Projection(ABC):
     Args:
         layout: The positions of the L tokens.
         basis: The functions that are kept.
-        dtype: Of the tokens to project. Matrices are made in float64 and rounded once.
-        device: Of the tokens to project.
-        padding_mask: Shape (N, L), True where a token is padding: projected, and lifted, as zero. None: there is none.
+        dtype: The dtype of the tokens to project. Matrices are made in float64 and rounded once.
+        device: The device of the tokens to project.
+        padding_mask: Shape (N, L), True where a token is padding, which is projected and lifted as zero. None: there is
+            no padding.
     """
 
     def __init__(
@@ -55,11 +56,11 @@ class Projection(ABC):
     @property
     @abstractmethod
     def num_coefficients(self) -> int:
-        """k, the rows that represent the tokens of an image, those outside the grid included."""
+        """k, the number of rows that represent the tokens of an image, those outside the grid included."""
 
     @property
     def may_be_kept(self) -> bool:
-        """Whether its matrices are plain tensors: a tracer's fake tensors must not outlive the tracing."""
+        """Whether its matrices are plain tensors, and not a tracer's fake ones, which must not be kept."""
         return all(type(value) is Tensor for value in vars(self).values() if isinstance(value, Tensor))
 
     @property
@@ -69,7 +70,7 @@ class Projection(ABC):
 
     @abstractmethod
     def sum(self, coefficients: Tensor) -> Tensor:
-        """(N, k, C) -> (C,): the sum over images and tokens of what was projected, if the projection keeps sums."""
+        """(N, k, C) -> (C,): the sum of the tokens over images and tokens, if the projection preserves sums."""
 
     def project(self, tokens: Tensor) -> Tensor:
         """(N, L, C) -> (N, k, C)."""
@@ -77,10 +78,10 @@ class Projection(ABC):
 
     @abstractmethod
     def _project(self, tokens: Tensor) -> Tensor:
-        """[`project`], for tokens whose padding is zero already."""
+        """[`project`] for tokens whose padding is zero already."""
 
     def project_gradient(self, tokens: Tensor) -> Tensor:
-        """[`project`], for the gradient of a layer's output.
+        """[`project`] for the gradient of a layer's output.
 
         Raises:
             RuntimeError: the loss depends on tokens that the padding mask calls padding.
@@ -90,7 +91,7 @@ class Projection(ABC):
         return self._project(self._without_padding(tokens, zero_if_unused(tokens, self.padding_mask)))
 
     def fit(self, tokens: Tensor) -> tuple[Projection, Tensor]:
-        """Itself, since it is the same for all gradients, and [`project_gradient`] of one, (N, L, C) -> (N, k, C)."""
+        """This projection, which is the same for all gradients, and [`project_gradient`], (N, L, C) -> (N, k, C)."""
         return self, self.project_gradient(tokens)
 
     def fit_image(self, image: Tensor) -> tuple[Projection, Tensor]:
@@ -116,11 +117,11 @@ class Projection(ABC):
 
 
 class Float32Projection(Projection):
-    """Projects tokens of a 16-bit dtype in float32: for CPUs without instructions for that dtype.
+    """Projects tokens of a 16-bit dtype in float32, for CPUs without instructions for that dtype.
 
     Args:
         wide: The projection in float32.
-        dtype: Of the tokens to project.
+        dtype: The dtype of the tokens to project.
     """
 
     def __init__(self, wide: Projection, dtype: torch.dtype):
@@ -131,7 +132,7 @@ class Float32Projection(Projection):
         return self if self.dtype == dtype else self.wide.of_dtype(dtype)
 
     def _make_matrices(self) -> None:
-        """Its matrices are those of the wide one."""
+        """Do nothing: the projection in float32 has the matrices."""
 
     @property
     def num_coefficients(self) -> int:
@@ -167,7 +168,7 @@ def is_channels_last(image: Tensor) -> bool:
 
 
 def times(matrix: Tensor, x: Tensor, blocks: int) -> Tensor:
-    """(n, L / blocks), (M, L, C) -> (M, blocks n, C): the matrix times every block of x along its second axis."""
+    """Multiply each block of x along its second axis by a matrix: (n, L / blocks), (M, L, C) -> (M, blocks n, C)."""
     batch, length, channels = x.shape
     x = x.reshape(batch * blocks, length // blocks, channels)
     return torch.bmm(matrix.expand(len(x), -1, -1), x).view(batch, len(matrix) * blocks, channels)
@@ -175,7 +176,7 @@ def times(matrix: Tensor, x: Tensor, blocks: int) -> Tensor:
 
 def bmm_into(target: Tensor, a: Tensor, b: Tensor) -> None:
     """Write a @ b to `target`."""
-    if must_be_functional():  # the compiler saves the copy by itself
+    if must_be_functional():  # the compiler removes the copy
         target.copy_(torch.bmm(a, b))
     else:
         torch.bmm(a, b, out=target)

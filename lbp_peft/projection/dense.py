@@ -11,7 +11,7 @@ from .base import Projection, is_channels_last, times
 
 
 class DenseProjection(Projection):
-    """Tokens are multiplied by one matrix (k, L): more multiply-adds than axis by axis, in a single pass over them."""
+    """Multiplies tokens by one matrix (k, L): more multiply-adds than axis by axis, in a single pass over memory."""
 
     def _make_matrices(self) -> None:
         self.analysis = self.basis.analysis(self.layout, self.dtype, self.device)
@@ -27,14 +27,14 @@ class DenseProjection(Projection):
     def _project(self, tokens: Tensor) -> Tensor:
         if not self._takes_two_at_once(tokens):
             return times(self.analysis, tokens, 1)
-        # The zeros keep two images apart as long as both are finite.
+        # The zeros separate the two images as long as both are finite.
         two = times(torch.block_diag(self.analysis, self.analysis), tokens.unflatten(0, (-1, 2)).flatten(1, 2), 1)
         return two.unflatten(1, (2, -1)).flatten(0, 1)
 
     def _takes_two_at_once(self, tokens: Tensor) -> bool:
-        if must_be_functional():  # the compiler would make one graph for even batches and one for odd ones
+        if must_be_functional():  # the compiler would make a graph for even batches and one for odd ones
             return False
-        fitting = len(tokens) > 0 and len(tokens) % 2 == 0 and tokens.is_contiguous()  # else they would be copied
+        fitting = len(tokens) > 0 and len(tokens) % 2 == 0 and tokens.is_contiguous()  # otherwise they would be copied
         return fitting and heuristics.active().project_images_in_pairs(
             len(self.analysis), tokens.shape[1], tokens.dtype, tokens.device
         )

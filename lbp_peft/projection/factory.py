@@ -1,4 +1,4 @@
-"""Chooses how tokens are projected on a basis."""
+"""Makes projections, and chooses the fastest way to project."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .dense import DenseProjection
 from .packed import PackedProjection
 from .separable import SeparableProjection
 
-# The heuristics that chose a projection are kept with it, so that no others can have their id.
+# The heuristics that chose a projection are kept with it, so that their id is not used again.
 _made: BoundedCache[tuple, tuple[Projection | None, heuristics.Heuristics]] = BoundedCache(64)
 
 
 def num_coefficients(layout: TokenLayout, basis: Basis | None) -> int:
-    """k: the rows that represent the L = `layout.num_tokens` tokens, those outside the grid included.
+    """k, the number of rows that represent the L = `layout.num_tokens` tokens, those outside the grid included.
 
-    It is L, and nothing is saved, if `basis` is None or keeps no fewer rows than there are tokens.
+    It is L, and nothing is saved, if `basis` is None or has at least L functions.
 
     Raises:
         LayoutError: the basis does not exist for this layout.
@@ -44,7 +44,7 @@ def projection(
     device: torch.device,
     padding_mask: Tensor | None = None,
 ) -> Projection | None:
-    """The fastest [`Projection`] whose results are not larger than the tokens; None if it would be the identity.
+    """The fastest [`Projection`] on a basis; None if it would be the identity.
 
     Raises:
         ValueError: there is a basis but no layout.
@@ -54,13 +54,13 @@ def projection(
         return None
     if layout is None:
         raise ValueError("To project tokens on a basis, their positions have to be known: give a layout.")
-    # Walsh bases are plain values. Of others it is not known whether they stay as they are.
+    # Walsh bases are plain values. Other bases might change.
     if padding_mask is not None or must_be_functional() or not isinstance(basis, WalshBasis):
         return _new_projection(layout, basis, dtype, device, padding_mask)
     active = heuristics.active()
     key = (layout, basis, dtype, device, kernels.IN_USE, product_dtype(dtype, device), id(active))
     made = _made.get(key)
-    if made is None:  # making one takes longer than to project with it, in small layers
+    if made is None:  # in small layers, making a projection takes longer than projecting
         made = _new_projection(layout, basis, dtype, device, None), active
         if made[0] is None or made[0].may_be_kept:
             _made[key] = made
@@ -77,7 +77,7 @@ def _new_projection(
         return _packed_projection(layout, basis, dtype, device, padding_mask)
     if not kernels.IN_USE and product_dtype(dtype, device) != dtype:
         wide = projection(layout, basis, torch.float32, device, padding_mask)
-        assert wide is not None  # since this is no identity
+        assert wide is not None  # since the projection is not the identity
         return Float32Projection(wide, dtype)
     if not isinstance(basis, SeparableBasis):
         return DenseProjection(layout, basis, dtype, device, padding_mask)

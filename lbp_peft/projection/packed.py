@@ -1,7 +1,6 @@
-"""Projection of tokens that lie on several grids, one after another: images of several sizes in one sequence.
+"""Projection of the concatenated tokens of several grids, such as images of several sizes in one sequence.
 
-The basis is block-diagonal. It is applied grid by grid, so that the cost is that of the grids alone, and no matrix over
-all tokens is made.
+The basis is block-diagonal. It is applied grid by grid, without a matrix over all tokens.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ from .base import Projection
 
 
 class PackedProjection(Projection):
-    """The linear maps between the L tokens of several grids and their k coefficients, see [`Projection`].
+    """Projects the tokens of each grid by itself, see [`Projection`].
 
-    The coefficients of each grid come one after another, too. All tokens of a grid are kept as they are if a projection
-    would not make them fewer.
+    The coefficients of the grids are concatenated too. The tokens of a grid are kept if a projection would have as many
+    coefficients.
 
     Args:
         parts: The projection of each grid; None: its tokens are kept.
@@ -45,7 +44,7 @@ class PackedProjection(Projection):
         super().__init__(layout, basis, dtype, device, padding_mask)
 
     def _make_matrices(self) -> None:
-        """Its parts have them."""
+        """Do nothing: the parts have the matrices."""
 
     def of_dtype(self, dtype: torch.dtype) -> Projection:
         if self.dtype == dtype:

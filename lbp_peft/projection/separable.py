@@ -13,9 +13,8 @@ from .base import Projection, bmm_into, is_channels_last, times
 
 
 class SeparableProjection(Projection):
-    """Tokens are transformed along the rows of the grid and then along its columns.
+    """Transforms tokens along the rows of the grid and then along its columns.
 
-    No result is larger than the tokens, unless there are more functions along an axis than tokens.
     [`lbp_peft.projection.dense.DenseProjection`] does the same in one step.
     """
 
@@ -36,7 +35,7 @@ class SeparableProjection(Projection):
         self.kept = factors.kept
 
     def _has_kernels(self, tokens: Tensor, basis: BasisSet) -> bool:
-        """Whether there are kernels to project, or lift, (N, L or k, C). Transforms of torch.func do not know them."""
+        """Whether the kernels support these tokens or coefficients, and no transform of `torch.func` is active."""
         if not kernels.IN_USE or in_transform():
             return False
         return kernels.serve_tokens(tokens, self.layout, basis, self.padding_mask)
@@ -71,9 +70,9 @@ class SeparableProjection(Projection):
         if self.layout.num_outside == 0:
             return both.index_select(1, self.kept)
         before, after = tokens[:, :prefix], tokens[:, prefix + height * width :]
-        if must_be_functional():  # the compiler saves the copy by itself
+        if must_be_functional():  # the compiler removes the copy
             return torch.cat((before, both.index_select(1, self.kept), after), dim=1)
-        # Under autocast the products are narrower than the tokens.
+        # The dtype is that of `both`: under autocast, products have a narrower dtype than the tokens.
         coefficients = both.new_empty(batch, self.layout.num_outside + len(self.kept), channels)
         coefficients[:, :prefix] = before
         torch.index_select(both, 1, self.kept, out=coefficients[:, prefix : prefix + len(self.kept)])
@@ -97,7 +96,7 @@ class SeparableProjection(Projection):
                 grid = grid.index_select(1, order_indices(self.layout, grid.device)[1])
             tokens = self._with_outside(coefficients, grid)
         else:
-            # Written in place, since to join prefix and grid afterwards would cost as much as all of the above.
+            # Written in place, since concatenating prefix and grid would take as long as everything above.
             tokens = coefficients.new_empty(batch, self.layout.num_tokens, channels)
             tokens[:, :prefix] = coefficients[:, :prefix]
             tokens[:, prefix + height * width :] = coefficients[:, prefix + len(self.kept) :]
@@ -106,7 +105,7 @@ class SeparableProjection(Projection):
         return tokens if self.padding_mask is None else tokens.masked_fill_(self.padding_mask[:, :, None], 0)
 
     def _with_outside(self, coefficients: Tensor, grid: Tensor) -> Tensor:
-        """The grid's tokens between those that were never projected."""
+        """The grid's tokens, together with the tokens outside the grid."""
         if self.layout.num_outside == 0:
             return grid
         prefix = self.layout.num_prefix_tokens
@@ -117,7 +116,7 @@ class SeparableProjection(Projection):
         if is_channels_last(image):
             return self.project(image.permute(0, 2, 3, 1).flatten(1, 2))
         columns = image.reshape(-1, width // self.column_blocks) @ self.column_analysis.t()
-        # The rows of each channel as a whole: block by block these products would be too small.
+        # All blocks of a channel's rows at once, since the products of single blocks would be too small.
         rows = torch.block_diag(*[self.row_analysis] * self.row_blocks)
         both = times(rows, columns.view(batch * channels, height, columns.shape[1] * self.column_blocks), 1)
         return both.view(batch, channels, both.shape[1] * both.shape[2]).index_select(2, self.kept).transpose(1, 2)
