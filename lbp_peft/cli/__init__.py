@@ -20,15 +20,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command.
 
     Args:
-        arguments: Without the program's name; None takes those of the command line.
+        arguments: The arguments without the program's name; None: those of the command line.
 
     Raises:
-        SystemExit: with a line that says what is wrong, and code 1 or 2; or with 0 after --help.
+        SystemExit: with a message and code 1 or 2, or with 0 after --help.
     """
     parser = argparse.ArgumentParser("lbp-peft", description=__doc__, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in COMMANDS.items():
-        commands.add_parser(name, help=text, add_help=False, prefix_chars="\0")  # each reads its own flags
+        commands.add_parser(name, help=text, add_help=False, prefix_chars="\0")  # each command parses its own flags
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = parser.parse_args(given[:1])
     _quieten()
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _quieten() -> None:
-    """Keep transformers and the hub from telling every user what they fall back on; errors end in a line of ours."""
+    """Silence messages of transformers and the hub. Errors end in a line of this program."""
     import huggingface_hub
     import transformers
 

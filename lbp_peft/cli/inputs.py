@@ -1,4 +1,4 @@
-"""The model and the batches that a user's flags name."""
+"""Loads the model and the batches that the flags name."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_IN
 
 @dataclass
 class InputOptions(ClassificationData, SegmentationData):
-    """Which model, and which images or how large random ones."""
+    """The options for the model, and for images or the size of random ones."""
 
     random_images: list[int] | None = option(
         None, "Random images of this size in place of data: the side of a square, or height and width. (default: none)"
@@ -68,15 +68,15 @@ class InputOptions(ClassificationData, SegmentationData):
 
     @property
     def names_inputs(self) -> bool:
-        return True  # check_together has seen to it
+        return True  # which check_together has made sure of
 
 
 @dataclass
 class Inputs:
-    """A model on its device, batches, and how to get the loss of one from the model.
+    """A model on its device, batches, and the loss function.
 
     Attributes:
-        loss_fn: None: the model returns it.
+        loss_fn: (model, batch) -> scalar loss; None: the model returns it.
         size: (height, width) of the images.
     """
 
@@ -88,7 +88,7 @@ class Inputs:
 
 
 def load_inputs(options: InputOptions) -> Inputs:
-    """Load what the flags name.
+    """Load the model and the batches that the flags name.
 
     Raises:
         SystemExit: the model or the data cannot be loaded, or no image can be read.
@@ -108,7 +108,7 @@ def load_inputs(options: InputOptions) -> Inputs:
 
 
 def loss_of_timm(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """Cross-entropy of the logits; the sum of several heads', as of the classes and of a distilled teacher."""
+    """The cross-entropy of the logits, summed over heads if there are several, as with distillation."""
     logits = model(batch["pixel_values"])
     heads = logits if isinstance(logits, tuple) else (logits,)
     return torch.stack([nn.functional.cross_entropy(each, batch["labels"]) for each in heads]).sum()
@@ -127,7 +127,7 @@ def _device(name: str) -> torch.device:
 
 
 def _source(options: InputOptions) -> tuple[Source | None, str | None]:
-    """The data, and for which task it is; None where it is random or tells nothing."""
+    """The data and its task; None for random data, and for an unknown task."""
     if options.random_images:
         return None, options.task
     task = options.task
@@ -161,7 +161,7 @@ def _of_timm(options: InputOptions, source: Source | None) -> Inputs:
         model = timm.create_model(
             options.model, pretrained=not (file or options.random_weights), checkpoint_path=file or ""
         )
-    except Exception as error:  # of the hub, of files, of shapes
+    except Exception as error:  # errors of the hub, of files, or of shapes
         raise SystemExit(
             f"--model {options.model}: timm cannot load its weights ({cause_of(error)}). Give --random_weights, or "
             "their file as --timm_weights"
@@ -248,7 +248,7 @@ def _batches(
     size: tuple[int, int],
     extra: dict[str, Any],
 ) -> list[dict[str, Any]]:
-    """Images drawn from those to train on; where they are too few, they come again."""
+    """Batches of images drawn from the training images, which repeat if there are too few."""
     wanted = _BATCHES * options.batch_size
     stored = source.train.cast_column("image", Image(decode=False))
     if task == "segmentation":

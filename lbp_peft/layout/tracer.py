@@ -25,11 +25,11 @@ class Trail:
     """What the tracer knows about a tensor that depends on the input.
 
     Attributes:
-        positions: Of its elements, in its shape; None where no element has one.
-        steps: Operations since the input.
-        lost_by: Name of the operation behind which positions were no longer known; "" if there was none.
-        is_certain: Whether it is sure which axis of the input runs over channels. A convolution makes it sure.
-        of_mask: Whether it depends on attention masks alone.
+        positions: The positions of its elements, in its shape; None if no element has one.
+        steps: The number of operations since the input.
+        lost_by: The name of the operation after which positions were not known any more; "" if there was none.
+        is_certain: Whether it is certain which axis of the input runs over channels, as it is after a convolution.
+        of_mask: Whether it depends on attention masks only.
     """
 
     positions: Tensor | None

@@ -1,1 +1,1 @@
-"""Models and images by the names that a user gives: hub ids, folders, Parquet files. For programs, not for training."""
+"""Loads models and images by names that users give to programs: hub ids, folders, Parquet files."""

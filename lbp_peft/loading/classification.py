@@ -1,4 +1,4 @@
-"""Images with a class each, from wherever the user has them."""
+"""Loads images with classes from the sources that the options name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .options import DataOptions, option
 
 @dataclass
 class ClassificationData(DataOptions):
-    """What classification asks of its data."""
+    """The options of data for classification."""
 
     label_column: str | None = option(None, "Column of labels. (default: the first of classes, else `label`)")
     train_images_per_class: int | None = option(
@@ -27,10 +27,10 @@ class ClassificationData(DataOptions):
 
 
 def load_classification(options: ClassificationData) -> Source:
-    """Images and their classes, as the options name them.
+    """Load images and their classes.
 
     Raises:
-        SystemExit: there is no such data, or it holds no images or no classes.
+        SystemExit: there is no such data, or it has no images or no classes.
     """
     train, test, validation = load_splits(options)
     image = options.image_column or next(iter(columns_of(train, Image)), "image")
@@ -63,7 +63,7 @@ def classes_in(dataset: Dataset, column: str) -> list[str]:
     """The classes in a column of labels, in the order of their numbers.
 
     Raises:
-        SystemExit: there is no such column, or it holds no classes.
+        SystemExit: there is no such column, or it has no classes.
     """
     if column not in dataset.column_names:
         raise SystemExit(f"--label_column: there is no column {column!r}; there are: {', '.join(dataset.column_names)}")
@@ -85,7 +85,7 @@ def with_labels(dataset: Dataset, names: list[str]) -> Dataset:
     """The dataset with its column `label` as numbers of these classes.
 
     Raises:
-        SystemExit: an image has no label, or one that is none of them.
+        SystemExit: an image has no label, or one that is not among them.
     """
     feature = dataset.features["label"]
     if isinstance(feature, ClassLabel) and feature.names == names:

@@ -1,4 +1,4 @@
-"""Labelled images from the hub, a folder or Parquet files, brought to columns `image` and `label`."""
+"""Loads labelled images from the hub, a folder or Parquet files into columns `image` and `label`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .options import DataOptions
 from .places import local_folder, similar
 from .terminal import cause_of, say
 
-# As `datasets` names the splits that it finds in a folder.
+# The names that `datasets` gives to splits that it finds in a folder.
 SPLITS = {
     "train": "train", "training": "train", "val": "validation", "valid": "validation", "validation": "validation",
     "dev": "validation", "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
@@ -28,9 +28,9 @@ IMAGE_ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif"
 
 @dataclass
 class Source:
-    """Images to train on and images to test on, with columns `image` and `label`, and the names of the classes.
+    """Images for training and testing, with columns `image` and `label`, and the names of the classes.
 
-    Validation images are there only where an option needs them, see selection.py.
+    There are validation images only if an option needs them, see selection.py.
     """
 
     train: Dataset
@@ -62,7 +62,7 @@ def load_splits(options: DataOptions) -> tuple[Dataset, Dataset | None, Dataset 
         return choose_splits(splits, options)
     if not any(path.is_file() for path in folder.rglob("*")):
         raise SystemExit(f"--dataset {folder}: the folder is empty")
-    datasets.disable_progress_bars()  # local data need none
+    datasets.disable_progress_bars()  # which local data do not need
     return choose_splits(_loaded(options.dataset, str(folder), options.dataset_config), options)
 
 
@@ -109,7 +109,7 @@ def hold_out(
     total = len(dataset)
     order = np.random.default_rng((options.data_seed, total)).permutation(total)
     own = np.zeros(total, dtype=int) if labels is None else np.asarray(labels)
-    trained = order[np.unique(own[order], return_index=True)[1]]  # one of each class, whatever is drawn
+    trained = order[np.unique(own[order], return_index=True)[1]]  # one of each class, in any case
     rest = np.setdiff1d(np.arange(total), trained)
     if not len(rest):
         split = {"test": "test_split", "validate": "validation_split"}[purpose]
@@ -127,8 +127,8 @@ def draw(total: int, wanted: int, seed: int, labels: Sequence[int] | np.ndarray 
 
     Args:
         total: The number of rows.
-        wanted: The number of rows to choose; all are chosen if there are fewer.
-        labels: The labels of the rows. Each class is drawn in proportion to its size, but at least once where `wanted`
+        wanted: The number of rows to choose. If there are fewer, all of them are chosen.
+        labels: The labels of the rows. Each class is drawn in proportion to its size, but at least once if `wanted`
             allows it.
     """
     random = np.random.default_rng((seed, total, wanted))
@@ -140,8 +140,8 @@ def draw(total: int, wanted: int, seed: int, labels: Sequence[int] | np.ndarray 
     own = np.asarray(labels)[order]
     rows = {label: order[own == label] for label in random.permutation(np.unique(own))}
     taken = dict.fromkeys(rows, 0)
-    # As seats are apportioned in a parliament (Sainte-Lague): each row goes to the class with the fewest for its size,
-    # after the first row of each class, which go to the largest classes first.
+    # The Sainte-Lague method: after the first row of each class, largest classes first, each row goes to the class that
+    # has the fewest rows relative to its size.
     queue = [(-np.inf, -len(own), place, label) for place, (label, own) in enumerate(rows.items())]
     heapq.heapify(queue)
     for _ in range(wanted):
@@ -153,7 +153,7 @@ def draw(total: int, wanted: int, seed: int, labels: Sequence[int] | np.ndarray 
 
 
 def with_columns(dataset: Dataset, image: str, label: str) -> Dataset:
-    """These two columns, renamed to `image` and `label`.
+    """The dataset with these two columns only, renamed to `image` and `label`.
 
     Raises:
         SystemExit: there is no such column, or no images in the first.
@@ -168,10 +168,10 @@ def with_columns(dataset: Dataset, image: str, label: str) -> Dataset:
 
 
 def as_images(dataset: Dataset, column: str, known_as: str) -> Dataset:
-    """The dataset with a column taken for images, which may be stored as bytes or as paths.
+    """The dataset with a column decoded as images, which may be stored as bytes or as paths.
 
     Raises:
-        SystemExit: the column holds something else.
+        SystemExit: the column has other contents.
     """
     try:
         return dataset.cast_column(column, Image())
@@ -181,17 +181,18 @@ def as_images(dataset: Dataset, column: str, known_as: str) -> Dataset:
 
 
 def columns_of(dataset: Dataset, kind: type) -> list[str]:
-    """The names of the columns of a kind of feature."""
+    """The names of the columns with a type of feature."""
     return [name for name, feature in dataset.features.items() if isinstance(feature, kind)]
 
 
 def paired_folders(folder: Path, skip: bool) -> DatasetDict | None:
-    """Images and the label maps of the same names beside them: FOLDER/[SPLIT/]images and FOLDER/[SPLIT/]masks.
+    """Images and label maps with the same names: FOLDER/[SPLIT/]images and FOLDER/[SPLIT/]masks.
 
     Splits may also be folders inside `images` and `masks`. Names are compared without their endings.
 
     Args:
-        skip: Leave out files that have no partner, and say how many.
+        folder: The folder.
+        skip: Whether to leave out files that have no partner, and print how many.
 
     Returns:
         Datasets with the columns `image` and `mask`; None if the folder has no such parts, or has a metadata file that
@@ -253,9 +254,9 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def _loaded(what: str, *arguments: str | None, **settings: dict[str, list[str]]) -> DatasetDict:
-    """Load a dataset; errors of any type end in a one-line message."""
+    """Load a dataset. Errors of any type end in a one-line message."""
     verbosity = datasets.logging.get_verbosity()
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error repeats what it would log
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error has the same text as the log
     try:
         return load_dataset(*arguments, **settings)
     except Exception as error:
@@ -271,11 +272,12 @@ def _loaded(what: str, *arguments: str | None, **settings: dict[str, list[str]])
 
 
 def _check_origin(name: str, splits: DatasetDict) -> None:
-    """Refuse what `datasets` loads by a name without the hub.
+    """Refuse data that `datasets` has loaded by a name, but not from the hub.
 
-    Where the hub has no data set of this name, or cannot be reached, `datasets` takes one from its cache, even one that
-    was made of a local folder of this name elsewhere. Names of its own loaders, such as "imagefolder", search the
-    working directory. The cache has a data set of the hub in a folder named after its commit, which tells these apart.
+    If the hub has no data set of this name, or cannot be reached, `datasets` takes one from its cache, even one that
+    was made from a local folder of this name elsewhere. Names of its own loaders, such as "imagefolder", search the
+    working directory. In the cache, the folder of a data set of the hub is named after its commit, which distinguishes
+    these.
 
     Raises:
         SystemExit: the data set is not from the hub.

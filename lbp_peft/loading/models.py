@@ -1,4 +1,4 @@
-"""Checkpoints of transformers, loaded so that what fails about one ends in one line."""
+"""Loads checkpoints of transformers. Any failure ends in a one-line message."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .terminal import cause_of
 
 
 def load_model(auto_model: Any, path: str, names: list[str], seed: int) -> PreTrainedModel:
-    """Load the checkpoint with a head for these classes, new where it does not fit: the same head for equal seeds."""
+    """Load the checkpoint with a head for these classes. A head that does not fit is made by the seed."""
     set_seed(seed)
     with readable(path):
         return auto_model.from_pretrained(path, ignore_mismatched_sizes=True, dtype=torch.float32, **class_names(names))
@@ -25,10 +25,10 @@ def load_model(auto_model: Any, path: str, names: list[str], seed: int) -> PreTr
 
 @contextlib.contextmanager
 def readable(path: str) -> Iterator[None]:
-    """Load a checkpoint; whatever fails about it ends in one line.
+    """A context for loading a checkpoint, in which any failure ends in a one-line message.
 
     Raises:
-        SystemExit: it is not there, is broken, or is none of a model for the task.
+        SystemExit: the checkpoint does not exist, is damaged, or is not of a model for the task.
     """
     folder = local_folder(path, "--model")
     try:
@@ -49,7 +49,7 @@ def readable(path: str) -> Iterator[None]:
 
 
 def class_names(names: list[str]) -> dict[str, Any]:
-    """Classes, as a configuration of transformers has them."""
+    """The classes in the form of a configuration of transformers."""
     return {
         "num_labels": len(names),
         "id2label": dict(enumerate(names)),
@@ -58,7 +58,7 @@ def class_names(names: list[str]) -> dict[str, Any]:
 
 
 def forward_arguments(model: PreTrainedModel, size: tuple[int, int]) -> dict[str, Any]:
-    """What the forward pass must be told to accept this image size (ViT interpolates positions only when asked)."""
+    """The arguments with which the forward pass accepts this image size: ViT interpolates positions only on request."""
     accepts = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
     if accepts and as_size(getattr(model.config, "image_size", size)) != size:
         return {"interpolate_pos_encoding": True}

@@ -1,4 +1,4 @@
-"""The options of a program: one dataclass, set by flags, by a YAML file (`--config`), or both; flags win."""
+"""The options of a program: a dataclass that is set by flags, by a YAML file (`--config`), or both; flags win."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 
 from .terminal import in_one_line
 
-# What a numeric option may be, of which lists are checked by element. None passes, where it is a default.
+# The allowed values of a numeric option. Elements of lists are checked one by one. None is allowed as a default.
 Limits = list[tuple[str, Callable[[float], bool], tuple[str, ...]]]
 LIMITS: Limits = [
     (
@@ -38,7 +38,7 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass
 class DataOptions:
-    """Which model and which images: what every program asks that has to do with real images."""
+    """The options for the model and the images of a program."""
 
     model: str | None = option(None, "Checkpoint to adapt: hub id or local folder. (default: none)")
     dataset: str | None = option(
@@ -88,11 +88,11 @@ class DataOptions:
 
     @classmethod
     def limits(cls) -> Limits:
-        """What the values of numeric options may be."""
+        """The allowed values of numeric options."""
         return LIMITS
 
     def check_together(self) -> None:
-        """Refuse options that contradict each other; called where they have been read completely.
+        """Refuse options that contradict each other. It is called when all of them have been read.
 
         Raises:
             ValueError: names the options as flags.
@@ -116,7 +116,7 @@ class DataOptions:
 
 
 class Parser(HfArgumentParser):
-    """A parser of flags for a dataclass: no abbreviations, one default each in the help, mistakes as ValueError."""
+    """A parser of flags for a dataclass, without abbreviations, that raises ValueError on mistakes."""
 
     def __init__(self, kind: Any, **settings: Any):
         super().__init__(kind, allow_abbrev=False, formatter_class=_HelpFormatter, **settings)
@@ -143,7 +143,7 @@ class Parser(HfArgumentParser):
         return [field.name for field in dataclasses.fields(self.kind)]
 
     def flags_of(self, path: Path) -> list[str]:
-        """A YAML file as flags, so that its names, types and choices are checked as those of flags are.
+        """The contents of a YAML file as flags, so that names, types and choices are checked in the same way.
 
         Raises:
             ValueError: names the file and the key.
@@ -197,7 +197,7 @@ def did_you_mean(name: str, known: list[str], prefix: str) -> str:
 
 
 def _mapping(path: Path) -> dict[Any, Any]:
-    """What a YAML file of options holds."""
+    """The contents of a YAML file of options."""
     try:
         content = yaml.safe_load(path.expanduser().read_text(encoding="utf-8"))
     except OSError as error:
@@ -236,9 +236,9 @@ def parse(
 
     Args:
         kind: The dataclass of options.
-        defaults: YAML file of the embedded example; None where there is none, so that model and data must be named.
-        description: Of the program.
-        arguments: Flags; None takes those of the command line.
+        defaults: The YAML file of the embedded example; None: there is none, so model and data have to be named.
+        description: The description of the program.
+        arguments: The flags; None: those of the command line.
         prog: The program's name; None: that of its file.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The image processor of a checkpoint, at a size of our choice."""
+"""Preprocessing by the image processor of a checkpoint, at a given size."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ IMAGENET_MEAN, IMAGENET_STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
 class Preprocessor:
-    """The image processor of a checkpoint, at a size of our choice.
+    """The image processor of a checkpoint, at a given size.
 
     Args:
-        options: Name the checkpoint, and the size if it is not the checkpoint's.
-        config: Of the model; tells the size where there is no image processor.
-        whole_image: Resize images as a whole, cropping nothing, so that pixels in and out correspond.
+        options: The options, which name the checkpoint, and the size if it is not the checkpoint's.
+        config: The configuration of the model, which has the size if there is no image processor.
+        whole_image: Whether to resize images as a whole, without cropping, so that input and output pixels correspond.
     """
 
     def __init__(self, options: DataOptions, config: PretrainedConfig, whole_image: bool = False):
@@ -59,7 +59,7 @@ class Preprocessor:
         return height, width
 
     def _resized(self, size: tuple[int, int]) -> dict[str, Any]:
-        """Arguments that make the processor give this size, keeping its margin around the centre crop if it may."""
+        """The arguments with which the processor returns this size, with its margin around the crop if possible."""
         sides = {"height": size[0], "width": size[1]}
         if self.whole_image:
             other = ("do_center_crop", "do_pad", "keep_aspect_ratio")
@@ -76,7 +76,7 @@ class Preprocessor:
         view: View | None = None,
         augment: Callable[[Image.Image], Image.Image] | None = None,
     ) -> torch.Tensor:
-        """The pixel values of an image, or of a part of it at the full size, augmented then."""
+        """The pixel values of an image, or of an augmented part of it at the full size."""
         image, arguments = as_rgb(image), self.overrides
         if view is not None:
             image = view.of(image, self.size, Image.Resampling.BICUBIC)

@@ -1,4 +1,4 @@
-"""Images with a label map each, from wherever the user has them, and models that predict such maps."""
+"""Loads images with label maps, and models that predict such maps."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ class SegmentationData(DataOptions):
 
 
 def load_segmentation(options: SegmentationData) -> Source:
-    """Images and their label maps, as the options name them.
+    """Load images and their label maps.
 
     Raises:
-        SystemExit: there is no such data, or it holds no images or no label maps.
+        SystemExit: there is no such data, or it has no images or no label maps.
     """
     folder = local_folder(options.dataset, "--dataset") if options.dataset else None
     pairs = paired_folders(folder, options.skip_broken) if folder else None
@@ -88,7 +88,7 @@ def load_segmentation_model(
 
 
 def label_map(mask: PILImage.Image, options: SegmentationData) -> PILImage.Image:
-    """Classes as an image of integers, pixels of no class marked by the ignore index."""
+    """A label map as an image of integers, in which the ignore index marks pixels of no class."""
     values = np.array(mask)
     if values.ndim != 2:
         raise ValueError(f"a label map must have one channel, the numbers of the classes, but this is {mask.mode}")
@@ -99,7 +99,7 @@ def label_map(mask: PILImage.Image, options: SegmentationData) -> PILImage.Image
 
 
 def upernet(path: str, names: list[str], seed: int) -> UperNetForSemanticSegmentation:
-    """A backbone under a new UperNet head (arXiv 1807.10221), which sees it at four depths, evenly apart."""
+    """A backbone with a new UperNet head (arXiv 1807.10221) on features of four evenly spaced depths."""
     set_seed(seed)
     with readable(path):
         config = AutoConfig.from_pretrained(path)
@@ -112,7 +112,7 @@ def upernet(path: str, names: list[str], seed: int) -> UperNetForSemanticSegment
     config.out_indices = [round(depths * quarter / 4) for quarter in (1, 2, 3, 4)]
     with readable(path):
         model = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=config, **class_names(names)))
-        # AutoBackbone would look for the checkpoint on the hub alone.
+        # AutoBackbone would search for the checkpoint on the hub only.
         model.backbone = type(model.backbone).from_pretrained(path, out_indices=config.out_indices, dtype=torch.float32)
     return model
 
@@ -124,7 +124,7 @@ def _numbers(parts: list[Dataset], options: SegmentationData) -> list[str]:
         for row in part.select_columns(["label"]).cast_column("label", Image(decode=False)):
             try:
                 values = np.array(label_map(opened(row["label"] or {}), options))
-            except Exception:  # Pillow's decoders raise what they like
+            except Exception:  # Pillow's decoders raise exceptions of many types
                 continue
             highest = max(highest, int(values[values != options.ignore_index].max(initial=0)))
     return [str(number) for number in range(highest + 1)]

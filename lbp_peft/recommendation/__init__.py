@@ -1,4 +1,4 @@
-"""Which settings suit a model, its data and this machine: candidates are measured, and one is chosen."""
+"""Recommends settings for a model, its data and a machine, by measuring candidates."""
 
 from .bounds import Bounds, BudgetError
 from .candidates import CANDIDATES, Candidate

@@ -6,15 +6,15 @@ import math
 import re
 from dataclasses import dataclass
 
-DEFAULT_MIN_COSINE = 0.85  # lower ones trained clearly worse, see docs/choosing-settings.md
+DEFAULT_MIN_COSINE = 0.85  # with lower cosines, accuracy was clearly lower, see docs/choosing-settings.md
 _BYTES = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 class BudgetError(ValueError):
-    """No setting that was measured keeps within the bounds; the message says what the least is, and with what.
+    """No measured setting keeps within the bounds. The message has the least that is possible, and its setting.
 
     Attributes:
-        table: What was measured, as text.
+        table: The measurements as text.
     """
 
     def __init__(self, message: str, table: str = ""):
@@ -24,12 +24,12 @@ class BudgetError(ValueError):
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a recommended setting has to keep within; None: no bound.
+    """The bounds of a recommended setting; None: no bound.
 
     Attributes:
-        memory: Bytes at the peak; or, with `memory_is_relative`, a multiple of what full fine-tuning takes.
-        step_time: Seconds a step; or, with `step_time_is_relative`, a multiple of what full fine-tuning takes.
-        min_cosine: Of the gradients with the exact ones. Without one of the user's, `DEFAULT_MIN_COSINE` holds.
+        memory: The peak in bytes; or, with `memory_is_relative`, a multiple of full fine-tuning's.
+        step_time: The time of a step in seconds; or, with `step_time_is_relative`, a multiple of full fine-tuning's.
+        min_cosine: The least cosine of the gradients with the exact ones; None: `DEFAULT_MIN_COSINE`.
     """
 
     memory: float | None = None
@@ -63,7 +63,7 @@ class Bounds:
         return DEFAULT_MIN_COSINE if self.min_cosine is None else self.min_cosine
 
     def most_memory(self, full: float | None) -> float:
-        """In bytes, where full fine-tuning takes so many; infinite where there is no bound."""
+        """The bound of memory in bytes, given full fine-tuning's; infinite if there is none."""
         return _in_full(self.memory, self.memory_is_relative, full, "memory")
 
     def most_seconds(self, full: float | None) -> float:

@@ -19,7 +19,7 @@ LORA = {"r": 8, "lora_alpha": 16}
 
 
 class NotApplicableError(Exception):
-    """A model does not admit a setting; the message says why."""
+    """A setting cannot be used with a model, for the reason in the message."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Candidate:
     """A way to train a model.
 
     Args:
-        label: What tables call it.
+        label: Its name in tables.
         lbp_wht: Arguments of [`LBPWHTConfig`]; None: exact backpropagation.
         lora: Whether LoRA's factors are trained instead of whole weights.
         checkpointing: Whether gradient checkpointing is on.
@@ -46,11 +46,11 @@ class Candidate:
         return self.lbp_wht is None
 
     def config(self, model: nn.Module, heads: list[str]) -> PeftConfig | None:
-        """The configuration for PEFT; None where the model is trained as it is.
+        """The configuration for PEFT; None: full fine-tuning.
 
         Args:
             model: The plain model.
-            heads: Names of the modules trained in full.
+            heads: The names of the modules that are trained in full.
 
         Raises:
             NotApplicableError: no layers of the model can be adapted.
@@ -64,10 +64,10 @@ class Candidate:
         return LBPWHTConfig(**self.lbp_wht, modules_to_save=saved)
 
     def applied(self, model: nn.Module, heads: list[str]) -> nn.Module:
-        """The model, changed in place, ready to be trained in this way.
+        """Change a model in place, so that it can be trained in this way.
 
         Raises:
-            NotApplicableError: the model does not admit it.
+            NotApplicableError: the setting cannot be used with the model.
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -83,7 +83,7 @@ class Candidate:
         return adapted
 
 
-# The order matters: where time runs short, what comes last is left out. The first four, one of each kind, never are.
+# In order of importance: if time is short, the last ones are left out, but never the first four, one of each kind.
 KINDS = 4
 SETTINGS: tuple[Candidate, ...] = (
     Candidate("full fine-tuning"),
@@ -109,10 +109,10 @@ def with_compressed_activations(candidate: Candidate) -> Candidate | None:
     return replace(candidate, label=f"{candidate.label} + compression", lbp_wht=settings)
 
 
-# Each makes of a setting another one that saves memory, or None where there is none. Gradients are no better for it.
+# Each function returns a variant of a setting that saves memory, or None. Its gradients are not better.
 VARIANTS: tuple[Callable[[Candidate], Candidate | None], ...] = (with_checkpointing, with_compressed_activations)
 
-# Each variant with the setting that it was made of.
+# The setting of each variant.
 PLAIN: dict[str, str] = {
     changed.label: setting.label for variant in VARIANTS for setting in SETTINGS if (changed := variant(setting))
 }
@@ -137,7 +137,7 @@ def enable_checkpointing(model: nn.Module) -> None:
     """Have a model of transformers or timm compute activations again in the backward pass.
 
     Raises:
-        NotApplicableError: it cannot.
+        NotApplicableError: the model has no gradient checkpointing.
     """
     module: Any
     for module in model.modules():
@@ -152,7 +152,7 @@ def enable_checkpointing(model: nn.Module) -> None:
 
 
 def sharing_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model whose parameters lie in the same memory."""
+    """A copy of the model whose parameters share memory with the original's."""
     shared = {
         id(parameter): nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
         for parameter in model.parameters()
@@ -161,7 +161,7 @@ def sharing_copy(model: nn.Module) -> nn.Module:
 
 
 def lora_targets(model: nn.Module) -> list[str]:
-    """The linear layers of the encoder, by the ends of their names where these name no other layer.
+    """The linear layers of the encoder, by suffixes of their names if these match no other layer.
 
     Raises:
         NotApplicableError: there are none.

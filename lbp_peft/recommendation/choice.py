@@ -1,4 +1,4 @@
-"""Which of the measured settings is recommended, and why."""
+"""Chooses among the measured settings, and gives the reason."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from .bounds import Bounds, BudgetError
 from .trial import Trial
 
-_NEGLIGIBLE = 0.03  # of a step time or a peak: what two runs of the same program differ by
+_NEGLIGIBLE = 0.03  # the relative difference in step time or peak between two runs of the same program
 _SAME_COSINE = 0.005
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What others are compared with, if it could be measured.
+    """The trials that others are compared with; None if they could not be measured.
 
     Attributes:
         full, lora: The trials of full fine-tuning and of LoRA.
@@ -42,12 +42,14 @@ class Reference:
 def choose(trials: Sequence[Trial], bounds: Bounds, reference: Reference) -> tuple[Trial, str]:
     """Choose the best setting among those that keep within the bounds.
 
-    Of memory and step time, what has no bound is made as small as possible, and their product if neither has one. If
-    both have one, the gradients shall be as good as possible. Among settings that are equal in that but for a few
-    percent, the one with the better gradients is taken.
+    Memory or step time is minimised, whichever has no bound, or their product if neither has one. If both have one, the
+    setting with the best gradients is chosen. Among settings that differ by a few percent only, the one with the best
+    gradients is chosen.
 
     Args:
-        trials: Of the settings to choose from; failed ones are passed over.
+        trials: The trials of the settings. Failed ones are skipped.
+        bounds: The bounds.
+        reference: The trials to compare with.
 
     Returns:
         The trial of the chosen setting, and the rule by which it was chosen, in words.
@@ -69,14 +71,14 @@ def choose(trials: Sequence[Trial], bounds: Bounds, reference: Reference) -> tup
         raise BudgetError(_nothing_within(measured, bounds, most_bytes, most_seconds))
     price, rule = price_of(bounds)
     least = min(map(price, within))
-    # Where the price is the cosine, its differences are small, and count as they are.
+    # If the cosine is optimised, all differences count, since they are small.
     margin = _SAME_COSINE if bounds.memory and bounds.step_time else _NEGLIGIBLE * least
     equal = [trial for trial in within if price(trial) <= least + margin]
     return max(equal, key=lambda trial: (_cosine(trial), -trial.seconds * trial.peak_bytes)), rule
 
 
 def price_of(bounds: Bounds) -> tuple[Callable[[Trial], float], str]:
-    """What is made as small as possible, and the rule in words."""
+    """The quantity that is minimised, and the rule in words."""
     cosine = f"a gradient cosine of at least {bounds.least_cosine:g}"
     memory = "a peak memory within the budget"
     if bounds.memory and bounds.step_time:
@@ -96,7 +98,7 @@ def _cosine(trial: Trial) -> float:
 
 
 def _nothing_within(trials: Sequence[Trial], bounds: Bounds, most_bytes: float, most_seconds: float) -> str:
-    """What the least is that can be had, one bound at a time, and then together."""
+    """The least that is possible for each bound by itself, and for both together."""
     good = [trial for trial in trials if trial.cosine is None or trial.cosine >= bounds.least_cosine]
     if not trials:
         return "No setting could be measured."
@@ -132,7 +134,7 @@ def _nothing_within(trials: Sequence[Trial], bounds: Bounds, most_bytes: float, 
 
 
 def in_the_running(trials: Sequence[Trial]) -> list[Trial]:
-    """Those that no other one matches in memory, step time and gradients all at once, but for what is negligible."""
+    """The trials that are not dominated in memory, step time and gradients, up to negligible differences."""
     measured = [trial for trial in trials if not trial.failure]
 
     def is_beaten(trial: Trial) -> bool:
@@ -148,7 +150,7 @@ def in_the_running(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def verdict(chosen: Trial, is_lora: bool, rule: str, reference: Reference, device: str) -> str:
-    """One or two sentences: why this setting, and what is gained by it, or that nothing is."""
+    """The reason for the setting and its gain, or that there is none, in one or two sentences."""
     exact = reference.of(is_lora)
     if exact is None:
         return f"{chosen.label}: {rule}. {'LoRA' if is_lora else 'Full fine-tuning'} could not be measured here."

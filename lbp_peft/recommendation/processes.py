@@ -1,7 +1,7 @@
-"""Where candidates are tried: each in a process of its own on a CPU, all in this one on a GPU.
+"""Runs trials of candidates: on a CPU each in a process of its own, on a GPU all in this process.
 
-What a process takes of a CPU's memory is told by its resident set, which hardly shrinks when memory is freed. So each
-candidate gets a process that has done nothing else, see worker.py. On a GPU PyTorch's allocator tells what is in use.
+On a CPU, the memory of a process is measured by its resident set, which hardly shrinks when memory is freed. So each
+candidate gets a new process, see worker.py. On a GPU, PyTorch's allocator reports the memory in use.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CAN_FORK = sys.platform == "linux"
 
 
 def pickle_module() -> Any:
-    """`dill` where it is installed, as it is with `datasets`: it takes functions of scripts and notebooks too."""
+    """`dill` if it is installed, as it is with `datasets`, since it also pickles functions of scripts and notebooks."""
     try:
         import dill
     except ImportError:
@@ -41,9 +41,9 @@ def pickle_module() -> Any:
 class Here:
     """Tries candidates in this process.
 
-    On a GPU the peak is that of PyTorch's allocator, less what other tensors of the program take. On a CPU it is worked
-    out: this process's resident set without the model, and what PyTorch allocates for the step. That leaves out what
-    libraries take beside PyTorch.
+    On a GPU the peak is that of PyTorch's allocator, less the memory of other tensors of the program. On a CPU it is
+    estimated as this process's resident set without the model, plus the memory that PyTorch allocates for the step.
+    That leaves out memory that other libraries allocate.
     """
 
     def __init__(self, job: Job):
@@ -114,7 +114,7 @@ class Apart:
             self._process.stdin.flush()
             trial = Trial(**self._answer())
         except (WorkerError, BrokenPipeError):
-            self._stop()  # the next candidate gets another one
+            self._stop()  # the next candidate gets a new process
             return Trial(candidate.label, failure="its process ended, as for lack of memory")
         if not CAN_FORK:
             self._stop()
@@ -165,7 +165,7 @@ class WorkerError(RuntimeError):
 
 
 def _bytes_of(job: Job) -> int:
-    """Of the model and the batches."""
+    """The bytes of the model and the batches."""
     storages = (
         tensor.untyped_storage() for tensor in (*job.model.parameters(), *job.model.buffers(), *tensors_in(job.batches))
     )

@@ -1,4 +1,4 @@
-"""What was found out, for people (table, figure) and for programs (configuration, JSON, YAML)."""
+"""The result of a search, for people (table, figure) and for programs (configuration, JSON, YAML)."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ _COLOURS = {"exact": "#999999", "low-rank": "#0072B2", "front": "#D55E00"}
 
 @dataclass
 class Recommendation:
-    """The recommended setting, and all that was measured; print it for the whole of it.
+    """The recommended setting, and all measurements. Printed, it is a full report.
 
     Attributes:
         config: For `peft.get_peft_model`: an [`lbp_peft.LBPWHTConfig`], a `LoraConfig`, or None where full fine-tuning
             is best.
         setting: The [`Candidate`] that is recommended; it tells whether gradient checkpointing goes with the
             configuration.
-        reason: Why, in a sentence or two.
-        trials: Label of each candidate that was tried -> what was measured of it.
-        left_out: Label of each that was not tried -> why.
-        notes: What else a reader has to know.
+        reason: The reason, in one or two sentences.
+        trials: The trial of each candidate, by its label.
+        left_out: The reason why each other candidate was not tried, by its label.
+        notes: Further remarks.
         libraries_bytes: The resident set of a process with Python and the libraries alone; peaks on a CPU include it.
-        seconds: How long the search took.
+        seconds: The duration of the search.
     """
 
     candidates: dict[str, Candidate] = field(repr=False)
@@ -64,7 +64,7 @@ class Recommendation:
         """
         own = [trial for label, trial in self.trials.items() if self.candidates[label].lora is lora]
         try:
-            try:  # a single step tells little of the time
+            try:  # a single step says little about the time
                 chosen, rule = choose([trial for trial in own if trial.is_timed], self.bounds, self.reference)
             except BudgetError:
                 chosen, rule = choose(own, self.bounds, self.reference)
@@ -76,7 +76,7 @@ class Recommendation:
 
     @property
     def chosen(self) -> Trial:
-        """What was measured of the recommended setting."""
+        """The trial of the recommended setting."""
         assert self.setting is not None
         return self.trials[self.setting.label]
 
@@ -84,7 +84,7 @@ class Recommendation:
 
     @property
     def table(self) -> str:
-        """One row for each setting, at most 100 columns wide, and what the columns mean."""
+        """A table with one row for each setting, at most 100 columns wide, and the meaning of its columns."""
         metrics = ["step ms", "/full", "/LoRA", "peak MiB", "/full", "/LoRA", "saved MiB", "/full", "/LoRA", "cosine"]
         rows = [self._row(trial) for trial in self.trials.values() if not trial.failure]
         widths = (
@@ -151,7 +151,7 @@ class Recommendation:
         return "\n".join([self.table, "", *reason, "", self.python])
 
     def plot(self, path: str | Path) -> None:
-        """Draw cosines against peak memory, the size of a point its step time, with the Pareto front.
+        """Plot cosines against peak memory with the Pareto front. The size of a point is its step time.
 
         Raises:
             ImportError: matplotlib is not installed; the message says how to install it.
@@ -196,7 +196,7 @@ class Recommendation:
 
     @property
     def python(self) -> str:
-        """Lines of Python that prepare the model as recommended."""
+        """Python code that prepares the model as recommended."""
         assert self.setting is not None
         lines = []
         if self.setting.checkpointing:
@@ -246,7 +246,7 @@ class Recommendation:
         return "\n".join(f"{key}: {json.dumps(value)}" for key, value in self.options.items())
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it in plain types; sizes in bytes, times in seconds."""
+        """The recommendation in plain types, with sizes in bytes and times in seconds."""
         assert self.setting is not None
         config = None if self.config is None else json.loads(json.dumps(self.config.to_dict(), default=_plain))
         return {
@@ -269,7 +269,7 @@ class Recommendation:
         }
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """All of it as JSON, written to a file if a path is given."""
+        """The recommendation as JSON, which is written to a file if a path is given."""
         text = json.dumps(self.to_dict(), indent=2)
         if path is not None:
             Path(path).write_text(text + "\n", encoding="utf-8")
@@ -277,7 +277,7 @@ class Recommendation:
 
 
 def pareto_front(trials: list[Trial]) -> list[Trial]:
-    """Those with better gradients than every other one that takes no more memory, by memory."""
+    """The trials with better gradients than all others that need no more memory, sorted by memory."""
     front: list[Trial] = []
     best = -math.inf
     for trial in sorted(trials, key=lambda one: (one.peak_bytes, -(one.cosine or 0.0))):

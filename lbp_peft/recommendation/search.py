@@ -1,4 +1,4 @@
-"""Measures the candidates within the time that is given, and recommends one."""
+"""Measures candidates within a given time, and recommends one."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .processes import Apart, Here, WorkerError
 from .result import Recommendation
 from .trial import UNEXPECTED, Job, Trial
 
-_FOR_TRIALS = 0.65  # of the time; the rest is for rounds in which the best take turns
+_FOR_TRIALS = 0.65  # the share of the time; the rest is for rounds in which the best candidates take turns
 _MOST_TIMED, _MOST_ROUNDS = 6, 7
 
 
@@ -50,9 +50,9 @@ def recommend(
 ) -> Recommendation:
     """Measure ways to train a model on this machine, and recommend one that keeps within the bounds.
 
-    Each candidate takes two training steps with AdamW, which tell its peak memory, its saved activations and the cosine
-    of its gradients with exact ones. On a CPU it does so in a process of its own. The best then take turns in this
-    process, round after round, so that whatever else the machine does meets them all. The model is left as it was.
+    Each candidate takes two training steps with AdamW, in which its peak memory, its saved activations and the cosine
+    of its gradients with exact ones are measured. On a CPU it runs in a process of its own. The best candidates then
+    take turns in this process, so that other work on the machine affects them all alike. The model is not changed.
 
     What is recommended is, of the settings within the bounds, the one with the shortest step if memory has a bound,
     with the least memory if the step time has one, with the best gradients if both have, and with the least product of
@@ -69,16 +69,16 @@ def recommend(
         min_cosine: The least cosine of the gradients with the exact ones; None: 0.85.
         lora: Recommend a setting that trains LoRA's factors, and not whole weights.
         mixed_precision: "bf16" or "fp16", for autocast.
-        minutes: How long it may take. Candidates that do not fit are left out, and named.
+        minutes: The most minutes that it may take. Candidates that do not fit in are left out, and named.
         loss_fn: (model, batch) -> scalar loss; None: `model(**batch).loss`.
-        modules_to_save: Names of modules that are trained in full beside the adapters, such as the head; None: those
-            outside the base model of a model of transformers, or timm's classifier.
-        candidates: What to compare; see [`lbp_peft.recommendation.candidates`].
-        compile: Try each under `torch.compile` too.
-        progress: Show a progress bar.
+        modules_to_save: Names of modules that are trained in full in addition to the adapters, such as the head; None:
+            those outside the base model of a model of transformers, or timm's classifier.
+        candidates: The candidates to compare; see [`lbp_peft.recommendation.candidates`].
+        compile: Whether to try each candidate under `torch.compile` too.
+        progress: Whether to show a progress bar.
 
     Returns:
-        The [`Recommendation`]: print it for the table, the reason and the configuration.
+        The recommendation. Printed, it has the table, the reason and the configuration.
 
     Raises:
         BudgetError: (a ValueError) nothing keeps within the bounds; the message says what the least is, and with what.
@@ -162,7 +162,7 @@ class _Search:
         bar = tqdm(self.candidates.values(), desc="memory and gradients", leave=False, disable=not self.progress)
         for number, candidate in enumerate(bar):
             began = time.monotonic()
-            # Of full fine-tuning, LoRA and one setting of each kind there has to be something to compare.
+            # Full fine-tuning, LoRA and one setting of each kind are tried in any case, so that there is a comparison.
             if number >= KINDS and began + longest > until:
                 self.left_out[candidate.label] = "no time"
                 continue
@@ -178,7 +178,7 @@ class _Search:
             raise ValueError("; ".join(f"{label}: {trial.failure}" for label, trial in self.trials.items()))
 
     def _needless(self, candidate: Candidate) -> str:
-        """Why a variant cannot be recommended, whatever it takes: it has the gradients of another setting at best."""
+        """The reason why a variant cannot be recommended: its gradients are not better than its setting's."""
         plain = self.trials.get(PLAIN.get(candidate.label, ""))
         if plain is None or plain.failure:
             return ""
@@ -210,7 +210,7 @@ class _Search:
         return Reference(full, lora)
 
     def _take_turns(self) -> None:
-        """Time the best candidates beside full fine-tuning and LoRA, in turns."""
+        """Time the best candidates, full fine-tuning and LoRA in turns."""
         chosen = self._to_be_timed()
         if len(chosen) < 2:
             return
@@ -230,7 +230,7 @@ class _Search:
             typical = statistics.median(seconds)
             scales.append(typical / trial.seconds)
             trial.seconds, trial.is_timed = typical, True
-        # Of each round's ratio to the first one the median is steadier than the ratio of medians.
+        # The median of each round's ratio to the first program varies less than the ratio of medians.
         for trial, seconds in zip(chosen[1:], times[1:], strict=True):
             trial.seconds = chosen[0].seconds * statistics.median(ratios(seconds, times[0]))
         for trial in self.trials.values():
@@ -263,7 +263,7 @@ class _Search:
         return chosen
 
     def _rank(self, trial: Trial) -> tuple[bool, float]:
-        """The likeliest to be recommended first: those within the bounds, by what is made small."""
+        """A sorting key: trials within the bounds first, then by the quantity that is minimised."""
         reference, bounds = self.reference, self.bounds
         if reference.full is None and (bounds.memory_is_relative or bounds.step_time_is_relative):
             return False, price_of(bounds)[0](trial)
@@ -272,7 +272,7 @@ class _Search:
         return over, price_of(bounds)[0](trial)
 
     def _rounds(self, seconds: float) -> Iterable[int]:
-        """At least one; no more than the time allows."""
+        """The rounds that the time allows, at least one."""
         for number in range(_MOST_ROUNDS):
             if number and time.monotonic() + seconds > self.end:
                 return

@@ -1,4 +1,4 @@
-"""One candidate, tried: a few training steps of it, measured."""
+"""Measures a candidate in a few training steps."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from ..tuner.report import layout_report
 from .candidates import Candidate, NotApplicableError
 
 SEED = 0
-OUT_OF_MEMORY, UNEXPECTED = "out of memory", "cannot be trained: "  # how failures begin
+OUT_OF_MEMORY, UNEXPECTED = "out of memory", "cannot be trained: "  # the beginnings of failures
 _LORA_NOISE = 1e-3
 
 
 @dataclass
 class Job:
-    """What all candidates are tried on.
+    """The model and the data for all candidates.
 
     Attributes:
         model: The plain model.
-        batches: On the device; each step takes the next, and starts anew after the last.
+        batches: Batches on the device. Each step takes the next one, and the first one after the last.
         loss_fn: (model, batch) -> scalar loss; None: the model returns it.
-        heads: Names of modules that adapters train in full.
-        precision: "bf16" or "fp16" for autocast, None for none.
-        threads: Of PyTorch, on a CPU.
-        folder: Where exact gradients are kept between trials.
+        heads: The names of modules that adapters train in full.
+        precision: "bf16" or "fp16" for autocast; None: no autocast.
+        threads: The number of threads of PyTorch on a CPU.
+        folder: A folder for exact gradients, for later trials.
     """
 
     model: nn.Module
@@ -60,19 +60,20 @@ class Job:
 
 @dataclass
 class Trial:
-    """What was measured of a candidate.
+    """The measurements of a candidate.
 
     Attributes:
-        label: The candidate's.
-        peak_bytes: The most memory in use at once, with weights, gradients and AdamW's state.
-        saved_bytes: What the forward pass saves for the backward pass.
-        seconds: Of one training step.
-        cosine, norm_ratio: Of the gradients of the adapted layers' matrices with the exact ones, all in one vector;
-            None where there are no exact ones.
-        low_rank_layers, adapted_layers: Layers whose backward pass was not exact, of those with LBP-WHT.
-        is_timed: Whether `seconds` is from rounds in which the candidates took turns; else from a single step.
-        is_counted: Whether `peak_bytes` was worked out from PyTorch's allocations, and not read off a process.
-        failure: Why the candidate could not be measured; "" if it was.
+        label: The candidate's label.
+        peak_bytes: The most bytes in use at once, with weights, gradients and AdamW's state.
+        saved_bytes: The bytes that the forward pass saves for the backward pass.
+        seconds: The time of a training step.
+        cosine, norm_ratio: The comparison of the gradients of the adapted layers' matrices with the exact ones, as one
+            vector; None if there are no exact ones.
+        low_rank_layers, adapted_layers: The numbers of layers whose backward pass was not exact, and of all layers with
+            LBP-WHT.
+        is_timed: Whether `seconds` is from rounds in which the candidates took turns, and not from a single step.
+        is_counted: Whether `peak_bytes` was computed from PyTorch's allocations, and not read from a process.
+        failure: The reason why the candidate could not be measured; "" if it was.
     """
 
     label: str
@@ -98,7 +99,7 @@ def try_candidate(model: nn.Module, job: Job, candidate: Candidate) -> Trial:
     kind, of whole weights or LoRA's factors, writes its gradients to `job.folder`, which those after it read.
 
     Returns:
-        The trial, with the peak of the device's memory as it was read, all that the process holds included.
+        The trial, whose peak memory includes all other data of the process.
     """
     try:
         return _tried(model, job, candidate)
@@ -143,7 +144,7 @@ def _tried(model: nn.Module, job: Job, candidate: Candidate) -> Trial:
 
 
 def _give_state(optimiser: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
-    """The optimiser makes its state in its first step, before the steps that are measured."""
+    """Have the optimiser make its state, which it does in its first step, before the measured steps."""
     for parameter in trained:
         parameter.grad = torch.zeros_like(parameter)
     optimiser.step()
@@ -152,7 +153,7 @@ def _give_state(optimiser: torch.optim.Optimizer, trained: list[nn.Parameter]) -
 
 @torch.no_grad()
 def _move_off_zero(model: nn.Module) -> None:
-    """LoRA's factor B starts at zero, where A has no gradient. It is moved a little, as the first steps do."""
+    """Change LoRA's factor B a little, as the first steps do: it starts at zero, where A has no gradient."""
     generator = torch.Generator().manual_seed(SEED)
     for name, parameter in sorted(model.named_parameters()):
         if ".lora_B." in name and parameter.requires_grad:
@@ -182,7 +183,7 @@ def _compare_gradients(trial: Trial, model: nn.Module, job: Job, candidate: Cand
 
 
 def plain_name(name: str) -> str:
-    """The name of a parameter or a module of an adapted model, as the plain model or LoRA's alone has it."""
+    """The name that a parameter or module of an adapted model has in the plain model, or in LoRA's alone."""
     name = name.removeprefix("base_model.model.")
     for before, after in (
         (".lbpwht_weight.default", ".weight"),

@@ -1,8 +1,8 @@
-"""The process in which candidates are tried on a CPU, started as `python -m lbp_peft.recommendation.worker JOB.pt`.
+"""The process that tries candidates on a CPU, started as `python -m lbp_peft.recommendation.worker JOB.pt`.
 
-It reads one candidate a line, as JSON, and answers with one trial a line. On Linux each is tried in a fork of this
-process: none finds memory that another has left behind, and none has to load the libraries and the model again. Until
-then nothing is computed here, since threads do not survive a fork.
+It reads one candidate from each line, as JSON, and writes one trial to each line. On Linux each candidate is tried in a
+fork of this process, so that it does not inherit memory of earlier ones and need not load the libraries and the model
+again. This process itself computes nothing, since threads do not survive a fork.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from .candidates import Candidate
 from .processes import CAN_FORK, pickle_module
 from .trial import OUT_OF_MEMORY, Job, Trial, try_candidate
 
-_OF_TRAINING = ("transformers.trainer", "datasets")  # what a program that trains has in memory beside these modules
+_OF_TRAINING = ("transformers.trainer", "datasets")  # further modules that a training program has in memory
 
 
 def main(path: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # so that output of libraries is not taken for an answer
     warnings.simplefilter("ignore")
     for name in _OF_TRAINING:
         with suppress(ImportError):
@@ -53,7 +53,7 @@ def _in_a_fork(job: Job, candidate: Candidate) -> str:
         status = 1
         try:
             os.close(reading)
-            # A fork starts without the pages of the libraries' files in memory that a process of its own would have.
+            # A fork starts without some pages of the libraries' files that a new process would have in memory.
             files = inherited["RssFile"] - resident_now()["RssFile"]
             with os.fdopen(writing, "w") as answer:
                 answer.write(_tried(job, candidate, files))
@@ -72,10 +72,12 @@ def _in_a_fork(job: Job, candidate: Candidate) -> str:
 
 
 def _tried(job: Job, candidate: Candidate, missing: int) -> str:
-    """The trial as JSON.
+    """Try a candidate, and return the trial as JSON.
 
     Args:
-        missing: Bytes in memory that a process of its own would have beside what is read here.
+        job: The model and the data.
+        candidate: The candidate.
+        missing: The bytes that a new process would have in memory in addition to those measured here.
     """
     torch.set_num_threads(job.threads)
     trial = try_candidate(job.model, job, candidate)

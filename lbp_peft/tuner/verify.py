@@ -1,4 +1,4 @@
-"""Checks that the tokens lie where the layout report says."""
+"""Checks the recorded layouts of a model by changing pixels of its input."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from ..projection import SeparableProjection
 from .layers.base import LBPWHTLayer
 from .layers.conv1x1 import is_pointwise_conv
 
-# The places where images are changed, as fractions of height and width, away from the borders of patches.
+# The places at which images are changed, as fractions of height and width, away from the borders of patches.
 _PLACES = ((0.03, 0.03), (0.03, 0.97), (0.97, 0.03), (0.53, 0.28))
 
 
 @dataclass(frozen=True)
 class LayoutCheck:
-    """The result of [`verify_layout`]; print it for a summary.
+    """The result of [`verify_layout`]. Printed, it is a summary.
 
     Attributes:
-        confirmed: Layers in which the tokens changed where the image did, and nowhere else.
-        after_mixing: Layers in which most tokens change with any part of the image, because attention or the like comes
-            before them: their layout follows from that of the layers before.
+        confirmed: Layers in which the tokens changed at the place of the changed pixels, and nowhere else.
+        after_mixing: Layers in which most tokens change with any part of the image, because attention or a similar
+            operation precedes them. Their layout follows from that of earlier layers.
         unknown: Layers without a known layout; their backward pass is exact.
         left_out: Linear layers that are not adapted although patches of an image pass through them on the way from the
-            first adapted layer to the last one, as in a block that was not recognised or that was left out on purpose.
-            Embeddings come before, heads and decoders after.
+            first adapted layer to the last one, as in a block that was not recognised or was excluded. Embeddings
+            come before these layers, heads and decoders after them.
         problems: Descriptions of contradictions to the layouts; empty if there are none.
     """
 
@@ -48,7 +48,7 @@ class LayoutCheck:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing contradicts the layouts."""
+        """Whether there are no contradictions to the layouts."""
         return not self.problems
 
     def __str__(self) -> str:
@@ -107,14 +107,14 @@ def _inputs(model: nn.Module, layers: dict[str, LBPWHTLayer], batch: Mapping[str
 
             stack.callback(host.register_forward_pre_hook(note).remove)
         torch.manual_seed(0)
-        with torch.enable_grad():  # as in training, since some models take another path without
+        with torch.enable_grad():  # as in training, since some models run other code without gradients
             model(**batch)
     return seen
 
 
 @contextmanager
 def _watching(model: nn.Module, finder: LayoutFinder) -> Iterator[list[str]]:
-    """Yield a list that holds, afterwards, the layers that are not adapted and that patches pass through."""
+    """Yield a list that is filled with the layers that are not adapted although patches pass through them."""
     left_out: list[str] = []
     seen: list[str] = []
     has_begun = False
@@ -193,7 +193,7 @@ def _state(x: Tensor, y: Tensor, places: Tensor, channels_axis: int, pixel: tupl
 
 
 def _why_not_identity(layer: LBPWHTLayer, inputs: list[Tensor]) -> str:
-    """Why projecting onto all bases of the recorded layout does not reproduce the input; "" if it does."""
+    """The reason why projecting onto all bases of the recorded layout changes the input; "" if it does not."""
     ran = layer.last_backward
     rule = next(iter(layer.lbpwht_rule.values()))
     if ran is None or ran.layout is None or ran.why_exact:

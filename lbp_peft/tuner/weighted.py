@@ -38,7 +38,7 @@ def add_weighted_adapter(
 
     Args:
         tuner: The tuner that holds the adapters.
-        configs: The configurations of the LBP-WHT adapters, by name; that of the new one is added.
+        configs: The configurations of the LBP-WHT adapters, by name. That of the new adapter is added.
         svd_rank, svd_clamp, svd_full_matrices, svd_driver, density, majority_sign_method: Arguments of LoRA's method
             for other types of combination; they must be left out here.
     """
