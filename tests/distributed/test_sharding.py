@@ -52,7 +52,7 @@ from lbp_peft import layout_report
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
 
 
-STEPS = 6
+STEPS = 4
 
 
 def fsdp2(model, mesh=(PROCESSES,), **settings):

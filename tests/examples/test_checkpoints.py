@@ -70,6 +70,20 @@ def saved(folder, *numbers, settings=STACK):
     return training, states
 
 
+@pytest.fixture(scope="module")
+def run_with_two_checkpoints(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two checkpoints")
+    return *saved(folder, 2, 4), folder
+
+
+@pytest.fixture
+def two_checkpoints(run_with_two_checkpoints, tmp_path):
+    """What `saved(tmp_path, 2, 4)` gives. The run itself is shared: a test starts it where a checkpoint left it."""
+    training, states, folder = run_with_two_checkpoints
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    return training, states
+
+
 @pytest.mark.parametrize(
     "settings", [STACK, {"grad_input_dtype": "full"}, {"grad_input_rank": 3}, {"grad_input_dtype": "int8"}]
 )
@@ -145,8 +159,10 @@ def garble(file):
 
 @pytest.mark.parametrize("damage, why", [(shorten, "bytes instead of"), (garble, "checksum"), (Path.unlink, "missing")])
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "progress.json"])
-def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(damage, why, name, tmp_path, capsys):
-    training, states = saved(tmp_path, 2, 4)
+def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(
+    damage, why, name, two_checkpoints, tmp_path, capsys
+):
+    training, states = two_checkpoints
     damage(tmp_path / "checkpoint-00000004" / name)
     assert load_checkpoint(training.accelerator, tmp_path) == {"updates": 2}
     assert same_state(state_of(training.model), states[2])
@@ -161,8 +177,8 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(damage, why,
 
 
 @pytest.mark.parametrize("damage", [Path.unlink, shorten])
-def test_without_its_manifest_a_checkpoint_is_refused(damage, tmp_path, capsys):
-    training, _ = saved(tmp_path, 2, 4)
+def test_without_its_manifest_a_checkpoint_is_refused(damage, two_checkpoints, tmp_path, capsys):
+    training, _ = two_checkpoints
     damage(tmp_path / "checkpoint-00000004" / "manifest.json")
     assert load_checkpoint(training.accelerator, tmp_path) == {"updates": 2}
     assert "manifest.json" in capsys.readouterr().out
@@ -171,8 +187,8 @@ def test_without_its_manifest_a_checkpoint_is_refused(damage, tmp_path, capsys):
 @pytest.mark.parametrize(
     "content", ["[]", "null", '{"files": []}', '{"files": {"a": 1}, "processes": 1}', '{"files": {}}']
 )
-def test_a_manifest_of_another_kind_is_refused(content, tmp_path, capsys):
-    training, _ = saved(tmp_path, 2, 4)
+def test_a_manifest_of_another_kind_is_refused(content, two_checkpoints, tmp_path, capsys):
+    training, _ = two_checkpoints
     (tmp_path / "checkpoint-00000004" / "manifest.json").write_text(content)
     assert load_checkpoint(training.accelerator, tmp_path) == {"updates": 2}
     assert "checkpoint-00000004/manifest.json cannot be read" in capsys.readouterr().out
@@ -201,8 +217,8 @@ def test_no_process_waits_for_a_main_one_that_failed(tmp_path):
     assert "Not a directory" in main[1] and main[1] in other[1] and "The main process failed" in other[1]
 
 
-def test_if_none_is_sound_nothing_starts_over_silently(tmp_path):
-    training, _ = saved(tmp_path, 2, 4)
+def test_if_none_is_sound_nothing_starts_over_silently(two_checkpoints, tmp_path):
+    training, _ = two_checkpoints
     for path in checkpoints(tmp_path):
         garble(path / "model.safetensors")
     before = state_of(training.model)

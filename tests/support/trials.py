@@ -1,4 +1,4 @@
-"""Models trained on batches that differ from process to process, and what one process makes of the same batches."""
+"""Training on batches that differ from process to process, and on the same batches with one process."""
 
 import functools
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from transformers import Dinov2Config, Dinov2ForImageClassification
 
 from lbp_peft import LBPWHTConfig
 
-PROCESSES, STEPS, BATCH = 2, 20, 2  # steps, and images per step of each process
+PROCESSES, STEPS, BATCH = 2, 8, 2  # steps, and images per step of each process
 HEAD = {"modules_to_save": ["classifier"]}
 
 
@@ -30,7 +30,7 @@ def case(name, **settings):
 
 
 def dinov2():
-    """Its mask token takes part in no forward pass."""
+    """A model whose mask token is not used in the forward pass."""
     torch.manual_seed(0)
     config = Dinov2Config(image_size=32, patch_size=4, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     return get_peft_model(Dinov2ForImageClassification(config), LBPWHTConfig(r=3, grad_input_dtype="full", **HEAD))
@@ -41,14 +41,14 @@ class Trial:
     """A model trained on batches that differ in every step and on every process.
 
     Args:
-        name: Of the trial.
-        build: The adapted model.
-        inputs: From a seed to a batch of one process.
-        low_rank: How many layers are to go backward through a small space.
+        name: The name of the trial.
+        build: Builds the adapted model.
+        inputs: A function from a seed to a batch of one process.
+        low_rank: The expected number of layers with a low-rank backward pass.
         wrapping: Arguments of DistributedDataParallel.
-        adam: AdamW instead of SGD with momentum.
-        micro_batches: Per step, whose gradients are accumulated.
-        checkpointing: Run the blocks again in the backward pass.
+        adam: Whether to use AdamW instead of SGD with momentum.
+        micro_batches: The number of micro-batches per step, whose gradients are accumulated.
+        checkpointing: Whether to use gradient checkpointing.
     """
 
     name: str
@@ -70,7 +70,7 @@ class Trial:
         weights = [p for p in model.parameters() if p.requires_grad]
         if not self.adam:
             return torch.optim.SGD(weights, lr=0.05, momentum=0.9)
-        # With the usual eps a gradient that is nothing but rounding (k_proj's bias) would take full steps.
+        # With the usual eps, a gradient that consists of rounding errors (k_proj's bias) would take full steps.
         return torch.optim.AdamW(weights, lr=1e-3, eps=1e-5)
 
     def loss(self, model, step, micro_batch, rank):

@@ -66,7 +66,7 @@ def served(device, monkeypatch):
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter")
 def test_in_the_interpreter():
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": "", kernels.VARIABLE: "triton"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", __file__]
     run = subprocess.run(
         command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300
     )
