@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from typing import Any, TypeVar
+from typing import TypeVar
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -32,12 +32,12 @@ class BoundedCache(dict[Key, Value]):
                 del self[next(iter(self))]
             super().__setitem__(key, value)
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple:
         return type(self), (self.limit,), None, None, iter(self.items())
 
 
 class ScratchCache(BoundedCache[Key, Value]):
     """A [`BoundedCache`] whose copies and pickles are empty, for entries that mean nothing elsewhere."""
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple:
         return type(self), (self.limit,)

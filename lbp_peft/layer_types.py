@@ -30,7 +30,7 @@ class LayerType:
 
     description: str
     matches: Callable[[nn.Module], bool]
-    adapting_class: type[Any]
+    adapting_class: type[nn.Module]
     channels_axis: int = -1
 
 

@@ -35,7 +35,7 @@ def note_inputs(key: int, args: tuple, kwargs: dict[str, Any]) -> None:
         _note(key, name, value)
 
 
-def _note(key: int, name: str, value: Any) -> None:
+def _note(key: int, name: str, value: object) -> None:
     if isinstance(value, Tensor):
         _note_tensor(key, name, value.dtype, *(int(n) for n in value.shape[1:]))
     elif value is None or isinstance(value, (bool, int, float, str)):
@@ -55,7 +55,7 @@ def _note_tensor(key: int, name: str, dtype: torch.dtype, *shape: int) -> int:
 
 
 @torch.compiler.assume_constant_result
-def _note_value(key: int, name: str, value: Any) -> int:
+def _note_value(key: int, name: str, value: object) -> int:
     _inputs[key][name] = value
     return 0
 

@@ -59,7 +59,7 @@ def version_of(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def random_state(generators: Iterable[Any] = ()) -> Hashable:
+def random_state(generators: Iterable[object] = ()) -> Hashable:
     """The state of the generators of random numbers that Python code draws from.
 
     Args:
@@ -80,7 +80,7 @@ def _state_of_numpy(generator: Any) -> Hashable:
     return tuple(part.tobytes() if hasattr(part, "tobytes") else part for part in generator.get_state(legacy=True))
 
 
-def why_undecided(read_by: str, state: Hashable, generators: Iterable[Any]) -> str:
+def why_undecided(read_by: str, state: Hashable, generators: Iterable[object]) -> str:
     """What Python code did since tracing began that may make the next pass differ; "" if nothing.
 
     Args:
@@ -121,7 +121,7 @@ class ModelState:
         snapshot = self._known.get(module)
         return snapshot is not None and snapshot.has(tensor)
 
-    def generators(self, module: nn.Module) -> list[Any]:
+    def generators(self, module: nn.Module) -> list[object]:
         """The generators of random numbers among the attributes that the current key was made of."""
         snapshot = self._known.get(module)
         return [] if snapshot is None else snapshot.generators
@@ -137,10 +137,10 @@ class _Snapshot:
 
     def __init__(self, module: nn.Module, ignored: Callable[[nn.Module], bool]):
         # Containers other than modules, and functions that return values, which are compared each time.
-        self._containers: dict[int, Any] = {}
-        self._getters: dict[Hashable, Callable[[], Any]] = {}
+        self._containers: dict[int, object] = {}
+        self._getters: dict[Hashable, Callable[[], object]] = {}
         self._ignored = ignored
-        self.generators: list[Any] = []
+        self.generators: list[object] = []
         self.described: dict[str, Hashable] = {}
         is_replica = getattr(module, "_is_replica", False)
         parts: list[Hashable] = []
@@ -180,8 +180,8 @@ class _Snapshot:
         """Whether a tensor was among the values."""
         return id(tensor) in self._ids
 
-    def _current_values(self) -> list[Any]:
-        values: list[Any] = []
+    def _current_values(self) -> list[object]:
+        values: list[object] = []
         for get, attributes in self._attributes:
             values += get(attributes)
         for dictionary in (*self._children, *self._buffers):
@@ -191,7 +191,7 @@ class _Snapshot:
         values += [get() for get in self._getters.values()]
         return values
 
-    def _describe(self, value: Any, depth: int) -> Hashable:
+    def _describe(self, value: object, depth: int) -> Hashable:
         kind = type(value)
         if kind in _SIMPLE:
             return value if value == value else "nan"
@@ -234,7 +234,7 @@ class _Snapshot:
         self._watch(values, values.values())
         return tuple((str(key), self._describe(item, depth + 1)) for key, item in list(values.items()))
 
-    def _watch(self, container: Any, items: Iterable[Any]) -> None:
+    def _watch(self, container: object, items: Iterable[object]) -> None:
         if not any(isinstance(item, Tensor) for item in items):  # tensors are not kept alive
             self._containers[id(container)] = container
 
@@ -289,12 +289,12 @@ def _contents(cell: Any) -> Any:
         return None
 
 
-def described(value: Any) -> Hashable:
+def described(value: object) -> Hashable:
     """A key of an argument that is no tensor, so that equal arguments have equal keys."""
     return _Describer()._describe(value, 0)
 
 
-def _attributes(module: nn.Module) -> list[tuple[str, Any]]:
+def _attributes(module: nn.Module) -> list[tuple[str, object]]:
     """The attributes of a module, without those that PyTorch manages."""
     return [(name, value) for name, value in vars(module).items() if name not in _INTERNAL]
 

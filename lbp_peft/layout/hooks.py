@@ -73,7 +73,7 @@ class _AfterForward:
         self.finder = finder
         self.is_root = is_root
 
-    def __call__(self, module: nn.Module, args: tuple, output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple, output: object) -> None:
         if not torch.compiler.is_dynamo_compiling():
             self.finder.after(module)
         elif self.is_root:

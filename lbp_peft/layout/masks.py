@@ -10,8 +10,6 @@ the backward pass raises an error.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -21,7 +19,7 @@ _FAR_BELOW = -1000
 _KINDS = (_ATTENTION, "key_padding_mask", _PADDING)
 
 
-def is_mask(name: str, value: Any) -> bool:
+def is_mask(name: str, value: object) -> bool:
     """Whether an argument is a mask (N, L) of the words of a text."""
     if not isinstance(value, Tensor) or value.dim() != 2 or value.requires_grad:
         return False

@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Hashable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +69,7 @@ class Call:
     record: LayoutRecord
     number: int
     had_grad: bool
-    frames: tuple[Any, ...] = ()
+    frames: tuple[object, ...] = ()
 
 
 @dataclass(eq=False)
@@ -103,11 +102,11 @@ class ForwardPass:
     calls: list[Call] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     contexts: ExitStack = field(default_factory=ExitStack)
-    generators: list[Any] = field(default_factory=list)
+    generators: list[object] = field(default_factory=list)
     random_state: Hashable = None
     decided_by: str = ""
 
-    def note(self, name: str, record: LayoutRecord, frames: tuple[Any, ...]) -> None:
+    def note(self, name: str, record: LayoutRecord, frames: tuple[object, ...]) -> None:
         """Record a call of a layer."""
         self.calls.append(Call(name, record, next_number(), torch.is_grad_enabled(), frames))
 

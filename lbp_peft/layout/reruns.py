@@ -17,6 +17,7 @@ import itertools
 import threading
 import weakref
 from collections import Counter, deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from .records import LayoutRecord
 
 _MOST_PASSES = 128
-_Frame: Any = getattr(_checkpointing, "_CheckpointFrame", ())
+_Frame: object = getattr(_checkpointing, "_CheckpointFrame", ())
 
 
 class PassHistory:
@@ -36,7 +37,7 @@ class PassHistory:
     def __init__(self) -> None:
         self._passes: dict[int, deque[tuple[int, ForwardPass]]] = {}
         self._forgotten: dict[int, int] = {}
-        self._by_frame: weakref.WeakKeyDictionary[Any, ForwardPass] = weakref.WeakKeyDictionary()
+        self._by_frame: weakref.WeakKeyDictionary[object, ForwardPass] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
     def add(self, one: ForwardPass) -> None:
@@ -51,7 +52,7 @@ class PassHistory:
                 passes.popleft()
                 self._forgotten[thread] = passes[0][0]
 
-    def add_frames(self, one: ForwardPass, frames: tuple[Any, ...]) -> None:
+    def add_frames(self, one: ForwardPass, frames: tuple[object, ...]) -> None:
         """Record that frames of parts that will be run again belong to a pass."""
         for frame in frames:
             self._by_frame[frame] = one
@@ -82,7 +83,7 @@ class PassHistory:
 class _Rerun(threading.local):
     """The number of reruns of each layer, by name, of the part that one thread is running again."""
 
-    part: Any = None  # a node, or the hook of the rerun of a frame
+    part: object = None  # a node, or the hook of the rerun of a frame
     counts: Counter[str]
 
 
@@ -127,12 +128,12 @@ def current_number() -> int | None:
     return None if node is None else node._sequence_nr()
 
 
-def frames_to_rerun() -> tuple[Any, ...]:
+def frames_to_rerun() -> tuple[object, ...]:
     """The frames of the nested parts of the forward pass that the current code will be run again with."""
     return tuple(frame for pack in _hooks() for frame, is_rerun in [_frame_of(pack)] if frame and not is_rerun)
 
 
-def rerun_frame() -> tuple[Any, Any]:
+def rerun_frame() -> tuple[object, object]:
     """The frame of the innermost part that is being run again, and the hook of that rerun; or None and None."""
     for pack in reversed(_hooks()):
         frame, is_rerun = _frame_of(pack)
@@ -141,10 +142,10 @@ def rerun_frame() -> tuple[Any, Any]:
     return None, None
 
 
-def _hooks() -> list[Any]:
+def _hooks() -> list[Callable[..., object]]:
     """The hooks in force that pack saved tensors, the outermost first."""
     autograd = torch._C._autograd
-    hooks: list[Any] = []
+    hooks: list[tuple[Callable[..., object], Callable[..., object]]] = []
     try:
         while top := autograd._top_saved_tensors_default_hooks(False):
             hooks.append(top)
@@ -155,7 +156,7 @@ def _hooks() -> list[Any]:
     return [pack for pack, _ in reversed(hooks)]
 
 
-def _frame_of(pack: Any) -> tuple[Any, bool]:
+def _frame_of(pack: Callable[..., object]) -> tuple[object, bool]:
     """The frame that a hook of gradient checkpointing belongs to, and whether it is that of a rerun."""
     if not isinstance(_Frame, type):
         return None, False

@@ -46,7 +46,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
     return batch
 
 
-def tensors_in(batch: Any) -> Iterator[Tensor]:
+def tensors_in(batch: object) -> Iterator[Tensor]:
     """The tensors of a batch, searched as by [`to_device`]."""
     if isinstance(batch, Tensor):
         yield batch

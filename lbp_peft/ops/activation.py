@@ -8,6 +8,7 @@ would have saved is saved either.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +46,7 @@ class _State:
 
     layer: LayerRecord
     dtype: torch.dtype
-    autocast: Callable[[], Any]
+    autocast: Callable[[], AbstractContextManager]
 
 
 class _CompressedLayer(torch.autograd.Function):

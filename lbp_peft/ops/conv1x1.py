@@ -5,6 +5,7 @@ The mathematics is that of [`lbp_peft.ops.linear`], with pixels for tokens. Only
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from ..projection import Projection
 from ..transforms import backward_pass, in_forward_mode, in_transform, tracked_by_transforms
 from .autocast import cast_as_autocast_would
 from .once_differentiable import once_differentiable
-from .plan import BackwardPlan, InputProjection
+from .plan import BackwardPlan, InputProjection, Lifting
 
 
 def low_rank_pointwise_conv(
@@ -106,12 +107,11 @@ class _LowRankPointwise(torch.autograd.Function):
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     x_hat, weight = ctx.saved_tensors
     state: _State = ctx.state
-    weight_projection = state.weight_projection
-    input_projection: Any = state.input_projection
+    weight_projection, input_projection = state.weight_projection, state.input_projection
     _, needs_x, needs_weight, needs_bias = ctx.needs_input_grad
     precision = precision_now(state.plan.precision)
-    gradients: list[Any] = [None, None, None]
-    g_hat: Any = None
+    gradients: list[Tensor | None] = [None, None, None]
+    g_hat: Tensor | None = None
     if needs_weight:
         g_hat = _rows(grad, weight_projection, is_gradient=True)
         x_hat = state.plan.from_saved(x_hat, grad.dtype)
@@ -124,20 +124,24 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         elif input_projection is None:
             gradients[0] = _convolution(grad)(grad, weight.to(grad.dtype).transpose(0, 1))
         else:
-            if g_hat is None or weight_projection is None or input_projection.basis != weight_projection.basis:
-                input_projection, g_hat = input_projection.fit_image(grad)
-            rows = product(g_hat, matrix, precision, state.source)
-            if input_projection is not None and grad.dim() == 4:
-                gradients[0] = input_projection.lift_image(rows)
+            lifting: Lifting | None
+            if g_hat is not None and weight_projection and input_projection.basis == weight_projection.basis:
+                lifting = weight_projection
             else:
-                tokens = rows if input_projection is None else input_projection.lift(rows)
+                lifting, g_hat = input_projection.fit_image(grad)
+            rows = product(g_hat, matrix, precision, state.source)
+            if lifting is not None and grad.dim() == 4:
+                gradients[0] = lifting.lift_image(rows)
+            else:
+                tokens = rows if lifting is None else lifting.lift(rows)
                 gradients[0] = tokens.transpose(1, 2).unflatten(2, grad.shape[2:])
     if needs_bias:
         gradients[2] = grad.sum((0, *range(2, grad.dim())))
     return gradients
 
 
-def _convolution(x: Tensor) -> Any:
+def _convolution(x: Tensor) -> Callable[..., Tensor]:
+    """`F.conv2d` for images, `F.conv1d` for sequences."""
     return F.conv2d if x.dim() == 4 else F.conv1d
 
 

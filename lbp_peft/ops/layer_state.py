@@ -10,8 +10,8 @@ while the layer runs.
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -157,7 +157,7 @@ def _leaf(tensor: Tensor, is_parameter: bool, trained: bool) -> Tensor:
     return tensor.detach().requires_grad_(trained)
 
 
-def same_autocast(device_type: str) -> Any:
-    """A function that creates the autocast context that is in force now, since the backward pass runs outside it."""
+def same_autocast(device_type: str) -> Callable[[], AbstractContextManager]:
+    """A function that creates the autocast context of this moment, since the backward pass runs outside it."""
     enabled, dtype = torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)
     return lambda: torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=False)

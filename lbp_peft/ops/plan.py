@@ -8,7 +8,7 @@ different settings.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,31 +21,43 @@ from ..projection import Projection, num_coefficients, projection
 from .kept import keep
 
 
+class Lifting(Protocol):
+    """Lifts the product of coefficients and W to tokens."""
+
+    def of_dtype(self, dtype: torch.dtype) -> Lifting:
+        """The same for tokens of another dtype."""
+
+    def lift(self, coefficients: Tensor) -> Tensor:
+        """(N, k, C) -> (N, L, C)."""
+
+    def lift_image(self, coefficients: Tensor) -> Tensor:
+        """(N, k, C) -> (N, C, H, W), for a layout without tokens outside the grid."""
+
+
 class InputProjection(Protocol):
-    """What the operations project the gradient of the outputs with, before its product with W."""
+    """Projects the gradient of the outputs before its product with W."""
 
     @property
     def basis(self) -> Basis | None:
-        """The fixed basis that it projects on; None: it depends on g.
+        """The fixed basis that it projects on; None: the basis depends on g.
 
-        If it is that of the weight gradient, g is projected once for both.
+        If the weight gradient has the same basis, g is projected once for both.
         """
 
-    def of_dtype(self, dtype: torch.dtype) -> Any:
+    def of_dtype(self, dtype: torch.dtype) -> InputProjection:
         """The same for tokens of another dtype."""
 
-    def fit(self, tokens: Tensor) -> tuple[Any, Tensor]:
-        """The projection to lift the product with, None if it is the identity, and the coefficients of g.
+    def fit(self, tokens: Tensor) -> tuple[Lifting | None, Tensor]:
+        """The lifting for the product, None if it is the identity, and the coefficients of g.
 
         Args:
             tokens: g, shape (N, L, C).
 
         Returns:
-            An object with the methods `of_dtype`, `lift` and `lift_image` of [`lbp_peft.projection.Projection`], or
-            None, and shape (N, k, C).
+            The lifting, such as a [`lbp_peft.projection.Projection`], or None; and shape (N, k, C).
         """
 
-    def fit_image(self, image: Tensor) -> tuple[Any, Tensor]:
+    def fit_image(self, image: Tensor) -> tuple[Lifting | None, Tensor]:
         """[`fit`] for the gradient (N, C, H, W) or (N, C, L) of a convolution's outputs."""
 
 

@@ -12,6 +12,7 @@ additional row corrects that: zeros for x, and the difference of the two sums fo
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,7 +97,7 @@ class _State:
     weight_projection: Projection | None
     input_projection: InputProjection | None
     dropouts: list[nn.Module]
-    autocast: Callable[[], Any]
+    autocast: Callable[[], AbstractContextManager]
     fingerprint: Callable[[], Hashable]
     fingerprint_of_forward: Hashable
 

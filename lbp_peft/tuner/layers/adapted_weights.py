@@ -215,7 +215,7 @@ def weighted_sum_of_changes(base: Tensor, adapted: list[tuple[Tensor, float]]) -
 
 
 @torch.no_grad()
-def _restore(base: Tensor, stash: Any, merged: Any, copy: Tensor) -> None:
+def _restore(base: Tensor, stash: Tensor, merged: Tensor, copy: Tensor) -> None:
     """Put the stash back into a parameter, and add to the adapter's copy what others have added to the parameter."""
     if base.dtype == stash.dtype and not torch.equal(base, merged):
         copy += (base - merged).to(copy)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ...layout import LayoutFinder
 from .storage import FileStamp, in_host_memory, in_own_file, release_pages
 
 RESIDENT, DROPPED = "resident", "dropped"
@@ -34,7 +35,7 @@ class WaitingBaseWeight(nn.Module):
 
     if TYPE_CHECKING:  # attributes of the layer
         layer_name: str
-        finder: Any
+        finder: LayoutFinder
         lbpwht_weight: nn.ParameterDict
         merged: bool
         _unmerged: tuple[Tensor | None, Tensor | None] | None
