@@ -201,7 +201,7 @@ class LayoutFinder:
         one.trace.input_shapes = tuple(tuple(tensor.shape[1:]) for tensor in tensors)
         one.generators = self._state.generators(module)
         one.random_state = random_state(one.generators)
-        one.tracer = PositionTracer(module)
+        one.tracer = PositionTracer(module, self.model())
         with outside_transforms():
             one.texts = start(one.tracer, inputs, self._merge_size)
         return one

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from .dependencies import described
 from .masks import is_mask
 from .positions import FIRST_TEXT, encode, moved_to, number_of
-from .tracer import PositionTracer
+from .tracer import Origin, PositionTracer
 
 # Numbers of inputs, see [`lbp_peft.layout.positions.encode`]. All inputs of images share a number.
 IMAGES = 0
 # Inputs with two axes of places and no channels: (N, time, frequency).
 _SPECTROGRAMS = ("input_values", "input_features", "spectrogram")
 _EMBEDDED = ("embeds",)
+_WORDS = ("input_ids", "inputs_embeds")
 # Arguments that may hold the sizes of images. The values of other arguments are not read.
 _SIZES = re.compile(r"grid|shape|size|thw|_hw")
 _MOST_VALUES = 4096
@@ -98,11 +99,12 @@ def start(tracer: PositionTracer, inputs: dict[str, Any], merge_size: int = 1) -
     by_kind: dict[str, int] = {}
     num_images = 0
     tensors = [(name, value) for name, value in tensors_in(inputs) if isinstance(value, Tensor)]
+    words = {_kind_of_text(name): name for name, _ in tensors if name.endswith(_WORDS)}
     sizes = [value for name, value in tensors if _holds_sizes(name, value)]
     for name, tensor in tensors:
         if any(tensor is given for given in sizes):
             continue
-        positions = None
+        positions, origins = None, {IMAGES: Origin(name)}
         if tensor.is_floating_point():
             positions = positions_of_images(name, tensor, sizes, merge_size)
             if positions is not None and positions.numel():  # a model may join images of several inputs in one sequence
@@ -113,7 +115,8 @@ def start(tracer: PositionTracer, inputs: dict[str, Any], merge_size: int = 1) -
             source = by_kind.setdefault(_kind_of_text(name), FIRST_TEXT + len(by_kind))
             texts.setdefault(source, name)
             positions = _of_text(source, tensor, text_shape) if source < 16 else None
-        tracer.start(tensor, positions, _is_certain(tensor, positions), is_mask(name, tensor))
+            origins = {source: Origin(words.get(_kind_of_text(name), name))}
+        tracer.start(tensor, positions, _is_certain(tensor, positions), is_mask(name, tensor), origins)
     for given in sizes:
         tracer.start_constant(given)
     return texts

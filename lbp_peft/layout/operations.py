@@ -97,6 +97,10 @@ SPATIAL = frozenset(
 )
 
 
+# Operations by which a layer can make tokens of the pixels of patches.
+EMBEDDING = frozenset(_names("conv1d conv2d conv3d linear matmul mm bmm addmm baddbmm einsum"))
+
+
 def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a rule: (tracer, the operation's arguments) -> positions, a list of positions, or None if lost."""
 

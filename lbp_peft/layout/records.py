@@ -12,7 +12,7 @@ from ..bases.grids import TokenLayout
 from ..transforms import outside_transforms
 from .positions import FIRST_TEXT, mixed
 from .recognition import NoTokensError, SingleTokenError, UnknownLayoutError, read_layout
-from .tracer import PositionTracer
+from .tracer import Origin, PositionTracer
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,9 @@ class LayoutRecord:
         layout: The layout of its tokens; None if it is not known.
         why_unknown: The reason why it is not known.
         remedy: What the user can do about it.
-        steps: The number of operations between the model's input and the layer's.
+        origin: The name of the layer that its tokens are followed from, such as the patch embedding, or of the model's
+            argument; "" if they are not followed.
+        steps: The number of operations since then.
         text: The name of the input that the tokens are words of; "" for patches of an image.
         shape: The shape of the input, without channels.
         is_surprising: Whether the layer might have had a low-rank backward pass if the layout were known.
@@ -32,6 +34,7 @@ class LayoutRecord:
 
     layout: TokenLayout | None = None
     why_unknown: str = ""
+    origin: str = ""
     steps: int = 0
     text: str = ""
     shape: tuple[int, ...] = ()
@@ -59,16 +62,18 @@ def read_record(tracer: PositionTracer, texts: dict[int, str], x: Tensor, channe
     trail, shape = tracer.trail(x), token_shape(x, channels_axis)
     if trail is None:
         why = "its tokens do not come from the model's input"
-        return LayoutRecord(None, why, 0, "", shape, is_surprising=x.dim() > 2)
+        return LayoutRecord(None, why, shape=shape, is_surprising=x.dim() > 2)
     lost = f" (positions were lost in {trail.lost_by!r})" if trail.lost_by else ""
     if not trail.is_certain and channels_axis == -1:
         why = "its input may have its channels along either of two axes"
-        return LayoutRecord(None, why, trail.steps, "", shape)
+        return LayoutRecord(None, why, shape=shape)
     if trail.positions is None:
-        return LayoutRecord(None, f"it is not known where its tokens lie{lost}", trail.steps, "", shape)
+        return LayoutRecord(None, f"it is not known where its tokens lie{lost}", shape=shape)
     record = record_of_positions(trail.positions, x, channels_axis)
     text = texts.get(record.source, "") if record.source >= FIRST_TEXT else ""
-    return replace(record, why_unknown=record.why_unknown and record.why_unknown + lost, steps=trail.steps, text=text)
+    why_unknown = record.why_unknown and record.why_unknown + lost
+    origin = trail.origins.get(record.source, Origin(""))
+    return replace(record, why_unknown=why_unknown, origin=origin.name, steps=origin.steps, text=text)
 
 
 def record_of_positions(positions: Tensor, x: Tensor, channels_axis: int) -> LayoutRecord:

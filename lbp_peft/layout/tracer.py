@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,34 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..transforms import in_transform, outside_transforms
 from .dependencies import version_of
-from .operations import DATA_INDEPENDENT, FILLED, FINITENESS, RANDOM, READING, RULES, RULES_BY_RESULT, SPATIAL, name_of
-from .positions import LOST, compact
+from .operations import (
+    DATA_INDEPENDENT,
+    EMBEDDING,
+    FILLED,
+    FINITENESS,
+    RANDOM,
+    READING,
+    RULES,
+    RULES_BY_RESULT,
+    SPATIAL,
+    name_of,
+)
+from .positions import FIRST_TEXT, LOST, compact
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the tokens of an input begin.
+
+    Attributes:
+        name: Of the layer that made tokens of an image, such as the patch embedding; or of the model's argument.
+        steps: Operations since then.
+        is_layer: Whether it is a layer.
+    """
+
+    name: str
+    steps: int = 0
+    is_layer: bool = False
 
 
 @dataclass(frozen=True)
@@ -26,14 +53,14 @@ class Trail:
 
     Attributes:
         positions: The positions of its elements, in its shape; None if no element has one.
-        steps: The number of operations since the input.
+        origins: The origins of its tokens, by the number of the input.
         lost_by: The name of the operation after which positions were not known any more; "" if there was none.
         is_certain: Whether it is certain which axis of the input runs over channels, as it is after a convolution.
         of_mask: Whether it depends on attention masks only.
     """
 
     positions: Tensor | None
-    steps: int = 0
+    origins: Mapping[int, Origin] = field(default_factory=dict)
     lost_by: str = ""
     is_certain: bool = True
     of_mask: bool = False
@@ -46,8 +73,9 @@ class PositionTracer(TorchFunctionMode):
     without a rule there are no positions.
 
     Args:
-        model: The model. Its parameters and buffers count as constants, so an index among them picks the same elements
-            in each pass.
+        model: The module that is called. Its parameters and buffers count as constants, so an index among them picks
+            the same elements in each pass.
+        whole: The model that it belongs to, by which layers are named; None: itself.
 
     Attributes:
         current_name: The name of the operation whose rule is being applied.
@@ -56,8 +84,9 @@ class PositionTracer(TorchFunctionMode):
         consulted: The model's tensors by whose values tokens were ordered, each with its version at that moment, by id.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, whole: nn.Module | None = None):
         super().__init__()
+        self._owners = _owners(whole or model) | _owners(model, names_of=whole)
         self.current_name = ""
         self.read_by = ""
         self.consulted: dict[int, tuple[Tensor, int]] = {}
@@ -78,9 +107,16 @@ class PositionTracer(TorchFunctionMode):
         finally:
             self._is_paused = before
 
-    def start(self, tensor: Tensor, positions: Tensor | None, is_certain: bool = True, is_mask: bool = False) -> None:
+    def start(
+        self,
+        tensor: Tensor,
+        positions: Tensor | None,
+        is_certain: bool = True,
+        is_mask: bool = False,
+        origins: Mapping[int, Origin] | None = None,
+    ) -> None:
         """Follow a tensor of the input from here; None: it has no positions, but other tensors depend on it."""
-        self._trails[tensor] = Trail(positions, is_certain=is_certain, of_mask=is_mask)
+        self._trails[tensor] = Trail(positions, origins or {}, is_certain=is_certain, of_mask=is_mask)
         self._constants.pop(tensor, None)
 
     def start_constant(self, tensor: Tensor) -> None:
@@ -107,7 +143,7 @@ class PositionTracer(TorchFunctionMode):
     def continue_at(self, output: Tensor, x: Tensor, positions: Tensor | None) -> None:
         """Follow the output of a layer with input x that was traced as a single operation."""
         before = self._trails.get(x) or Trail(None)
-        self._trails[output] = Trail(positions, before.steps + 1, before.lost_by, before.is_certain)
+        self._trails[output] = Trail(positions, _one_step_on([before]), before.lost_by, before.is_certain)
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -140,7 +176,7 @@ class PositionTracer(TorchFunctionMode):
             positions = self.positions(given[-1])
         if has_positions and name in RULES_BY_RESULT:
             positions = self._apply(RULES_BY_RESULT[name], name, result, *args, **kwargs)
-        self._note(result, name, args, kwargs, positions, trails)
+        self._note(result, name, args, kwargs, positions, trails, self._embedding(name, given))
         if result is given[0] or name == "__set__":
             self._note_change_in_place(given[0], before)
         return result
@@ -159,7 +195,7 @@ class PositionTracer(TorchFunctionMode):
         if old is not None and new is not None and (old is new or torch.equal(old, new)):
             return
         for other in self._sharing_memory(tensor, self._trails):
-            self._trails[other] = Trail(None, after.steps, after.lost_by or "a change in place")
+            self._trails[other] = Trail(None, after.origins, after.lost_by or "a change in place")
 
     def _forget_constants(self, tensor: Tensor) -> None:
         for other in [tensor, *self._sharing_memory(tensor, self._constants)]:
@@ -182,13 +218,34 @@ class PositionTracer(TorchFunctionMode):
             except RuntimeError:  # an index that belongs to the transform cannot be read
                 return None
 
+    def _embedding(self, name: str, given: list[Tensor]) -> str:
+        """The name of the layer whose weight an operation applies, if it is one that can embed patches; else ""."""
+        if name not in EMBEDDING:
+            return ""
+        made_of = (one for tensor in given if tensor not in self._trails for one in self._constants.get(tensor, ()))
+        return next((owner for one in made_of if (owner := self._owners.get(id(one)))), "")
+
     def _note(
-        self, result: Any, name: str, args: tuple, kwargs: dict[str, Any], positions: Any, trails: list[Trail]
+        self,
+        result: Any,
+        name: str,
+        args: tuple,
+        kwargs: dict[str, Any],
+        positions: Any,
+        trails: list[Trail],
+        embedding: str = "",
     ) -> None:
         outputs = [args[0]] if name in ("__setitem__", "__set__") else list(_tensors_in(result))
         found = list(positions) if isinstance(positions, (tuple, list)) else [positions]
         found += [None] * (len(outputs) - len(found))
-        steps = max((trail.steps for trail in trails), default=0) + 1
+        origins = _one_step_on(trails)
+        if embedding:
+            origins = {
+                source: replace(origin, name=embedding, steps=0, is_layer=True)
+                if source < FIRST_TEXT and not origin.is_layer
+                else origin
+                for source, origin in origins.items()
+            }
         lost_by = next((trail.lost_by for trail in trails if trail.lost_by), "")
         had_positions = any(trail.positions is not None for trail in trails)
         is_certain = name in SPATIAL or all(trail.is_certain for trail in trails)
@@ -201,8 +258,38 @@ class PositionTracer(TorchFunctionMode):
             if has_shape_alone or name in FINITENESS:  # what is not finite has no useful gradients anyway
                 self._constants[output] = ()
                 continue
-            self._trails[output] = Trail(p, steps, name if newly_lost else lost_by, is_certain, of_mask)
+            self._trails[output] = Trail(p, origins, name if newly_lost else lost_by, is_certain, of_mask)
             self._constants.pop(output, None)
+
+
+def _one_step_on(trails: list[Trail]) -> dict[int, Origin]:
+    """The origins of the result of an operation: of several of one input, a layer, and the one farthest back."""
+    found: dict[int, Origin] = {}
+    for trail in [trail for trail in trails if not trail.of_mask] or trails:
+        for source, origin in trail.origins.items():
+            other = found.get(source)
+            if other is None or (origin.is_layer, origin.steps) > (other.is_layer, other.steps):
+                found[source] = origin
+    return {source: replace(origin, steps=origin.steps + 1) for source, origin in found.items()}
+
+
+def _owners(model: nn.Module, names_of: nn.Module | None = None) -> dict[int, str]:
+    """The name of the module that holds each tensor, by the tensor's id.
+
+    Args:
+        model: Whose tensors they are.
+        names_of: The model in which the modules are named; None: the same.
+    """
+    names = {id(module): name for name, module in (names_of or model).named_modules()}
+    return {
+        id(tensor): _WRAPPED.sub("", names.get(id(module), name))
+        for name, module in model.named_modules()
+        for tensor in _own_tensors_of(module)
+    }
+
+
+# How PEFT names a layer within what it put in its place.
+_WRAPPED = re.compile(r"\.(base_layer|modules_to_save\.\w+|original_module)$")
 
 
 def _union(several: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
@@ -241,8 +328,11 @@ def _tensors_in(values: Any) -> Iterator[Tensor]:
             yield from _tensors_in(value)
 
 
-def _tensors_of(model: nn.Module) -> Iterable[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
+def _tensors_of(model: nn.Module) -> Iterator[Tensor]:
     for module in model.modules():
-        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+        yield from _own_tensors_of(module)
+
+
+def _own_tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    values = (*module._parameters.values(), *module._buffers.values(), *vars(module).values())
+    return (value for value in values if isinstance(value, Tensor))

@@ -30,7 +30,7 @@ COLUMNS = {
     "dW from": "k, the rows that the gradient of the weight is computed from, in the place of L",
     "dx from": "the same for the gradient of the input; all of L: exact but for the precision",
     "dx in": "precision of the product that gives the gradient of the input",
-    "found by": "number of operations through which the grid was followed from the model's input, or the setting",
+    "found by": "what the grid was followed from, a patch embedding or an input of the model; or the setting",
     "backward": "low-rank, or exact and why",
 }
 
@@ -113,7 +113,14 @@ class LayoutReport:
                 f"Values kept of their inputs, each counted once: {kept / 1e6:.2f} M of {total / 1e6:.2f} M for each "
                 f"image or window ({100 * kept / total:.0f} %)."
             )
+        if start := self._common_start():
+            lines.append(f"The grids were {start}.")
         return lines
+
+    def _common_start(self) -> str:
+        """Where the tokens of all layers were followed from; "" if from several places."""
+        starts = {ran.known_by.partition(" through ")[0] for ran in self.layers.values() if ran and ran.known_by}
+        return starts.pop() if len(starts) == 1 and all(one.startswith("followed from ") for one in starts) else ""
 
     def _rows(self, verbose: bool) -> list[tuple[str, ...]]:
         if verbose:
@@ -121,21 +128,19 @@ class LayoutReport:
         groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
         for name, ran in self.layers.items():
             # How far the grid was followed grows from block to block, and does not tell groups apart.
-            cells = tuple("" if index == _FOUND_BY else cell for index, cell in enumerate(_cells(ran)))
+            cells = tuple(_NUM_OPERATIONS.sub("", cell) for cell in _cells(ran))
             groups.setdefault((re.sub(r"\d+", "#", name), cells), []).append(name)
         rows = []
+        start = self._common_start()  # which the totals say
         for names in groups.values():
             first, last = _cells(self.layers[names[0]]), _cells(self.layers[names[-1]])
-            cells = tuple(
-                one if one == other else f"{one.removesuffix(' operations')} to {other}"
-                for one, other in zip(first, last, strict=True)
-            )
+            cells = tuple(_up_to(one, other).removeprefix(f"{start} ") for one, other in zip(first, last, strict=True))
             rows += [(name, *cells) for name in _grouped(names)]
         return rows
 
 
 _TO_EXPLAIN = ("outside", "tokens", "dW from", "dx from", "dx in")
-_FOUND_BY = list(COLUMNS).index("found by") - 1
+_NUM_OPERATIONS = re.compile(r"\d+ operations?$")
 
 
 def _cells(ran: BackwardPass | None) -> tuple[str, ...]:
@@ -147,6 +152,14 @@ def _cells(ran: BackwardPass | None) -> tuple[str, ...]:
     kept = [str(ran.grad_weight_rows), str(ran.grad_input_rows)] if not ran.why_exact else ["-", "-"]
     how = f"exact: {ran.why_exact}" if ran.why_exact else "low-rank"
     return (grid, outside, str(ran.num_tokens), *kept, ran.precision, ran.known_by or "-", how)
+
+
+def _up_to(first: str, last: str) -> str:
+    """followed from patch_embed through 3 operations, ... 45 operations -> ... through 3 to 45 operations"""
+    if first == last:
+        return first
+    start, number = first.removesuffix("s").removesuffix(" operation").rsplit(" ", 1)
+    return f"{start} {number} to {last.removeprefix(f'{start} ')}"
 
 
 def _grouped(names: list[str]) -> list[str]:

@@ -403,7 +403,7 @@ def test_what_pythons_code_decides_is_followed_in_each_pass(name, monkeypatch):
     net, first = model.base_model.model, next(iter(layers_of(model).values()))
     traced, seen = [], {}
     trace = PositionTracer.__init__
-    monkeypatch.setattr(PositionTracer, "__init__", lambda self, model: traced.append(model) or trace(self, model))
+    monkeypatch.setattr(PositionTracer, "__init__", lambda self, *given: traced.append(given) or trace(self, *given))
     first.register_forward_pre_hook(lambda module, args: seen.update(tokens=args[0].detach()))
     x = images()
     for _ in range(5):
@@ -415,6 +415,55 @@ def test_what_pythons_code_decides_is_followed_in_each_pass(name, monkeypatch):
         layout = layout_report(model).layers[first.layer_name].layout
         assert list(layout.order or range(SIDE**2)) == expected
     assert len(traced) == num_traced
+
+
+class CutByReshaping(Net):
+    """Patches of 4 x 4 pixels, by a view of the image."""
+
+    def __init__(self, embed):
+        super().__init__(width=48)
+        self.embed = embed
+
+    def forward(self, x):
+        x = x.unflatten(2, (SIDE, 4)).unflatten(4, (SIDE, 4)).permute(0, 2, 4, 1, 3, 5)
+        tokens = self.embed(x.flatten(3).flatten(1, 2))
+        for block in self.blocks:
+            tokens = tokens + torch.tanh(block["fc"](tokens))
+        return tokens
+
+
+ORIGINS = {
+    "convolution": (Net, "cut", 2),
+    "linear layer": (lambda: CutByReshaping(nn.Linear(48, 48)), "embed", 0),
+    "no layer": (lambda: CutByReshaping(nn.Identity()), "x", 5),
+}
+
+
+@pytest.mark.parametrize("name", ORIGINS)
+def test_a_report_says_where_a_grid_was_followed_from(name):
+    build, origin, steps = ORIGINS[name]
+    model = adapted(build(), target_modules=["fc"])
+    model(images())
+    first = next(iter(layout_report(model).layers.values()))
+    assert first.layout.grid == (SIDE, SIDE)
+    assert first.known_by == f"followed from {origin} through {steps} operation{'s' * (steps != 1)}"
+
+
+def test_a_report_says_which_of_two_embeddings_a_grid_was_followed_from():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fine, self.coarse = Net(), Net()
+            self.coarse.cut = nn.Conv2d(3, 16, 8, 8)
+
+        def forward(self, x):
+            return self.fine(x).sum() + self.coarse(x).sum()
+
+    model = adapted(Two())
+    model(images()).backward()
+    for name, ran in layout_report(model).layers.items():
+        assert ran.known_by.startswith(f"followed from {name.split('.')[0]}.cut through")
+    assert "The grids were" not in str(layout_report(model))
 
 
 @pytest.mark.parametrize("decision", [lambda t: random.random(), lambda t: t.sum().item()])
@@ -650,7 +699,7 @@ def test_what_is_kept_does_not_grow_with_image_sizes_and_batches():
 def test_only_the_first_pass_with_inputs_of_a_kind_is_traced(monkeypatch):
     traced = []
     trace = PositionTracer.__init__
-    monkeypatch.setattr(PositionTracer, "__init__", lambda self, model: traced.append(model) or trace(self, model))
+    monkeypatch.setattr(PositionTracer, "__init__", lambda self, *given: traced.append(given) or trace(self, *given))
     model = adapted(tiny_vit())
     for _ in range(3):
         loss_at(model, 32, 32).backward()

@@ -54,6 +54,14 @@ def test_text_is_left_alone_unless_it_is_named():
     assert all("vision_model" in name for name in layout_report(model).layers)
 
 
+def test_a_report_says_from_which_words_a_layer_was_followed():
+    model = adapted()
+    gradients(model, **words())
+    for name, ran in layout_report(model).layers.items():
+        origin = "input_ids" if "text_model" in name else "vision_model.embeddings.patch_embedding"
+        assert ran.known_by.startswith(f"followed from {origin} through ")
+
+
 def test_text_layers_are_one_dimensional():
     model = adapted()
     with warnings.catch_warnings():

@@ -37,8 +37,8 @@ class BackwardPass:
         grad_weight_rows, grad_input_rows: k of the L tokens that each gradient is computed from; L: exact.
         why_exact: The reason why both are exact; "" if at least one is low-rank or in low precision.
         precision: Precision of the product in the input gradient.
-        known_by: The source of the layout: the number of operations through which it was followed from the model's
-            input, or the configuration.
+        known_by: The source of the layout, such as "followed from patch_embed through 14 operations", or the setting
+            that gives it.
     """
 
     num_tokens: int
@@ -392,7 +392,9 @@ def _known_by(record: LayoutRecord, rule: BackwardRule, ran: BackwardPass) -> st
         return ""
     if rule.grid_size is not None and not record.text:
         return "grid_size"
-    return f"{record.steps} operations"
+    if not record.origin:
+        return "the shape of its input"
+    return f"followed from {record.origin} through {record.steps} operation{'' if record.steps == 1 else 's'}"
 
 
 def _check_given(layout: TokenLayout, rule: BackwardRule) -> None:
