@@ -11,8 +11,9 @@ import itertools
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from . import compiled
 from .dependencies import ModelState, random_state, why_undecided
 from .hooks import PassHooks
 from .inputs import described_inputs, named_inputs, positions_of_images, signature, start, tensors_in
+from .left_out import PassedLayer, PassedLayers, without_projections
 from .masks import is_mask, mask_of, padding_mask_of
 from .notices import Notices
 from .operations import with_mixed_channels
@@ -72,6 +74,8 @@ class LayoutFinder:
         self._notices = Notices()
         self._hooks = PassHooks()
         self._merge_size = 1
+        self._others: dict[str, int] = {}
+        self._checks_targets = False
         self._reset()
 
     def _reset(self) -> None:
@@ -81,6 +85,7 @@ class LayoutFinder:
         self._thread = _Thread()
         self._lock = threading.RLock()
         self._kept: dict[str, list[Tensor | None]] | None = None
+        self.left_out: list[PassedLayer] = []  # in the last pass that was traced
         self._history = PassHistory()
         self._alone: BoundedCache[Hashable, LayoutRecord] = BoundedCache(_MOST_TRACES)
         self._state = ModelState(ignored=_is_own)
@@ -91,7 +96,7 @@ class LayoutFinder:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles keep the hooks and the causes that were warned about, but none of the passes."""
-        kept = ("exact", "_notices", "_hooks", "_merge_size")
+        kept = ("exact", "_notices", "_hooks", "_merge_size", "_others", "_checks_targets")
         empty = {"compiled_padding_masks": {}, "layouts": "", "layers_warned_of": set()}
         return empty | {name: self.__dict__[name] for name in kept}
 
@@ -101,14 +106,24 @@ class LayoutFinder:
 
     # Watching a model
 
-    def watch(self, model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    def watch(
+        self,
+        model: nn.Module,
+        layers: dict[str, nn.Module],
+        others: Mapping[str, int] | None = None,
+        checks_targets: bool = False,
+    ) -> None:
         """Follow this model's forward passes from now on, by hooks. Call it again when its modules have changed.
 
         Args:
             model: The model.
             layers: The model's adapted layers, by name.
+            others: The axis of the channels in the input of each layer that could be adapted but is not, by name.
+            checks_targets: Whether to warn of others that patches pass through on the way between adapted layers.
         """
         self.detach()
+        self._others = dict(others or {})
+        self._checks_targets = checks_targets
         self._model = weakref.ref(model)
         self._layers = weakref.WeakSet(layers.values())
         self._merge_size = next((size for m in model.modules() if (size := _merge_size(m))), 1)
@@ -162,6 +177,9 @@ class LayoutFinder:
         trace.layouts = trace.summary()
         if trace.is_ambiguous():  # calls may come in another order next time
             trace.is_valid = False
+        self.left_out = one.passed.left_out
+        if self._checks_targets and (names := without_projections(one.passed.left_out)):
+            self._notices.note_left_out(names)
         if one.decided_by:
             trace.is_valid = False
             self._notices.note_decisions(one.decided_by)
@@ -201,7 +219,8 @@ class LayoutFinder:
         one.trace.input_shapes = tuple(tuple(tensor.shape[1:]) for tensor in tensors)
         one.generators = self._state.generators(module)
         one.random_state = random_state(one.generators)
-        one.tracer = PositionTracer(module, self.model())
+        one.passed = PassedLayers(self._others)
+        one.tracer = PositionTracer(module, self.model(), partial(self._note_passed, one))
         with outside_transforms():
             one.texts = start(one.tracer, inputs, self._merge_size)
         return one
@@ -271,13 +290,9 @@ class LayoutFinder:
         one.note(name, record, frames)
         self._history.add_frames(one, frames)
 
-    def record_now(self, x: Tensor, channels_axis: int = -1) -> LayoutRecord:
-        """The record of any tensor in a pass that is being traced; `NOT_TRACED` in other passes."""
-        one = self._current()
-        if one is None or one.tracer is None:
-            return NOT_TRACED
-        with one.tracer.paused():
-            return read_record(one.tracer, one.texts, x, channels_axis)
+    def _note_passed(self, one: ForwardPass, name: str, x: Tensor, output: Tensor) -> None:
+        if one.tracer is not None and one.passed.asks_for(name):
+            one.passed.note(name, x, output, read_record(one.tracer, one.texts, x, self._others[name]))
 
     def _record_traced(self, one: ForwardPass, name: str, x: Tensor, channels_axis: int) -> LayoutRecord:
         assert one.tracer is not None
@@ -286,6 +301,7 @@ class LayoutFinder:
             if self._kept is not None:
                 self._kept.setdefault(name, []).append(positions_of_tokens(one.tracer, x, channels_axis))
         one.trace.records.setdefault(name, []).append(record)
+        one.passed.note_adapted()
         # What code does after the last call of a layer decides nothing about the layers.
         one.trace.depends_on.update(one.tracer.consulted)
         one.decided_by = one.decided_by or why_undecided(one.tracer.read_by, one.random_state, one.generators)

@@ -69,6 +69,16 @@ class Notices:
                 "leave out arguments and attributes that the model does not need.",
             )
 
+    def note_left_out(self, names: list[str]) -> None:
+        """Warn of layers that the default targets leave out, though patches pass through between adapted layers."""
+        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        self.warn_once(
+            "left out",
+            f"{listed} {'are' if len(names) > 1 else 'is'} not adapted, though patches of the image pass through on "
+            "the way between adapted layers. By default, the layers in the blocks of the encoder are adapted, as the "
+            "model's structure tells. Set target_modules to the layers that you want; verify_layout lists all.",
+        )
+
     def note_not_traced(self, layer_name: str) -> None:
         """Count a call of a layer that was not in the trace of its pass."""
         self._num_not_traced[layer_name] += 1

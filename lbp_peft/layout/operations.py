@@ -97,8 +97,8 @@ SPATIAL = frozenset(
 )
 
 
-# Operations by which a layer can make tokens of the pixels of patches.
-EMBEDDING = frozenset(_names("conv1d conv2d conv3d linear matmul mm bmm addmm baddbmm einsum"))
+# Operations that mix channels by a layer's weight. The first of them makes tokens of the pixels of patches.
+MIXING = frozenset(_names("conv1d conv2d conv3d linear matmul mm bmm addmm baddbmm einsum"))
 
 
 def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

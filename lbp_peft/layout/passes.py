@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .dependencies import Dependencies
+from .left_out import PassedLayers
 from .records import LayoutRecord
 from .reruns import next_number
 from .tracer import PositionTracer
@@ -84,6 +85,7 @@ class ForwardPass:
         key: The key under which the trace is kept.
         tracer: The tracer; None unless the pass is being traced.
         texts: The names of the texts, while the pass is being traced.
+        passed: The layers that are not adapted, while the pass is being traced.
         calls: The calls of layers so far.
         counts: The number of calls of each layer so far.
         contexts: The contexts that are entered until the pass ends.
@@ -99,6 +101,7 @@ class ForwardPass:
     key: Hashable = None
     tracer: PositionTracer | None = None
     texts: dict[int, str] = field(default_factory=dict)
+    passed: PassedLayers = field(default_factory=PassedLayers)
     calls: list[Call] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     contexts: ExitStack = field(default_factory=ExitStack)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,9 +19,9 @@ from ..transforms import in_transform, outside_transforms
 from .dependencies import version_of
 from .operations import (
     DATA_INDEPENDENT,
-    EMBEDDING,
     FILLED,
     FINITENESS,
+    MIXING,
     RANDOM,
     READING,
     RULES,
@@ -76,6 +76,8 @@ class PositionTracer(TorchFunctionMode):
         model: The module that is called. Its parameters and buffers count as constants, so an index among them picks
             the same elements in each pass.
         whole: The model that it belongs to, by which layers are named; None: itself.
+        on_layer: Called with the name, the input and the output of each layer that applies its weight to a tensor that
+            depends on the model's input.
 
     Attributes:
         current_name: The name of the operation whose rule is being applied.
@@ -84,8 +86,14 @@ class PositionTracer(TorchFunctionMode):
         consulted: The model's tensors by whose values tokens were ordered, each with its version at that moment, by id.
     """
 
-    def __init__(self, model: nn.Module, whole: nn.Module | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        whole: nn.Module | None = None,
+        on_layer: Callable[[str, Tensor, Tensor], None] | None = None,
+    ):
         super().__init__()
+        self._on_layer = on_layer
         self._owners = _owners(whole or model) | _owners(model, names_of=whole)
         self.current_name = ""
         self.read_by = ""
@@ -176,7 +184,11 @@ class PositionTracer(TorchFunctionMode):
             positions = self.positions(given[-1])
         if has_positions and name in RULES_BY_RESULT:
             positions = self._apply(RULES_BY_RESULT[name], name, result, *args, **kwargs)
-        self._note(result, name, args, kwargs, positions, trails, self._embedding(name, given))
+        layer = self._layer(name, given)
+        self._note(result, name, args, kwargs, positions, trails, layer)
+        if layer and self._on_layer is not None and isinstance(result, Tensor):
+            with self.paused():
+                self._on_layer(layer, next(t for t in given if t in self._trails), result)
         if result is given[0] or name == "__set__":
             self._note_change_in_place(given[0], before)
         return result
@@ -218,9 +230,9 @@ class PositionTracer(TorchFunctionMode):
             except RuntimeError:  # an index that belongs to the transform cannot be read
                 return None
 
-    def _embedding(self, name: str, given: list[Tensor]) -> str:
-        """The name of the layer whose weight an operation applies, if it is one that can embed patches; else ""."""
-        if name not in EMBEDDING:
+    def _layer(self, name: str, given: list[Tensor]) -> str:
+        """The name of the layer whose weight an operation applies, if it mixes channels; else ""."""
+        if name not in MIXING:
             return ""
         made_of = (one for tensor in given if tensor not in self._trails for one in self._constants.get(tensor, ()))
         return next((owner for one in made_of if (owner := self._owners.get(id(one)))), "")
@@ -233,15 +245,15 @@ class PositionTracer(TorchFunctionMode):
         kwargs: dict[str, Any],
         positions: Any,
         trails: list[Trail],
-        embedding: str = "",
+        layer: str = "",
     ) -> None:
         outputs = [args[0]] if name in ("__setitem__", "__set__") else list(_tensors_in(result))
         found = list(positions) if isinstance(positions, (tuple, list)) else [positions]
         found += [None] * (len(outputs) - len(found))
         origins = _one_step_on(trails)
-        if embedding:
+        if layer:  # the first one embeds patches
             origins = {
-                source: replace(origin, name=embedding, steps=0, is_layer=True)
+                source: replace(origin, name=layer, steps=0, is_layer=True)
                 if source < FIRST_TEXT and not origin.is_layer
                 else origin
                 for source, origin in origins.items()

@@ -53,6 +53,8 @@ def prepare(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -> None:
         left = [name for name in config.modules_to_save if not any(one.endswith(f".{name}") for one in trained)]
         config.modules_to_save = left or None
     check_modules_to_save(model, config)
+    takes_all = config.layers_to_transform is None and config.exclude_modules is None
+    tuner._checks_targets = config.target_modules is None and takes_all
     if config.target_modules is None:
         config.target_modules = _default_targets(tuner, config, model)
     else:
@@ -190,14 +192,34 @@ def _trained_by_others(target: nn.Module, model: nn.Module) -> bool:
     return has_other_adapters(model) and any(p.requires_grad for p in target.parameters())
 
 
-def patch_blocks(model: nn.Module) -> None:
-    """Have the layout finder follow a model's forward passes, and patch the modules beside the adapted layers."""
+def patch_blocks(model: nn.Module, checks_targets: bool = False) -> None:
+    """Have the layout finder follow a model's forward passes, and patch the modules beside the adapted layers.
+
+    Args:
+        model: The model.
+        checks_targets: Whether to warn of layers that the default targets left out by mistake.
+    """
     patch_attention(model)
     compress_activations(model)
     layers: dict[str, nn.Module] = {
         name: module for name, module in model.named_modules() if isinstance(module, LBPWHTLayer)
     }
-    layout_finder(model).watch(model, layers)
+    layout_finder(model).watch(model, layers, _other_layers(model), checks_targets)
+
+
+def _other_layers(model: nn.Module) -> dict[str, int]:
+    """The axis of the channels in the input of each layer that could be adapted but is not, by name."""
+    adapted = [
+        module
+        for module in model.modules()
+        if isinstance(module, LBPWHTLayer) or isinstance(getattr(module, PATCH_ATTR, None), LBPWHTLayer)
+    ]
+    inside = {id(part) for module in adapted for part in module.modules()}
+    return {
+        name.removesuffix(".base_layer"): layer_type.channels_axis
+        for name, module in model.named_modules()
+        if id(module) not in inside and (layer_type := layer_type_of(module)) is not None
+    }
 
 
 def layout_finder(model: nn.Module) -> LayoutFinder:

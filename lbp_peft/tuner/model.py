@@ -133,7 +133,7 @@ class LBPWHTModel(BaseTuner):
             )
         with adapter_states_restored(model) if has_other_adapters(model) else nullcontext():
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        patch_blocks(model)
+        patch_blocks(model, self._checks_targets)
         if not self.peft_config[adapter_name].inference_mode:
             warn_of_frozen_heads(model)
 

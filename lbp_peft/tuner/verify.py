@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,13 +12,10 @@ from torch import Tensor, nn
 
 from ..bases.basis_set import BasisSet
 from ..bases.packed import PackedLayout
-from ..layer_types import layer_type_of
-from ..layout import LayoutFinder
 from ..layout.positions import column_of, row_of
 from ..ops.tokens import as_tokens
 from ..projection import SeparableProjection
 from .layers.base import LBPWHTLayer
-from .layers.conv1x1 import is_pointwise_conv
 
 # The places at which images are changed, as fractions of height and width, away from the borders of patches.
 _PLACES = ((0.03, 0.03), (0.03, 0.97), (0.97, 0.03), (0.53, 0.28))
@@ -83,15 +79,16 @@ def verify_layout(model: nn.Module, batch: Mapping[str, Any]) -> LayoutCheck:
     finder = next(iter(layers.values())).finder
     height, width = image.shape[-2:]
     with _in_training_mode(model), torch.random.fork_rng([image.device] if image.device.type == "cuda" else []):
-        with finder.keeping_positions() as positions, _watching(model, finder) as left_out:
+        with finder.keeping_positions() as positions:
             before = _inputs(model, layers, batch)
+        left_out = tuple(layer.name for layer in finder.left_out)
         found = {}
         for down, across in _PLACES:
             pixel = int(down * height), int(across * width)
             changed = image.clone()
             changed[..., pixel[0], pixel[1]] += 10 * image.std() + 1
             found[pixel] = _inputs(model, layers, {**batch, name: changed})
-    return replace(_compare(layers, before, found, positions), left_out=tuple(left_out))
+    return replace(_compare(layers, before, found, positions), left_out=left_out)
 
 
 def _inputs(model: nn.Module, layers: dict[str, LBPWHTLayer], batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
@@ -110,35 +107,6 @@ def _inputs(model: nn.Module, layers: dict[str, LBPWHTLayer], batch: Mapping[str
         with torch.enable_grad():  # as in training, since some models run other code without gradients
             model(**batch)
     return seen
-
-
-@contextmanager
-def _watching(model: nn.Module, finder: LayoutFinder) -> Iterator[list[str]]:
-    """Yield a list that is filled with the layers that are not adapted although patches pass through them."""
-    left_out: list[str] = []
-    seen: list[str] = []
-    has_begun = False
-
-    def look(module: nn.Module, args: tuple, name: str) -> None:
-        if has_begun and name not in (*seen, *left_out) and args and isinstance(args[0], Tensor):
-            record = finder.record_now(args[0], 1 if is_pointwise_conv(module) else -1)
-            if record.layout is not None and not record.text:
-                seen.append(name)
-
-    def adapted(module: nn.Module, args: tuple) -> None:
-        nonlocal has_begun
-        has_begun = True
-        left_out.extend(seen)
-        seen.clear()
-
-    with ExitStack() as stack:
-        inside = {id(part) for m in model.modules() if isinstance(m, LBPWHTLayer) for part in m.modules()}
-        for name, module in model.named_modules():
-            if isinstance(module, LBPWHTLayer) or isinstance(getattr(module, "low_rank_backward", None), LBPWHTLayer):
-                stack.callback(module.register_forward_pre_hook(adapted).remove)
-            elif layer_type_of(module) is not None and id(module) not in inside:
-                stack.callback(module.register_forward_pre_hook(partial(look, name=name)).remove)
-        yield left_out
 
 
 def _compare(

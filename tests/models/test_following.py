@@ -554,6 +554,59 @@ def test_sizes_that_change_unseen_are_exact_and_told_if_that_lasts():
         assert largest_difference(low, gradients(model, images())) == 0
 
 
+class Block(nn.Module):
+    def __init__(self, width=16):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return x + self.fc2(torch.tanh(self.fc1(x)))
+
+
+class BlocksOfADecoder(nn.Sequential):
+    """A part of the encoder, in spite of its name."""
+
+
+class Named(nn.Module):
+    """An encoder of which a part is called a decoder, and another part is no list of blocks; a projection; a head."""
+
+    def __init__(self, reads_weight=False):
+        super().__init__()
+        self.reads_weight = reads_weight
+        self.cut = nn.Conv2d(3, 16, 4, 4)
+        self.first, self.last = nn.ModuleList([Block()]), nn.ModuleList([Block(32)])
+        self.middle = BlocksOfADecoder(Block(), Block())
+        self.alone, self.project, self.head = Block(), nn.Linear(16, 32), nn.Linear(32, 32)
+
+    def forward(self, x):
+        tokens = self.alone(self.middle(self.first[0](self.cut(x).flatten(2).transpose(1, 2))))
+        tokens = nn.functional.linear(tokens, self.project.weight) if self.reads_weight else self.project(tokens)
+        return self.head(self.last[0](tokens))
+
+
+@pytest.mark.parametrize("reads_weight", [False, True])
+def test_the_first_pass_tells_what_the_default_targets_left_out(reads_weight):
+    model = adapted(Named(reads_weight))
+    with pytest.warns(UserWarning, match="patches of the image pass through") as caught:
+        for _ in range(2):
+            model(images()).sum().backward()
+    (message,) = [str(w.message) for w in caught if "pass through" in str(w.message)]
+    assert message.startswith("middle.0.fc1, middle.0.fc2, middle.1.fc1 and 3 more are not adapted")
+    assert "target_modules" in message
+    left_out = verify_layout(model, {"x": images()}).left_out
+    assert set(left_out) == {f"{part}.fc{i}" for part in ("middle.0", "middle.1", "alone") for i in (1, 2)} | {
+        "project"
+    }
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["fc1"]}, {"exclude_modules": ["last.0.fc1"]}])
+def test_what_was_left_out_on_purpose_is_no_cause_for_a_warning(settings):
+    model = adapted(Named(), **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(images()).sum().backward()
+
+
 def test_layers_that_were_left_out_are_listed():
     model = adapted(tiny_vit(), target_modules=["fc1"])
     left_out = verify_layout(model, {"pixel_values": images()}).left_out

@@ -53,7 +53,7 @@ class MixedModel(mixed.MixedModel):
             return
         with adapter_states_restored(model) if has_other_adapters(model) else nullcontext():
             super().inject_adapter(model, adapter_name, *args, **kwargs)
-        patch_blocks(model)
+        patch_blocks(model, self._checks_targets)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         finders = detach_all(self.model)
