@@ -11,11 +11,14 @@ differ in any case, so each pass is traced.
 from __future__ import annotations
 
 import functools
+import io
 import operator
 import random
+import sys
 import types
 import weakref
-from collections.abc import Callable, Hashable, Iterable
+from collections import deque
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from enum import Enum
 from typing import Any
 
@@ -27,7 +30,8 @@ _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 _OWN = __name__.partition(".")[0]
-_MOST_ITEMS = 256
+# The contents of larger containers and arrays are not compared.
+_MOST_ITEMS = 4096
 _DEEPEST = 4
 
 
@@ -80,14 +84,17 @@ def _state_of_numpy(generator: Any) -> Hashable:
     return tuple(part.tobytes() if hasattr(part, "tobytes") else part for part in generator.get_state(legacy=True))
 
 
-def why_undecided(read_by: str, state: Hashable, generators: Iterable[object]) -> str:
+def why_undecided(read_by: str, state: Hashable, generators: Iterable[object], unseen: list[str]) -> str:
     """What Python code did since tracing began that may make the next pass differ; "" if nothing.
 
     Args:
         read_by: Where it read a value of a tensor; "" if nowhere.
         state: [`random_state`] of these generators when tracing began.
         generators: Generators besides the global ones.
+        unseen: Attributes whose state cannot be compared, see [`ModelState`].
     """
+    if unseen:
+        return f"can read from an iterator or a file ({unseen[0]})"
     if read_by:
         return f"reads a value of a tensor ({read_by})"
     return "draws random numbers" if random_state(generators) != state else ""
@@ -126,6 +133,11 @@ class ModelState:
         snapshot = self._known.get(module)
         return [] if snapshot is None else snapshot.generators
 
+    def unseen(self, module: nn.Module) -> list[str]:
+        """Attributes whose state cannot be compared, such as an iterator's, each with its type."""
+        snapshot = self._known.get(module)
+        return [] if snapshot is None else snapshot.unseen
+
     def described(self, module: nn.Module) -> dict[str, Hashable]:
         """The attributes that the current key was made of, by name."""
         snapshot = self._known.get(module)
@@ -140,7 +152,11 @@ class _Snapshot:
         self._containers: dict[int, object] = {}
         self._getters: dict[Hashable, Callable[[], object]] = {}
         self._ignored = ignored
+        self._arrays: list[np.ndarray] = []
+        self._functions: set[int] = set()
+        self._at = ""
         self.generators: list[object] = []
+        self.unseen: list[str] = []
         self.described: dict[str, Hashable] = {}
         is_replica = getattr(module, "_is_replica", False)
         parts: list[Hashable] = []
@@ -150,16 +166,17 @@ class _Snapshot:
             parts.append(len(one._forward_pre_hooks) + len(one._forward_hooks))
             if not ignored(one):
                 for attribute, value in _attributes(one):
-                    self.described[f"{name}.{attribute}" if name else attribute] = self._describe(value, 0)
+                    self._at = f"{name}.{attribute}" if name else attribute
+                    self.described[self._at] = self._describe(value, 0)
                 self._watch_class(type(one))
         self.key = hash((tuple(parts), tuple(self.described.items())))
         self._children = [one._modules for _, one in modules if one._modules]
         self._buffers = [one._buffers for _, one in modules if one._buffers]
         watched = [one for _, one in modules if not ignored(one)]
         self._attributes = [
-            (operator.itemgetter(*names), one.__dict__)
+            (operator.itemgetter(*names, names[0]), one.__dict__)  # two names at least, so that it returns a tuple
             for one in watched
-            if len(names := [attribute for attribute, _ in _attributes(one)]) > 1  # else it is no tuple
+            if (names := [attribute for attribute, _ in _attributes(one)])
         ]
         hooks = [hooks for _, one in modules for hooks in (one._forward_pre_hooks, one._forward_hooks)]
         others = [values for _, one in modules for values in (one._modules, one._buffers)]
@@ -169,12 +186,15 @@ class _Snapshot:
         self._ids = list(map(id, values))
         # Tensors are not kept alive. The address of a simple value must not be used again.
         self._kept = [value for value in values if type(value) in _SIMPLE]
+        self._contents = [array.tobytes() for array in self._arrays]
 
     def holds(self) -> bool:
         """Whether nothing was replaced since: compared by identity, which takes a fraction of a millisecond."""
         if list(map(len, self._dictionaries)) != self._lengths:
             return False
-        return list(map(id, self._current_values())) == self._ids
+        if list(map(id, self._current_values())) != self._ids:
+            return False
+        return all(array.tobytes() == before for array, before in zip(self._arrays, self._contents, strict=True))
 
     def has(self, tensor: Tensor) -> bool:
         """Whether a tensor was among the values."""
@@ -195,10 +215,18 @@ class _Snapshot:
         kind = type(value)
         if kind in _SIMPLE:
             return value if value == value else "nan"
-        if isinstance(value, (Enum, type, nn.Module, types.ModuleType, types.BuiltinFunctionType)):
+        if isinstance(value, (types.BuiltinFunctionType, types.MethodWrapperType)):
+            owner = value.__self__  # such as the list of its method `pop`
+            return value.__name__, id(owner) if isinstance(owner, (type, types.ModuleType)) else self._describe(
+                owner, depth + 1
+            )
+        if isinstance(value, (Enum, type, nn.Module, types.ModuleType)):
             return id(value)
         if isinstance(value, np.ndarray):
-            return value.shape, value.tobytes() if value.size <= _MOST_ITEMS else id(value)
+            if value.size > _MOST_ITEMS or value.dtype.hasobject:
+                return value.shape, id(value)
+            self._arrays.append(value)
+            return value.shape, value.tobytes()
         if isinstance(value, Tensor):
             return kind, value.shape, value.dtype
         if kind.__module__.partition(".")[0] == _OWN:
@@ -206,11 +234,13 @@ class _Snapshot:
         if isinstance(value, _GENERATORS):
             self.generators.append(value)
             return str(kind)
+        if _is_unseen(value):
+            return self._note_unseen(value)
         if depth >= _DEEPEST or id(value) in self._containers:
             return str(kind)
         if isinstance(value, (tuple, frozenset)):
             return kind, tuple(self._describe(item, depth + 1) for item in list(value)[:_MOST_ITEMS])
-        if isinstance(value, (list, set)):
+        if isinstance(value, (list, set, deque)):
             if len(value) > _MOST_ITEMS:
                 return kind, len(value)
             self._watch(value, value)
@@ -224,9 +254,19 @@ class _Snapshot:
         if isinstance(value, types.FunctionType):
             return id(value.__code__), self._of_function(value, depth)
         attributes = getattr(value, "__dict__", None)
+        found: list[Hashable] = [kind]
         if isinstance(attributes, dict):
-            return kind, self._of_dictionary(attributes, depth)
-        return str(kind)
+            found.append(self._of_dictionary(attributes, depth))
+        for name in _slots(kind):
+            get = functools.partial(getattr, value, name, None)
+            self._getters[id(value), name] = get
+            found.append(self._describe(get(), depth + 1))
+        return tuple(found)
+
+    def _note_unseen(self, value: Any) -> Hashable:
+        """Have each pass traced, since the state of a value cannot be compared."""
+        self.unseen.append(f"{type(value).__module__}.{type(value).__name__} in {self._at}")
+        return str(type(value))
 
     def _of_dictionary(self, values: dict, depth: int) -> Hashable:
         if len(values) > _MOST_ITEMS:
@@ -251,13 +291,23 @@ class _Snapshot:
         return tuple(found)
 
     def _of_globals(self, function: types.FunctionType) -> list[Hashable]:
-        """The simple global variables that a function uses."""
+        """The global variables that a function uses, and those that functions of the same kind use that it calls."""
         found: list[Hashable] = []
         for name in function.__code__.co_names:
             value = function.__globals__.get(name)
-            if type(value) in (bool, int, float, str, list, dict) or isinstance(value, _GENERATORS):
+            if isinstance(value, types.FunctionType):
+                if id(value) in self._functions or not _is_users(value):
+                    continue
+                self._functions.add(id(value))
+            if (
+                type(value) in _WATCHED_GLOBALS
+                or _is_users(value)
+                or isinstance(value, _GENERATORS)
+                or _is_unseen(value)
+            ):
+                self._at = name
                 self._getters[id(function.__globals__), name] = functools.partial(function.__globals__.get, name)
-                found.append((name, self._describe(value, 1)))
+                found.append((name, self._describe(value, 2 if _is_users(value) else 1)))
         return found
 
     def _watch_class(self, cls: type) -> None:
@@ -278,8 +328,34 @@ class _Snapshot:
 
 # Code that has no global variables that users change.
 _LIBRARIES = (
-    "builtins", "torch", "torchvision", "transformers", "timm", "peft", "accelerate", _OWN,
+    "builtins", "torch", "torchvision", "transformers", "timm", "peft", "accelerate", "numpy", "einops", _OWN,
 )  # fmt: skip
+
+
+_WATCHED_GLOBALS = (bool, int, float, str, list, dict, tuple, set, deque, np.ndarray)
+
+
+def _is_users(value: Any) -> bool:
+    """Whether a value is a function, or an object of a class, of code other than libraries'."""
+    module = value.__module__ if isinstance(value, types.FunctionType) else type(value).__module__
+    package = (module or "").partition(".")[0]
+    return package not in _LIBRARIES and package not in sys.stdlib_module_names
+
+
+def _is_unseen(value: Any) -> bool:
+    """Whether reading from a value changes it, in a way that cannot be compared: iterators, and files to read from."""
+    if isinstance(value, io.IOBase):
+        return not value.closed and value.readable()
+    return isinstance(value, Iterator) and not isinstance(value, nn.Module) and not hasattr(value, "__dict__")
+
+
+def _slots(kind: type) -> list[str]:
+    """The attributes that objects of a class of Python code have besides their dictionary."""
+    found: list[str] = []
+    for base in kind.__mro__:
+        slots = base.__dict__.get("__slots__", ())
+        found += [slots] if isinstance(slots, str) else slots
+    return [name for name in found if not name.startswith("__")]
 
 
 def _contents(cell: Any) -> Any:
@@ -303,7 +379,11 @@ class _Describer(_Snapshot):
     """Describes single values."""
 
     def __init__(self) -> None:
-        self._containers, self._getters, self.generators = {}, {}, []
+        self._containers, self._getters, self._arrays, self._functions = {}, {}, [], set()
+        self.generators = []
+
+    def _note_unseen(self, value: Any) -> Hashable:
+        return object()  # equal to no other, so that each pass is traced
 
 
 def changed(before: dict[str, Hashable], after: dict[str, Hashable]) -> list[str]:

@@ -218,6 +218,7 @@ class LayoutFinder:
         tensors = [value for _, value in tensors_in(inputs) if isinstance(value, Tensor)]
         one.trace.input_shapes = tuple(tuple(tensor.shape[1:]) for tensor in tensors)
         one.generators = self._state.generators(module)
+        one.unseen = self._state.unseen(module)
         one.random_state = random_state(one.generators)
         one.passed = PassedLayers(self._others)
         one.tracer = PositionTracer(module, self.model(), partial(self._note_passed, one))
@@ -304,7 +305,9 @@ class LayoutFinder:
         one.passed.note_adapted()
         # What code does after the last call of a layer decides nothing about the layers.
         one.trace.depends_on.update(one.tracer.consulted)
-        one.decided_by = one.decided_by or why_undecided(one.tracer.read_by, one.random_state, one.generators)
+        one.decided_by = one.decided_by or why_undecided(
+            one.tracer.read_by, one.random_state, one.generators, one.unseen
+        )
         return record
 
     def _record_alone(self, x: Tensor, channels_axis: int) -> LayoutRecord:

@@ -90,6 +90,7 @@ class ForwardPass:
         counts: The number of calls of each layer so far.
         contexts: The contexts that are entered until the pass ends.
         generators: The random generators that the model's Python code may use.
+        unseen: The attributes of the model whose state cannot be compared.
         random_state: The state of these generators when tracing began.
         decided_by: An action of Python code before the last call of a layer that may make the next pass differ, such as
             "draws random numbers"; "" if there was none.
@@ -106,6 +107,7 @@ class ForwardPass:
     counts: dict[str, int] = field(default_factory=dict)
     contexts: ExitStack = field(default_factory=ExitStack)
     generators: list[object] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
     random_state: Hashable = None
     decided_by: str = ""
 

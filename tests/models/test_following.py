@@ -2,9 +2,12 @@
 
 import copy
 import itertools
+import os
 import random
 import threading
 import warnings
+from collections import deque
+from functools import partial
 
 import numpy as np
 import pytest
@@ -377,6 +380,30 @@ def _change_global(model):
     globals()["PLACES"] += 1
 
 
+def _change_list(model):
+    LONG[-1] += 1
+
+
+def _change_array(model):
+    ARRAY[0] += 1
+
+
+def _change_slot(model):
+    slotted.places += 1
+
+
+def rolled_by_a_global(tokens):
+    return rolled(tokens, PLACES)
+
+
+class Slotted:
+    __slots__ = ("places",)
+
+
+slotted, turns, LONG, ARRAY = Slotted(), itertools.cycle(range(3)), [0] * 1000, np.zeros(1, dtype=int)
+slotted.places = 0
+
+
 DECISIONS = {
     # name: a model, what is done before each pass, and how often five passes are traced
     "random numbers": (lambda: Net(lambda t: rolled(t, random.randrange(8))), None, 5),
@@ -387,6 +414,13 @@ DECISIONS = {
     "values of the data": (lambda: Net(lambda t: t[:, t[0, :, 0].argsort().tolist()]), None, 5),
     "a variable of its closure": (lambda: Net(lambda t: rolled(t, settings["places"])), _change_setting, 5),
     "a global variable": (lambda: Net(lambda t: rolled(t, PLACES)), _change_global, 5),
+    "an iterator": (lambda: Net(lambda t: rolled(t, next(turns))), None, 5),
+    "a method of an iterator": (lambda: Net(partial(lambda turn, t: rolled(t, turn()), turns.__next__)), None, 5),
+    "a method of a queue": (lambda: Net(partial(lambda pop, t: rolled(t, pop()), deque(range(9)).popleft)), None, 5),
+    "a long list": (lambda: Net(lambda t: rolled(t, LONG[-1])), _change_list, 5),
+    "an array that is changed in place": (lambda: Net(lambda t: rolled(t, int(ARRAY[0]))), _change_array, 5),
+    "a slot": (lambda: Net(lambda t: rolled(t, slotted.places)), _change_slot, 5),
+    "a global variable of a function": (lambda: Net(lambda t: rolled_by_a_global(t)), _change_global, 5),
     "an attribute": (Counting, None, 3),
     "an attribute of its class": (Counting, _change_class, 5),
     "a buffer that is replaced": (Ordered, _shuffle, 5),
@@ -539,18 +573,16 @@ def test_a_pass_with_decisions_is_run_again_with_its_own_layouts(way):
     assert largest_difference(gradients_of(adapted(Checkpointed(), r=3), run), expected) > 1e-2
 
 
-def test_sizes_that_change_unseen_are_exact_and_told_if_that_lasts():
-    sizes = itertools.cycle([SIDE, 4])
-
+def test_sizes_that_change_unseen_are_exact_and_told_if_that_lasts(monkeypatch):
     def crop(tokens):
-        return tokens.unflatten(1, (SIDE, SIDE))[:, : next(sizes)].flatten(1, 2)
+        return tokens.unflatten(1, (SIDE, SIDE))[:, : int(os.environ["HEIGHT"])].flatten(1, 2)
 
     model = adapted(Net(crop))
     with pytest.warns(UserWarning, match="blocks.0.fc uses exact backpropagation in some of the forward passes"):
-        for _ in range(6):
+        for height in (SIDE, 4) * 3:
+            monkeypatch.setenv("HEIGHT", str(height))
             low = gradients(model, images())
     with exact_backward(model):
-        next(sizes)
         assert largest_difference(low, gradients(model, images())) == 0
 
 
