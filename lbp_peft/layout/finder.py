@@ -74,6 +74,7 @@ class LayoutFinder:
         self._notices = Notices()
         self._hooks = PassHooks()
         self._merge_size = 1
+        self._names: frozenset[str] = frozenset()
         self._others: dict[str, int] = {}
         self._checks_targets = False
         self._reset()
@@ -96,7 +97,7 @@ class LayoutFinder:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles keep the hooks and the causes that were warned about, but none of the passes."""
-        kept = ("exact", "_notices", "_hooks", "_merge_size", "_others", "_checks_targets")
+        kept = ("exact", "_notices", "_hooks", "_merge_size", "_names", "_others", "_checks_targets")
         empty = {"compiled_padding_masks": {}, "layouts": "", "layers_warned_of": set()}
         return empty | {name: self.__dict__[name] for name in kept}
 
@@ -122,6 +123,7 @@ class LayoutFinder:
             checks_targets: Whether to warn of others that patches pass through on the way between adapted layers.
         """
         self.detach()
+        self._names = frozenset(layers)
         self._others = dict(others or {})
         self._checks_targets = checks_targets
         self._model = weakref.ref(model)
@@ -180,6 +182,8 @@ class LayoutFinder:
         self.left_out = one.passed.left_out
         if self._checks_targets and (names := without_projections(one.passed.left_out)):
             self._notices.note_left_out(names)
+        if one.tracer is not None and (read := self._read_without_a_call(one.tracer.applied, trace)):
+            self._notices.note_read_without_a_call(read)
         if one.decided_by:
             trace.is_valid = False
             self._notices.note_decisions(one.decided_by)
@@ -188,6 +192,12 @@ class LayoutFinder:
             self._traces.move_to_end(one.key)
             if len(self._traces) > _MOST_TRACES:
                 self._traces.popitem(last=False)
+
+    def _read_without_a_call(self, applied: set[str], trace: Trace) -> list[str]:
+        """The adapted layers whose weights were applied in a pass although the layers were never called."""
+        parts = (name.split(".") for name in applied)
+        containers = {".".join(part[:length]) for part in parts for length in range(1, len(part) + 1)}
+        return sorted(containers & self._names - trace.records.keys())
 
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ForwardPass:
         exact = self.exact

@@ -79,6 +79,14 @@ class Notices:
             "model's structure tells. Set target_modules to the layers that you want; verify_layout lists all.",
         )
 
+    def note_read_without_a_call(self, layer_names: list[str]) -> None:
+        """Warn of adapted layers whose weights the model reads instead of calling the layers."""
+        self.warn_once(
+            "read without a call",
+            f"{layer_names[0]} uses exact backpropagation, as do any layers like it: the model reads its weight "
+            "without calling it. Leave it out with exclude_modules to silence this.",
+        )
+
     def note_not_traced(self, layer_name: str) -> None:
         """Count a call of a layer that was not in the trace of its pass."""
         self._num_not_traced[layer_name] += 1

@@ -83,6 +83,7 @@ class PositionTracer(TorchFunctionMode):
         current_name: The name of the operation whose rule is being applied.
         read_by: Where Python code first read a value that may differ in the next pass, such as "item in model.py:12";
             "" if it has read none.
+        applied: The names of the layers whose weights operations applied to tensors that depend on the input.
         consulted: The model's tensors by whose values tokens were ordered, each with its version at that moment, by id.
     """
 
@@ -97,6 +98,7 @@ class PositionTracer(TorchFunctionMode):
         self._owners = _owners(whole or model) | _owners(model, names_of=whole)
         self.current_name = ""
         self.read_by = ""
+        self.applied: set[str] = set()
         self.consulted: dict[int, tuple[Tensor, int]] = {}
         self._is_paused = False
         self._trails: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -184,7 +186,9 @@ class PositionTracer(TorchFunctionMode):
             positions = self.positions(given[-1])
         if has_positions and name in RULES_BY_RESULT:
             positions = self._apply(RULES_BY_RESULT[name], name, result, *args, **kwargs)
-        layer = self._layer(name, given)
+        layers = self._layers(name, given)
+        self.applied.update(layers)
+        layer = layers[0] if layers and name in MIXING else ""
         self._note(result, name, args, kwargs, positions, trails, layer)
         if layer and self._on_layer is not None and isinstance(result, Tensor):
             with self.paused():
@@ -230,12 +234,12 @@ class PositionTracer(TorchFunctionMode):
             except RuntimeError:  # an index that belongs to the transform cannot be read
                 return None
 
-    def _layer(self, name: str, given: list[Tensor]) -> str:
-        """The name of the layer whose weight an operation applies, if it mixes channels; else ""."""
-        if name not in MIXING:
-            return ""
+    def _layers(self, name: str, given: list[Tensor]) -> list[str]:
+        """The names of the layers whose weights an operation applies, if it mixes channels."""
+        if name not in MIXING and name != "multi_head_attention_forward":
+            return []
         made_of = (one for tensor in given if tensor not in self._trails for one in self._constants.get(tensor, ()))
-        return next((owner for one in made_of if (owner := self._owners.get(id(one)))), "")
+        return [owner for one in made_of if (owner := self._owners.get(id(one)))]
 
     def _note(
         self,
