@@ -176,7 +176,7 @@ class PositionTracer(TorchFunctionMode):
                 for tensor in _tensors_in(result):
                     self._constants[tensor] = made_of
             return result
-        has_positions = any(trail.positions is not None for trail in trails)
+        has_positions = kwargs.get("out") is None and any(trail.positions is not None for trail in trails)
         positions = None
         if has_positions and name in RULES:  # before the operation, which may change its arguments in place
             positions = self._apply(RULES[name], name, *args, **kwargs)

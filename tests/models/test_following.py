@@ -84,6 +84,35 @@ def close(a, b):
     return bool((a - b).norm() < 1e-5 * b.norm())
 
 
+FIXED = random.Random(5).sample(range(SIDE**2), SIDE**2)
+
+
+def put(where, tokens):
+    where[:, FIXED] = tokens
+    return where
+
+
+def with_data(where, data):
+    where.data = data
+    return where
+
+
+def unfolded_and_folded(tokens):
+    image = tokens.transpose(1, 2).unflatten(2, (SIDE, SIDE))
+    fold = nn.functional.fold(nn.functional.unfold(image, 2, stride=2), (SIDE, SIDE), 2, stride=2)
+    return fold.flatten(2).transpose(1, 2)
+
+
+def test_an_output_argument_loses_the_tokens():
+    def into(t):
+        return torch.index_select(t.detach(), 1, torch.tensor(FIXED), out=torch.empty_like(t.detach())) + t.mean()
+
+    model = adapted(Net(into))
+    with pytest.warns(UserWarning, match="uses exact backpropagation.*'index_select'"):
+        model(images()).sum().backward()
+    assert found(model) == {None}
+
+
 ARRANGEMENTS = {
     # how the tokens come: what makes (images, tokens row by row, C) of them
     "row by row": (lambda t: t, lambda t: t),
@@ -96,6 +125,11 @@ ARRANGEMENTS = {
     "packed": (lambda t: t.flatten(0, 1), lambda t: t.unflatten(0, (2, -1))),
     "in a fixed order": (lambda t: t[:, torch.arange(SIDE**2).view(2, -1).t().flatten()], None),
     "rolled": (lambda t: t.unflatten(1, (SIDE, SIDE)).roll((2, 3), (1, 2)).flatten(1, 2), None),
+    "put in a fixed order": (lambda t: put(torch.empty_like(t), t), None),
+    "taken in a fixed order": (lambda t: torch.take_along_dim(t, torch.tensor(FIXED)[None, :, None], 1), None),
+    "in a fixed order, by its data": (lambda t: with_data(t.clone(), t.data[:, FIXED]), None),
+    "joined from the last part to the first": (lambda t: torch.cat(t.chunk(4, 1)[::-1], 1), None),
+    "unfolded and folded": (lambda t: unfolded_and_folded(t), lambda t: t),
 }  # fmt: skip
 
 
@@ -654,15 +688,15 @@ def test_numbers_held_by_tensors_lose_the_tokens_that_they_move():
 
 @pytest.mark.parametrize("added", [-torch.inf, -10000.0, torch.finfo(torch.float32).min])
 def test_masks_that_are_added_and_masks_of_padding_tell_the_same(added):
-    from lbp_peft.layout.masks import mask_of, padding_of
+    from lbp_peft.layout.masks import mask_of, padding_mask_of
 
     keep = torch.arange(6) < torch.tensor([[4], [6]])
     for name, mask in (("attention_mask", keep.long()), ("attention_mask", keep.float()),
                        ("attention_mask", torch.zeros(2, 6).masked_fill(~keep, added)),
                        ("key_padding_mask", ~keep)):  # fmt: skip
-        assert torch.equal(padding_of(name, mask), ~keep)
+        assert torch.equal(padding_mask_of(name, mask), ~keep)
         assert mask_of({name: mask}, "input_ids") is mask
-    assert not padding_of("attention_mask", torch.zeros(2, 6)).any()  # added to the scores: nothing is padding
+    assert not padding_mask_of("attention_mask", torch.zeros(2, 6)).any()  # added to the scores: nothing is padding
 
 
 # Passes and their reruns

@@ -24,7 +24,8 @@ def test_totals_come_first_and_like_layers_share_a_row():
     assert lines[1] == "Tokens kept of their inputs: 291 of 4680 (6 %)."  # 71 layers with 1 + 3 of 65, one with 1 + 6
     values = 1e-6 * (12 * (5 * 4 * 32 + 4 * 64) + 3 * 32)
     assert lines[2].startswith(f"Values kept of their inputs, each counted once: {values:.2f} M of 0.17 M")
-    names = [line.split()[0] for line in lines[5:12]]
+    assert lines[3] == "The grids were followed from vit.embeddings.patch_embeddings.projection."
+    names = [line.split()[0] for line in lines[6:13]]
     assert names == [
         *(f"vit.layers.{{0..11}}.attention.{name}_proj" for name in "qkvo"),
         "vit.layers.{0..4,6..11}.mlp.fc1",
