@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import io
+import numbers
 import operator
 import random
 import sys
@@ -215,11 +216,12 @@ class _Snapshot:
         kind = type(value)
         if kind in _SIMPLE:
             return value if value == value else "nan"
+        if isinstance(value, (np.generic, numbers.Number, range, slice)):
+            return kind, repr(value)
         if isinstance(value, (types.BuiltinFunctionType, types.MethodWrapperType)):
             owner = value.__self__  # such as the list of its method `pop`
-            return value.__name__, id(owner) if isinstance(owner, (type, types.ModuleType)) else self._describe(
-                owner, depth + 1
-            )
+            is_fixed = isinstance(owner, (type, types.ModuleType))
+            return value.__name__, id(owner) if is_fixed else self._describe(owner, depth + 1)
         if isinstance(value, (Enum, type, nn.Module, types.ModuleType)):
             return id(value)
         if isinstance(value, np.ndarray):
@@ -302,7 +304,7 @@ class _Snapshot:
             if (
                 type(value) in _WATCHED_GLOBALS
                 or _is_users(value)
-                or isinstance(value, _GENERATORS)
+                or isinstance(value, (*_GENERATORS, np.generic))
                 or _is_unseen(value)
             ):
                 self._at = name

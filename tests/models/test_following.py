@@ -422,6 +422,10 @@ def _change_array(model):
     ARRAY[0] += 1
 
 
+def _change_number(model):
+    globals()["NUMBER"] += 1
+
+
 def _change_slot(model):
     slotted.places += 1
 
@@ -435,6 +439,7 @@ class Slotted:
 
 
 slotted, turns, LONG, ARRAY = Slotted(), itertools.cycle(range(3)), [0] * 1000, np.zeros(1, dtype=int)
+NUMBER = np.int64(0)
 slotted.places = 0
 
 
@@ -453,6 +458,7 @@ DECISIONS = {
     "a method of a queue": (lambda: Net(partial(lambda pop, t: rolled(t, pop()), deque(range(9)).popleft)), None, 5),
     "a long list": (lambda: Net(lambda t: rolled(t, LONG[-1])), _change_list, 5),
     "an array that is changed in place": (lambda: Net(lambda t: rolled(t, int(ARRAY[0]))), _change_array, 5),
+    "a number of NumPy": (lambda: Net(lambda t: rolled(t, int(NUMBER))), _change_number, 5),
     "a slot": (lambda: Net(lambda t: rolled(t, slotted.places)), _change_slot, 5),
     "a global variable of a function": (lambda: Net(lambda t: rolled_by_a_global(t)), _change_global, 5),
     "an attribute": (Counting, None, 3),
