@@ -61,9 +61,10 @@ class PassedLayers:
 
 
 def without_projections(layers: list[PassedLayer]) -> list[str]:
-    """The names of layers, without those that only map patches to another width, alone or with their siblings."""
+    """The names of layers, without single ones and those that map patches to another width with their siblings."""
     siblings: dict[str, list[PassedLayer]] = {}
     for layer in layers:
         siblings.setdefault(layer.name.rpartition(".")[0], []).append(layer)
-    kept = [group for group in siblings.values() if group[0].in_features == group[-1].out_features]
+    groups = [group for group in siblings.values() if len(group) > 1]
+    kept = [group for group in groups if group[0].in_features == group[-1].out_features]
     return [layer.name for group in kept for layer in group]
