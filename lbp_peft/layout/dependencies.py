@@ -265,7 +265,7 @@ class _Snapshot:
             found.append(self._describe(get(), depth + 1))
         return tuple(found)
 
-    def _note_unseen(self, value: Any) -> Hashable:
+    def _note_unseen(self, value: object) -> Hashable:
         """Have each pass traced, since the state of a value cannot be compared."""
         self.unseen.append(f"{type(value).__module__}.{type(value).__name__} in {self._at}")
         return str(type(value))
@@ -337,14 +337,14 @@ _LIBRARIES = (
 _WATCHED_GLOBALS = (bool, int, float, str, list, dict, tuple, set, deque, np.ndarray)
 
 
-def _is_users(value: Any) -> bool:
+def _is_users(value: object) -> bool:
     """Whether a value is a function, or an object of a class, of code other than libraries'."""
     module = value.__module__ if isinstance(value, types.FunctionType) else type(value).__module__
     package = (module or "").partition(".")[0]
     return package not in _LIBRARIES and package not in sys.stdlib_module_names
 
 
-def _is_unseen(value: Any) -> bool:
+def _is_unseen(value: object) -> bool:
     """Whether reading from a value changes it, in a way that cannot be compared: iterators, and files to read from."""
     if isinstance(value, io.IOBase):
         return not value.closed and value.readable()
@@ -384,7 +384,7 @@ class _Describer(_Snapshot):
         self._containers, self._getters, self._arrays, self._functions = {}, {}, [], set()
         self.generators = []
 
-    def _note_unseen(self, value: Any) -> Hashable:
+    def _note_unseen(self, value: object) -> Hashable:
         return object()  # equal to no other, so that each pass is traced
 
 
