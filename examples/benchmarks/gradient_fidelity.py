@@ -5,12 +5,14 @@
 
 For each setting: the cosine over the gradients of all adapted weights together, and those of the first, the middle and
 the last block alone, the least of its layers. Settings are those of `LBPWHTConfig`, as in `r=10,grad_input_dtype=int8`;
-what examples/benchmarks/methods.py does to a model may follow, as in `compress_activations=norm/activation`.
+what examples/benchmarks/methods.py does to a model may follow, as in `r=10+compile`. A related method of
+examples/benchmarks/rivals is a setting too, as in `hosvd:energy=0.8`; what it calibrates comes from the batch itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,9 +32,11 @@ from common.classification import Classification, ClassificationOptions
 from common.experiment import Experiment, load
 from common.models import head_modules
 
-from benchmarks.methods import WORDS, setting
+from benchmarks.methods import WORDS, NotAvailable, applied, setting, words
+from benchmarks.rivals import RIVALS
 from benchmarks.tables import aligned
 from lbp_peft import LBPWHTConfig, LBPWHTLinear, exact_backward
+from lbp_peft.encoder import encoder_linears
 from lbp_peft.environment import environment, in_words, write_record
 from lbp_peft.loading.classification import ClassificationData
 from lbp_peft.loading.options import option, parse
@@ -51,12 +55,33 @@ SETTINGS = [
 ]  # fmt: skip
 
 
-def gradients(model: nn.Module, batch: dict[str, Any]) -> list[Tensor]:
-    """Of each adapted weight, in the order of the layers."""
+def gradients(model: nn.Module, batch: dict[str, Any], plain: list[str] | None = None) -> list[Tensor]:
+    """Of each adapted weight, in the order of the layers; or of the layers of these names, which are plain ones."""
     model.zero_grad()
     model(**batch).loss.backward()
+    if plain is not None:
+        return [model.get_submodule(name).weight.grad.clone() for name in plain]
     layers = [module for module in model.modules() if isinstance(module, LBPWHTLinear)]
     return [layer.lbpwht_weight["default"].grad.clone() for layer in layers]
+
+
+def both_gradients(base: nn.Module, batch: dict[str, Any], text: str, heads: list[str]) -> tuple[list, list]:
+    """The gradients that a setting gives the adapted weights, and the exact ones."""
+    if is_rival(text):
+        names = encoder_linears(base)
+        exact = gradients(base.train(), batch, names)
+        return gradients(applied(base, text, heads).train(), batch, names), exact
+    settings, more = in_parts(text)
+    model = get_peft_model(base, LBPWHTConfig(modules_to_save=heads, **settings)).train()
+    for word in more:
+        model = WORDS[word](model, [], {})
+    found = gradients(model, batch)
+    with exact_backward(model):
+        return found, gradients(model, batch)
+
+
+def is_rival(text: str) -> bool:
+    return re.split("[:+]", text)[0] in RIVALS
 
 
 def cosine(found: list[Tensor], exact: list[Tensor]) -> float:
@@ -82,7 +107,7 @@ class FidelityOptions(ClassificationData):
     def __post_init__(self) -> None:
         super().__post_init__()
         for text in self.settings:
-            in_parts(text)
+            words(text) if is_rival(text) else in_parts(text)
 
     def for_experiment(self) -> ClassificationOptions:
         """The same model and data, in one batch without augmentation."""
@@ -126,15 +151,12 @@ def main(arguments: list[str] | None = None) -> None:
     batch = send_to_device(next(iter(experiment.loaders(seed=0)[0])), accelerator.device)
     rows = []
     for text in tqdm(given.settings, leave=False):
-        settings, more = in_parts(text)
         base = experiment.base(seed=0).to(accelerator.device)
-        model = get_peft_model(base, LBPWHTConfig(modules_to_save=head_modules(base, options), **settings)).train()
-        for word in more:
-            model = WORDS[word](model, [], {})
-        found = gradients(model, batch)
-        with exact_backward(model):
-            exact = gradients(model, batch)
-        blocks = model.config.num_hidden_layers
+        blocks = base.config.num_hidden_layers
+        try:
+            found, exact = both_gradients(base, batch, text, head_modules(base, options))
+        except NotAvailable as why:
+            raise SystemExit(f"--settings {text}: {why}") from None
         each = len(exact) // blocks
         parts = [slice(block * each, (block + 1) * each) for block in (0, blocks // 2, blocks - 1)]
         rows.append([text, cosine(found, exact), *(least(found[part], exact[part]) for part in parts)])

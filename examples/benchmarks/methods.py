@@ -8,6 +8,7 @@
     lbp-wht:r=10,grad_input_dtype=int8           LBP-WHT; the settings are those of its configuration
     lora-all+lbp-wht:r=3,grad_input_rank=3      LBP-WHT put on LoRA
     lbp-wht:compress_activations=norm/activation    several words are joined by a slash
+    hosvd:energy=0.8                       another method's backward pass, see examples/benchmarks/rivals
 
 To add a word, write a function from model, names of the head's modules and settings to the model, and name it in
 `WORDS`.
@@ -26,6 +27,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from benchmarks.rivals import RIVALS
 from lbp_peft import LBPWHTConfig
 from lbp_peft.encoder import encoder_linears
 from lbp_peft.recommendation.candidates import NotApplicableError, enable_checkpointing
@@ -209,6 +211,18 @@ def lora(model: nn.Module, heads: list[str], targets: list[str], settings: Setti
     return _with_adapter(model, LoraConfig(**settings))
 
 
+def rival(name: str) -> Callable[[nn.Module, list[str], Settings], nn.Module]:
+    """The word for another method's backward pass; all weights are trained, as in `full`."""
+
+    def apply(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
+        try:
+            return RIVALS[name](model, **settings)
+        except (TypeError, ValueError) as error:
+            raise NotAvailable(f"{name}: {error}") from error
+
+    return apply
+
+
 def _with_adapter(model: nn.Module, config: PeftConfig) -> nn.Module:
     with warnings.catch_warnings():  # both are meant
         warnings.filterwarnings("ignore", "You are trying to modify a model with PEFT for a second time")
@@ -225,4 +239,5 @@ WORDS: dict[str, Callable[[nn.Module, list[str], Settings], nn.Module]] = {
     "lbp-wht": lbp_wht,
     "checkpointing": checkpointing,
     "compile": compiled,
+    **{name: rival(name) for name in RIVALS},
 }
