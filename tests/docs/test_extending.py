@@ -8,7 +8,6 @@ import pytest
 from models import ROOT
 
 from lbp_peft import layer_types
-from lbp_peft.calibration import CALIBRATED_SELECTIONS
 from lbp_peft.formats.registry import FORMATS
 
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -18,10 +17,8 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 def registries(monkeypatch):
     """What the recipes register does not stay."""
     monkeypatch.setattr(layer_types, "_LAYER_TYPES", list(layer_types._LAYER_TYPES))
-    before, selections = dict(FORMATS), dict(CALIBRATED_SELECTIONS)
+    before = dict(FORMATS)
     yield
-    CALIBRATED_SELECTIONS.clear()
-    CALIBRATED_SELECTIONS.update(selections)
     FORMATS.clear()
     FORMATS.update(before)
 
