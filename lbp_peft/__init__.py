@@ -11,9 +11,11 @@ Importing the package registers the method with PEFT:
 from . import measure, tuner  # importing tuner registers the method
 from .bases.base import Basis
 from .bases.basis_set import BasisSet
+from .bases.calibrated import CalibratedBasis, NotCalibratedError
 from .bases.dense import DenseBasis
 from .bases.grids import LayoutError, TokenLayout
 from .bases.listed import ListedBasis
+from .calibration_callback import CalibrationCallback
 from .callback import LBPWHTCallback
 from .formats.products import Precision
 from .layer_types import LayerType, register_layer_type
@@ -23,6 +25,8 @@ from .ops.adaptive import AdaptiveBasis
 from .ops.linear import Branch, low_rank_linear
 from .ops.plan import BackwardPlan, ExactProduct, FixedBasis, InputGradient
 from .recommendation import BudgetError, Candidate, Recommendation, recommend
+from .recommendation.ranks import RankAllocation, allocate_ranks
+from .tuner.calibrate import Calibration, calibrate
 from .tuner.config import LBPWHTConfig
 from .tuner.layers.base import LBPWHTLayer
 from .tuner.layers.linear import LBPWHTLinear
@@ -39,6 +43,9 @@ __all__ = [
     "BasisSet",
     "Branch",
     "BudgetError",
+    "CalibratedBasis",
+    "Calibration",
+    "CalibrationCallback",
     "Candidate",
     "DenseBasis",
     "ExactProduct",
@@ -56,9 +63,13 @@ __all__ = [
     "LayoutError",
     "LayoutReport",
     "ListedBasis",
+    "NotCalibratedError",
     "Precision",
+    "RankAllocation",
     "Recommendation",
     "TokenLayout",
+    "allocate_ranks",
+    "calibrate",
     "exact_backward",
     "gradient_quality",
     "layout_report",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -40,7 +41,7 @@ class ListedBasis(WalshBasis):
             if not (0 <= pair[0] < self.block_size and 0 <= pair[1] < largest):
                 raise ValueError(f"There is no pair {pair} of Walsh functions for block_size={self.block_size}.")
         if len(set(pairs)) < len(pairs):
-            twice = next(pair for pair in pairs if pairs.count(pair) > 1)
+            (twice, _), *_ = Counter(pairs).most_common(1)
             raise ValueError(f"The pair {twice} of Walsh functions is listed twice.")
 
     def select(self, rows: Sequence[int], columns: Sequence[int]) -> list[tuple[int, int]]:

@@ -15,9 +15,12 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType
 
+from ..bases.base import Basis
 from ..bases.basis_set import BasisSet
-from ..bases.separable import BOUNDARIES
+from ..bases.listed import ListedBasis
+from ..bases.separable import BOUNDARIES, WalshBasis
 from ..bases.walsh import SELECTIONS, is_power_of_two
+from ..calibration import CALIBRATED_SELECTIONS
 from ..formats.products import AUTO, FULL, Precision
 from ..formats.registry import FORMATS, FormatName
 from .deprecation import accept_old_names
@@ -35,7 +38,7 @@ _IN_LAYERS_PATTERN = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
 
 GradInputDtype = Literal["auto", FormatName]
 GradInputBasis = Literal["walsh", "adaptive"]
-Selection = Literal["lp_l1", "lp_linf"]
+Selection = Literal["lp_l1", "lp_linf", "lhe", "klt"]
 Boundary = Literal["orthogonal", "reflect"]
 
 
@@ -73,7 +76,12 @@ class LBPWHTConfig(PeftConfig):
             "gelu" is "activation"; "int8" is a deprecated name of ("activation", "norm").
         block_size: Order of the two-dimensional Walsh-Hadamard transform, a power of two, 128 at most.
         selection: The order of the bases (i, j): "lp_l1" by i + j, "lp_linf" by max(i, j). For ties, see
-            [`lbp_peft.bases.walsh.basis_order`].
+            [`lbp_peft.bases.walsh.basis_order`]. A list of pairs, as `[(0, 0), (0, 1), (1, 0)]`: its first r, or all.
+            "lhe" and "klt" are chosen for each layer by what it sees, in [`lbp_peft.calibrate`], which has to be called
+            before training: "lhe" keeps the r Walsh functions that carry most of the weight gradient, "klt" as many
+            functions of any form. They concern the weight gradient; a low-rank input gradient then has the bases of
+            "lp_l1".
+        selection_pattern: Selections that differ from it, by module name suffix or regular expression.
         boundary: The treatment of grids that are not a multiple of block_size. "orthogonal": a true projection, exact
             at full rank. "reflect": that of the paper's reference code, which counts border patches twice.
         train_base_weight: True: the adapter is a trained copy of each target's weight and bias. False: it has no
@@ -129,7 +137,12 @@ class LBPWHTConfig(PeftConfig):
         metadata={"help": '"all", or some of "activation", "norm", "attention", "projection", to keep in few bits.'},
     )
     block_size: int = field(default=8, metadata={"help": "Order of the 2-D Walsh-Hadamard transform."})
-    selection: Selection = field(default="lp_l1", metadata={"help": '"lp_l1" or "lp_linf".'})
+    selection: Selection | list[tuple[int, int]] = field(
+        default="lp_l1", metadata={"help": '"lp_l1", "lp_linf", "lhe", "klt" or a list of pairs (i, j).'}
+    )
+    selection_pattern: dict[str, Selection | list[tuple[int, int]]] = field(
+        default_factory=dict, metadata={"help": "{regular expression or suffix: selection} where selection differs."}
+    )
     boundary: Boundary = field(default="orthogonal", metadata={"help": '"orthogonal" or "reflect".'})
     train_base_weight: bool = field(
         default=True, metadata={"help": "Train a copy of each target's weight, or only make its backward pass cheap."}
@@ -187,13 +200,34 @@ class LBPWHTConfig(PeftConfig):
         self._check_layers()
         self._check_stack()
 
-    def weight_bases(self, r: int) -> BasisSet:
-        """The bases of the weight gradient of a layer whose rank is r."""
-        return BasisSet(r, self.block_size, self.selection, self.boundary)
+    def weight_basis(self, r: int, selection: Any = None) -> Basis:
+        """The basis of the weight gradient of a layer of rank r, or what stands in its place until calibration.
 
-    def input_bases(self, rank: int | None) -> BasisSet | None:
-        """The Walsh functions of a layer's input gradient of this rank; None where it is not low-rank."""
-        return None if rank is None else BasisSet(rank, self.block_size, self.selection, self.boundary)
+        Args:
+            r: The layer's rank.
+            selection: The layer's selection; None: that of all layers.
+        """
+        selection = self.selection if selection is None else selection
+        if isinstance(selection, str) and selection in CALIBRATED_SELECTIONS:
+            return CALIBRATED_SELECTIONS[selection](r, self.block_size, self.boundary)
+        return self._walsh_basis(r, selection)
+
+    def input_basis(self, rank: int | None, selection: Any = None) -> WalshBasis | None:
+        """The Walsh functions of a layer's input gradient of this rank; None where it is not low-rank.
+
+        Args:
+            rank: The layer's rank for it.
+            selection: The layer's selection; None: that of all layers.
+        """
+        selection = self.selection if selection is None else selection
+        if isinstance(selection, str) and selection in CALIBRATED_SELECTIONS:
+            selection = "lp_l1"
+        return None if rank is None else self._walsh_basis(rank, selection)
+
+    def _walsh_basis(self, r: int, selection: Any) -> WalshBasis:
+        if isinstance(selection, str):
+            return BasisSet(r, self.block_size, selection, self.boundary)
+        return ListedBasis(tuple(selection[:r]), self.block_size, self.boundary)
 
     def input_precision(self, rank: int | None) -> Precision:
         """The precision of the product in the input gradient of a layer with this rank for it."""
@@ -354,10 +388,37 @@ class LBPWHTConfig(PeftConfig):
                 f"hadamard_size must be a power of two (16 to 128 are useful), or 0, got {show(self.hadamard_size)}."
             )
         self.compress_activations = _checked_words(self.compress_activations)
-        if not _is_one_of(self.selection, SELECTIONS):
-            raise ValueError(f"selection must be one of {', '.join(SELECTIONS)}, got {show(self.selection)}.")
         if not _is_one_of(self.boundary, BOUNDARIES):
             raise ValueError(f"boundary must be one of {', '.join(BOUNDARIES)}, got {show(self.boundary)}.")
+        self.selection = self._checked_selection("selection", self.selection)
+        if not isinstance(self.selection_pattern, dict):
+            raise ValueError(
+                "selection_pattern must be a dict of selections by module name or regular expression, {} for none, got "
+                f"{show(self.selection_pattern)}."
+            )
+        for pattern in self.selection_pattern:
+            check_pattern("A key of selection_pattern", pattern, _IN_RANK_PATTERN)
+        self.selection_pattern = {
+            pattern: self._checked_selection(f"selection_pattern[{show(pattern)}]", selection)
+            for pattern, selection in self.selection_pattern.items()
+        }
+
+    def _checked_selection(self, name: str, value: Any) -> Any:
+        """A selection's name, or pairs of ints in a list; JSON has them as lists of lists."""
+        if isinstance(value, (list, tuple)) and value:
+            pairs = [tuple(map(_as_int, pair)) if isinstance(pair, (list, tuple)) else pair for pair in value]
+            if all(isinstance(pair, tuple) and len(pair) == 2 and all(map(_is_int, pair)) for pair in pairs):
+                try:
+                    ListedBasis(tuple(pairs), self.block_size, self.boundary)
+                except ValueError as error:
+                    raise ValueError(f"{name}: {error}") from None
+                return pairs
+        elif _is_one_of(value, [*SELECTIONS, *CALIBRATED_SELECTIONS]):
+            return value
+        raise ValueError(
+            f"{name} must be one of {', '.join((*SELECTIONS, *CALIBRATED_SELECTIONS))}, or a list of pairs (i, j), got "
+            f"{show(value)}."
+        )
 
     def _check_adaptive(self) -> None:
         is_adaptive, energy = self.grad_input_basis == "adaptive", self.grad_input_energy

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule,
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
+from ..calibration import CalibratedSelection
 from ..encoder import encoder_linears
 from ..formats.weight_cache import forget
 from ..layer_types import layer_type_of
@@ -40,7 +41,7 @@ from .validation.checks import (
     warn_of_unmatched_ranks,
 )
 
-_Rank = TypeVar("_Rank", int, "int | None")
+_Setting = TypeVar("_Setting")
 
 
 def prepare(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -> None:
@@ -106,15 +107,18 @@ def create_and_replace(
     **_: object,
 ) -> None:
     """Give one layer an adapter: replace the layer, or patch it if another method has adapted it."""
-    rank = _rank_of_layer(config.rank_pattern, config.r, current_key)
-    input_rank = _rank_of_layer(config.grad_input_rank_pattern, config.grad_input_rank, current_key)
+    rank = _of_layer(config.rank_pattern, config.r, current_key)
+    input_rank = _of_layer(config.grad_input_rank_pattern, config.grad_input_rank, current_key)
+    selection = _of_layer(config.selection_pattern, config.selection, current_key)
+    weight_basis = config.weight_basis(rank, selection)
     rule = BackwardRule(
-        weight_basis=config.weight_bases(rank),
-        input_gradient=_input_gradient(config, input_rank),
+        weight_basis=weight_basis,
+        input_gradient=_input_gradient(config, input_rank, selection),
         compress=config.compressed_words(),
         grid_size=config.grid_size,
         num_prefix_tokens=config.num_prefix_tokens,
         num_suffix_tokens=config.num_suffix_tokens,
+        chosen_by=weight_basis if isinstance(weight_basis, CalibratedSelection) else None,
     )
     base: Any = target.get_base_layer() if isinstance(target, LBPWHTLinear) else target
     is_needed = id(getattr(base, "weight", None)) in tuner._needed_elsewhere and config.base_weights != DROPPED
@@ -147,13 +151,13 @@ def create_and_replace(
                 layer.drop_base_weight()
 
 
-def _rank_of_layer(patterns: Mapping[str, _Rank], default: _Rank, name: str) -> _Rank:
+def _of_layer(patterns: Mapping[str, _Setting], default: _Setting, name: str) -> _Setting:
     return patterns.get(get_pattern_key(list(patterns), name), default)
 
 
-def _input_gradient(config: LBPWHTConfig, rank: int | None) -> InputGradient:
-    """The way to compute the input gradient of a layer with this `grad_input_rank`."""
-    basis, precision = config.input_bases(rank), config.input_precision(rank)
+def _input_gradient(config: LBPWHTConfig, rank: int | None, selection: Any) -> InputGradient:
+    """The way to compute the input gradient of a layer with this `grad_input_rank` and selection."""
+    basis, precision = config.input_basis(rank, selection), config.input_precision(rank)
     if rank is None or basis is None:
         return ExactProduct(precision=precision)
     if config.grad_input_basis == "adaptive":

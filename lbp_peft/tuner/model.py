@@ -13,6 +13,8 @@ from peft.tuners.tuners_utils import BaseTuner, set_adapter
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .calibrated_state import KEYS as BASIS_KEYS
+from .calibrated_state import calibrated_tensors, put_bases, take_bases
 from .config import LBPWHTConfig
 from .inject import create_and_replace, detach_all, patch_blocks, prepare
 from .layers.base import LBPWHTLayer
@@ -293,6 +295,7 @@ class LBPWHTModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         found = {key: state_dict[key] for key in sorted(adapter_keys(model, adapter_name))}
+        found.update(calibrated_tensors(model, adapter_name))
         if (stack := _stack_of(model)) is not None:
             config.stack_on, config.stack_active = stack.describe()
             found.update(stack.modules_to_save(state_dict))
@@ -301,7 +304,7 @@ class LBPWHTModel(BaseTuner):
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
-        if key.startswith(KEYS):
+        if key.startswith(KEYS) or BASIS_KEYS in key:
             return key
         name: str = super()._remove_adapter_name_from_key(key, adapter_name)
         return name
@@ -315,10 +318,12 @@ class LBPWHTModel(BaseTuner):
         stack = _stack_of(model)
         if stack is not None:
             own = stack.without_shared(own, beneath, adapter_name)
+        bases, own = take_bases(model, adapter_name, own)
         remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, own)
         check_state_dict(model, adapter_name, remapped)
         if stack is not None:
             stack.load_state_dict(beneath)
+        put_bases(model, bases, adapter_name)
         return remapped
 
 

@@ -64,6 +64,8 @@ def add_weighted_adapter(
     for module in model.modules():
         if isinstance(module, LBPWHTLinear) and adapter_name in module.lbpwht_weight:
             module.combine(adapter_name, factors)
+            if adapters[0] in module.lbpwht_rule:  # the settings are the first one's, and so are calibrated bases
+                module.lbpwht_rule[adapter_name] = module.lbpwht_rule[adapters[0]]
     for wrapper in wrappers.values():
         _combine_modules(wrapper, adapter_name, factors)
 

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 from trials import BATCH, PROCESSES, STEPS, Trial, case, dinov2, lbp_wht, sequences, stacked, train_alone, weights_of
 
+import lbp_peft
 from lbp_peft import layout_report
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
@@ -187,10 +188,33 @@ def train_with_trainer(build, folder):
     return {"processes": trainer.accelerator.num_processes, "weights": weights_of(model), "losses": losses}
 
 
+# Calibration
+
+
+def calibrate_one(model, of_ranks):
+    """The bases that these processes' batches give, and whether training goes on with them."""
+    given = [{"pixel_values": images(3, seed=rank), "labels": torch.arange(3)} for rank in of_ranks]
+    report = lbp_peft.calibrate(model, given)
+    ranks = lbp_peft.allocate_ranks(model, given, memory="1x")
+    projections = {
+        name: torch.cat([one.double().t() @ one.double() if one.is_floating_point() else one for one in state.values()])
+        for name, basis in report.bases.items()
+        if (state := basis.state())
+    }
+    return {"batches": report.num_batches, "projections": projections, "cosines": ranks.cosines}
+
+
+def calibrate_together():
+    ranks = [torch.distributed.get_rank()] if torch.distributed.is_initialized() else range(PROCESSES)
+    wrap = DistributedDataParallel if torch.distributed.is_initialized() else lambda model: model
+    return {name: calibrate_one(wrap(lbp_wht(selection=name, r=4)), ranks) for name in ("lhe", "klt")}
+
+
 def all_trials(folder):
     found = {trial.name: train_together(trial) for trial in TRIALS}
     return found | {
         "join": train_joined(),
+        "calibration": calibrate_together(),
         "even": train_with_accelerate(True),
         "uneven": train_with_accelerate(False),
         "partial": train_with_accelerate(True, size=11),
@@ -229,6 +253,19 @@ def test_processes_with_fewer_batches_join(together):
     expected = train_joined_alone()
     for found in together:
         assert largest_difference(found["join"], expected) < 1e-5
+
+
+def test_processes_calibrate_as_one_does_by_all_batches(together):
+    expected = calibrate_together()
+    for name, alone in expected.items():
+        for found in (run["calibration"][name] for run in together):
+            assert found["batches"] == alone["batches"] == PROCESSES
+            assert found["projections"].keys() == alone["projections"].keys()
+            for layer, projection in alone["projections"].items():
+                assert torch.allclose(found["projections"][layer], projection, atol=1e-3), layer
+            assert found["cosines"] == pytest.approx(alone["cosines"], abs=1e-3)
+        first, second = (run["calibration"][name]["projections"] for run in together)
+        assert all(torch.equal(first[layer], second[layer]) for layer in first)
 
 
 # Batches of each process, and images in the last of them.

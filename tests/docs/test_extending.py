@@ -8,6 +8,7 @@ import pytest
 from models import ROOT
 
 from lbp_peft import layer_types
+from lbp_peft.calibration import CALIBRATED_SELECTIONS
 from lbp_peft.formats.registry import FORMATS
 
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -17,8 +18,10 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 def registries(monkeypatch):
     """What the recipes register does not stay."""
     monkeypatch.setattr(layer_types, "_LAYER_TYPES", list(layer_types._LAYER_TYPES))
-    before = dict(FORMATS)
+    before, selections = dict(FORMATS), dict(CALIBRATED_SELECTIONS)
     yield
+    CALIBRATED_SELECTIONS.clear()
+    CALIBRATED_SELECTIONS.update(selections)
     FORMATS.clear()
     FORMATS.update(before)
 

@@ -19,6 +19,7 @@ from torch import nn
 from lbp_peft import BasisSet, ExactProduct, FixedBasis, LBPWHTConfig, layout_report
 from lbp_peft.bases.separable import BOUNDARIES
 from lbp_peft.bases.walsh import SELECTIONS
+from lbp_peft.calibration import CALIBRATED_SELECTIONS
 from lbp_peft.formats.products import AUTO, FULL, Precision
 from lbp_peft.formats.registry import FORMATS
 from lbp_peft.tuner.compat.registration import check_peft_version, register
@@ -73,7 +74,7 @@ def test_rank_and_format_of_the_input_gradient_survive_json(tmp_path, rank, dtyp
     assert (written["grad_input_rank"], written["grad_input_dtype"], written["hadamard_size"]) == (rank, dtype, 16)
     for one in (config, PeftConfig.from_pretrained(tmp_path)):
         assert (one.grad_input_rank, one.grad_input_dtype) == (rank, dtype)
-        assert (one.input_bases(rank) and one.input_bases(rank).r) == rank
+        assert (one.input_basis(rank) and one.input_basis(rank).r) == rank
         assert one.input_precision(rank) == Precision(precision, 16)
     assert Precision("full", 16) == FULL
 
@@ -82,8 +83,9 @@ def test_choices_are_literal_types_of_what_is_accepted():
     types = get_type_hints(LBPWHTConfig)  # as transformers' HfArgumentParser reads them
     choices = {
         "grad_input_basis": set(GRAD_INPUT_BASES), "grad_input_dtype": {AUTO, *FORMATS},
-        "selection": set(SELECTIONS), "boundary": set(BOUNDARIES),
+        "selection": {*SELECTIONS, *CALIBRATED_SELECTIONS}, "boundary": set(BOUNDARIES),
     }  # fmt: skip
+    types["selection"] = get_args(types["selection"])[0]  # the other one is a list of pairs
     for name, values in choices.items():
         assert get_origin(types[name]) is Literal and set(get_args(types[name])) == values
     for field in dataclasses.fields(LBPWHTConfig):
@@ -108,7 +110,7 @@ def test_defaults_survive_json(tmp_path):
     ({"block_size": -8}, "power of two"),
     ({"block_size": 8.0}, "power of two"),
     ({"block_size": True, "r": 1}, "power of two"),
-    ({"selection": "lhe"}, "selection must be one of lp_l1, lp_linf, got 'lhe'"),
+    ({"selection": "lp_l2"}, "selection must be one of lp_l1, lp_linf, lhe, klt, or a list of pairs .*, got 'lp_l2'"),
     ({"selection": None}, "selection must be one of"),
     ({"boundary": "zero"}, "boundary must be one of orthogonal, reflect, got 'zero'"),
     ({"grad_input_dtype": "exact"}, "grad_input_dtype must be one of auto, full, bf16, int8, fp8, got 'exact'"),

@@ -70,7 +70,7 @@ def test_in_a_file(old, new, tmp_path):
     assert outputs(loaded, images()).equal(outputs(model, images()))
     rule = next(iter(layers_of(loaded).values())).lbpwht_rule["default"]
     assert rule.input_gradient.precision == expected.input_precision(expected.grad_input_rank)
-    assert getattr(rule.input_gradient, "basis", None) == expected.input_bases(expected.grad_input_rank)
+    assert getattr(rule.input_gradient, "basis", None) == expected.input_basis(expected.grad_input_rank)
     loaded.save_pretrained(tmp_path / "again")
     written = json.loads((tmp_path / "again" / "adapter_config.json").read_text())
     assert not written.keys() & {"grad_input", "rotation"}

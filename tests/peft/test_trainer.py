@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from lbp_peft import LBPWHTConfig, exact_backward, layout_report
+from lbp_peft import CalibrationCallback, LBPWHTConfig, LBPWHTLayer, exact_backward, layout_report
 
 HEAD = {"modules_to_save": ["classifier"]}
 STEPS = 6
@@ -101,6 +101,33 @@ def test_a_stopped_run_goes_on_to_the_same_bits(build, way, tmp_path):
     best = run.state.best_model_checkpoint if "best model" in way else tmp_path / "resumed" / f"checkpoint-{STEPS}"
     loaded = PeftModel.from_pretrained(tiny_vit(), best)
     assert same_state(get_peft_model_state_dict(loaded), get_peft_model_state_dict(resumed))
+
+
+def test_a_resumed_run_has_the_calibrated_bases_of_its_checkpoint(tmp_path):
+    """Calibrated before steps 1 and 4, and stopped after step 4 of 6."""
+    batches = [{"pixel_values": images(3, seed=0), "labels": torch.arange(3)}]
+
+    def run(name, *callbacks, **how):
+        model = lbp_wht(selection="klt", grad_input_dtype="full")
+        one = trainer(model, tmp_path / name)
+        for callback in (CalibrationCallback(batches, every=3), *callbacks):
+            one.add_callback(callback)
+        one.train(**how)
+        bases = {
+            name: m.lbpwht_rule["default"].weight_basis
+            for name, m in model.named_modules()
+            if isinstance(m, LBPWHTLayer)
+        }
+        return state_of(model), bases
+
+    state, bases = run("straight")
+    stopped, _ = run("resumed", Stop(4))
+    resumed, found = run("resumed", resume_from_checkpoint=str(tmp_path / "resumed" / "checkpoint-4"))
+    assert found == bases and same_state(resumed, state) and not same_state(stopped, state)
+    with pytest.raises(ValueError, match="every must be"):
+        CalibrationCallback(batches, every=0)
+    with pytest.raises(ValueError, match="again and again"):
+        CalibrationCallback(iter(batches))
 
 
 def by_hand(model, smoothing):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ...bases.base import Basis
+from ...calibration import CalibratedSelection
 from ...ops.plan import ExactProduct, InputGradient
 
 # The words that `compress_activations` may contain.
@@ -20,6 +21,7 @@ class BackwardRule:
         input_gradient: How the input gradient is computed. The name of its precision may be "auto".
         compress: The words of `compress_activations`: what is saved in few bits in the block of the layer.
         grid_size, num_prefix_tokens, num_suffix_tokens: As given in the configuration.
+        chosen_by: What calibration chooses the weight basis by, and stands in its place before; None: it is fixed.
     """
 
     weight_basis: Basis
@@ -28,3 +30,4 @@ class BackwardRule:
     grid_size: tuple[int, int] | None = None
     num_prefix_tokens: int | None = None
     num_suffix_tokens: int | None = None
+    chosen_by: CalibratedSelection | None = None

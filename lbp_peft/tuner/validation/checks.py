@@ -6,6 +6,7 @@ import copy
 import itertools
 import re
 import warnings
+from typing import NoReturn
 
 import torch
 from peft import PeftConfig, PeftModel
@@ -183,15 +184,16 @@ def warn_of_unknown_names(model: nn.Module, config: LBPWHTConfig, excludes_any: 
 
 
 def warn_of_unmatched_ranks(config: LBPWHTConfig, targets: list[str]) -> None:
-    """Warn about keys of `grad_input_rank_pattern` that match no target; PEFT warns about those of `rank_pattern`.
+    """Warn about keys of patterns that match no target, except those of `rank_pattern`, of which PEFT warns.
 
     Args:
         config: The configuration as the user gave it.
         targets: Names of the modules to adapt.
     """
-    for key in config.grad_input_rank_pattern:
-        if not any(re.match(rf"(.*\.)?({key})$", name) for name in targets):  # as PEFT's get_pattern_key
-            warnings.warn(f"grad_input_rank_pattern has {key!r}, which matches no module to adapt.", stacklevel=2)
+    for field in ("grad_input_rank_pattern", "selection_pattern"):
+        for key in getattr(config, field):
+            if not any(re.match(rf"(.*\.)?({key})$", name) for name in targets):  # as PEFT's get_pattern_key
+                warnings.warn(f"{field} has {key!r}, which matches no module to adapt.", stacklevel=2)
 
 
 def _has_state(module: nn.Module) -> bool:
@@ -248,22 +250,29 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
     extra = sorted(state_dict.keys() - model.state_dict().keys())
     if not missing and not extra:
         return
-    if _is_untrained(model, adapter_name):
-        _remove_adapter(model, adapter_name)
     problems = [
         f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
         for keys, what in ((missing, "missing"), (extra, "unexpected"))
         if keys
     ]
-    raise ValueError(
+    refuse_checkpoint(
+        model,
+        adapter_name,
         f"This checkpoint does not fit adapter {adapter_name!r}. Tensors: {'; '.join(problems)}. "
         + (
             "None of its tensors is of an LBP-WHT adapter: was it saved by another PEFT method? Load it with its own "
             "adapter_config.json."
             if expected and not expected & state_dict.keys()
             else "Check that its adapter_config.json and the base model are those it was saved with."
-        )
+        ),
     )
+
+
+def refuse_checkpoint(model: nn.Module, adapter_name: str, message: str) -> NoReturn:
+    """Raise ValueError; an adapter that was only just created to hold the checkpoint is removed again."""
+    if _is_untrained(model, adapter_name):
+        _remove_adapter(model, adapter_name)
+    raise ValueError(message)
 
 
 def _is_untrained(model: nn.Module, adapter_name: str) -> bool:

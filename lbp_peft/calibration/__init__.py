@@ -1,0 +1,7 @@
+"""The mathematics of calibration: bases chosen from tokens that a layer has seen, and ranks chosen by a budget."""
+
+from .allocation import Option, allocate
+from .selections import CALIBRATED_SELECTIONS, CalibratedSelection
+from .statistics import TokenStatistics
+
+__all__ = ["CALIBRATED_SELECTIONS", "CalibratedSelection", "Option", "TokenStatistics", "allocate"]

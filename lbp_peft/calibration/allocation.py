@@ -1,0 +1,77 @@
+"""Spends a budget on the ranks of many gradients, so that the worst of them is as good as can be."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+Key = TypeVar("Key")
+
+
+@dataclass(frozen=True)
+class Option:
+    """One rank that a gradient may have.
+
+    Attributes:
+        rank: None: exact.
+        cosine: Of the gradient with the exact one.
+        memory: Bytes that are saved for it.
+        multiply_adds: Of computing it.
+    """
+
+    rank: int | None
+    cosine: float
+    memory: float = 0.0
+    multiply_adds: float = 0.0
+
+
+def allocate(
+    options: Mapping[Key, Sequence[Option]], memory: float = math.inf, multiply_adds: float = math.inf
+) -> dict[Key, Option]:
+    """Choose one option for each gradient, so that the lowest cosine is as high as the budget allows.
+
+    Everything starts with its cheapest option, and again and again the gradient with the lowest cosine gets the next
+    better one. Where that would exceed the budget, the gradient keeps what it has, and the next worst has its turn with
+    what is left. The lowest cosine is the best possible: to exceed it, a choice must give each gradient an option at
+    least as expensive as the one that it has when the first of them can no longer be raised, and that one a dearer one.
+
+    Args:
+        options: Of each gradient, from the cheapest to the most expensive in both costs. Options that are no better
+            than a cheaper one are left out.
+        memory: The most bytes of all gradients together.
+        multiply_adds: The most multiply-adds of all gradients together.
+
+    Raises:
+        ValueError: there are no options, or even the cheapest ones exceed the budget.
+    """
+    ladders = {key: _improving(own) for key, own in options.items()}
+    chosen = {key: own[0] for key, own in ladders.items()}
+    spent = [sum(one.memory for one in chosen.values()), sum(one.multiply_adds for one in chosen.values())]
+    for what, least, most in (("bytes", spent[0], memory), ("multiply-adds", spent[1], multiply_adds)):
+        if least > most:
+            raise ValueError(f"The budget of {most:.4g} {what} is below {least:.4g}, what the least ranks take.")
+    queue = [(own[0].cosine, number, key, 0) for number, (key, own) in enumerate(ladders.items())]
+    heapq.heapify(queue)
+    while queue:
+        _, number, key, at = heapq.heappop(queue)
+        if at + 1 == len(ladders[key]):
+            continue
+        now, better = ladders[key][at : at + 2]
+        more = spent[0] + better.memory - now.memory, spent[1] + better.multiply_adds - now.multiply_adds
+        if more[0] <= memory and more[1] <= multiply_adds:
+            chosen[key], spent = better, list(more)
+            heapq.heappush(queue, (better.cosine, number, key, at + 1))
+    return chosen
+
+
+def _improving(options: Sequence[Option]) -> list[Option]:
+    if not options:
+        raise ValueError("Each gradient needs at least one option.")
+    found = [options[0]]
+    for option in options[1:]:
+        if option.cosine > found[-1].cosine:
+            found.append(option)
+    return found

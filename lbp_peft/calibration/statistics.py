@@ -1,0 +1,61 @@
+"""What calibration sums up over the tokens of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+Grid = tuple[int, int]
+
+
+@dataclass
+class TokenStatistics:
+    """Sums over images of a quadratic statistic, for both factors of a layer's weight gradient dW = sum_n g_n^T x_n.
+
+    Attributes:
+        inputs: (H, W) -> the statistic of the inputs x on this grid, float64.
+        gradients: (H, W) -> the same of the gradients g of the outputs.
+    """
+
+    inputs: dict[Grid, Tensor] = field(default_factory=dict)
+    gradients: dict[Grid, Tensor] = field(default_factory=dict)
+
+    def add(self, grid: Grid, x: Tensor, g: Tensor, statistic: Callable[[Tensor, Grid], Tensor]) -> None:
+        """Add a batch.
+
+        Tokens whose gradient is zero add nothing to dW, as those of padding do. So they do not count in x either.
+
+        Args:
+            grid: (H, W).
+            x, g: Shape (N, H * W, C), row by row of the grid, of any floating dtype.
+            statistic: Gives the statistic of (N, H * W, C), summed over images and channels.
+        """
+        used = (g != 0).any(dim=2, keepdim=True)
+        for sums, tokens in ((self.inputs, x.masked_fill(~used, 0)), (self.gradients, g)):
+            own = statistic(tokens.float() if tokens.dtype.itemsize < 4 else tokens, grid)
+            own = own.to("cpu" if own.device.type == "mps" else own.device, torch.float64)
+            sums[grid] = sums[grid] + own if grid in sums else own
+
+    def is_finite(self) -> bool:
+        """Whether there is no NaN and no infinity."""
+        return all(bool(torch.isfinite(one).all()) for sums in (self.inputs, self.gradients) for one in sums.values())
+
+
+def pooled(parts: Iterable[TokenStatistics]) -> TokenStatistics:
+    """The statistics of several layers together. Each layer's gradients count the same, whatever their size."""
+    result = TokenStatistics()
+    for part in parts:
+        for sums, own in ((result.inputs, part.inputs), (result.gradients, part.gradients)):
+            size = sum(float(total(one)) for one in own.values())
+            for grid, one in own.items():
+                scaled = one / size if size > 0 else one
+                sums[grid] = sums[grid] + scaled if grid in sums else scaled
+    return result
+
+
+def total(statistic: Tensor) -> Tensor:
+    """The energy of the tokens: the sum of a vector of energies, or the trace of a matrix of second moments."""
+    return statistic.trace() if statistic.dim() == 2 else statistic.sum()
