@@ -1,0 +1,171 @@
+"""The bench that methods are tried on: one model, one protocol, one set of images, and runs on them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import send_to_device, set_seed
+from common.models import train_mode, trainable_parameters
+from common.processes import make_accelerator
+from common.training import Run, train
+from torch import nn
+from transformers import PreTrainedModel
+
+from lbp_peft.environment import environment
+from lbp_peft.loading.options import as_size
+from lbp_peft.measure import multiply_adds, peak_memory
+from lbp_peft.measure.undisturbed import undisturbed
+
+from .counting import paper_flops
+from .data import ImageData, load_source
+from .features import FeatureData, without_frozen_part
+from .methods import Method
+from .models import AdaptedPart, Backbone, adapted_part, load_timm
+from .recipe import TABLES
+from .search import Setting
+
+# Options that results depend on; they are kept with each record.
+_OF_RESULT = (
+    "dataset", "train_files", "test_files", "image_size", "train_images", "train_images_per_class", "validation_images",
+    "test_images", "data_seed", "epochs", "batch_size", "weight_decay", "scheduler", "warmup_steps", "warmup_ratio",
+    "max_grad_norm", "horizontal_flip", "min_crop", "boundary",
+)  # fmt: skip
+
+
+class Bench:
+    """One model, one protocol, one set of images.
+
+    Args:
+        table: One of `TABLES`.
+        name: Of the model.
+        backbone: The model.
+        weights: Where its weights are, if not where the backbone says.
+        protocol: One of `PROTOCOLS`.
+        options: Of the recipe.
+        cache: Folder for the features of the frozen part; None: every step begins with images.
+    """
+
+    def __init__(
+        self,
+        table: str,
+        name: str,
+        backbone: Backbone,
+        weights: str | None,
+        protocol: str,
+        options: Any,
+        cache: Path | None,
+    ):
+        self.task, self.backbone, self.protocol = TABLES[table](), backbone, protocol
+        self.options = replace(options, model=weights or backbone.weights)
+        self.accelerator: Accelerator = make_accelerator(self.options)
+        self.cut = cache is not None
+        self.source = load_source(self.task, self.options)
+        base = self.base(seed=0)
+        self.images = ImageData(base, self.task, self.source, self.options)
+        self.about = {
+            "table": table, "model": name, "weights": self.options.model, "protocol": protocol, "cached": self.cut,
+            **{key: getattr(self.options, key, None) for key in _OF_RESULT},
+        }  # fmt: skip
+        self.data: Any = self.images
+        if cache is not None:
+            if protocol != "partial":
+                raise SystemExit("--cache: only the partial protocol leaves a part of the model frozen")
+            of_data = {key: value for key, value in self.about.items() if key not in ("epochs", "batch_size")}
+            digest = hashlib.sha256(json.dumps(of_data, default=str).encode()).hexdigest()[:12]
+            self.data = FeatureData(base, backbone, self.images, cache, f"{name}-{digest}")
+
+    def base(self, seed: int) -> PreTrainedModel:
+        """The pretrained model with a new head, the same one for equal seeds."""
+        names, path = self.source.names, self.options.model
+        if self.backbone.architecture is not None:
+            return load_timm(self.backbone.architecture, path, names, seed)
+        return self.task.model(path, names, seed, self.options)
+
+    def adapted(
+        self, method: Method, rank: int | None, seed: int, cut: bool | None = None
+    ) -> tuple[nn.Module, AdaptedPart]:
+        """The model, made ready by a method, and what of it is adapted.
+
+        Args:
+            cut: Whether it takes features in the place of images; None: as the bench's runs do.
+
+        Raises:
+            NotAvailable: the model does not admit the method.
+        """
+        model = self.base(seed)
+        settings = {"boundary": self.options.boundary}
+        cut = self.cut if cut is None else cut
+        if cut:
+            model = without_frozen_part(model, self.backbone)
+            if self.backbone.layout is not None:
+                settings |= self.backbone.layout(self.images.preprocessor.size)
+        part = adapted_part(model, self.backbone.stages[self.protocol], settings)
+        torch.manual_seed(seed)
+        model = method.build(model, part, rank).to(self.accelerator.device)
+        train_mode(model)
+        return model, part
+
+    def run(self, method: Method, setting: Setting, seed: int, scored: str) -> dict[str, Any]:
+        """Train by a method with one seed.
+
+        Args:
+            scored: The images that are scored after every epoch, `validation` or `test`.
+
+        Returns:
+            The record of the run. Its score is that after the last epoch.
+        """
+        set_seed(seed)
+        model, part = self.adapted(method, setting.rank, seed)
+        loaders = self.data.loaders(seed, scored)
+        batch = send_to_device(next(iter(loaders[0])), self.accelerator.device)
+        counts = self.counts(model, part, batch)
+        run = Run(
+            f"{method.label}, {setting.learning_rate:g}", Path(), self.options.epochs, setting.learning_rate, seed
+        )
+        machine, start = environment(), time.perf_counter()
+        with peak_memory(self.accelerator.device) as peak:
+            _, history = train(self.accelerator, self.task, model, loaders, run, self.options)
+        return {
+            "label": method.label,
+            "score": history[-1]["score"],
+            "metric": self.task.metric_name,
+            "curve": history,
+            "seconds": time.perf_counter() - start,
+            "training_seconds": sum(epoch["seconds"] for epoch in history),
+            "peak_mib_of_process": peak.mib,
+            **counts,
+            "environment": machine,
+        }
+
+    def counts(self, model: nn.Module, part: AdaptedPart, batch: dict[str, Any]) -> dict[str, float]:
+        """What a backward pass computes, for one image, and what is trained."""
+        images = len(batch["pixel_values"])
+        with undisturbed(model):
+            train_mode(model)
+            loss = model(**batch).loss
+            with multiply_adds() as backward:
+                loss.backward()
+        return {
+            "trained_parameters": trainable_parameters(model),
+            "backward_multiply_adds": backward.total / images,
+            "paper_flops": paper_flops(model, part, batch),
+        }
+
+    def config(self, method: str, setting: Setting, seed: int, scored: str) -> dict[str, Any]:
+        """All that a run's result depends on."""
+        return {
+            **self.about, "method": method, "learning_rate": setting.learning_rate, "rank": setting.rank, "seed": seed,
+            "scored": scored,
+        }  # fmt: skip
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the images in pixels."""
+        return as_size(self.options.image_size) or self.images.preprocessor.size

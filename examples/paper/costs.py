@@ -1,0 +1,98 @@
+"""What a training step costs by each method: seconds, measured in turns, and the peak of a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from benchmarks.methods import NotAvailable
+
+from lbp_peft.environment import environment
+from lbp_peft.measure import peak_memory
+from lbp_peft.measure.steps import idle_optimiser, timed_step
+from lbp_peft.measure.timing import interleaved, quartiles, ratios
+from lbp_peft.measure.undisturbed import loss_of_output
+
+from .bench import Bench
+from .methods import method_named
+
+_STEPS = 3  # of which the peak is taken
+_RUN = Path(__file__).with_name("run.py")
+
+
+def step_times(bench: Bench, methods: list[str], rounds: int) -> dict[str, Any]:
+    """Milliseconds of a whole training step on images, the frozen part of the model included.
+
+    Returns:
+        By method: quartiles of forward and backward pass and optimiser together, and their ratio to the first method.
+    """
+    built = {}
+    for name in methods:
+        method = method_named(name)
+        try:
+            model, _ = bench.adapted(method, next(iter(method.ranks), None), seed=0, cut=False)
+        except NotAvailable as error:
+            print(f"left out {name}: {error}")
+            continue
+        built[name] = model
+    batch = first_batch(bench)
+    steps = []
+    for model in built.values():
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        steps.append(partial(timed_step, model, batch, loss_of_output, idle_optimiser(trained)))
+    interleaved(steps, range(1))  # the first step of each allocates and recognises layouts
+    times = [[sum(parts) for parts in own] for own in interleaved(steps, range(rounds))]
+    return {
+        name: {
+            "step_ms": [1000 * value for value in quartiles(own)],
+            "over_first": quartiles(ratios(own, times[0])),
+        }
+        for name, own in zip(built, times, strict=True)
+    }
+
+
+def peak_of(bench: Bench, name: str) -> dict[str, float]:
+    """The peak of this process over some steps with AdamW, and its size before."""
+    method = method_named(name)
+    model, _ = bench.adapted(method, next(iter(method.ranks), None), seed=0, cut=False)
+    batch = first_batch(bench)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimiser = idle_optimiser(trained)
+    with peak_memory(bench.accelerator.device) as peak:
+        for _ in range(_STEPS):
+            timed_step(model, batch, loss_of_output, optimiser)
+    return {"peak_mib": peak.mib}
+
+
+def peak_in_a_process(arguments: list[str], name: str) -> dict[str, float] | None:
+    """[`peak_of`] in a process that does nothing else, with the arguments that this program was given."""
+    command = [sys.executable, str(_RUN), *arguments, "--methods", name, "--peak"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        print(f"no peak of {name}: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
+        return None
+    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
+
+
+def first_batch(bench: Bench) -> dict[str, torch.Tensor]:
+    batch = next(iter(bench.images.loaders(0, "validation")[0]))
+    return send_to_device(batch, bench.accelerator.device)
+
+
+def costs(bench: Bench, methods: list[str], rounds: int, arguments: list[str]) -> dict[str, Any]:
+    """Everything, as `costs.json` has it."""
+    before = environment()
+    times = step_times(bench, methods, rounds)
+    for name, own in times.items():
+        own |= peak_in_a_process(arguments, name) or {}
+    return {
+        "environment": before, "batch_size": bench.options.batch_size, "image_size": list(bench.size), "rounds": rounds,
+        "methods": times,
+    }  # fmt: skip

@@ -1,0 +1,144 @@
+"""Counts the computation of a backward pass as the paper does.
+
+[`lbp_peft.measure.multiply_adds`] counts the products of the whole backward pass: attention, depthwise convolutions and
+the head too. The paper counts the linear layers of the adapted part alone, two floating-point operations (FLOPs) for a
+multiply-add of their products, and one for each addition of the Walsh-Hadamard transform, whose entries are +-1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from lbp_peft import LBPWHTLayer
+from lbp_peft.measure.undisturbed import undisturbed
+
+from .models import AdaptedPart
+
+
+@dataclass(frozen=True)
+class LinearBackward:
+    """The backward pass of one linear layer, for one image.
+
+    Attributes:
+        tokens: L.
+        in_features, out_features: C_in and C_out.
+        weight: Whether there is a gradient of the weight.
+        input: Whether there is a gradient of the input.
+        kept_for_weight, kept_for_input: k of the L tokens that each is computed from; None: all of them.
+        lora_rank: The rank of LoRA factors beside the weight; 0: none.
+        trains_down: Whether the first of them, A, is trained.
+    """
+
+    tokens: int
+    in_features: int
+    out_features: int
+    weight: bool = True
+    input: bool = True
+    kept_for_weight: int | None = None
+    kept_for_input: int | None = None
+    lora_rank: int = 0
+    trains_down: bool = True
+
+    @property
+    def multiply_adds(self) -> int:
+        """Of the matrix products."""
+        of_weight = self.tokens if self.kept_for_weight is None else self.kept_for_weight
+        of_input = self.tokens if self.kept_for_input is None else self.kept_for_input
+        product = self.in_features * self.out_features
+        total = self.weight * of_weight * product + self.input * of_input * product
+        if self.lora_rank:  # y = x W^T + (x A^T) B^T
+            up, down = self.lora_rank * self.out_features, self.lora_rank * self.in_features
+            total += of_weight * up  # dB
+            if self.trains_down or self.input:
+                total += of_input * up  # of x A^T
+            total += self.trains_down * of_weight * down + self.input * of_input * down  # dA, dx
+        return total
+
+    @property
+    def additions(self) -> int:
+        """Of the transform: x and g are projected, dx is lifted; g only once where both gradients use one basis."""
+        trains = self.weight or self.lora_rank > 0
+        for_weight = (self.kept_for_weight or 0) if trains else 0
+        for_input = (self.kept_for_input or 0) if self.input else 0
+        of_x = for_weight * self.in_features
+        of_g = (for_weight if for_weight == for_input else for_weight + for_input) * self.out_features
+        return self.tokens * (of_x + of_g + for_input * self.in_features)
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.multiply_adds + self.additions
+
+
+def linear_backwards(model: nn.Module, part: AdaptedPart, batch: dict[str, Tensor]) -> dict[str, LinearBackward]:
+    """How the backward pass of each layer of the adapted part runs, seen in a forward pass in training mode.
+
+    Args:
+        model: Adapted by a method already.
+        batch: Arguments of the model.
+
+    Returns:
+        By the layer's name before it was adapted; a layer without any gradient is left out.
+    """
+    found: dict[str, LinearBackward] = {}
+    num_images = len(next(iter(batch.values())))
+    layers = {name: _layer(model, name) for name in part.targets}
+
+    def note(name: str, layer: nn.Module, x: Tensor) -> None:
+        base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+        on_images = isinstance(base, nn.Conv2d)
+        channels = x.shape[1] if on_images else x.shape[-1]
+        tokens = x.numel() // channels // num_images  # of all windows of an image
+        out_features, in_features = base.weight.shape[:2]
+        trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        if not trained and not x.requires_grad:
+            return
+        lora = _lora_of(layer)
+        low_rank = next((one for one in layer.modules() if isinstance(one, LBPWHTLayer)), None)
+        ran = None if low_rank is None else low_rank.last_backward
+        kept = [None, None]
+        if ran is not None and not ran.why_exact:
+            windows = tokens // ran.num_tokens  # of which the layer sees each as an image
+            kept = [windows * k if k < ran.num_tokens else None for k in (ran.kept_for_weight, ran.kept_for_input)]
+        rank, trains_down = (0, True) if lora is None else lora
+        found[name] = LinearBackward(
+            tokens, in_features, out_features, bool(trained) and lora is None, x.requires_grad, *kept, rank, trains_down
+        )
+
+    inputs: dict[str, Tensor] = {}
+    handles = [
+        layer.register_forward_hook(lambda layer, args, output, name=name: inputs.__setitem__(name, args[0]))
+        for name, layer in layers.items()
+    ]
+    try:
+        with undisturbed(model):
+            model(**batch)
+            for name, layer in layers.items():
+                if name in inputs:
+                    note(name, layer, inputs[name])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def paper_flops(model: nn.Module, part: AdaptedPart, batch: dict[str, Tensor]) -> int:
+    """FLOPs of the backward pass for one image, counted as the paper does."""
+    return sum(layer.flops for layer in linear_backwards(model, part, batch).values())
+
+
+def _layer(model: nn.Module, name: str) -> nn.Module:
+    """The layer of that name, or what an adapter made of it: the outermost one."""
+    names = [own for own, _ in model.named_modules() if own == name or own.endswith(f".{name}")]
+    return model.get_submodule(min(names, key=len))
+
+
+def _lora_of(layer: nn.Module) -> tuple[int, bool] | None:
+    if not isinstance(layer, LoraLayer):
+        return None
+    (name,) = layer.active_adapters
+    down: torch.Tensor = layer.lora_A[name].weight
+    return layer.r[name], down.requires_grad

@@ -1,0 +1,82 @@
+"""The images of an experiment: few to train on, others of the training split to search on, and those to test on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from common.images import Images, loader
+from common.task import Task
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, ViTImageProcessor
+
+from lbp_peft.loading.datasources import Source, draw
+from lbp_peft.loading.models import forward_arguments
+from lbp_peft.loading.options import as_size
+from lbp_peft.loading.preprocessing import Preprocessor
+
+
+class TimmPreprocessor(Preprocessor):
+    """Resizes and normalises images as a model of timm wants them.
+
+    Args:
+        settings: timm's `pretrained_cfg`.
+        size: (height, width) in pixels; None: timm's own.
+    """
+
+    def __init__(self, settings: dict[str, Any], size: tuple[int, int] | None):
+        self.size = size or tuple(settings["input_size"][1:])
+        self.overrides, self.notice, self.whole_image = {}, None, False
+        self.processor = ViTImageProcessor(
+            size={"height": self.size[0], "width": self.size[1]},
+            image_mean=list(settings["mean"]),
+            image_std=list(settings["std"]),
+            resample=3,  # bicubic
+        )
+
+
+def preprocessor(model: PreTrainedModel, task: Task, options: Any) -> Preprocessor:
+    inner = getattr(model, "timm_model", None)
+    if inner is not None:
+        return TimmPreprocessor(inner.pretrained_cfg, as_size(options.image_size))
+    return Preprocessor(options, model.config, task.whole_image)
+
+
+def load_source(task: Task, options: Any) -> Source:
+    """The images. `validation` is drawn from the training split, apart from `train`, by the seed of the data."""
+    source = task.load(options)
+    labels = task.classes(source.train)
+    apart = draw(len(source.train), options.validation_images, options.data_seed, labels)
+    rest = source.train.select(np.setdiff1d(np.arange(len(source.train)), apart))
+    if not len(rest):
+        raise SystemExit(f"--validation_images {options.validation_images} leaves no image to train on")
+    validation = source.train.select(apart)
+    train = task.few(dataclasses.replace(source, train=rest), options)
+    test = source.test
+    if options.test_images:
+        test = test.select(draw(len(test), options.test_images, options.data_seed, task.classes(test)))
+    return Source(train, test, source.names, validation)
+
+
+class ImageData:
+    """Batches of images, preprocessed and augmented anew in every epoch.
+
+    Args:
+        model: Tells the image processor.
+    """
+
+    def __init__(self, model: PreTrainedModel, task: Task, source: Source, options: Any):
+        self.task, self.source, self.options = task, source, options
+        self.preprocessor = preprocessor(model, task, options)
+        timm = hasattr(model, "timm_model")
+        self.extra = {} if timm else forward_arguments(model, self.preprocessor.size)
+
+    def loaders(self, seed: int, scored: str) -> list[DataLoader]:
+        """Of training images, and of those that are scored: `validation` or `test`."""
+        how = self.task, self.preprocessor, self.options
+        images = [
+            Images(self.source.train, *how, train=True, seed=seed),
+            Images(getattr(self.source, scored), *how, train=False),
+        ]
+        return [loader(one, self.options, self.extra) for one in images]

@@ -1,0 +1,130 @@
+"""The methods that are compared, each adapting the same layers and training the head.
+
+To add one, write a function from model, adapted part and rank to the model, and name it in `METHODS`: see
+docs/paper.md, "Add your method".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from benchmarks import methods as words
+from benchmarks.methods import QUERY_AND_VALUE, NotAvailable
+from torch import nn
+
+from .models import AdaptedPart, freeze_all_but
+from .side_tuning import SideTuned
+
+_ATTENTION = re.compile(r"attn|attention|token_mixer")
+_LORA = {"lora_alpha": 8, "rank_pattern": {r".*qkv": 24}}  # the paper's; a fused qkv has three factors of rank 8
+NONE = ()  # ranks of a method that has none to search
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to adapt a model.
+
+    Attributes:
+        label: What tables call it.
+        build: (model, adapted part, rank or None) -> the model, ready to be trained. It may change the model it is
+            given. It raises `NotAvailable` where the model does not admit the method.
+        scale: Where the search of the learning rate begins, times that of the recipe.
+        ranks: The ranks to try, the first of them by default.
+    """
+
+    label: str
+    build: Callable[[nn.Module, AdaptedPart, int | None], nn.Module]
+    scale: float = 1.0
+    ranks: tuple[int, ...] = NONE
+
+
+def head_only(model: nn.Module, part: AdaptedPart, rank: int | None) -> nn.Module:
+    freeze_all_but(model, part.heads)
+    return model
+
+
+def full(model: nn.Module, part: AdaptedPart, rank: int | None) -> nn.Module:
+    """Exact backpropagation to the weights of the adapted layers. Norms stay frozen, as in the other methods."""
+    freeze_all_but(model, [*part.targets, *part.heads])
+    return model
+
+
+def checkpointing(model: nn.Module, part: AdaptedPart, rank: int | None) -> nn.Module:
+    return words.checkpointing(full(model, part, rank), part.heads, {})
+
+
+def lora(model: nn.Module, part: AdaptedPart, rank: int | None, targets: list[str] | None = None) -> nn.Module:
+    return words.lora(model, part.heads, part.targets if targets is None else targets, _LORA | {"r": rank})
+
+
+def lora_without_mlps(model: nn.Module, part: AdaptedPart, rank: int | None) -> nn.Module:
+    targets = [name for name in part.targets if _ATTENTION.search(name)]
+    if not targets:
+        raise NotAvailable("the adapted part has no attention")
+    return lora(model, part, rank, targets)
+
+
+def lora_of_queries_and_values(model: nn.Module, part: AdaptedPart, rank: int | None) -> nn.Module:
+    own = (*QUERY_AND_VALUE, "qkv", "q", "v")
+    targets = [name for name in part.targets if name.rsplit(".", 1)[-1] in own]
+    if not targets:
+        raise NotAvailable("the adapted part has no attention")
+    return lora(model, part, rank, targets)
+
+
+def lora_fa(model: nn.Module, part: AdaptedPart, rank: int | None) -> nn.Module:
+    return words.lora_fa(model, part.heads, {"target_modules": part.targets, "r": rank, "lora_alpha": 8})
+
+
+def velora(model: nn.Module, part: AdaptedPart, rank: int | None) -> nn.Module:
+    return words.velora(model, part.heads, {"target_modules": part.targets, "r": rank, "lora_alpha": 8})
+
+
+def lbp_wht(model: nn.Module, part: AdaptedPart, rank: int | None, **settings: Any) -> nn.Module:
+    """LBP-WHT of the adapted layers; `rank` is that of the weight gradient."""
+    return words.lbp_wht(model, part.heads, {"target_modules": part.targets, **part.lbp_wht, "r": rank, **settings})
+
+
+def paper(model: nn.Module, part: AdaptedPart, rank: int | None, n: int) -> nn.Module:
+    """The paper's setting LP_L1-n: both gradients at the rank n (n + 1) / 2."""
+    r = n * (n + 1) // 2
+    return lbp_wht(model, part, r, grad_input_rank=r)
+
+
+def lora_with_lbp_wht(model: nn.Module, part: AdaptedPart, rank: int | None, **settings: Any) -> nn.Module:
+    return lbp_wht(lora(model, part, 8), part, rank, **settings)
+
+
+def side_tuning(model: nn.Module, part: AdaptedPart, rank: int | None) -> nn.Module:
+    freeze_all_but(model, part.heads)
+    return SideTuned(model, part.targets, width=rank or 64)
+
+
+METHODS = {
+    "head": Method("head only", head_only, scale=10),
+    "full": Method("exact backpropagation", full),
+    "checkpointing": Method("exact backpropagation, checkpointing", checkpointing),
+    "lora": Method("LoRA", lora, scale=10, ranks=(8, 16)),
+    "lora-without-mlps": Method("LoRA without MLPs", lora_without_mlps, scale=10, ranks=(8, 16)),
+    "lora-qv": Method("LoRA on q, v", lora_of_queries_and_values, scale=10, ranks=(8, 16)),
+    "lora-fa": Method("LoRA-FA", lora_fa, scale=10, ranks=(8, 16)),
+    "velora": Method("VeLoRA", velora, scale=10, ranks=(8, 16)),
+    "side-tuning": Method("side tuning", side_tuning, scale=10, ranks=(64, 128)),
+    "lbp-wht": Method("LBP-WHT, default", lbp_wht, ranks=(10, 21)),
+    "lora+lbp-wht": Method("LoRA r=8 + LBP-WHT", lora_with_lbp_wht, scale=10, ranks=(10, 21)),
+    **{f"lp_l1-{n}": Method(f"LBP-WHT, paper's LP_L1-{n}", partial(paper, n=n)) for n in (2, 4, 6, 8)},
+}
+
+
+def method_named(name: str) -> Method:
+    """
+    Raises:
+        SystemExit: there is no such method.
+    """
+    if name not in METHODS:
+        raise SystemExit(f"--methods {name}: choose from {', '.join(METHODS)}")
+    return METHODS[name]

@@ -1,0 +1,167 @@
+"""The backbones of the paper's experiments: where their weights are, and what each protocol adapts.
+
+To add one, name it in `BACKBONES`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+from transformers import AutoModelForImageClassification, PreTrainedModel, set_seed
+
+import lbp_peft.head
+from lbp_peft.encoder import encoder_linears
+from lbp_peft.loading.models import class_names, readable
+
+PROTOCOLS = ("partial", "full")
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A pretrained model.
+
+    Attributes:
+        weights: Its name on the hub.
+        stages: Protocol -> regular expression of the adapted part; "full" adapts the whole encoder.
+        architecture: timm's name for it, where it is a model of timm.
+        entry: The first module of the part that the partial protocol adapts. All before it is frozen.
+        before: Regular expression of the modules before `entry`. They take and return one tensor.
+        layout: (height, width) in pixels -> settings of LBP-WHT that say how the tokens lie which enter `entry`. None:
+            they are images of features, which tell it themselves.
+    """
+
+    weights: str
+    stages: dict[str, str]
+    architecture: str | None = None
+    entry: str | None = None
+    before: str = ""
+    layout: Callable[[Size], dict[str, Any]] | None = None
+
+
+def _of_timm(architecture: str, tag: str, partial: str, entry: str, before: str) -> Backbone:
+    stages = {"partial": partial, "full": ""}
+    return Backbone(
+        f"timm/{architecture}.{tag}", stages, architecture, f"timm_model.{entry}", rf"^timm_model\.{before}$"
+    )
+
+
+def _efficientformer(architecture: str) -> Backbone:
+    return _of_timm(architecture, "snap_dist_in1k", r"stages\.3\.", "stages.3", r"(stem|stages\.[0-2])")
+
+
+def _dinov2_layout(size: Size) -> dict[str, Any]:
+    return {"grid_size": (size[0] // 14, size[1] // 14), "num_prefix_tokens": 1}
+
+
+BACKBONES = {
+    "efficientformer_l1": _efficientformer("efficientformer_l1"),
+    "efficientformer_l7": _efficientformer("efficientformer_l7"),
+    "efficientformerv2_s0": _efficientformer("efficientformerv2_s0"),
+    "efficientformerv2_l": _efficientformer("efficientformerv2_l"),
+    "tf_efficientnet_lite0": _of_timm(
+        "tf_efficientnet_lite0", "in1k", r"blocks\.[56]\.", "blocks.5", r"(conv_stem|bn1|blocks\.[0-4])"
+    ),
+    "swinv2_small": Backbone(
+        "microsoft/swinv2-small-patch4-window8-256", {"partial": r"encoder\.layers\.3\.", "full": ""}
+    ),
+    "segformer_mit_b0": Backbone("nvidia/mit-b0", {"partial": r"stages\.3\.", "full": ""}),
+    "dinov2_small": Backbone(  # it has no stages: the last third of its layers
+        "facebook/dinov2-small",
+        {"partial": r"encoder\.layer\.(8|9|10|11)\.", "full": ""},
+        entry="dinov2.encoder.layer.8",
+        before=r"^dinov2\.(embeddings|encoder\.layer\.[0-7])$",
+        layout=_dinov2_layout,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class AdaptedPart:
+    """What of a model is adapted.
+
+    Attributes:
+        targets: Names of the linear layers and pointwise convolutions that the methods adapt.
+        heads: Names of the modules of the head, which every method trains in full.
+        lbp_wht: Settings of LBP-WHT that hold for every method, such as the boundary.
+    """
+
+    targets: list[str]
+    heads: list[str]
+    lbp_wht: dict[str, Any] = field(default_factory=dict)
+
+
+def backbone_named(name: str) -> Backbone:
+    """
+    Raises:
+        SystemExit: there is no such backbone.
+    """
+    if name not in BACKBONES:
+        raise SystemExit(f"--model {name}: choose from {', '.join(BACKBONES)}")
+    return BACKBONES[name]
+
+
+def adapted_part(model: PreTrainedModel, stage: str, lbp_wht: dict[str, Any] | None = None) -> AdaptedPart:
+    """The adapted part of a model.
+
+    Args:
+        stage: Regular expression, searched in the names of the encoder's linear layers.
+
+    Raises:
+        SystemExit: no layer of the encoder has such a name.
+    """
+    targets = [name for name in encoder_linears(model) if re.search(stage, name)]
+    if not targets:
+        raise SystemExit(f"no linear layer in the encoder of {type(model).__name__} has a name that fits {stage!r}")
+    return AdaptedPart(targets, _heads(model), lbp_wht or {})
+
+
+def _heads(model: PreTrainedModel) -> list[str]:
+    inner = getattr(model, "timm_model", None)
+    if inner is None:
+        return lbp_peft.head.head_modules(model)
+    return [f"timm_model.{name}" for name in lbp_peft.head.head_modules(inner)]
+
+
+def load_timm(architecture: str, weights: str, names: list[str], seed: int) -> PreTrainedModel:
+    """A model of timm as transformers wraps it, with a new head: the same one for equal seeds.
+
+    Args:
+        weights: A repository on the hub or a folder, as `from_pretrained` takes it, or a state dict of timm in a file
+            of safetensors.
+    """
+    set_seed(seed)
+    file = Path(weights).expanduser()
+    if file.suffix != ".safetensors":
+        with readable(weights):
+            return AutoModelForImageClassification.from_pretrained(
+                weights, ignore_mismatched_sizes=True, dtype=torch.float32, **class_names(names)
+            )
+    from transformers import TimmWrapperConfig
+
+    model = AutoModelForImageClassification.from_config(
+        TimmWrapperConfig(architecture=architecture, **class_names(names))
+    )
+    stored = load_file(file)
+    own = model.timm_model.state_dict()
+    heads = tuple(f"{head}." for head in lbp_peft.head.head_modules(model.timm_model))
+    kept = {name: value.to(own[name].dtype) for name, value in stored.items() if not name.startswith(heads)}
+    missing = model.timm_model.load_state_dict(kept, strict=False).missing_keys
+    absent = [name for name in missing if not name.startswith(heads) and not name.endswith("num_batches_tracked")]
+    if absent:
+        raise SystemExit(f"{weights} has no values for {', '.join(absent[:3])} of {architecture}")
+    return model
+
+
+def freeze_all_but(model: nn.Module, names: list[str]) -> None:
+    """Freeze all parameters but those of the modules with these names."""
+    prefixes = tuple(f"{name}." for name in names)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = name.startswith(prefixes)

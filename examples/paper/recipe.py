@@ -1,0 +1,67 @@
+"""Recipes: a YAML file of options for each data set, which flags override."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.classification import Classification, ClassificationOptions
+from common.segmentation import Segmentation, SegmentationOptions
+from common.task import Task
+
+from lbp_peft.loading.options import Parser, option
+from lbp_peft.loading.terminal import in_one_line
+
+RECIPES = Path(__file__).parent / "recipes"
+TABLES: dict[str, type[Task]] = {"classification": Classification, "segmentation": Segmentation}
+
+
+@dataclass
+class PaperOptions:
+    """What these experiments ask beside what the other examples do."""
+
+    validation_images: int = option(1000, "Training images that are kept apart for the search.")
+
+
+@dataclass
+class ClassificationRecipe(ClassificationOptions, PaperOptions):
+    """A classification table's options."""
+
+
+@dataclass
+class SegmentationRecipe(SegmentationOptions, PaperOptions):
+    """A segmentation table's options."""
+
+
+KINDS: dict[str, Any] = {"classification": ClassificationRecipe, "segmentation": SegmentationRecipe}
+# Of a data set on the hub: they say nothing of files that the user names.
+_OF_DATASET = ("dataset", "dataset_config", "train_split", "test_split", "image_column", "label_column", "mask_column")
+
+
+def recipe(table: str, dataset: str, flags: list[str]) -> Any:
+    """The options of an experiment.
+
+    Args:
+        table: One of `TABLES`.
+        dataset: The name of a recipe, or the path of one.
+        flags: Override the recipe's values; named as in the YAML file.
+
+    Raises:
+        SystemExit: there is no such recipe or option.
+    """
+    file = Path(dataset) if dataset.endswith((".yaml", ".yml")) else RECIPES / f"{dataset}.yaml"
+    if not file.exists():
+        known = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+        raise SystemExit(f"--dataset {dataset}: choose from {known}, or give a YAML file")
+    parser = Parser(KINDS[table])
+    try:
+        own = parser.flags_of(file)
+        if any(flag.split("=")[0] == "--train_files" for flag in flags):
+            own = [flag for flag in own if flag.split("=")[0].lstrip("-") not in _OF_DATASET]
+        options = parser.options([*own, *flags])
+        options.check_together()
+    except (ValueError, argparse.ArgumentError) as error:
+        raise SystemExit(in_one_line(error)) from None
+    return options

@@ -1,0 +1,152 @@
+"""Tables and figures of docs/paper.md, from the records of `run.py`.
+
+python examples/paper/report.py                 # prints every table
+python examples/paper/report.py --docs docs     # puts tables into docs/paper.md, figures into docs/images
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from paper.pareto import Point, draw_pareto
+from paper.records import COSTS, Experiment, experiments, records_of
+
+RESULTS = Path(__file__).parent / "results"
+HEADER = (
+    "method", "rate", "rank", "trials", "seeds", "{metric} %", "trained", "MFLOPs as in the paper",
+    "backward M multiply-adds", "step ms", "/ exact", "peak MiB",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of an experiment.
+
+    Attributes:
+        scores: Of the test images, one for each seed.
+        trials: Of its search.
+        record: Of one of the seeds: what does not depend on it is taken from there.
+        cost: What `costs.json` has of the method; empty where it was not measured.
+    """
+
+    method: str
+    scores: list[float]
+    trials: int
+    record: dict[str, Any]
+    cost: dict[str, Any]
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.scores)
+
+    @property
+    def deviation(self) -> float | None:
+        """Standard deviation over the seeds."""
+        return statistics.stdev(self.scores) if len(self.scores) > 1 else None
+
+    def cells(self, exact: Row | None) -> list[str]:
+        record, config, spread = self.record, self.record["config"], self.deviation
+        step = self.cost.get("step_ms")
+        reference = exact.cost.get("step_ms") if exact else None
+        return [
+            record["label"],
+            f"{config['learning_rate']:g}",
+            "" if config["rank"] is None else str(config["rank"]),
+            str(self.trials),
+            str(len(self.scores)),
+            f"{100 * self.mean:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}"),
+            f"{record['trained_parameters'] / 1e6:.2f} M",
+            f"{record['paper_flops'] / 1e6:.1f}",
+            f"{record['backward_multiply_adds'] / 1e6:.1f}",
+            f"{step[1]:.0f}" if step else "",
+            f"{step[1] / reference[1]:.2f}" if step and reference else "",
+            f"{self.cost['peak_mib']:.0f}" if "peak_mib" in self.cost else "",
+        ]
+
+
+def rows_of(experiment: Experiment) -> list[Row]:
+    """The methods that were tested, the best first."""
+    file = experiment.folder / COSTS
+    measured = json.loads(file.read_text())["methods"] if file.exists() else {}
+    rows = []
+    for method, records in records_of(experiment).items():
+        tested = [record for record in records if record["config"]["scored"] == "test"]
+        if tested:
+            scores = [record["score"] for record in tested]
+            rows.append(Row(method, scores, len(records) - len(tested), tested[0], measured.get(method, {})))
+    return sorted(rows, key=lambda row: -row.mean)
+
+
+def table(rows: list[Row]) -> str:
+    """In Markdown."""
+    metric = rows[0].record["metric"]
+    exact = next((row for row in rows if row.method == "full"), None)
+    header = [name.format(metric=metric) for name in HEADER]
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *(row.cells(exact) for row in rows)]
+    used = [index for index in range(len(header)) if any(line[index] for line in lines[2:])]
+    return "\n".join("| " + " | ".join(line[index] for index in used) + " |" for line in lines)
+
+
+def points(rows: list[Row]) -> dict[str, list[Point]]:
+    """What the panels of the figure show: by the label of the axis."""
+    panels: dict[str, list[Point]] = {
+        "MFLOPs of the backward pass, linear layers, one image": [
+            _point(row, row.record["paper_flops"] / 1e6) for row in rows
+        ],
+        "M multiply-adds of the backward pass, one image": [
+            _point(row, row.record["backward_multiply_adds"] / 1e6) for row in rows
+        ],
+    }
+    timed = [row for row in rows if "step_ms" in row.cost]
+    if timed:
+        panels["ms a training step"] = [_point(row, row.cost["step_ms"][1]) for row in timed]
+    weighed = [row for row in rows if "peak_mib" in row.cost]
+    if weighed:
+        panels["MiB at the peak of the process"] = [_point(row, row.cost["peak_mib"]) for row in weighed]
+    return panels
+
+
+def _point(row: Row, cost: float) -> Point:
+    return Point(row.record["label"], cost, 100 * row.mean, 100 * (row.deviation or 0))
+
+
+def with_table(text: str, name: str, content: str) -> str:
+    """A page with the content between its markers `<!-- NAME -->` and `<!-- end -->`; unchanged without markers."""
+    pattern = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)"
+    return re.sub(pattern, lambda found: f"{found[1]}\n{content}\n\n{found[2]}", text, flags=re.DOTALL)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--records", type=Path, default=RESULTS, help="folder of the records")
+    parser.add_argument("--docs", type=Path, help="folder of paper.md, which gets the tables, and of images/")
+    parser.add_argument("--figures", type=Path, help="folder for the figures (default: images/ of --docs)")
+    options = parser.parse_args(arguments)
+    figures = options.figures or (options.docs and options.docs / "images")
+    for experiment in experiments(options.records):
+        rows = rows_of(experiment)
+        if not rows:
+            continue
+        content = table(rows)
+        print(f"{experiment.table}: {experiment.name}\n\n{content}\n")
+        if figures:
+            figures.mkdir(parents=True, exist_ok=True)
+            name = f"paper-{experiment.name}.png"
+            draw_pareto(figures / name, points(rows), f"{rows[0].record['metric']} %", experiment.name)
+        if options.docs:
+            page = options.docs / "paper.md"
+            page.write_text(with_table(page.read_text(), experiment.name, content))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""The paper's experiments, offline: small stand-ins in the formats of the models and the data sets."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from models import vit_config
+from PIL import Image
+from transformers import (
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    ViTForImageClassification,
+)
+
+pytest.importorskip("datasets", reason="the experiments need datasets")
+pytest.importorskip("evaluate", reason="the experiments need evaluate")
+
+import datasets
+from paper import report, run
+from paper.counting import LinearBackward, paper_flops
+from paper.features import features_of, without_frozen_part
+from paper.methods import METHODS
+from paper.models import BACKBONES, Backbone, adapted_part, load_timm
+from paper.pareto import Point, front
+from paper.recipe import RECIPES, recipe
+from paper.search import Setting, Trial, best, next_setting
+
+ROOT = Path(__file__).parents[2]
+
+
+def image(shade, size=32):
+    noise = np.random.default_rng(shade).integers(0, 40, (size, size, 3))
+    return Image.fromarray((noise + shade).astype(np.uint8))
+
+
+def parquet(path, count, columns=("image", "label")):
+    """Two classes, dark and light, in the format of the hub's data sets."""
+    labels = [index % 2 for index in range(count)]
+    rows = {columns[0]: [image(200 * label + index % 10) for index, label in enumerate(labels)], columns[1]: labels}
+    kinds = {columns[0]: datasets.Image(), columns[1]: datasets.ClassLabel(names=["dark", "light"])}
+    datasets.Dataset.from_dict(rows, features=datasets.Features(kinds)).to_parquet(str(path))
+    return str(path)
+
+
+@pytest.fixture
+def experiment(tmp_path):
+    """Runs the program on a tiny ViT and tiny images; gives the folder of its records."""
+    torch.manual_seed(0)
+    ViTForImageClassification(vit_config()).save_pretrained(tmp_path / "vit")
+    train = parquet(tmp_path / "train.parquet", 40)
+    test = parquet(tmp_path / "test.parquet", 8)
+    recipe = tmp_path / "tiny.yaml"
+    recipe.write_text("epochs: 1\nbatch_size: 8\nlearning_rate: 1.0e-3\nwarmup_steps: 0\nmin_crop: 1.0\n")
+
+    def program(*arguments, output="records"):
+        given = ["--model", str(tmp_path / "vit"), "--stage", r"layers\.1\.", "--dataset", str(recipe)]
+        given += ["--train_files", train, "--test_files", test, "--train_images", "16", "--validation_images", "8"]
+        run.main([*given, "--output", str(tmp_path / output), "--name", "tiny", *arguments])
+        return tmp_path / output / "classification" / "tiny"
+
+    return program
+
+
+def test_runs_are_searched_recorded_and_resumed(experiment, tmp_path, capsys):
+    methods = ["--methods", "full", "lora", "lp_l1-2", "side-tuning", "--only-missing"]
+    folder = experiment(*methods, "--trials", "2", "--seeds", "0", "1")
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.json"))
+    assert len(files) == 4 * (2 + 2) and "lp_l1-2/trial-lr=0.003-rank=0.json" in files
+    record = json.loads((folder / "lora" / "seed-1.json").read_text())
+    assert record["config"]["learning_rate"] in (0.01, 0.03) and record["config"]["scored"] == "test"
+    assert record["environment"]["torch"] == torch.__version__ and len(record["curve"]) == 1
+    assert 0 <= record["score"] <= 1 and record["backward_multiply_adds"] > 0 and record["paper_flops"] > 0
+
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*.json")}
+    (folder / "full" / "seed-0.json").unlink()
+    experiment(*methods, "--trials", "2", "--seeds", "0", "1")
+    written = [path for path in times if path.stat().st_mtime_ns != times[path]]
+    assert [path.name for path in written] == ["seed-0.json"] and written[0].parent.name == "full"
+    with pytest.raises(SystemExit, match="--only-missing"):
+        experiment("--methods", "full", "--seeds", "0")
+    with pytest.raises(SystemExit, match="other options .*epochs"):
+        experiment(*methods, "--epochs", "2", "--trials", "2")
+
+    capsys.readouterr()
+    (folder / "costs.json").write_text(json.dumps({"methods": {"full": {"step_ms": [9, 10, 11], "peak_mib": 300}}}))
+    (tmp_path / "paper.md").write_text("before\n<!-- tiny -->\nold\n<!-- end -->\nafter\n")
+    report.main(["--records", str(tmp_path / "records"), "--docs", str(tmp_path)])
+    page = (tmp_path / "paper.md").read_text()
+    assert "old" not in page and page.endswith("<!-- end -->\nafter\n")
+    line = next(line for line in page.splitlines() if line.startswith("| exact backpropagation"))
+    assert line.split("|")[4:6] == [" 2 ", " 2 "] and line.endswith("| 10 | 1.00 | 300 |")
+    assert (tmp_path / "images" / "paper-tiny.png").stat().st_size > 10_000
+
+
+def test_cost_of_steps(experiment):
+    folder = experiment("--methods", "full", "--cost-rounds", "2")
+    own = json.loads((folder / "costs.json").read_text())["methods"]["full"]
+    assert own["step_ms"][0] <= own["step_ms"][2] and own["over_first"] == [1, 1, 1] and own["peak_mib"] > 50
+
+
+def test_segmentation_of_folders_of_images_and_maps(tmp_path):
+    config = SegformerConfig(
+        num_labels=2, depths=[1, 1, 1, 1], hidden_sizes=[8, 8, 16, 16], num_attention_heads=[1, 1, 2, 2],
+        decoder_hidden_size=16,
+    )  # fmt: skip
+    SegformerForSemanticSegmentation(config).save_pretrained(tmp_path / "segformer")
+    for split, count in (("train", 8), ("val", 2)):
+        for part in ("images", "masks"):
+            (tmp_path / "data" / split / part).mkdir(parents=True)
+        for index in range(count):
+            image(20 * index, 64).save(tmp_path / "data" / split / "images" / f"{index}.png")
+            mask = np.zeros((64, 64), dtype=np.uint8)
+            mask[:, 32:] = 1
+            mask[0] = 255  # of no class
+            Image.fromarray(mask).save(tmp_path / "data" / split / "masks" / f"{index}.png")
+    given = ["--table", "segmentation", "--model", "segformer_mit_b0", "--weights", str(tmp_path / "segformer")]
+    given += ["--dataset", "cityscapes", "--methods", "lp_l1-2", "--seeds", "0", "--output", str(tmp_path / "records")]
+    small = {"dataset": tmp_path / "data", "image_size": 64, "epochs": 1, "batch_size": 2, "validation_images": 2}
+    run.main([*given, *(f"--{name}={value}" for name, value in small.items()), "--class_names", "left", "right"])
+    (file,) = (tmp_path / "records").rglob("seed-0.json")
+    record = json.loads(file.read_text())
+    assert record["metric"] == "mean IoU" and 0 < record["score"] <= 1
+    assert file.parts[-3:-1] == ("segformer_mit_b0-partial-cityscapes", "lp_l1-2")
+
+
+@pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
+def test_recipes_can_be_read(file):
+    table = "segmentation" if file.stem in ("cityscapes", "voc12", "camvid") else "classification"
+    options = recipe(table, file.stem, [])
+    assert options.weight_decay == 1e-5 and options.scheduler == "cosine" and options.dataset
+    if table == "classification" and options.train_images is None:
+        rate = {"flowers102": 2e-4, "food101": 2e-4, "cars": 5e-4}.get(file.stem, 1e-4)
+        clipped = None if file.stem == "cifar100" else 5.0
+        assert (options.learning_rate, options.max_grad_norm) == (rate, clipped)
+        assert (options.epochs, options.batch_size, options.warmup_steps, options.image_size) == (50, 64, 1000, [224])
+
+
+def test_files_of_the_user_take_the_place_of_the_recipes_data(tmp_path):
+    with pytest.raises(SystemExit, match="unknown flag"):
+        recipe("classification", "cifar100", ["--epoch", "1"])
+    options = recipe("classification", "cifar100", ["--train_files", "a.parquet", "--epochs", "3"])
+    assert (options.dataset, options.label_column, options.epochs) == (None, None, 3)
+
+
+def test_search_goes_beyond_the_best_end_then_tries_ranks():
+    def score(setting):  # the best rate is 3e-3, and rank 16 is better
+        return -abs(np.log(setting.learning_rate / 3e-3)) + 0.01 * (setting.rank == 16)
+
+    trials = []
+    for _ in range(6):
+        setting = next_setting(trials, 3e-4, (8, 16))
+        trials.append(Trial(setting, score(setting)))
+    settings = [(trial.setting.learning_rate, trial.setting.rank) for trial in trials]
+    assert settings[:5] == [(3e-4, 8), (9e-4, 8), (2.7e-3, 8), (8.1e-3, 8), (2.7e-3, 16)]
+    assert settings[5] == (pytest.approx(4.7e-3), 8) and best(trials) == Setting(2.7e-3, 16)
+    falling = [Trial(Setting(1e-3), 1.0), Trial(Setting(3e-3), 0.5)]
+    assert next_setting(falling, 1e-3, ()) == Setting(3.3e-4)
+
+
+def test_the_front_leaves_out_what_is_beaten():
+    points = [Point("a", 2, 5, 0), Point("b", 1, 3, 0), Point("c", 3, 4, 0), Point("d", 2, 4, 0)]
+    assert [point.label for point in front(points)] == ["b", "a"]
+
+
+# The paper's way of counting
+
+
+def test_flops_of_one_layer_by_hand():
+    """fc1 of EfficientFormer-L1's last stage: 448 -> 1792 on 7 x 7 patches."""
+    product = 448 * 1792
+    assert LinearBackward(49, 448, 1792).flops == 2 * 2 * 49 * product
+    low_rank = LinearBackward(49, 448, 1792, kept_for_weight=3, kept_for_input=3)
+    assert low_rank.multiply_adds == 2 * 3 * product
+    assert low_rank.additions == 49 * 3 * (448 + 1792 + 448)  # x and g projected, dx lifted
+    only_weight = LinearBackward(49, 448, 1792, kept_for_weight=3)
+    assert only_weight.flops == 2 * (3 + 49) * product + 49 * 3 * (448 + 1792)
+    lora = LinearBackward(49, 448, 1792, weight=False, lora_rank=8)
+    assert lora.multiply_adds == 49 * product + 2 * 49 * 8 * (448 + 1792)
+
+
+def test_flops_are_counted_on_the_model():
+    model = ViTForImageClassification(vit_config())
+    part = adapted_part(model, r"layers\.1\.")
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
+    attention, mlp = 32 * 32, 32 * 64
+    products = 65 * (4 * attention + 2 * mlp)  # for each gradient
+    of_input = (
+        products - 3 * 65 * attention
+    )  # nothing before query, key and value of the first adapted block is trained
+    assert paper_flops(METHODS["full"].build(model, part, None).train(), part, batch) == 2 * (products + of_input)
+
+    model = METHODS["lp_l1-2"].build(ViTForImageClassification(vit_config()), part, None).train()
+    kept = 4  # 3 bases and [CLS]
+    of_products = 2 * kept * (products + of_input) // 65
+    channels = 3 * (32 + 32) + (32 + 32 + 32) + (32 + 64 + 32) + (64 + 32 + 64)
+    assert paper_flops(model, part, batch) == of_products + 65 * kept * channels
+
+
+def test_flops_of_efficientformers_last_stage():
+    """INSTANT (ICLR 2026) gives 1484 MFLOPs for exact backpropagation."""
+    pytest.importorskip("timm", reason="timm is not installed")
+    from transformers import AutoModelForImageClassification, TimmWrapperConfig
+
+    config = TimmWrapperConfig(architecture="efficientformer_l1", num_labels=10)
+    model = AutoModelForImageClassification.from_config(config)
+    part = adapted_part(model, r"stages\.3\.")
+    batch = {"pixel_values": torch.randn(2, 3, 224, 224), "labels": torch.tensor([0, 1])}
+    assert round(paper_flops(METHODS["full"].build(model, part, None).train(), part, batch) / 1e6) == 1484
+
+
+def test_weights_of_timm_in_a_file(tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    from safetensors.torch import save_file
+
+    stored = timm.create_model("tf_efficientnet_lite0", num_classes=3).state_dict()
+    save_file(stored, tmp_path / "lite0.safetensors")
+    model = load_timm("tf_efficientnet_lite0", str(tmp_path / "lite0.safetensors"), ["a", "b"], seed=0)
+    torch.testing.assert_close(model.timm_model.conv_stem.weight, stored["conv_stem.weight"])
+    assert model.timm_model.classifier.weight.shape[0] == 2
+    part = adapted_part(model, BACKBONES["tf_efficientnet_lite0"].stages["partial"])
+    assert len(part.targets) == 10 and part.heads == ["timm_model.classifier"]
+    features = features_of(model, BACKBONES["tf_efficientnet_lite0"], {"pixel_values": torch.randn(2, 3, 64, 64)})
+    with torch.no_grad():
+        whole = model(torch.zeros(2, 3, 64, 64)).logits
+    assert features.shape == (2, 112, 4, 4) and whole.shape == (2, 2)
+    save_file({name: value for name, value in stored.items() if "blocks.0" not in name}, tmp_path / "part.safetensors")
+    with pytest.raises(SystemExit, match="has no values for blocks.0"):
+        load_timm("tf_efficientnet_lite0", str(tmp_path / "part.safetensors"), ["a", "b"], seed=0)
+
+
+# Features of the frozen part
+
+
+@pytest.mark.parametrize("method", ["full", "lp_l1-2"])
+def test_gradients_from_features_are_those_from_images(method):
+    config = Dinov2Config(
+        image_size=28, patch_size=14, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, num_labels=5
+    )
+    backbone = Backbone(
+        "", {"partial": ""}, entry="dinov2.encoder.layer.2", before=r"^dinov2\.(embeddings|encoder\.layer\.[01])$"
+    )
+    images = {"pixel_values": torch.randn(2, 3, 28, 28), "labels": torch.tensor([0, 1])}
+    gradients = []
+    for cut in (False, True):
+        torch.manual_seed(0)
+        model = Dinov2ForImageClassification(config)
+        batch = images
+        if cut:
+            batch = images | {"pixel_values": features_of(model, backbone, {"pixel_values": images["pixel_values"]})}
+            model = without_frozen_part(model, backbone)
+        part = adapted_part(model, r"layer\.2\.", {"grid_size": (2, 2), "num_prefix_tokens": 1} if cut else {})
+        model = METHODS[method].build(model, part, None).train()
+        model(**batch).loss.backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients)
+
+
+def test_runs_begin_with_stored_features(tmp_path):
+    config = Dinov2Config(
+        image_size=28, patch_size=14, hidden_size=32, num_hidden_layers=12, num_attention_heads=2, mlp_ratio=1
+    )
+    Dinov2ForImageClassification(config).save_pretrained(tmp_path / "dinov2")
+    train = parquet(tmp_path / "train.parquet", 24)
+    given = ["--model", "dinov2_small", "--weights", str(tmp_path / "dinov2"), "--dataset", "cifar100-1000"]
+    given += ["--train_files", train, "--image_size", "28", "--epochs", "1", "--train_images", "8", "--batch_size", "4"]
+    given += ["--validation_images", "4", "--output", str(tmp_path / "records"), "--methods", "lp_l1-2", "--seeds", "0"]
+    run.main([*given, "--cache", str(tmp_path / "cache")])
+    stored = sorted(path.name.rsplit("-", 1)[-1] for path in (tmp_path / "cache").iterdir())
+    assert stored == ["test.pt", "train.pt", "validation.pt"]
+    assert torch.load(next((tmp_path / "cache").glob("*train.pt")))["features"].shape == (2, 8, 5, 32)
+    with pytest.raises(SystemExit, match="min_crop"):
+        run.main([*given, "--cache", str(tmp_path / "cache"), "--min_crop", "0.5", "--again"])
+
+
+# The recipe of the documentation
+
+
+def test_a_method_of_ones_own(experiment):
+    page = (ROOT / "docs" / "paper.md").read_text()
+    code = re.search(r"## Add your method.*?```python\n(.*?)```", page, re.DOTALL)[1]
+    before = dict(METHODS)
+    try:
+        exec(code, {})
+        (name,) = METHODS.keys() - before.keys()
+        folder = experiment("--methods", name, "--seeds", "0")
+        assert json.loads((folder / name / "seed-0.json").read_text())["label"] == METHODS[name].label
+    finally:
+        METHODS.clear()
+        METHODS.update(before)
