@@ -70,8 +70,8 @@ class Bench:
         base = self.base(seed=0)
         self.images = ImageData(base, self.task, self.source, self.options)
         self.about = {
-            "table": table, "model": name, "weights": self.options.model, "protocol": protocol, "cached": self.cut,
-            **{key: getattr(self.options, key, None) for key in _OF_RESULT},
+            "table": table, "model": name, "weights": _short(self.options.model), "protocol": protocol,
+            "cached": self.cut, **{key: _short(getattr(self.options, key, None)) for key in _OF_RESULT},
         }  # fmt: skip
         self.data: Any = self.images
         if cache is not None:
@@ -101,12 +101,11 @@ class Bench:
         """
         model = self.base(seed)
         settings = {"boundary": self.options.boundary}
-        cut = self.cut if cut is None else cut
-        if cut:
+        part = adapted_part(model, self.backbone.stages[self.protocol], settings)
+        if self.cut if cut is None else cut:
             model = without_frozen_part(model, self.backbone)
             if self.backbone.layout is not None:
                 settings |= self.backbone.layout(self.images.preprocessor.size)
-        part = adapted_part(model, self.backbone.stages[self.protocol], settings)
         torch.manual_seed(seed)
         model = method.build(model, part, rank).to(self.accelerator.device)
         train_mode(model)
@@ -169,3 +168,11 @@ class Bench:
     def size(self) -> tuple[int, int]:
         """(height, width) of the images in pixels."""
         return as_size(self.options.image_size) or self.images.preprocessor.size
+
+
+def _short(value: Any) -> Any:
+    """A value as records have it: of absolute paths the last two parts, since the others tell of the machine alone."""
+    if isinstance(value, list):
+        return [_short(one) for one in value]
+    is_path = isinstance(value, str) and Path(value).is_absolute()
+    return "/".join(Path(value).parts[-2:]) if is_path else value

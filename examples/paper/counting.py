@@ -139,6 +139,6 @@ def _layer(model: nn.Module, name: str) -> nn.Module:
 def _lora_of(layer: nn.Module) -> tuple[int, bool] | None:
     if not isinstance(layer, LoraLayer):
         return None
-    (name,) = layer.active_adapters
+    name = next(name for name in layer.active_adapters if name in layer.lora_A)
     down: torch.Tensor = layer.lora_A[name].weight
     return layer.r[name], down.requires_grad

@@ -20,7 +20,8 @@ from .models import AdaptedPart, freeze_all_but
 from .side_tuning import SideTuned
 
 _ATTENTION = re.compile(r"attn|attention|token_mixer")
-_LORA = {"lora_alpha": 8, "rank_pattern": {r".*qkv": 24}}  # the paper's; a fused qkv has three factors of rank 8
+_LORA_ALPHA = 8  # the paper's, as are the ranks
+_FUSED = "qkv"  # which gets three factors of rank 8
 NONE = ()  # ranks of a method that has none to search
 
 
@@ -58,7 +59,9 @@ def checkpointing(model: nn.Module, part: AdaptedPart, rank: int | None) -> nn.M
 
 
 def lora(model: nn.Module, part: AdaptedPart, rank: int | None, targets: list[str] | None = None) -> nn.Module:
-    return words.lora(model, part.heads, part.targets if targets is None else targets, _LORA | {"r": rank})
+    targets = part.targets if targets is None else targets
+    fused = {rf".*{_FUSED}": 24} if any(name.endswith(_FUSED) for name in targets) else {}
+    return words.lora(model, part.heads, targets, {"r": rank, "lora_alpha": _LORA_ALPHA, "rank_pattern": fused})
 
 
 def lora_without_mlps(model: nn.Module, part: AdaptedPart, rank: int | None) -> nn.Module:
@@ -69,7 +72,7 @@ def lora_without_mlps(model: nn.Module, part: AdaptedPart, rank: int | None) -> 
 
 
 def lora_of_queries_and_values(model: nn.Module, part: AdaptedPart, rank: int | None) -> nn.Module:
-    own = (*QUERY_AND_VALUE, "qkv", "q", "v")
+    own = (*QUERY_AND_VALUE, _FUSED, "q", "v")
     targets = [name for name in part.targets if name.rsplit(".", 1)[-1] in own]
     if not targets:
         raise NotAvailable("the adapted part has no attention")
@@ -77,11 +80,11 @@ def lora_of_queries_and_values(model: nn.Module, part: AdaptedPart, rank: int | 
 
 
 def lora_fa(model: nn.Module, part: AdaptedPart, rank: int | None) -> nn.Module:
-    return words.lora_fa(model, part.heads, {"target_modules": part.targets, "r": rank, "lora_alpha": 8})
+    return words.lora_fa(model, part.heads, {"target_modules": part.targets, "r": rank, "lora_alpha": _LORA_ALPHA})
 
 
 def velora(model: nn.Module, part: AdaptedPart, rank: int | None) -> nn.Module:
-    return words.velora(model, part.heads, {"target_modules": part.targets, "r": rank, "lora_alpha": 8})
+    return words.velora(model, part.heads, {"target_modules": part.targets, "r": rank, "lora_alpha": _LORA_ALPHA})
 
 
 def lbp_wht(model: nn.Module, part: AdaptedPart, rank: int | None, **settings: Any) -> nn.Module:

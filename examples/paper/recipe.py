@@ -40,13 +40,14 @@ KINDS: dict[str, Any] = {"classification": ClassificationRecipe, "segmentation":
 _OF_DATASET = ("dataset", "dataset_config", "train_split", "test_split", "image_column", "label_column", "mask_column")
 
 
-def recipe(table: str, dataset: str, flags: list[str]) -> Any:
+def recipe(table: str, dataset: str, flags: list[str], data: str | None = None) -> Any:
     """The options of an experiment.
 
     Args:
         table: One of `TABLES`.
         dataset: The name of a recipe, or the path of one.
         flags: Override the recipe's values; named as in the YAML file.
+        data: A folder or a name on the hub, in the place of where the recipe has its images from.
 
     Raises:
         SystemExit: there is no such recipe or option.
@@ -58,8 +59,9 @@ def recipe(table: str, dataset: str, flags: list[str]) -> Any:
     parser = Parser(KINDS[table])
     try:
         own = parser.flags_of(file)
-        if any(flag.split("=")[0] == "--train_files" for flag in flags):
+        if data or any(flag.split("=")[0] == "--train_files" for flag in flags):
             own = [flag for flag in own if flag.split("=")[0].lstrip("-") not in _OF_DATASET]
+        own += [f"--dataset={data}"] if data else []
         options = parser.options([*own, *flags])
         options.check_together()
     except (ValueError, argparse.ArgumentError) as error:

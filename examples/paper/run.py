@@ -5,7 +5,7 @@
 
 The recipe of a data set (recipes/*.yaml) says where its images are and how to train. Every option of
 examples/image_classification.py and examples/semantic_segmentation.py that a recipe may hold can be given as a flag,
-for example --train_files and --test_files for images in Parquet files of your own. With --trials N the learning rate
+for example --train_files and --test_files for images in Parquet files of your own (or --data for a folder). With --trials N the learning rate
 and the rank of each method are first searched on validation images, N trials for each. Every run ends in a record;
 --only-missing goes on after a kill. `report.py` makes tables and figures of the records.
 """
@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> None:
     if own.again and own.only_missing:
         raise SystemExit("--again replaces records and --only-missing keeps them: give one of the two")
     methods = {name: method_named(name) for name in own.methods}
-    options = recipe(own.table, own.dataset, flags)
+    options = recipe(own.table, own.dataset, flags, own.data)
     if own.stage:
         backbone = Backbone(own.model, {"partial": own.stage, "full": ""})
     else:
@@ -114,6 +114,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--stage", help="regular expression of the layers that the partial protocol adapts")
     result.add_argument("--protocol", choices=PROTOCOLS, default="partial")
     result.add_argument("--dataset", required=True, help="a recipe: its name in recipes/, or a YAML file")
+    result.add_argument("--data", help="folder or name on the hub, in the place of the recipe's")
     result.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=", ".join(METHODS))
     result.add_argument("--trials", type=int, default=0, help="of each method's search (default: 0, the recipe's rate)")
     result.add_argument("--cache", type=Path, help="compute the frozen part once, and keep its features in this folder")

@@ -5,6 +5,7 @@ In the spirit of ladder side-tuning (arXiv 2206.06522), on pooled features.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,28 +29,28 @@ class SideTuned(nn.Module):
     def __init__(self, model: nn.Module, taps: list[str], width: int):
         super().__init__()
         self.model = model
-        self._pooled: list[Tensor] = []
+        self._pooled: dict[int, Tensor] = {}
         layers = [model.get_submodule(name) for name in taps]
         self.norms, self.projections = nn.ModuleList(), nn.ModuleList()
-        for layer in layers:
+        for index, layer in enumerate(layers):
             features = layer.weight.shape[0]
             self.norms.append(nn.LayerNorm(features))
             self.projections.append(nn.Linear(features, width))
-            layer.register_forward_hook(self._pool)
+            layer.register_forward_hook(partial(self._pool, index))
         self.last = nn.Linear(width, model.config.num_labels)
         nn.init.zeros_(self.last.weight)  # training begins with the backbone's own logits
         nn.init.zeros_(self.last.bias)
 
-    def _pool(self, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+    def _pool(self, index: int, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
         axes = (2, 3) if isinstance(layer, nn.Conv2d) else tuple(range(1, output.dim() - 1))
-        self._pooled.append(output.detach().mean(axes))
+        self._pooled[index] = output.detach().mean(axes)
 
     def forward(self, labels: Tensor | None = None, **inputs: Any) -> ImageClassifierOutput:
         self._pooled.clear()
         logits = self.model(**inputs).logits
-        state: Any = 0.0
-        for pooled, norm, projection in zip(self._pooled, self.norms, self.projections, strict=True):
-            state = F.gelu(state + projection(norm(pooled))) if torch.is_tensor(state) else projection(norm(pooled))
+        state = torch.zeros_like(logits[:, :1])
+        for index, (norm, projection) in enumerate(zip(self.norms, self.projections, strict=True)):
+            state = F.gelu(state + projection(norm(self._pooled[index])))
         self._pooled.clear()
         logits = logits + self.last(state)
         loss = None if labels is None else F.cross_entropy(logits, labels)
