@@ -44,6 +44,7 @@ class Run:
         learning_rate: The peak learning rate.
         seed: The seed of the random numbers for a batch.
         remaining: The estimate of the time that this run and the later ones take.
+        scores_last_only: Whether test images are scored after the last epoch only, which is faster.
     """
 
     label: str
@@ -52,6 +53,7 @@ class Run:
     learning_rate: float
     seed: int = 0
     remaining: Remaining = field(default_factory=lambda: Remaining(runs=1))
+    scores_last_only: bool = False
 
 
 @dataclass
@@ -128,6 +130,9 @@ def train(
         """Score the current weights, or their average, and keep them if they are the best so far."""
         with average.applied() if average is not None else nullcontext():
             tested = Confusion()
+            if run.scores_last_only and progress.epoch < run.epochs - 1:
+                progress.next_epoch(math.nan)
+                return
             scores = [test(accelerator, task, model, test_loader, options, tested)]
             scores += [test(accelerator, task, model, loader, options) for loader in validation]
             progress.next_epoch(*scores)
