@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -115,7 +116,7 @@ class Bench:
         """Train by a method with one seed.
 
         Args:
-            scored: The images that are scored after every epoch, `validation` or `test`.
+            scored: The images that are scored after the last epoch, `validation` or `test`.
 
         Returns:
             The record of the run. Its score is that after the last epoch.
@@ -125,9 +126,8 @@ class Bench:
         loaders = self.data.loaders(seed, scored)
         batch = send_to_device(next(iter(loaders[0])), self.accelerator.device)
         counts = self.counts(model, part, batch)
-        run = Run(
-            f"{method.label}, {setting.learning_rate:g}", Path(), self.options.epochs, setting.learning_rate, seed
-        )
+        label, rate = f"{method.label}, {setting.learning_rate:g}", setting.learning_rate
+        run = Run(label, Path(), self.options.epochs, rate, seed, scores_last_only=True)
         machine, start = environment(), time.perf_counter()
         with peak_memory(self.accelerator.device) as peak:
             _, history = train(self.accelerator, self.task, model, loaders, run, self.options)
@@ -135,7 +135,7 @@ class Bench:
             "label": method.label,
             "score": history[-1]["score"],
             "metric": self.task.metric_name,
-            "curve": history,
+            "curve": [epoch | {"score": None if math.isnan(epoch["score"]) else epoch["score"]} for epoch in history],
             "seconds": time.perf_counter() - start,
             "training_seconds": sum(epoch["seconds"] for epoch in history),
             "peak_mib_of_process": peak.mib,

@@ -6,6 +6,7 @@ every epoch, trial, seed and method; the runs then begin with these. The gradien
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -128,7 +129,9 @@ class FeatureData:
             ]
         )
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save({"features": features, "labels": labels}, file)
+        new = file.with_suffix(f".{os.getpid()}")  # two programs may compute the same features
+        torch.save({"features": features, "labels": labels}, new)
+        os.replace(new, file)
         return features, labels
 
     def _batches(self, dataset: Any, mirrored: bool) -> Iterator[dict[str, Any]]:
