@@ -44,7 +44,7 @@ class Run:
         learning_rate: The peak learning rate.
         seed: The seed of the random numbers for a batch.
         remaining: The estimate of the time that this run and the later ones take.
-        scores_last_only: Whether test images are scored after the last epoch only, which is faster.
+        scores_last_only: Whether to score test images after the last epoch only, which is faster.
     """
 
     label: str

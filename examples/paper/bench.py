@@ -1,4 +1,4 @@
-"""The bench that methods are tried on: one model, one protocol, one set of images, and runs on them."""
+"""Runs of methods on one model, one protocol and one set of images."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ class Bench:
     """One model, one protocol, one set of images.
 
     Args:
-        table: One of `TABLES`.
-        name: Of the model.
+        table: The kind of task, a key of `TABLES`.
+        name: The name of the model in records.
         backbone: The model.
-        weights: Where its weights are, if not where the backbone says.
-        protocol: One of `PROTOCOLS`.
-        options: Of the recipe.
-        cache: Folder for the features of the frozen part; None: every step begins with images.
+        weights: The place of its weights; None: the one that the backbone names.
+        protocol: "partial" or "full".
+        options: The options of the recipe.
+        cache: The folder for the features of the frozen part; None: every step begins with images.
     """
 
     def __init__(
@@ -92,10 +92,13 @@ class Bench:
     def adapted(
         self, method: Method, rank: int | None, seed: int, cut: bool | None = None
     ) -> tuple[nn.Module, AdaptedPart]:
-        """The model, made ready by a method, and what of it is adapted.
+        """The model, adapted by a method, and its adapted part.
 
         Args:
-            cut: Whether it takes features in the place of images; None: as the bench's runs do.
+            method: The method.
+            rank: Its rank, if it has one.
+            seed: The seed of the head and the adapters.
+            cut: Whether the model takes features in place of images; None: as in the runs.
 
         Raises:
             NotAvailable: the model does not admit the method.
@@ -116,6 +119,9 @@ class Bench:
         """Train by a method with one seed.
 
         Args:
+            method: The method.
+            setting: Its learning rate and rank.
+            seed: The seed of the run.
             scored: The images that are scored after the last epoch, `validation` or `test`.
 
         Returns:
@@ -144,7 +150,7 @@ class Bench:
         }
 
     def counts(self, model: nn.Module, part: AdaptedPart, batch: dict[str, Any]) -> dict[str, float]:
-        """What a backward pass computes, for one image, and what is trained."""
+        """The computation of the backward pass for one image, and the number of trained parameters."""
         images = len(batch["pixel_values"])
         with undisturbed(model):
             train_mode(model)
@@ -158,7 +164,7 @@ class Bench:
         }
 
     def config(self, method: str, setting: Setting, seed: int, scored: str) -> dict[str, Any]:
-        """All that a run's result depends on."""
+        """Everything that the result of a run depends on."""
         return {
             **self.about, "method": method, "learning_rate": setting.learning_rate, "rank": setting.rank, "seed": seed,
             "scored": scored,
@@ -171,7 +177,7 @@ class Bench:
 
 
 def _short(value: Any) -> Any:
-    """A value as records have it: of absolute paths the last two parts, since the others tell of the machine alone."""
+    """The value in records: absolute paths are cut to their last two parts, since the rest depends on the machine."""
     if isinstance(value, list):
         return [_short(one) for one in value]
     is_path = isinstance(value, str) and Path(value).is_absolute()

@@ -1,4 +1,4 @@
-"""What a training step costs by each method: seconds, measured in turns, and the peak of a process of its own."""
+"""The cost of a training step: seconds, measured in turns, and the peak memory of a process for each method."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lbp_peft.measure.undisturbed import loss_of_output
 from .bench import Bench
 from .methods import method_named
 
-_STEPS = 3  # of which the peak is taken
+_STEPS = 3  # in the measurement of the peak
 _RUN = Path(__file__).with_name("run.py")
 
 
@@ -30,7 +30,8 @@ def step_times(bench: Bench, methods: list[str], rounds: int) -> dict[str, Any]:
     """Milliseconds of a whole training step on images, the frozen part of the model included.
 
     Returns:
-        By method: quartiles of forward and backward pass and optimiser together, and their ratio to the first method.
+        The quartiles of forward pass, backward pass and optimiser together, and those of the ratios to the first
+        method, by method.
     """
     built = {}
     for name in methods:
@@ -58,7 +59,7 @@ def step_times(bench: Bench, methods: list[str], rounds: int) -> dict[str, Any]:
 
 
 def peak_of(bench: Bench, name: str) -> dict[str, float]:
-    """The peak of this process over some steps with AdamW, and its size before."""
+    """The peak resident size of this process over some steps with AdamW."""
     method = method_named(name)
     model, _ = bench.adapted(method, next(iter(method.ranks), None), seed=0, cut=False)
     batch = first_batch(bench)
@@ -71,7 +72,7 @@ def peak_of(bench: Bench, name: str) -> dict[str, float]:
 
 
 def peak_in_a_process(arguments: list[str], name: str) -> dict[str, float] | None:
-    """[`peak_of`] in a process that does nothing else, with the arguments that this program was given."""
+    """[`peak_of`] in a new process, which gets the arguments of this program."""
     command = [sys.executable, str(_RUN), *arguments, "--methods", name, "--peak"]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -87,7 +88,7 @@ def first_batch(bench: Bench) -> dict[str, torch.Tensor]:
 
 
 def costs(bench: Bench, methods: list[str], rounds: int, arguments: list[str]) -> dict[str, Any]:
-    """Everything, as `costs.json` has it."""
+    """The content of `costs.json`."""
     before = environment()
     times = step_times(bench, methods, rounds)
     for name, own in times.items():

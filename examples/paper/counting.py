@@ -28,9 +28,9 @@ class LinearBackward:
         in_features, out_features: C_in and C_out.
         weight: Whether there is a gradient of the weight.
         input: Whether there is a gradient of the input.
-        kept_for_weight, kept_for_input: k of the L tokens that each is computed from; None: all of them.
-        lora_rank: The rank of LoRA factors beside the weight; 0: none.
-        trains_down: Whether the first of them, A, is trained.
+        kept_for_weight, kept_for_input: The k coefficients that each gradient is computed from; None: all L tokens.
+        lora_rank: The rank of the LoRA factors beside the weight; 0: there are none.
+        trains_down: Whether the first factor, A, is trained.
     """
 
     tokens: int
@@ -45,7 +45,7 @@ class LinearBackward:
 
     @property
     def multiply_adds(self) -> int:
-        """Of the matrix products."""
+        """The multiply-adds of the matrix products."""
         of_weight = self.tokens if self.kept_for_weight is None else self.kept_for_weight
         of_input = self.tokens if self.kept_for_input is None else self.kept_for_input
         product = self.in_features * self.out_features
@@ -60,7 +60,7 @@ class LinearBackward:
 
     @property
     def additions(self) -> int:
-        """Of the transform: x and g are projected, dx is lifted; g only once where both gradients use one basis."""
+        """The additions of the transform: x and g are projected and dx is lifted, g once if both gradients share a basis."""
         trains = self.weight or self.lora_rank > 0
         for_weight = (self.kept_for_weight or 0) if trains else 0
         for_input = (self.kept_for_input or 0) if self.input else 0
@@ -77,11 +77,12 @@ def linear_backwards(model: nn.Module, part: AdaptedPart, batch: dict[str, Tenso
     """How the backward pass of each layer of the adapted part runs, seen in a forward pass in training mode.
 
     Args:
-        model: Adapted by a method already.
-        batch: Arguments of the model.
+        model: The adapted model.
+        part: The adapted part.
+        batch: The arguments of the model.
 
     Returns:
-        By the layer's name before it was adapted; a layer without any gradient is left out.
+        The backward pass of each layer by the layer's name before adaptation, without layers that have no gradient.
     """
     found: dict[str, LinearBackward] = {}
     num_images = len(next(iter(batch.values())))
@@ -91,7 +92,7 @@ def linear_backwards(model: nn.Module, part: AdaptedPart, batch: dict[str, Tenso
         base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
         on_images = isinstance(base, nn.Conv2d)
         channels = x.shape[1] if on_images else x.shape[-1]
-        tokens = x.numel() // channels // num_images  # of all windows of an image
+        tokens = x.numel() // channels // num_images  # in all windows of an image
         out_features, in_features = base.weight.shape[:2]
         trained = [parameter for parameter in layer.parameters() if parameter.requires_grad]
         if not trained and not x.requires_grad:
@@ -131,7 +132,7 @@ def paper_flops(model: nn.Module, part: AdaptedPart, batch: dict[str, Tensor]) -
 
 
 def _layer(model: nn.Module, name: str) -> nn.Module:
-    """The layer of that name, or what an adapter made of it: the outermost one."""
+    """The layer of that name, or the adapter layer in its place."""
     names = [own for own, _ in model.named_modules() if own == name or own.endswith(f".{name}")]
     return model.get_submodule(min(names, key=len))
 

@@ -1,4 +1,4 @@
-"""The images of an experiment: few to train on, others of the training split to search on, and those to test on."""
+"""The images of an experiment: those for training, for the search (from the training split) and for the test."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from lbp_peft.loading.preprocessing import Preprocessor
 
 
 class TimmPreprocessor(Preprocessor):
-    """Resizes and normalises images as a model of timm wants them.
+    """The image processor of a model of timm.
 
     Args:
-        settings: timm's `pretrained_cfg`.
-        size: (height, width) in pixels; None: timm's own.
+        settings: The model's `pretrained_cfg`.
+        size: (height, width) in pixels; None: the model's own.
     """
 
     def __init__(self, settings: dict[str, Any], size: tuple[int, int] | None):
@@ -44,7 +44,7 @@ def preprocessor(model: PreTrainedModel, task: Task, options: Any) -> Preprocess
 
 
 def load_source(task: Task, options: Any) -> Source:
-    """The images. `validation` is drawn from the training split, apart from `train`, by the seed of the data."""
+    """The images. Those of `validation` come from the training split and are not in `train`."""
     source = task.load(options)
     labels = task.classes(source.train)
     apart = draw(len(source.train), options.validation_images, options.data_seed, labels)
@@ -63,7 +63,10 @@ class ImageData:
     """Batches of images, preprocessed and augmented anew in every epoch.
 
     Args:
-        model: Tells the image processor.
+        model: The model, which determines the image processor.
+        task: The task.
+        source: The images.
+        options: The options of the recipe.
     """
 
     def __init__(self, model: PreTrainedModel, task: Task, source: Source, options: Any):
@@ -73,7 +76,7 @@ class ImageData:
         self.extra = {} if timm else forward_arguments(model, self.preprocessor.size)
 
     def loaders(self, seed: int, scored: str) -> list[DataLoader]:
-        """Of training images, and of those that are scored: `validation` or `test`."""
+        """The loaders of the training images and of those that are scored, `validation` or `test`."""
         how = self.task, self.preprocessor, self.options
         images = [
             Images(self.source.train, *how, train=True, seed=seed),

@@ -1,7 +1,7 @@
 """Features of the frozen part of a model, computed once for all runs.
 
-In the partial protocol the first stages never change. Without augmentation but mirroring, their outputs are the same in
-every epoch, trial, seed and method; the runs then begin with these. The gradients are those of training on the images.
+In the partial protocol the first stages never change. If mirroring is the only augmentation, their outputs are the same
+in every epoch, trial, seed and method, so the runs can begin with them. The gradients are those of training on images.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BATCH = 32
 
 
 class PassThrough(nn.Module):
-    """Stands for a frozen module before the adapted part: it returns its first argument."""
+    """Takes the place of a frozen module before the adapted part, and returns its first argument."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return x
@@ -38,7 +38,7 @@ class _Reached(Exception):
 
 
 def without_frozen_part(model: PreTrainedModel, backbone: Backbone) -> PreTrainedModel:
-    """The model itself, which then takes features, as [`features_of`] gives them, in the place of images."""
+    """The model itself, which then takes the output of [`features_of`] in place of images."""
     for name in [name for name, _ in model.named_modules() if re.search(backbone.before, name)]:
         model.set_submodule(name, PassThrough())
     return model
@@ -46,7 +46,7 @@ def without_frozen_part(model: PreTrainedModel, backbone: Backbone) -> PreTraine
 
 @torch.no_grad()
 def features_of(model: PreTrainedModel, backbone: Backbone, batch: dict[str, Any]) -> Tensor:
-    """What enters the first module of the adapted part, in evaluation mode."""
+    """The input of the first module of the adapted part, in evaluation mode."""
     assert backbone.entry is not None
     caught: list[Tensor] = []
 
@@ -65,10 +65,14 @@ def features_of(model: PreTrainedModel, backbone: Backbone, batch: dict[str, Any
 
 
 class StoredFeatures(torch.utils.data.Dataset):
-    """Features as the model takes them in the place of images, with labels.
+    """Features with labels.
 
     Args:
-        features: Shape (1 or 2, images, ...): of the images and, for training, of their mirror images.
+        features: Shape (1 or 2, images, ...): those of the images and, for training, those of their mirror images.
+        labels: The labels of the images.
+        task: The task.
+        train: Whether to draw between an image and its mirror image.
+        seed: The seed of the draws.
     """
 
     def __init__(self, features: Tensor, labels: list[Any], task: Any, *, train: bool, seed: int = 0):
@@ -85,13 +89,14 @@ class StoredFeatures(torch.utils.data.Dataset):
 
 
 class FeatureData:
-    """Batches of features in the place of images, see [`ImageData`].
+    """Batches of features in place of images, see [`ImageData`].
 
     Args:
-        model: With all of its layers; its frozen part is run once, unless the folder has the features.
-        images: Where the images come from.
-        folder: Keeps the features between programs.
-        name: Of the files in the folder. It has to tell models, images and sizes apart.
+        model: The whole model. Its frozen part runs once, unless the folder has the features.
+        backbone: The backbone that the model is made from.
+        images: The images.
+        folder: The folder of the features.
+        name: The name of the files in the folder, unique for model, images and size.
     """
 
     def __init__(self, model: PreTrainedModel, backbone: Backbone, images: ImageData, folder: Path, name: str):

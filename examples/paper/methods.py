@@ -22,7 +22,6 @@ from .side_tuning import SideTuned
 _ATTENTION = re.compile(r"attn|attention|token_mixer")
 _LORA_ALPHA = 8  # the paper's, as are the ranks
 _FUSED = "qkv"  # which gets three factors of rank 8
-NONE = ()  # ranks of a method that has none to search
 
 
 @dataclass(frozen=True)
@@ -30,17 +29,17 @@ class Method:
     """A way to adapt a model.
 
     Attributes:
-        label: What tables call it.
-        build: (model, adapted part, rank or None) -> the model, ready to be trained. It may change the model it is
-            given. It raises `NotAvailable` where the model does not admit the method.
-        scale: Where the search of the learning rate begins, times that of the recipe.
-        ranks: The ranks to try, the first of them by default.
+        label: The name in tables.
+        build: The function from model, adapted part and rank (or None) to the model that is trained. It may change the
+            given model. It raises `NotAvailable` if the method does not support the model.
+        scale: The learning rate at which the search begins, relative to that of the recipe.
+        ranks: The ranks to try, the default first.
     """
 
     label: str
     build: Callable[[nn.Module, AdaptedPart, int | None], nn.Module]
     scale: float = 1.0
-    ranks: tuple[int, ...] = NONE
+    ranks: tuple[int, ...] = ()
 
 
 def head_only(model: nn.Module, part: AdaptedPart, rank: int | None) -> nn.Module:
@@ -124,7 +123,8 @@ METHODS = {
 
 
 def method_named(name: str) -> Method:
-    """
+    """The method with a name in `METHODS`.
+
     Raises:
         SystemExit: there is no such method.
     """

@@ -1,4 +1,4 @@
-"""The backbones of the paper's experiments: where their weights are, and what each protocol adapts.
+"""The backbones of the paper's experiments, their weights, and the part that each protocol adapts.
 
 To add one, name it in `BACKBONES`.
 """
@@ -29,13 +29,13 @@ class Backbone:
     """A pretrained model.
 
     Attributes:
-        weights: Its name on the hub.
-        stages: Protocol -> regular expression of the adapted part; "full" adapts the whole encoder.
-        architecture: timm's name for it, where it is a model of timm.
+        weights: The name of the checkpoint on the hub.
+        stages: The regular expression of the adapted part, by protocol; "full" adapts the whole encoder.
+        architecture: The name of the model in timm, if it is from there.
         entry: The first module of the part that the partial protocol adapts. All before it is frozen.
         before: Regular expression of the modules before `entry`. They take and return one tensor.
-        layout: (height, width) in pixels -> settings of LBP-WHT that say how the tokens lie which enter `entry`. None:
-            they are images of features, which tell it themselves.
+        layout: The function from (height, width) in pixels to the settings of LBP-WHT for the layout of the tokens that
+            enter `entry`. None: these are images, whose layout is known.
     """
 
     weights: str
@@ -85,12 +85,12 @@ BACKBONES = {
 
 @dataclass(frozen=True)
 class AdaptedPart:
-    """What of a model is adapted.
+    """The adapted part of a model.
 
     Attributes:
-        targets: Names of the linear layers and pointwise convolutions that the methods adapt.
-        heads: Names of the modules of the head, which every method trains in full.
-        lbp_wht: Settings of LBP-WHT that hold for every method, such as the boundary.
+        targets: The names of the linear layers and pointwise convolutions that the methods adapt.
+        heads: The names of the modules of the head, which every method trains in full.
+        lbp_wht: The settings of LBP-WHT that all methods share, such as the boundary.
     """
 
     targets: list[str]
@@ -99,7 +99,8 @@ class AdaptedPart:
 
 
 def backbone_named(name: str) -> Backbone:
-    """
+    """The backbone with a name in `BACKBONES`.
+
     Raises:
         SystemExit: there is no such backbone.
     """
@@ -112,10 +113,12 @@ def adapted_part(model: PreTrainedModel, stage: str, lbp_wht: dict[str, Any] | N
     """The adapted part of a model.
 
     Args:
-        stage: Regular expression, searched in the names of the encoder's linear layers.
+        model: The model, complete.
+        stage: The regular expression to search in the names of the encoder's linear layers.
+        lbp_wht: See [`AdaptedPart`].
 
     Raises:
-        SystemExit: no layer of the encoder has such a name.
+        SystemExit: no linear layer of the encoder has a matching name.
     """
     targets = [name for name in encoder_linears(model) if re.search(stage, name)]
     if not targets:

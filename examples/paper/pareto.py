@@ -16,7 +16,7 @@ OURS, OTHERS, FRONT = "#D55E00", "#0072B2", "#999999"
 
 
 class Point(NamedTuple):
-    """A method: its cost, and the mean and standard deviation of its score."""
+    """The cost of a method, and the mean and standard deviation of its score."""
 
     label: str
     cost: float
@@ -37,8 +37,10 @@ def draw_pareto(path: Path, panels: dict[str, list[Point]], score: str, title: s
     """Draw the panels side by side.
 
     Args:
-        panels: By what their horizontal axis shows.
-        score: What the vertical axis shows.
+        path: The file to write.
+        panels: The points of each panel, by the label of its horizontal axis.
+        score: The label of the vertical axis.
+        title: The title of the figure.
     """
     figure, all_axes = plt.subplots(
         1, len(panels), figsize=(5.6 * len(panels), 4.4), sharey=True, layout="constrained", squeeze=False
@@ -60,7 +62,7 @@ def draw_pareto(path: Path, panels: dict[str, list[Point]], score: str, title: s
 
 
 def label_points(axes: plt.Axes, points: Sequence[Point]) -> None:
-    """Write the labels beside the points, each on the side that has room, and lower where another one is near."""
+    """Write the labels beside the points, on the side with more room, and lower if another label is near."""
     if not points:
         return
     lowest, highest = min(p.cost for p in points), max(p.cost for p in points)

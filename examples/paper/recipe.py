@@ -20,23 +20,23 @@ TABLES: dict[str, type[Task]] = {"classification": Classification, "segmentation
 
 @dataclass
 class PaperOptions:
-    """What these experiments ask beside what the other examples do."""
+    """The options that only these experiments have."""
 
     validation_images: int = option(1000, "Training images that are kept apart for the search.")
 
 
 @dataclass
 class ClassificationRecipe(ClassificationOptions, PaperOptions):
-    """A classification table's options."""
+    """The options of a classification table."""
 
 
 @dataclass
 class SegmentationRecipe(SegmentationOptions, PaperOptions):
-    """A segmentation table's options."""
+    """The options of a segmentation table."""
 
 
 KINDS: dict[str, Any] = {"classification": ClassificationRecipe, "segmentation": SegmentationRecipe}
-# Of a data set on the hub: they say nothing of files that the user names.
+# Options of a data set on the hub, which do not apply to files of the user.
 _OF_DATASET = ("dataset", "dataset_config", "train_split", "test_split", "image_column", "label_column", "mask_column")
 
 
@@ -44,10 +44,10 @@ def recipe(table: str, dataset: str, flags: list[str], data: str | None = None) 
     """The options of an experiment.
 
     Args:
-        table: One of `TABLES`.
+        table: The kind of task, a key of `TABLES`.
         dataset: The name of a recipe, or the path of one.
-        flags: Override the recipe's values; named as in the YAML file.
-        data: A folder or a name on the hub, in the place of where the recipe has its images from.
+        flags: Flags with the names of the YAML file, which override the recipe.
+        data: A folder or a name on the hub, in place of the recipe's data set.
 
     Raises:
         SystemExit: there is no such recipe or option.

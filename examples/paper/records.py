@@ -1,4 +1,4 @@
-"""One JSON record for each run: found again after a kill, and all that tables and figures are made from."""
+"""One JSON record for each run, from which runs are resumed and tables and figures are made."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ COSTS = "costs.json"
 
 @dataclass(frozen=True)
 class Experiment:
-    """A table's rows: one model, one protocol, one data set, adapted by several methods.
+    """The records of one model, one protocol and one data set: the rows of a table.
 
     Args:
-        root: Folder of all records.
-        table: Kind of task.
-        name: Tells it from the other experiments of the table.
+        root: The folder of all records.
+        table: The kind of task.
+        name: The name of the experiment, unique in the table.
     """
 
     root: Path
@@ -32,14 +32,14 @@ class Experiment:
         return self.root / self.table / self.name
 
     def file(self, method: str, run: str) -> Path:
-        """Of one run of a method, such as `seed-0` or a trial of the search."""
+        """The file of one run of a method. The run is a seed, such as `seed-0`, or a trial of the search."""
         return self.folder / method / f"{run}.json"
 
     def read(self, method: str, run: str, config: dict[str, Any]) -> dict[str, Any] | None:
-        """The record of a run that was finished; None where there is none.
+        """The record of a finished run; None if there is none.
 
         Raises:
-            SystemExit: it was made with another configuration.
+            SystemExit: the record has another configuration.
         """
         file = self.file(method, run)
         if not file.exists():
@@ -54,14 +54,14 @@ class Experiment:
         return record
 
     def write(self, method: str, run: str, record: dict[str, Any]) -> None:
-        """Write a record so that a kill leaves it whole or absent."""
+        """Write a record atomically: if the program is killed, the file is complete or absent."""
         file = self.file(method, run)
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json.dumps(record, indent=1, default=str) + "\n")
 
 
 def experiments(root: Path) -> Iterator[Experiment]:
-    """All experiments that there are records of."""
+    """All experiments in a folder of records."""
     for folder in sorted(path for path in root.glob("*/*") if path.is_dir()):
         yield Experiment(root, folder.parent.name, folder.name)
 

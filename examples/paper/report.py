@@ -31,10 +31,11 @@ class Row:
     """One method of an experiment.
 
     Attributes:
-        scores: Of the test images, one for each seed.
-        trials: Of its search.
-        record: Of one of the seeds: what does not depend on it is taken from there.
-        cost: What `costs.json` has of the method; empty where it was not measured.
+        method: The name of the method.
+        scores: The scores on the test images, one for each seed.
+        trials: The number of trials in the search.
+        record: The record of one seed, for what does not depend on the seed.
+        cost: The entry of the method in `costs.json`; empty if its steps were not measured.
     """
 
     method: str
@@ -86,7 +87,7 @@ def rows_of(experiment: Experiment) -> list[Row]:
 
 
 def table(rows: list[Row]) -> str:
-    """In Markdown."""
+    """A table in Markdown."""
     metric = rows[0].record["metric"]
     exact = next((row for row in rows if row.method == "full"), None)
     header = [name.format(metric=metric) for name in HEADER]
@@ -96,7 +97,7 @@ def table(rows: list[Row]) -> str:
 
 
 def points(rows: list[Row]) -> dict[str, list[Point]]:
-    """What the panels of the figure show: by the label of the axis."""
+    """The points of each panel of the figure, by the label of its horizontal axis."""
     panels: dict[str, list[Point]] = {
         "MFLOPs of the backward pass, linear layers, one image": [
             _point(row, row.record["paper_flops"] / 1e6) for row in rows

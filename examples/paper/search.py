@@ -1,8 +1,7 @@
 """The search of a method's learning rate and rank on validation images, by the same number of trials for each method.
 
-The learning rate comes first, by steps of a factor of 3 that go on beyond whichever end of the tried values is best.
-Once the best one lies between two others, each further trial takes the next rank, or halves the step where there is no
-rank left to try.
+The learning rate is searched first, in steps of a factor of 3. While the best rate is the largest or the smallest one
+so far, the next trial goes beyond it. Then each trial takes the next rank, or halves the step if no rank is left.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ STEP = 3.0
 
 
 class Setting(NamedTuple):
-    """What is searched: a peak learning rate, and a rank where the method has one."""
+    """A peak learning rate, and a rank if the method has one."""
 
     learning_rate: float
     rank: int | None = None
@@ -29,17 +28,17 @@ class Trial(NamedTuple):
 
 
 def best(trials: Sequence[Trial]) -> Setting:
-    """The setting of the highest score; the first of several."""
+    """The setting with the highest score, the first one in a tie."""
     return max(trials, key=lambda trial: trial.score).setting
 
 
 def next_setting(trials: Sequence[Trial], start: float, ranks: Sequence[int]) -> Setting:
-    """What to try next.
+    """The setting of the next trial.
 
     Args:
-        trials: Those so far, in order.
-        start: The learning rate to begin with.
-        ranks: To choose from; the learning rate is searched with the first. None are there for a method without ranks.
+        trials: The trials so far, in order.
+        start: The learning rate of the first trial.
+        ranks: The ranks to try. The learning rate is searched with the first. Empty for a method without ranks.
     """
     rank = ranks[0] if ranks else None
     if not trials:
@@ -59,5 +58,5 @@ def next_setting(trials: Sequence[Trial], start: float, ranks: Sequence[int]) ->
 
 
 def rounded(value: float) -> float:
-    """To two significant digits, as a person would write it."""
+    """The value in two significant digits."""
     return float(f"{value:.1e}")

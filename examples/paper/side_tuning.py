@@ -21,9 +21,9 @@ class SideTuned(nn.Module):
     projected to `width` features, which are summed up from the first layer to the last with a GELU in between.
 
     Args:
-        model: The classifier. Its head may be trained, all else is frozen.
-        taps: Names of the layers whose outputs are read: linear layers or pointwise convolutions.
-        width: Features of the side network.
+        model: The classifier, frozen except for its head.
+        taps: The names of the layers whose outputs are read: linear layers or pointwise convolutions.
+        width: The number of features of the side network.
     """
 
     def __init__(self, model: nn.Module, taps: list[str], width: int):
