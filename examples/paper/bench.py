@@ -39,6 +39,11 @@ _OF_RESULT = (
     "max_grad_norm", "horizontal_flip", "min_crop", "boundary",
 )  # fmt: skip
 
+_OF_FEATURES = (
+    "weights", "dataset", "train_files", "test_files", "image_size", "train_images", "train_images_per_class",
+    "validation_images", "test_images", "data_seed", "horizontal_flip",
+)  # fmt: skip
+
 
 class Bench:
     """One model, one protocol, one set of images.
@@ -78,7 +83,7 @@ class Bench:
         if cache is not None:
             if protocol != "partial":
                 raise SystemExit("--cache: only the partial protocol leaves a part of the model frozen")
-            of_data = {key: value for key, value in self.about.items() if key not in ("epochs", "batch_size")}
+            of_data = {key: self.about[key] for key in _OF_FEATURES}
             digest = hashlib.sha256(json.dumps(of_data, default=str).encode()).hexdigest()[:12]
             self.data = FeatureData(base, backbone, self.images, cache, f"{name}-{digest}")
 
