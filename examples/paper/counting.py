@@ -60,7 +60,7 @@ class LinearBackward:
 
     @property
     def additions(self) -> int:
-        """The additions of the transform: x and g are projected, dx is lifted; g once if both gradients share a basis."""
+        """The additions of the transform: x and g are projected, dx is lifted; g once if both gradients share it."""
         trains = self.weight or self.lora_rank > 0
         for_weight = (self.kept_for_weight or 0) if trains else 0
         for_input = (self.kept_for_input or 0) if self.input else 0
