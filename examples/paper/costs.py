@@ -88,9 +88,9 @@ def first_batch(bench: Bench) -> dict[str, torch.Tensor]:
 
 
 def costs(bench: Bench, methods: list[str], rounds: int, arguments: list[str]) -> dict[str, Any]:
-    """The content of `costs.json`."""
+    """The content of `costs.json`. Without rounds, only peaks are measured, which other work does not disturb."""
     before = environment()
-    times = step_times(bench, methods, rounds)
+    times = step_times(bench, methods, rounds) if rounds else {name: {} for name in methods}
     for name, own in times.items():
         own |= peak_in_a_process(arguments, name) or {}
     return {

@@ -45,7 +45,8 @@ def main(arguments: list[str] | None = None) -> None:
         backbone = Backbone(own.model, {"partial": own.stage, "full": ""})
     else:
         backbone = backbone_named(own.model)
-    cache = None if own.peak or own.cost_rounds else own.cache
+    measures = own.peak or own.cost_rounds is not None
+    cache = None if measures else own.cache
     bench = Bench(own.table, own.model, backbone, own.weights, own.protocol, options, cache)
     if own.peak:
         (name,) = methods
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     name = own.name or "-".join((Path(own.model).name, own.protocol, Path(own.dataset).stem))
     experiment = Experiment(own.output, own.table, name)
-    if own.cost_rounds:
+    if own.cost_rounds is not None:
         record = costs.costs(bench, list(methods), own.cost_rounds, without_methods(arguments))
         experiment.folder.mkdir(parents=True, exist_ok=True)
         write_whole(experiment.folder / COSTS, json.dumps(record, indent=1) + "\n")
@@ -122,7 +123,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--name", help="of the experiment (default: model, protocol and data set)")
     result.add_argument("--only-missing", action="store_true", help="keep the records that are there")
     result.add_argument("--again", action="store_true", help="replace them")
-    result.add_argument("--cost-rounds", type=int, default=0, help="measure so many steps of each method, and no more")
+    result.add_argument(
+        "--cost-rounds", type=int, help="only measure so many steps, and the peak of each method (0: only the peak)"
+    )
     result.add_argument("--peak", action="store_true", help=argparse.SUPPRESS)
     return result
 
