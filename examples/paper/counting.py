@@ -28,7 +28,7 @@ class LinearBackward:
         in_features, out_features: C_in and C_out.
         weight: Whether there is a gradient of the weight.
         input: Whether there is a gradient of the input.
-        kept_for_weight, kept_for_input: The k coefficients that each gradient is computed from; None: all L tokens.
+        grad_weight_rows, grad_input_rows: The k coefficients that each gradient is computed from; None: all L tokens.
         lora_rank: The rank of the LoRA factors beside the weight; 0: there are none.
         trains_down: Whether the first factor, A, is trained.
     """
@@ -38,16 +38,16 @@ class LinearBackward:
     out_features: int
     weight: bool = True
     input: bool = True
-    kept_for_weight: int | None = None
-    kept_for_input: int | None = None
+    grad_weight_rows: int | None = None
+    grad_input_rows: int | None = None
     lora_rank: int = 0
     trains_down: bool = True
 
     @property
     def multiply_adds(self) -> int:
         """The multiply-adds of the matrix products."""
-        of_weight = self.tokens if self.kept_for_weight is None else self.kept_for_weight
-        of_input = self.tokens if self.kept_for_input is None else self.kept_for_input
+        of_weight = self.tokens if self.grad_weight_rows is None else self.grad_weight_rows
+        of_input = self.tokens if self.grad_input_rows is None else self.grad_input_rows
         product = self.in_features * self.out_features
         total = self.weight * of_weight * product + self.input * of_input * product
         if self.lora_rank:  # y = x W^T + (x A^T) B^T
@@ -62,8 +62,8 @@ class LinearBackward:
     def additions(self) -> int:
         """The additions of the transform: x and g are projected, dx is lifted; g once if both gradients share it."""
         trains = self.weight or self.lora_rank > 0
-        for_weight = (self.kept_for_weight or 0) if trains else 0
-        for_input = (self.kept_for_input or 0) if self.input else 0
+        for_weight = (self.grad_weight_rows or 0) if trains else 0
+        for_input = (self.grad_input_rows or 0) if self.input else 0
         of_x = for_weight * self.in_features
         of_g = (for_weight if for_weight == for_input else for_weight + for_input) * self.out_features
         return self.tokens * (of_x + of_g + for_input * self.in_features)
@@ -103,7 +103,7 @@ def linear_backwards(model: nn.Module, part: AdaptedPart, batch: dict[str, Tenso
         kept = [None, None]
         if ran is not None and not ran.why_exact:
             windows = tokens // ran.num_tokens  # of which the layer sees each as an image
-            kept = [windows * k if k < ran.num_tokens else None for k in (ran.kept_for_weight, ran.kept_for_input)]
+            kept = [windows * k if k < ran.num_tokens else None for k in (ran.grad_weight_rows, ran.grad_input_rows)]
         rank, trains_down = (0, True) if lora is None else lora
         found[name] = LinearBackward(
             tokens, in_features, out_features, bool(trained) and lora is None, x.requires_grad, *kept, rank, trains_down

@@ -182,10 +182,10 @@ def test_flops_of_one_layer_by_hand():
     """fc1 of EfficientFormer-L1's last stage: 448 -> 1792 on 7 x 7 patches."""
     product = 448 * 1792
     assert LinearBackward(49, 448, 1792).flops == 2 * 2 * 49 * product
-    low_rank = LinearBackward(49, 448, 1792, kept_for_weight=3, kept_for_input=3)
+    low_rank = LinearBackward(49, 448, 1792, grad_weight_rows=3, grad_input_rows=3)
     assert low_rank.multiply_adds == 2 * 3 * product
     assert low_rank.additions == 49 * 3 * (448 + 1792 + 448)  # x and g projected, dx lifted
-    only_weight = LinearBackward(49, 448, 1792, kept_for_weight=3)
+    only_weight = LinearBackward(49, 448, 1792, grad_weight_rows=3)
     assert only_weight.flops == 2 * (3 + 49) * product + 49 * 3 * (448 + 1792)
     lora = LinearBackward(49, 448, 1792, weight=False, lora_rank=8)
     assert lora.multiply_adds == 49 * product + 2 * 49 * 8 * (448 + 1792)
