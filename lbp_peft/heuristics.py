@@ -26,6 +26,8 @@ _PROJECTING_ON_GPU = {torch.float32: 60, torch.float16: 20, torch.bfloat16: 20}
 _SLOW_PRODUCT = 2.0
 # The cost of products with few rows, in float32 on a CPU with AVX-512 or AVX2, relative to that of a large one.
 _SMALL_PRODUCTS = 1.5
+# The batch size that is assumed in a compiled graph, which has to serve all batch sizes.
+USUAL_BATCH = 8
 
 
 class Heuristics:
@@ -95,6 +97,18 @@ class Heuristics:
         """
         products = 3 * rank / in_features + rank / out_features + rank / num_tokens
         return _SMALL_PRODUCTS * products < 1
+
+    def sum_weights(self, rows: int, out_features: int, in_features: int) -> bool:
+        """Whether one product with W + s B A is faster than products with W, A and B whose results are added.
+
+        The sum costs some passes over C_out C_in elements, and the small products as many over those of the inputs and
+        outputs. Measured, the latter take about twice as long for each element.
+
+        Args:
+            rows: M, of the input (M, C_in), or of the gradient (M, C_out).
+            out_features, in_features: C_out and C_in.
+        """
+        return rows * (out_features + in_features) > out_features * in_features
 
     def use_dense_projection(self, kept: int, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether projecting tokens by one matrix (k, L) is faster than axis by axis.

@@ -27,6 +27,7 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from benchmarks.one_product import in_one_product
 from benchmarks.rivals import RIVALS
 from lbp_peft import LBPWHTConfig
 from lbp_peft.encoder import encoder_linears
@@ -40,6 +41,7 @@ DEFAULT_METHODS = (
     "lora-all",
     "lora-fa",
     "velora",
+    "lora-one-product",
     "lbp-wht:r=3,grad_input_rank=3",
     "lbp-wht:r=10,grad_input_rank=10",
     "lbp-wht:r=10,grad_input_basis=adaptive,grad_input_rank=24",
@@ -194,6 +196,11 @@ def lora_fa(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module
     return model
 
 
+def lora_one_product(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
+    """LoRA whose layers compute x (W + s B A)^T in one product, and dx likewise, as RunLoRA may."""
+    return in_one_product(lora_all(model, heads, settings))
+
+
 def velora(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
     """LoRA that keeps the input of its factor A in compressed form."""
     try:
@@ -236,6 +243,7 @@ WORDS: dict[str, Callable[[nn.Module, list[str], Settings], nn.Module]] = {
     "lora-all": lora_all,
     "lora-fa": lora_fa,
     "velora": velora,
+    "lora-one-product": lora_one_product,
     "lbp-wht": lbp_wht,
     "checkpointing": checkpointing,
     "compile": compiled,

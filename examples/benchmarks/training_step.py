@@ -4,9 +4,11 @@
     python examples/benchmarks/training_step.py --model vit-s --batch-size 16 --methods full lora-all lbp-wht:r=21
     python examples/benchmarks/training_step.py --model segformer-b0 --image-size 512 1024 --batch-size 1 --bf16
 
-A step is forward and backward pass on one batch, without the optimiser. The methods take turns, round after round, so
-that whatever else the machine does meets them all; the table shows medians and, for times, medians of the ratios within
-a round. How methods are written: see examples/benchmarks/methods.py. How to read the figures: see docs/benchmarks.md.
+A step is forward and backward pass on one batch. The methods take turns, round after round, so that whatever else the
+machine does meets them all; the table shows medians and, for times, medians of the ratios within a round. The time of
+the optimiser, fused AdamW, is measured apart and is not part of a step. The cosine is that of the angle between the
+gradients of all trained matrices and those of exact backpropagation, here of random weights and images. How methods are
+written: see examples/benchmarks/methods.py. How to read the figures: see docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.methods import NotAvailable, adapted, default_methods, words
 from benchmarks.models import MODELS, Batch, Model
 from benchmarks.tables import aligned, number
+from lbp_peft import exact_backward
 from lbp_peft.environment import environment, in_words, write_record
 from lbp_peft.measure import multiply_adds, saved_activations
 from lbp_peft.measure.memory import allocated
@@ -92,6 +95,56 @@ class Step:
         trained = _bytes([parameter for parameter in self.model.parameters() if parameter.requires_grad])
         return Counts(saved.mib, (weights + second.peak) / MIB, weights / MIB, trained / MIB, backward.total / 1e9)
 
+    def optimizer_seconds(self, rounds: int) -> list[float]:
+        """Seconds of each step of AdamW on the gradients of a batch. At a learning rate of 0 no weight changes."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.forward().backward()
+        optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
+        optimizer.step()  # makes its state
+        seconds = []
+        for _ in range(rounds):
+            start = now()
+            optimizer.step()
+            seconds.append(now() - start)
+        self.model.zero_grad(set_to_none=True)
+        return seconds
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Of all trained matrices, by name; with the same random numbers in each call."""
+        torch.manual_seed(0)
+        self.forward().backward()
+        found = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None and p.dim() > 1}
+        self.model.zero_grad(set_to_none=True)
+        return found
+
+    def cosine(self, method: str, others: dict[str, Step]) -> float | None:
+        """Of the angle between the gradients of all trained matrices and those of exact backpropagation.
+
+        Args:
+            method: Of this step.
+            others: Steps by method. That of "lora-all" tells what VeLoRA's gradients should be.
+
+        Returns:
+            None if there is nothing to compare with.
+        """
+        kinds = {word for word, _ in words(method)}
+        if not kinds & {"lbp-wht", "velora"}:
+            return 1.0
+        if "velora" in kinds:
+            return _cosine(self.gradients(), others["lora-all"].gradients()) if "lora-all" in others else None
+        found = self.gradients()
+        with exact_backward(self.model), torch.compiler.set_stance("force_eager"):
+            return _cosine(found, self.gradients())
+
+
+def _cosine(found: dict[str, torch.Tensor], exact: dict[str, torch.Tensor]) -> float:
+    both = [(found[name], grad) for name, grad in exact.items() if name in found]
+    product, square, expected = (
+        sum(float((one * other).sum()) for one, other in pairs)
+        for pairs in (both, [(one, one) for one, _ in both], [(other, other) for _, other in both])
+    )
+    return product / (square * expected) ** 0.5 if square and expected else float("nan")
+
 
 def _bytes(tensors: list[torch.Tensor]) -> int:
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
@@ -112,6 +165,7 @@ def prepared(options: argparse.Namespace) -> dict[str, Step]:
     batch = {name: tensor.to(device) for name, tensor in kind.batch(options.batch_size, options.image_size).items()}
     steps = {}
     for method in options.methods:
+        torch.manual_seed(0)  # so that all adapters of a kind start from the same weights
         try:
             model = adapted(base, method, list(kind.heads))
         except NotAvailable as why:
@@ -140,6 +194,8 @@ def measured(steps: dict[str, Step], rounds: int, minutes: float) -> list[dict[s
         row: dict[str, Any] = {"method": method, **asdict(counts[method])}
         for name, seconds in zip(("forward", "backward"), zip(*own, strict=True), strict=True):
             row[f"{name}_ms"] = [1e3 * value for value in quartiles(seconds)]
+        row["optimizer_ms"] = [1e3 * value for value in quartiles(steps[method].optimizer_seconds(len(own)))]
+        row["cosine"] = steps[method].cosine(method, steps)
         row["step_ms"] = [1e3 * value for value in quartiles(wholes[method])]
         for key, reference, _ in REFERENCES:
             if reference in steps:
@@ -154,13 +210,15 @@ def measured(steps: dict[str, Step], rounds: int, minutes: float) -> list[dict[s
 def table(rows: list[dict[str, Any]]) -> str:
     references = [(key, heading) for key, _, heading in REFERENCES if f"step_over_{key}" in rows[0]]
     headings = [heading for _, heading in references]
-    header = ["method", "forward ms", "backward ms", "step ms", "(quartiles)", *headings]
+    header = ["method", "forward ms", "backward ms", "AdamW ms", "step ms", "(quartiles)", *headings, "cosine"]
     header += ["saved MiB", *headings, "peak MiB", *headings[:1], "backward G MACs"]
     lines = []
     for row in rows:
         low, middle, high = row["step_ms"]
-        line = [row["method"], number(row["forward_ms"][1]), number(row["backward_ms"][1]), number(middle)]
+        line = [row["method"], number(row["forward_ms"][1]), number(row["backward_ms"][1])]
+        line += [number(row["optimizer_ms"][1]), number(middle)]
         line += [f"{low:.0f}-{high:.0f}", *(number(row[f"step_over_{key}"][1], 3) for key, _ in references)]
+        line += ["" if row["cosine"] is None else number(row["cosine"], 3)]
         line += [number(row["saved_mib"], 1), *(number(row[f"saved_over_{key}"], 3) for key, _ in references)]
         line += [number(row["peak_mib"]), *(number(row[f"peak_over_{key}"], 3) for key, _ in references[:1])]
         lines.append([*line, number(row["backward_gmacs"], 1)])

@@ -45,6 +45,10 @@ class Basis(ABC):
         """
         return False
 
+    def keeps_outside(self, layout: TokenLayout) -> bool:
+        """Whether the tokens outside the grid are coefficients as they are, those before it the first, in order."""
+        return False
+
     def state(self) -> dict[str, Tensor]:
         """Tensors to save in the adapter's checkpoint, by name; none if the settings determine the basis."""
         return {}

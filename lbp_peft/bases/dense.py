@@ -62,6 +62,9 @@ class DenseBasis(Basis):
     def preserves_sums(self, layout: TokenLayout) -> bool:
         return self._has_constant
 
+    def keeps_outside(self, layout: TokenLayout) -> bool:
+        return self._num_exact(layout) > 0
+
     def state(self) -> dict[str, Tensor]:
         return {"matrix": self._matrix}
 

@@ -61,6 +61,9 @@ class SeparableBasis(Basis):
     def outgrows_tokens(self, layout: TokenLayout) -> bool:
         """Whether there are more functions than tokens along an axis, so that intermediate results would be larger."""
 
+    def keeps_outside(self, layout: TokenLayout) -> bool:
+        return True
+
 
 class WalshBasis(SeparableBasis):
     """Walsh functions on the blocks of a grid. A subclass selects the functions that are kept.

@@ -21,6 +21,7 @@ from ..transforms import backward_pass, in_forward_mode, in_transform, tracked_b
 from .autocast import cast_as_autocast_would
 from .once_differentiable import once_differentiable
 from .plan import BackwardPlan, InputProjection, Lifting
+from .summed_weight import weight_in_backward
 
 
 def low_rank_pointwise_conv(
@@ -117,6 +118,8 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         x_hat = state.plan.from_saved(x_hat, grad.dtype)
         gradients[1] = weight_grad(g_hat, x_hat).unflatten(1, (-1, *[1] * (grad.dim() - 2))).to(ctx.weight_dtype)
     if needs_x:
+        if precision == FULL:
+            weight = weight_in_backward(weight, (), (), grad)
         matrix = weight.flatten(1)
         if input_projection is None and precision != FULL:
             rows = product(_rows(grad, None), matrix, precision, state.source)

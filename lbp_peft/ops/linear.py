@@ -13,11 +13,18 @@ A low-rank update beside the weight (LoRA, arXiv 2106.09685), y += s (x A^T) B^T
                  dA = s sum_n (g^_n B)^T x^_n
                  dB = s sum_n g^_n^T (x^_n A^T)
                  dx = P^T (g^ W + s (g^ B) A)
+
+Where that is faster, y and dx are each one product with the sum W + s B A, see [`lbp_peft.ops.summed_weight`]. The bits
+of y are then not LoRA's own.
+
+Where g is zero in all but the tokens before the grid, products are those of these tokens alone, see
+[`lbp_peft.ops.leading_tokens`].
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -27,16 +34,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import heuristics
 from ..bases.grids import TokenLayout
-from ..formats.products import precision_now, product, source_of_weight, weight_grad
+from ..formats.products import FULL, Precision, precision_now, product, source_of_weight, weight_grad
+from ..formats.registry import number_format
 from ..formats.weight_cache import Origin
 from ..projection import Projection
 from ..transforms import backward_pass, in_dispatch_mode, in_forward_mode, in_transform, must_be_functional
 from .autocast import cast_as_autocast_would
 from .checkpointing import only_saved_tensors_matter
+from .leading_tokens import leading_tokens_with_gradient
 from .once_differentiable import once_differentiable
 from .plan import BackwardPlan, InputProjection
 from .saved_input import input_to_save
+from .summed_weight import summed_weight, sums_weight, weight_in_backward
 from .tokens import as_tokens, from_tokens, sum_of_tokens
 
 
@@ -73,6 +84,8 @@ class _State:
     source: Origin | None = None
     # Returns the tensor that x was cast from.
     source_of_x: Callable[[], Tensor | None] = lambda: None
+    # Whether y is one product with the sum of the weight and the branches.
+    sums_weight: bool = False
 
 
 class _LowRankLinear(torch.autograd.Function):
@@ -82,7 +95,15 @@ class _LowRankLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(state: _State, x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Tensor | None) -> Tensor:
-        y = F.linear(x, weight if state.cast_weight is None else weight.to(state.cast_weight), bias)
+        dtype = weight.dtype if state.cast_weight is None else state.cast_weight
+        if state.sums_weight:
+            grouped = _grouped(branches, 4)
+            factors = [factor for _, down, up, _ in grouped for factor in (down, up)]
+            for (*_, shift), scaling in zip(grouped, state.scalings, strict=True):
+                if shift is not None:
+                    bias = shift * scaling if bias is None else bias + shift * scaling
+            return F.linear(x, summed_weight(weight, factors, state.scalings, dtype), bias).detach()
+        y = F.linear(x, weight.to(dtype), bias)
         # Selective checkpointing, a dispatch mode, keeps results of products and refuses changes in place.
         must_keep = in_transform() or in_dispatch_mode()
         for (own_x, down, up, shift), scaling in zip(_grouped(branches, 4), state.scalings, strict=True):
@@ -166,12 +187,23 @@ class _WithValues(torch.autograd.Function):
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     saved_x, weight, *saved = ctx.saved_tensors
     state: _State = ctx.state
-    x_hat: Any = None if saved_x is None else state.plan.from_saved(saved_x, grad.dtype)
-    plan, weight_projection = state.plan, state.weight_projection
+    plan = state.plan
+    weight_projection: Any = state.weight_projection
     input_projection: Any = state.input_projection
+    precision = precision_now(plan.precision)
     _, needs_x, needs_weight, needs_bias, *needs = ctx.needs_input_grad
     branches = list(zip(_grouped(saved, 3), _grouped(needs, 4), state.scalings, ctx.owns_x, strict=True))
     g = as_tokens(grad, plan.layout)
+    leading = leading_tokens_with_gradient(g, plan)
+    if leading is not None:
+        weight_projection = input_projection = leading
+        precision = FULL  # rounding W would take longer
+
+    def restored(rows: Tensor) -> Tensor:
+        """Those rows of a saved input that meet those of the projected gradient."""
+        return plan.from_saved(rows if leading is None else leading.project_gradient(rows), grad.dtype)
+
+    x_hat: Any = None if saved_x is None else restored(saved_x)
     g_hat: Any = None
     bias_grad: Any = None
     if needs_weight or any(needed[1] or needed[2] for _, needed, *_ in branches):
@@ -182,7 +214,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     if needs_weight:
         gradients[1] = weight_grad(g_hat, x_hat).to(ctx.weight_dtype)
     for (own_x_hat, down, up), needed, scaling, _ in branches:
-        z_hat = x_hat if own_x_hat is None else plan.from_saved(own_x_hat, grad.dtype)
+        z_hat = x_hat if own_x_hat is None else restored(own_x_hat)
         gradients += (
             None,
             weight_grad(g_hat @ up, z_hat) * scaling if needed[1] else None,
@@ -196,7 +228,15 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         g_hat = g
     elif g_hat is None or weight_projection is None or input_projection.basis != weight_projection.basis:
         input_projection, g_hat = input_projection.fit(g)
-    grad_x: Any = product(g_hat, weight, precision_now(plan.precision), state.source) if needs_x else None
+    grad_x: Any = None
+    if needs_x and _sums_weight_again(state, precision, g_hat, weight):
+        factors = [factor for (_, down, up), *_ in branches for factor in (down, up)]
+        weight = weight_in_backward(weight, factors, state.scalings, g_hat)
+        gradients[0] = _lifted(product(g_hat, weight, precision), input_projection, grad, plan.layout)
+        return gradients
+    if needs_x:
+        weight = weight if precision.name != "full" else weight_in_backward(weight, (), (), g_hat)
+        grad_x = product(g_hat, weight, precision, state.source)
     for index, ((_, down, up), needed, scaling, owns_x) in enumerate(branches):
         if owns_x and needed[0]:
             gradients[3 + 4 * index] = _lifted((g_hat @ up * scaling) @ down, input_projection, grad, plan.layout)
@@ -206,6 +246,14 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
             grad_x = grad_x.flatten(0, 1).addmm_((g_hat @ up * scaling).flatten(0, 1), down).view_as(grad_x)
     gradients[0] = None if grad_x is None else _lifted(grad_x, input_projection, grad, plan.layout)
     return gradients
+
+
+def _sums_weight_again(state: _State, precision: Precision, g_hat: Tensor, weight: Tensor) -> bool:
+    """Whether the input gradient should be one product too: of the weight alone, a rounded copy may be kept."""
+    if not state.sums_weight or number_format(precision.name).caches_weight(g_hat.device):
+        return False
+    num_images = heuristics.USUAL_BATCH if torch.compiler.is_compiling() else g_hat.shape[0]
+    return heuristics.active().sum_weights(num_images * g_hat.shape[1], *weight.shape)
 
 
 def _grouped(items: Sequence, size: int) -> list[Sequence]:
@@ -226,6 +274,7 @@ def low_rank_linear(
     plan: BackwardPlan,
     branches: Sequence[Branch] = (),
     parameter: Tensor | None = None,
+    exact_forward: bool = False,
 ) -> Tensor:
     """`F.linear`, bit for bit, whose gradients are computed from projections as a plan says.
 
@@ -238,6 +287,8 @@ def low_rank_linear(
             the same projections as that of the weight.
         parameter: The parameter that `weight` is a transpose or a cast of, if it is not a parameter itself. Its copy in
             int8 is kept for as long as the parameter does not change.
+        exact_forward: Whether the output with branches is that of a sum of products, bit for bit, and never that of one
+            product with the sum of the matrices.
 
     Under autocast, the tensors are cast as `F.linear` casts them. The reverse-mode transforms of `torch.func` (grad,
     vjp, jacrev) and vmap see the same gradients, but for the product with the weight, which is in full precision. In
@@ -274,6 +325,7 @@ def low_rank_linear(
             if must_be_functional()
             else (source_of_weight(weight, parameter, plan.precision), weakref.ref(source))
         ),
+        sums_weight=not exact_forward and _sums_weight(tensors, branches, plan),
     )
     if only_saved_tensors_matter():  # nothing after the last one that is saved is computed
         place = _SavedFirst.apply(state, *tensors)
@@ -282,6 +334,17 @@ def low_rank_linear(
         return _WithValues.apply(place, values)
     function = _LowRankLinear if must_be_functional() else _EagerLowRankLinear
     return function.apply(state, *tensors)
+
+
+def _sums_weight(tensors: list[Any], branches: Sequence[Branch], plan: BackwardPlan) -> bool:
+    x, weight, _, *others = tensors
+    if not branches or any(branch.x is not None for branch in branches):
+        return False
+    num_rows = math.prod(x.shape[:-1])
+    if torch.compiler.is_compiling() and plan.layout is not None:  # a graph has to serve batches of all sizes
+        num_rows = heuristics.USUAL_BATCH * plan.layout.num_tokens
+    factors = [factor for _, down, up, _ in _grouped(others, 4) for factor in (down, up)]
+    return sums_weight(x, weight, factors, num_rows)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch]) -> Tensor:

@@ -86,6 +86,10 @@ class LBPWHTConfig(PeftConfig):
             at full rank. "reflect": that of the paper's reference code, which counts border patches twice.
         train_base_weight: True: the adapter is a trained copy of each target's weight and bias. False: it has no
             weights of its own and only makes the backward pass cheap.
+        exact_forward: Whether the forward pass of a LoRA that is stacked on gives LoRA's own bits. False: where that is
+            faster, and its base weight has 32 bits, its two branches are one product with the sum of their weights,
+            which is as close to the exact result. It has no effect otherwise: the forward pass of all other layers is
+            exact to the bit.
         base_weights: Where a target's base weight waits while one adapter is trained that has a copy of it. "auto": in
             a file that is mapped into memory ("disk"), or for models on a GPU in the CPU's memory ("cpu").
             "resident": where it is, so that weights are held twice. "dropped": nowhere; the weight itself is trained,
@@ -146,6 +150,10 @@ class LBPWHTConfig(PeftConfig):
     boundary: Boundary = field(default="orthogonal", metadata={"help": '"orthogonal" or "reflect".'})
     train_base_weight: bool = field(
         default=True, metadata={"help": "Train a copy of each target's weight, or only make its backward pass cheap."}
+    )
+    exact_forward: bool = field(
+        default=False,
+        metadata={"help": "Keep the bits of LoRA's forward pass in a stack, where one product is faster."},
     )
     base_weights: str = field(
         default="auto",
@@ -269,7 +277,7 @@ class LBPWHTConfig(PeftConfig):
                 raise ValueError(f"{name} must be a string or None, got {show(value)}.")
         if self.auto_mapping is not None and not isinstance(self.auto_mapping, dict):
             raise ValueError(f"auto_mapping must be a dict or None, got {show(self.auto_mapping)}.")
-        for name in ("inference_mode", "train_base_weight"):
+        for name in ("inference_mode", "train_base_weight", "exact_forward"):
             value = getattr(self, name)
             if not isinstance(value, (bool, np.bool_)):
                 raise ValueError(f"{name} must be True or False, got {show(value)}.")

@@ -115,6 +115,7 @@ def create_and_replace(
         weight_basis=weight_basis,
         input_gradient=_input_gradient(config, input_rank, selection),
         compress=config.compressed_words(),
+        exact_forward=config.exact_forward,
         grid_size=config.grid_size,
         num_prefix_tokens=config.num_prefix_tokens,
         num_suffix_tokens=config.num_suffix_tokens,

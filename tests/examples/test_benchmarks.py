@@ -15,7 +15,9 @@ from benchmarks import (
     methods,
     peak_memory_table,
     projections,
+    roofline,
     single_layers,
+    summed_weights,
     tracing_cost,
     training_step,
 )
@@ -374,3 +376,42 @@ def test_a_process_trains_and_reports_its_peak(monkeypatch, capsys):
 
 def small_batch(batch_size, size):
     return {"pixel_values": torch.randn(batch_size, 3, *size), "labels": torch.zeros(batch_size, dtype=torch.long)}
+
+
+def test_roofline_by_hand(capsys):
+    layer = roofline.Layer(2, 197, 41, 768, 3072)
+    forward, backward = roofline.full(layer)
+    assert sum(kernel.multiply_adds for kernel in (*forward, *backward)) == 3 * 2 * 197 * 768 * 3072
+    kernel, gpu = roofline.product(10, 20, 30), roofline.Gpu(1e9, 1e6)
+    assert (kernel.bytes, kernel.multiply_adds) == (2 * (200 + 600 + 300), 6000)
+    assert kernel.seconds(gpu) == 2200 / 1e6
+    roofline.main([])
+    assert "not measured" in capsys.readouterr().out
+
+
+def test_summed_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr(summed_weights, "LAYERS", {"small": (48, 32)})
+    output = tmp_path / "sums.json"
+    small = ["--rows", "64", "--rows-of-errors", "64", "--rounds", "1", "--device", "cpu"]
+    summed_weights.main([*small, "--output", str(output)])
+    rows = [row for row in json.loads(output.read_text())["rows"] if row.get("weights") == "float32"]
+    for row in rows:
+        branch, one = (row["errors"][way][0] for way in ("branch", "one product"))
+        assert 0 < one < 1.5 * branch < 1e-5
+
+
+def test_lora_in_one_product_has_loras_gradients(monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny", TINY)
+    grads = []
+    for method in ("lora-all", "lora-one-product"):
+        torch.manual_seed(3)
+        model = adapted(tiny((32, 32)), method, ["classifier"])
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.normal_(std=0.1)
+        batch = TINY.batch(2, (32, 32))
+        TINY.loss(model, batch).backward()
+        grads.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+    for one, other in zip(*grads, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

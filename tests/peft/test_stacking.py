@@ -164,7 +164,7 @@ def test_lora_gradients_are_the_references(kind, ranks):
     x, grad = problem()
     y, found = backward(model, x, grad)
     expected_y, _ = backward(plain, x, grad)
-    assert torch.equal(y, expected_y)
+    torch.testing.assert_close(y, expected_y, rtol=0, atol=1e-12)
     assert_same(found, by_formula(plain, x, grad, r, r_input))
     assert not layout_report(model).exact
 
@@ -188,7 +188,7 @@ def test_the_layer_run_again_gives_what_the_formulas_for_lora_give(kind, monkeyp
         with monkeypatch.context() as patched:
             patched.setattr(stacked, "_lora_parts", lambda host, x: None)
             again_y, again = backward(model, x, grad)
-        assert torch.equal(y, again_y)
+        torch.testing.assert_close(y, again_y, rtol=0, atol=1e-12)
         assert_same(again, direct)
 
 
@@ -461,11 +461,12 @@ def test_what_is_saved_shrinks(lora_settings):
 
 @pytest.mark.parametrize("lora_settings", [{}, {"use_dora": True}])
 def test_autocast(lora_settings):
-    plain, model = pair(lora_settings, r=10, grad_input_rank=10)
+    plain, model = pair(lora_settings, r=10, grad_input_rank=10, exact_forward=True)
     x = images(seed=3)
     with torch.autocast("cpu", torch.bfloat16):
         expected, found = forward(plain, x), forward(model, x)
     assert torch.equal(expected, found)
+    _, model = pair(lora_settings, r=10, grad_input_rank=10)
     exact = gradients(model, x)
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):

@@ -22,8 +22,6 @@ from ...ops.plan import BackwardPlan, ExactProduct, InputGradient
 from ...transforms import in_transform
 from .rule import BackwardRule
 
-# The batch size that "auto" assumes in a compiled graph, which has to serve all batch sizes.
-_USUAL_BATCH = 8
 _TOO_NARROW = "exact backpropagation is faster for so narrow a layer"
 
 
@@ -255,7 +253,7 @@ class BackwardPlanner:
         features = self._num_features_of(x, base)
         num_tokens = self._num_tokens(x, plan.layout)
         weight_rows, input_rows = self._num_rows(x, plan)
-        num_images = _USUAL_BATCH if torch.compiler.is_compiling() else math.prod(shape[:-1]) // num_tokens
+        num_images = heuristics.USUAL_BATCH if torch.compiler.is_compiling() else math.prod(shape[:-1]) // num_tokens
         if weight_rows < num_tokens:
             # If only factors are trained, low-rank gradients save the memory of x rather than time: they are used
             # wherever they would be faster in float32.

@@ -20,6 +20,7 @@ class BackwardRule:
         weight_basis: Basis of the weight gradient.
         input_gradient: How the input gradient is computed. The name of its precision may be "auto".
         compress: The words of `compress_activations`: what is saved in few bits in the block of the layer.
+        exact_forward: Whether the forward pass of adapters beneath gives the bits that their own method gives.
         grid_size, num_prefix_tokens, num_suffix_tokens: As given in the configuration.
         chosen_by: What calibration chooses the weight basis by, and stands in its place before; None: it is fixed.
     """
@@ -27,6 +28,7 @@ class BackwardRule:
     weight_basis: Basis
     input_gradient: InputGradient = ExactProduct()
     compress: tuple[str, ...] = ()
+    exact_forward: bool = False
     grid_size: tuple[int, int] | None = None
     num_prefix_tokens: int | None = None
     num_suffix_tokens: int | None = None

@@ -92,7 +92,10 @@ class LBPWHTStacked(nn.Module, ForwardPatch, LBPWHTLayer):
         if parts is not None and (base is host or not _have_to_be_called(base, parts, x)):
             branches = _branches(host, x, parts)
             return self._as_one_operation(
-                x, lambda: low_rank_linear(x, base.weight, base.bias, plan=plan, branches=branches)
+                x,
+                lambda: low_rank_linear(
+                    x, base.weight, base.bias, plan=plan, branches=branches, exact_forward=rule.exact_forward
+                ),
             )
         if parts is not None:
             linears = [base, *(part for lora_parts in parts for part in (lora_parts.down, lora_parts.up))]

@@ -1,0 +1,199 @@
+"""The roofline of a layer's training step on GPUs: operations, bytes and launches, worked out and not measured.
+
+    python examples/benchmarks/roofline.py
+    python examples/benchmarks/roofline.py --batch-size 8 --tokens 257 --width 1024 --kept 49
+
+Each way to train a linear layer is written down as the kernels that this package and PyTorch launch in eager mode under
+bf16 autocast, with float32 weights. A kernel takes the time of its multiply-adds or that of its bytes, whichever is
+longer, with every operand read and every result written once, in memory; small ones live in the cache and are faster. A
+step takes the sum, and on the side of the CPU, the number of launches times what one takes.
+
+The rates are those of data sheets (dense, without sparsity), of which real products reach two thirds to nine tenths.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.tables import aligned
+
+LAUNCH_US = 5.0  # of one kernel by PyTorch in eager mode
+LORA_RANK = 8
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU by its data sheet.
+
+    Attributes:
+        multiply_adds: A second, of bf16 summed in float32.
+        bytes: A second, of its memory.
+    """
+
+    multiply_adds: float
+    bytes: float
+
+
+GPUS = {"H100 SXM": Gpu(989e12 / 2, 3.35e12), "RTX 4090": Gpu(165e12 / 2, 1.008e12)}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch.
+
+    Attributes:
+        bytes: Read and written.
+        multiply_adds: Of a matrix product; 0 for others.
+    """
+
+    bytes: float
+    multiply_adds: float = 0
+
+    def seconds(self, gpu: Gpu) -> float:
+        return max(self.bytes / gpu.bytes, self.multiply_adds / gpu.multiply_adds)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Attributes: N images of L tokens, of which k are kept; features of the input and of the output."""
+
+    images: int
+    tokens: int
+    kept: int
+    inputs: int
+    outputs: int
+
+    @property
+    def rows(self) -> int:
+        return self.images * self.tokens
+
+
+Kernels = tuple[list[Kernel], list[Kernel]]  # of the forward pass, and of the backward pass
+
+
+def product(rows: int, inner: int, columns: int) -> Kernel:
+    """Of matrices (rows, inner) and (inner, columns) in bf16."""
+    return Kernel(2 * (rows * inner + inner * columns + rows * columns), rows * inner * columns)
+
+
+def over(elements: int, read: float, written: float) -> Kernel:
+    """Of so many bytes for each element."""
+    return Kernel(elements * (read + written))
+
+
+def cast(layer: Layer) -> Kernel:
+    return over(layer.inputs * layer.outputs, 4, 2)
+
+
+def forward(layer: Layer) -> list[Kernel]:
+    return [cast(layer), product(layer.rows, layer.inputs, layer.outputs)]
+
+
+def projection(layer: Layer, features: int) -> Kernel:
+    """Of the tokens of all images to k rows each, or back."""
+    moved = 2 * layer.images * (layer.tokens + layer.kept) * features
+    return Kernel(moved, layer.images * layer.kept * layer.tokens * features)
+
+
+def exact_dx(layer: Layer) -> Kernel:
+    return product(layer.rows, layer.outputs, layer.inputs)
+
+
+def full(layer: Layer) -> Kernels:
+    weight = layer.inputs * layer.outputs
+    gradient = [product(layer.outputs, layer.rows, layer.inputs), over(weight, 2, 4)]
+    return forward(layer), [exact_dx(layer), *gradient, over(layer.rows * layer.outputs, 2, 0)]
+
+
+def lora(layer: Layer) -> Kernels:
+    m, r, y = layer.rows, LORA_RANK, layer.rows * layer.outputs
+    branch = [product(m, layer.inputs, r), product(m, r, layer.outputs), over(y, 2, 2), over(y, 4, 2)]
+    backward = [over(y, 2, 2), product(layer.outputs, m, r), product(m, layer.outputs, r), product(r, m, layer.inputs)]
+    of_x = [product(m, r, layer.inputs), exact_dx(layer), over(m * layer.inputs, 4, 2)]
+    return [*forward(layer), *branch], [*backward, *of_x]
+
+
+def low_rank(layer: Layer, exact: bool) -> Kernels:
+    k = layer.images * layer.kept
+    first = [*forward(layer), projection(layer, layer.inputs)]
+    back = [projection(layer, layer.outputs), product(layer.outputs, k, layer.inputs), cast(layer)]
+    back += [over(layer.inputs * layer.outputs, 2, 4), over(k * layer.outputs, 2, 0)]
+    lifted = [product(k, layer.outputs, layer.inputs), projection(layer, layer.inputs)]
+    return first, [*back, *([exact_dx(layer)] if exact else lifted)]
+
+
+def adaptive(layer: Layer, rank: int) -> Kernels:
+    first, back = low_rank(layer, exact=False)
+    own = Layer(layer.images, layer.tokens, rank, layer.inputs, layer.outputs)
+    fit = [projection(own, layer.outputs)] * 3  # the sketch, the patterns, the coefficients
+    fit += [over(layer.images * rank * layer.tokens, 8, 8)] * 4  # orthonormal rows, in float64
+    of_x = [product(layer.images * rank, layer.outputs, layer.inputs), projection(own, layer.inputs)]
+    return first, [*back[:-2], *fit, *of_x]
+
+
+def lora_low_rank(layer: Layer) -> Kernels:
+    k, r = layer.images * layer.kept, LORA_RANK
+    weight = layer.inputs * layer.outputs
+    summed = [Kernel(8 * weight, weight * r), over(weight, 4, 2)]
+    first = [*summed, product(layer.rows, layer.inputs, layer.outputs), projection(layer, layer.inputs)]
+    factors = [product(k, layer.outputs, r), product(r, k, layer.inputs)]
+    factors += [product(k, layer.inputs, r), product(layer.outputs, k, r)]
+    return first, [projection(layer, layer.outputs), *factors, *summed, exact_dx(layer)]
+
+
+WAYS: dict[str, Callable[[Layer], Kernels]] = {
+    "full fine-tuning": full,
+    "LoRA": lora,
+    "LBP-WHT": lambda layer: low_rank(layer, exact=True),
+    "LBP-WHT, adaptive dx of rank 24": lambda layer: adaptive(layer, 24),
+    "LBP-WHT, paper's setting": lambda layer: low_rank(layer, exact=False),
+    "LoRA + LBP-WHT": lora_low_rank,
+}
+
+
+def rows(layers: dict[str, list[Layer]]) -> list[list[str]]:
+    """Of the table: each way to train each group of layers, as one after the other."""
+    found = []
+    for name, group in layers.items():
+        for way, kernels in WAYS.items():
+            of_layers = [kernels(layer) for layer in group]
+            passes = [[kernel for one in of_layers for kernel in one[which]] for which in (0, 1)]
+            both = [*passes[0], *passes[1]]
+            macs, moved = sum(kernel.multiply_adds for kernel in both), sum(kernel.bytes for kernel in both)
+            line = [name, way, f"{macs / 1e9:.1f}", f"{moved / 1e6:.0f}", "{} + {}".format(*map(len, passes))]
+            for gpu in GPUS.values():
+                times = [1e6 * sum(kernel.seconds(gpu) for kernel in one) for one in passes]
+                line += ["{:.0f} + {:.0f}".format(*times)]
+            found.append([*line, f"{LAUNCH_US * len(both):.0f}"])
+    return found
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=197, help="L of an image")
+    parser.add_argument(
+        "--kept", type=int, default=41, help="k of them, here those of r=10 on 14 x 14 patches and [CLS]"
+    )
+    parser.add_argument("--width", type=int, default=768, help="features; the MLP has four times as many")
+    options = parser.parse_args(arguments)
+    sizes = options.batch_size, options.tokens, options.kept
+    width = options.width
+    square, fc1, fc2 = (
+        Layer(*sizes, *features) for features in ((width, width), (width, 4 * width), (4 * width, width))
+    )
+    layers = {"q, k, v or out": [square], "fc1": [fc1], "fc2": [fc2], "all of a block": [*[square] * 4, fc1, fc2]}
+    print("Worked out from data sheets, not measured; forward + backward.")
+    header = ["layer", "way", "G MACs", "MB", "launches", *(f"{name}, us" for name in GPUS), "launching, us"]
+    print(aligned(header, rows(layers)))
+
+
+if __name__ == "__main__":
+    main()

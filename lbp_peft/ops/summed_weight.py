@@ -1,0 +1,74 @@
+"""The weight of a layer with low-rank updates beside it, summed: y = x (W + s B A)^T is one product.
+
+LoRA (arXiv 2106.09685) computes y = x W^T + s (x A^T) B^T. The two small products and the addition read and write the
+layer's output several times, which takes a tenth of a layer's forward pass or more. To sum the matrices first takes
+r C_in C_out multiply-adds, whatever the number of tokens. RunLoRA (arXiv 2312.03415) chooses between such ways by their
+cost, and so does [`lbp_peft.heuristics.Heuristics.sum_weights`]. The sum is not kept: the backward pass makes it again.
+
+The sum is made in float32 or float64. Under autocast it is rounded once, as the weight alone would be. A weight that is
+itself of 16 bits would swallow small updates, and is never summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import heuristics
+from ..formats.full import without_autocast
+from ..transforms import in_transform
+
+
+def summed_weight(weight: Tensor, factors: Sequence[Tensor], scalings: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """W + s_1 B_1 A_1 + s_2 B_2 A_2 + ..., rounded to a dtype once.
+
+    Args:
+        weight: W, shape (C_out, C_in), float32 or float64.
+        factors: A_1, B_1, A_2, B_2, ..., shapes (r, C_in) and (C_out, r), of any floating dtype.
+        scalings: s_1, s_2, ...
+        dtype: Of the result.
+    """
+    with without_autocast(weight.device):
+        for down, up, scaling in zip(factors[::2], factors[1::2], scalings, strict=True):
+            weight = torch.addmm(weight, up.to(weight.dtype), down.to(weight.dtype), alpha=scaling)
+        return weight.to(dtype)
+
+
+@torch.library.custom_op("lbp_peft::weight_in_backward", mutates_args=())
+def _weight_in_backward(weight: Tensor, factors: Sequence[Tensor], scalings: Sequence[float], grad: Tensor) -> Tensor:
+    summed = summed_weight(weight, factors, scalings, grad.dtype)
+    return summed.clone() if summed is weight else summed  # an operation must not return its argument
+
+
+@_weight_in_backward.register_fake
+def _(weight: Tensor, factors: Sequence[Tensor], scalings: Sequence[float], grad: Tensor) -> Tensor:
+    return grad.new_empty(weight.shape)
+
+
+def weight_in_backward(weight: Tensor, factors: Sequence[Tensor], scalings: Sequence[float], grad: Tensor) -> Tensor:
+    """[`summed_weight`] of the dtype of a gradient, made in the backward pass; without factors W itself, of any shape.
+
+    `torch.compile` would keep the forward pass's, as large as the weight, or the weight's copy in 16 bits: it counts on
+    saving time. An operation that it does not know and that reads a gradient has to wait for the backward pass.
+    """
+    if torch.compiler.is_compiling() and (factors or weight.dtype != grad.dtype):
+        return _weight_in_backward(weight, list(factors), list(scalings), grad)
+    return summed_weight(weight, factors, scalings, grad.dtype)
+
+
+def sums_weight(x: Tensor, weight: Any, factors: Sequence[Any], num_rows: int) -> bool:
+    """Whether the forward pass of a layer with low-rank updates should be one product.
+
+    Args:
+        x: The input, shape (..., C_in).
+        weight: Shape (C_out, C_in), as the forward pass gets it; a parameter that is still to be cast, if it is.
+        factors: See [`summed_weight`].
+        num_rows: M, of the input (M, C_in).
+    """
+    plain = (Tensor, nn.Parameter)  # others, such as quantized weights or shards, may not be added to
+    if not factors or in_transform() or not all(type(tensor) in plain for tensor in (x, weight, *factors)):
+        return False
+    return weight.dtype.itemsize >= 4 and heuristics.active().sum_weights(num_rows, *weight.shape)
