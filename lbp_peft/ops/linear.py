@@ -325,7 +325,7 @@ def low_rank_linear(
             if must_be_functional()
             else (source_of_weight(weight, parameter, plan.precision), weakref.ref(source))
         ),
-        sums_weight=not exact_forward and _sums_weight(tensors, branches, plan),
+        not exact_forward and _sums_weight(tensors, branches, plan),
     )
     if only_saved_tensors_matter():  # nothing after the last one that is saved is computed
         place = _SavedFirst.apply(state, *tensors)
