@@ -320,11 +320,8 @@ def low_rank_linear(
         plan.input_projection(dtype, x.device),
         tuple(branch.scaling for branch in branches),
         cast_weight,
-        *(
-            (None, lambda: None)
-            if must_be_functional()
-            else (source_of_weight(weight, parameter, plan.precision), weakref.ref(source))
-        ),
+        None if must_be_functional() else source_of_weight(weight, parameter, plan.precision),
+        (lambda: None) if must_be_functional() else weakref.ref(source),
         not exact_forward and _sums_weight(tensors, branches, plan),
     )
     if only_saved_tensors_matter():  # nothing after the last one that is saved is computed
