@@ -4,16 +4,19 @@
     python examples/benchmarks/peak_memory_table.py --model vit-s --batch-sizes 8 32 --methods full lbp-wht
 
 Memory is measured over whole steps, AdamW and its state included: on a CPU the resident set of the process at its
-largest, on a GPU the most that PyTorch's allocator held. Of a process, the part that Python and the libraries take
-before there is a model is given too. Times are of forward and backward pass; there the methods take turns in one
-process, as in training_step.py. Every figure is written down as soon as it is there: started again with the same
-options, the program goes on where it was stopped. How methods are written: see examples/benchmarks/methods.py.
+largest, on a GPU the most that PyTorch's allocator held. Beside it stands what libraries and tensors take at the end
+of the forward pass, counted: what is above it the backward pass works with, or the C library keeps. Environment
+variables that set its allocator, such as `MALLOC_MMAP_THRESHOLD_=262144`, matter therefore, and are recorded. Times
+are of forward and backward pass; there the methods take turns in one process, as in training_step.py. Every figure is
+written down as soon as it is there: started again with the same options, the program goes on where it was stopped. How
+methods are written: see examples/benchmarks/methods.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -29,7 +32,9 @@ from benchmarks.models import MODELS
 from benchmarks.tables import aligned, number
 from benchmarks.training_step import prepared
 from lbp_peft.environment import environment, in_words, write_record
+from lbp_peft.measure import saved_activations
 from lbp_peft.measure.timing import interleaved, quartiles, ratios, rounds_within
+from lbp_peft.tuner.layers.linear import LBPWHTLinear
 
 MIB = 2**20
 METHODS = (
@@ -48,8 +53,11 @@ METHODS = (
     "lora-all+lbp-wht+checkpointing",
 )
 REFERENCES = (("full", "/ full"), ("lora-all", "/ LoRA all"))
+PARTS = ("peaks", "tensors", "times")  # of a record
 # Options that decide what is measured. A file with others is not continued.
-DECISIVE = ("model", "image_size", "bf16", "steps", "threads", "device")
+DECISIVE = ("model", "image_size", "bf16", "steps", "threads", "device", "malloc")
+# Environment variables that change how memory is allocated: by the C library, by another in its place, by PyTorch.
+_OF_MALLOC = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "THP_MEM_ALLOC_ENABLE")
 
 
 def peak_of_process() -> int:
@@ -64,6 +72,31 @@ def peak_of_process() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def tensors(options: argparse.Namespace, method: str) -> dict[str, float]:
+    """What the tensors of a method take when its forward pass ends, counted; the resident set cannot be less.
+
+    Returns:
+        MiB of weights, trained copies and AdamW's state, which stay, and of the activations saved for each image. The
+        resident set has libraries, whatever the backward pass works with and what the C library keeps beside these.
+    """
+    kind, device = MODELS[options.model], torch.device(options.device)
+    torch.manual_seed(0)
+    model = applied(kind.build(options.image_size).to(device), method, list(kind.heads)).train()
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-5)
+    batch = {name: tensor.to(device) for name, tensor in kind.batch(1, options.image_size).items()}
+    for _ in range(2):  # base weights are put away when the first backward pass ends
+        with saved_activations(model) as saved, torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
+            loss = kind.loss(model, batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted = [module for module in model.modules() if isinstance(module, LBPWHTLinear)]
+    away = {id(module.get_base_layer().weight) for module in adapted if module.base_weight_waits}
+    stay = [parameter for parameter in model.parameters() if id(parameter) not in away]
+    stay += [value for state in optimizer.state.values() for value in state.values()]
+    return {"stay_mib": sum(tensor.nbytes for tensor in stay) / MIB, "saved_mib_an_image": saved.mib}
 
 
 def train(options: argparse.Namespace, method: str, batch_size: int) -> dict[str, float]:
@@ -151,6 +184,14 @@ def measured(options: argparse.Namespace, record: dict[str, Any], save: Callable
             peaks[method] = result
             print(f"{method}, batch {batch_size}: {result['peak_mib']:.0f} MiB ({time.perf_counter() - start:.0f} s)")
             save()
+    for method in options.methods:
+        if method not in record["tensors"]:
+            result, why = in_a_process([*given, "--only", "tensors", "--methods", method], options.limit)
+            if result is None:
+                print(f"no tensors of {method}: {why}")
+                continue
+            record["tensors"][method] = result
+            save()
     missing = [method for method in options.methods if method not in record["times"]]
     if options.rounds and missing:
         # All of them again: times of different runs are not compared.
@@ -167,18 +208,20 @@ def measured(options: argparse.Namespace, record: dict[str, Any], save: Callable
 def table(record: dict[str, Any], methods: list[str]) -> str:
     header = ["method"]
     for batch_size in record["peaks"]:
-        header += [f"peak MiB, batch {batch_size}", *(heading for _, heading in REFERENCES), "less libraries"]
+        header += [f"peak MiB, batch {batch_size}", *(heading for _, heading in REFERENCES), "libraries and tensors"]
     header += ["step ms", "(least)", *(heading for _, heading in REFERENCES)] if record["times"] else []
     lines = []
     for method in methods:
         line = [method]
-        for peaks in record["peaks"].values():
+        counted = record["tensors"].get(method)
+        for batch_size, peaks in record["peaks"].items():
             own = peaks.get(method)
             line.append(number(own and own["peak_mib"]))
             for reference, _ in REFERENCES:
                 other = peaks.get(reference)
                 line.append(number(own["peak_mib"] / other["peak_mib"] if own and other else None, 3))
-            line.append(number(own and own["peak_mib"] - own["libraries_mib"]))
+            least = own and counted and counted["stay_mib"] + int(batch_size) * counted["saved_mib_an_image"]
+            line.append(number(least and own["libraries_mib"] + least))
         if record["times"]:
             own = record["times"].get(method)
             line += [number(own and own["step_ms"][1]), number(own and own["least_ms"])]
@@ -205,7 +248,9 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of the CPU (default: as PyTorch chooses)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="JSON file (default: in runs/benchmarks)")
-    parser.add_argument("--only", choices=("peak", "times"), help=argparse.SUPPRESS)  # what a started process does
+    parser.add_argument(
+        "--only", choices=("peak", "times", "tensors"), help=argparse.SUPPRESS
+    )  # what a started process does
     options = parser.parse_args(arguments)
     sides = options.image_size or MODELS[options.model].size
     if len(sides) > 2:
@@ -218,6 +263,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
             words(method)
         except ValueError as error:
             parser.error(str(error))
+    options.malloc = {name: value for name, value in sorted(os.environ.items()) if name.startswith(_OF_MALLOC)}
     if options.output is None:
         precision = "bf16" if options.bf16 else "float32"
         options.output = Path("runs", "benchmarks", f"peaks-{options.model}-{precision}-{options.device}.json")
@@ -233,10 +279,10 @@ def resumed(options: argparse.Namespace) -> dict[str, Any]:
         except (ValueError, KeyError) as error:
             raise SystemExit(f"{options.output} is no file of this program. Give another --output.") from error
         now = json.loads(json.dumps({name: getattr(options, name) for name in DECISIVE}))
-        if {name: earlier.get(name) for name in DECISIVE} != now:
+        if {name: earlier.get(name, {} if name == "malloc" else None) for name in DECISIVE} != now:
             raise SystemExit(f"{options.output} was measured with other options. Remove it, or give another --output.")
-        return {"peaks": record.get("peaks", {}), "times": record.get("times", {})}
-    return {"peaks": {}, "times": {}}
+        return {part: record.get(part, {}) for part in PARTS}
+    return {part: {} for part in PARTS}
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -245,8 +291,13 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(options.threads)
     if options.only:
         try:
-            peak_only = options.only == "peak"
-            result = train(options, options.methods[0], options.batch_sizes[0]) if peak_only else take_turns(options)
+            result: dict[str, Any]
+            if options.only == "times":
+                result = take_turns(options)
+            elif options.only == "tensors":
+                result = tensors(options, options.methods[0])
+            else:
+                result = train(options, options.methods[0], options.batch_sizes[0])
         except NotAvailable as why:
             result = {"left out": str(why)}
         print(json.dumps(result))

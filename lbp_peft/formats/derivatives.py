@@ -61,6 +61,10 @@ class DerivativeTable:
             return codes[:, 0] | codes[:, 1] << 4
         return self._pack_by_parts(flat)
 
+    def packed_shape(self, x: Tensor) -> tuple[int]:
+        """The shape of what [`pack`] returns for x."""
+        return (-(-x.numel() // 2),)
+
     def _pack_by_parts(self, flat: Tensor) -> Tensor:
         packed = flat.new_empty(flat.numel() // 2, dtype=torch.uint8)
         size = min(flat.numel(), _VALUES_AT_ONCE)

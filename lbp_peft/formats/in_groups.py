@@ -6,6 +6,8 @@ of a norm, are saved in this format. The factors of matrix products are in that 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -68,6 +70,12 @@ def _rounded_by_parts(x: Tensor, offset: Tensor | None, group: int) -> tuple[Ten
         torch.div(largest, 127, out=scales[part])
     back = [order.index(axis) for axis in range(len(order))]
     return values.view(shape).permute(*back, -1), scales.view(*shape[:-1], shape[-1] // group).permute(*back, -1)
+
+
+def shape_of_scales(shape: Sequence[int]) -> tuple[int, ...]:
+    """That of the scales of a tensor (..., C)."""
+    *rows, channels = shape
+    return *rows, channels // _group(channels)
 
 
 def restored(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:

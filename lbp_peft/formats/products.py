@@ -110,7 +110,11 @@ def precision_now(precision: Precision) -> Precision:
 
 
 def source_of_weight(weight: Tensor, parameter: Tensor | None, precision: Precision) -> Origin | None:
-    """The origin of the parameter that a weight is, or is a cast of; None where no quantized copy of it is kept."""
-    if precision.name == "full" or torch.compiler.is_compiling():
+    """The origin of the parameter that a weight is, or is a cast of; None where no quantized copy of it is kept.
+
+    None is kept of a trained parameter: the next step changes it, and the copy would take memory until then.
+    """
+    parameter = weight if parameter is None else parameter
+    if precision.name == "full" or torch.compiler.is_compiling() or parameter.requires_grad:
         return None
-    return origin(weight if parameter is None else parameter)
+    return origin(parameter)

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats.in_groups import restored, rounded_in_groups
+from ..formats.in_groups import restored
 from ..transforms import backward_pass
+from .kept import kept_in_groups
 from .layer_state import LayerRecord, same_autocast, to_save
 from .once_differentiable import once_differentiable
 
@@ -57,7 +58,7 @@ class _CompressedLayer(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         ctx.state, x, *held = inputs
-        ctx.save_for_backward(*rounded_in_groups(x), *to_save(held))
+        ctx.save_for_backward(*kept_in_groups(x), *to_save(held))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -9,10 +9,12 @@ the first pass runs without gradients, so that nothing is saved, and the second 
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from types import CodeType
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils import checkpoint
 
 from ..transforms import must_be_functional
@@ -37,6 +39,11 @@ def saved_tensors_are_discarded() -> bool:
     It is False under dispatch modes: those of selective checkpointing count the operations of both passes.
     """
     return _FIRST is not None and _code_of_current_hook() is _FIRST
+
+
+def empty(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A tensor of a shape and dtype on the device of another, without memory of its own and without values."""
+    return like.new_empty((), dtype=dtype).expand(shape)
 
 
 def only_saved_tensors_matter() -> bool:

@@ -6,10 +6,12 @@ Neither the output nor the log-sum-exp is saved, so the rows of the attention ma
 
 The mean of the keys shifts all logits of a query by the same amount, which softmax ignores, and the mean of the values
 cancels in the gradients of query and key. Both are subtracted before rounding, which makes the rounding errors smaller.
+Keys that a mask hides from all queries, such as padding, may have any magnitude and are left out of both means.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats.in_groups import restored, rounded_in_groups
+from ..formats.in_groups import restored
 from ..instructions import multiplies_bf16
 from ..transforms import backward_pass, in_forward_mode, in_transform
 from .attention import attention, gradients_by_products
-from .kept import keep
+from .kept import kept_in_groups
 from .layer_state import to_save
 from .once_differentiable import once_differentiable
 
@@ -96,9 +98,8 @@ class _CompressedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, state: _State, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         ctx.state, ctx.dtype = state, query.dtype
-        rounded: list[Tensor] = []
-        for t, offset in ((query, None), (key, key.mean(-2, keepdim=True)), (value, value.mean(-2, keepdim=True))):
-            rounded += map(keep, rounded_in_groups(t, offset))
+        mean = functools.partial(_mean_over_keys, mask=mask)
+        rounded = *kept_in_groups(query), *kept_in_groups(key, mean), *kept_in_groups(value, mean)
         ctx.save_for_backward(*rounded, *to_save([] if mask is None else [mask]))
         y = F.scaled_dot_product_attention(
             query, key, value, mask, 0.0, state.is_causal, scale=state.scale, enable_gqa=state.enable_gqa
@@ -116,6 +117,18 @@ class _CompressedAttention(torch.autograd.Function):
             else:
                 gradients = _run_again(rounded, mask, grads[0], ctx.state)
         return None, *(once_differentiable(gradients, grads[0]) if second_order else gradients), None
+
+
+def _mean_over_keys(t: Tensor, mask: Tensor | None) -> Tensor:
+    """The mean of keys or values (N, heads, S, d) over those that a mask lets any query see; (N, heads, 1, d)."""
+    if mask is None:
+        return t.mean(-2, keepdim=True)
+    seen = mask
+    if mask.dtype != torch.bool:  # exp(-104) is zero in float32; logits may differ by more, but any offset is exact
+        seen = mask > mask.amax(-1, keepdim=True) - 104
+    seen = seen.reshape((1,) * (4 - seen.dim()) + seen.shape).any(1, keepdim=True).any(2, keepdim=True).mT
+    count = seen.expand(-1, -1, t.shape[-2], -1).sum(-2, keepdim=True).clamp_(min=1)
+    return (t.where(seen, 0).sum(-2, keepdim=True, dtype=torch.float32) / count).to(t.dtype)
 
 
 def _by_products(rounded: Sequence[Tensor], grad: Tensor, scale: float | None) -> list[Tensor]:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..formats.derivatives import DerivativeTable
 from ..transforms import backward_pass
+from .checkpointing import empty, saved_tensors_are_discarded
 from .kept import keep
 from .once_differentiable import once_differentiable
 
@@ -38,7 +39,9 @@ class _Elementwise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, function: Callable[[Tensor], Tensor], table: DerivativeTable, x: Tensor) -> Tensor:
         ctx.table, ctx.dtype = table, x.dtype
-        ctx.save_for_backward(keep(table.pack(x)))
+        # The first pass of gradient checkpointing discards what is saved.
+        is_discarded = saved_tensors_are_discarded()
+        ctx.save_for_backward(empty(x, table.packed_shape(x), torch.uint8) if is_discarded else keep(table.pack(x)))
         return function(x).detach()  # an alias, since the function may return x itself
 
     @staticmethod

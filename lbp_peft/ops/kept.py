@@ -1,4 +1,4 @@
-"""Tells `torch.compile` to save a rounded tensor for the backward pass.
+"""What operations save for the backward pass, under `torch.compile` and in checkpointed blocks.
 
 The compiler decides by itself what to save, and might save the exact tensor and round it again in the backward pass. It
 does not compute an operation again that it does not know.
@@ -6,8 +6,13 @@ does not compute an operation again that it does not know.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+from ..formats.in_groups import rounded_in_groups, shape_of_scales
+from .checkpointing import empty, saved_tensors_are_discarded
 
 
 @torch.library.custom_op("lbp_peft::keep", mutates_args=())
@@ -23,3 +28,18 @@ def _(x: Tensor) -> Tensor:
 def keep(x: Tensor) -> Tensor:
     """Return x, which a compiled graph then saves as it is if its backward pass reads it."""
     return _keep(x) if torch.compiler.is_compiling() else x
+
+
+def kept_in_groups(x: Tensor, offset: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """What is saved of x in 8 bits, see [`lbp_peft.formats.in_groups.rounded_in_groups`].
+
+    In the first pass of gradient checkpointing, which throws it away, nothing is computed.
+
+    Args:
+        x: Shape (..., C).
+        offset: Of x, returns what is subtracted from it before.
+    """
+    if saved_tensors_are_discarded():
+        return empty(x, x.shape, torch.int8), empty(x, shape_of_scales(x.shape), torch.float32)
+    values, scales = rounded_in_groups(x, offset and offset(x))
+    return keep(values), keep(scales)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats.in_groups import restored, rounded_in_groups
+from ..formats.in_groups import restored
 from ..transforms import backward_pass
-from .kept import keep
+from .kept import keep, kept_in_groups
 from .layer_state import to_save
 from .once_differentiable import once_differentiable
 
@@ -44,8 +44,8 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         y, mean, rstd = torch.native_layer_norm(x, (x.shape[-1],), weight, bias, eps)
-        values, scales = rounded_in_groups(x, mean)
-        ctx.save_for_backward(keep(values), keep(scales), keep(rstd), *to_save([t for t in (weight,) if t is not None]))
+        kept = (*kept_in_groups(x, lambda _: mean), keep(rstd))
+        ctx.save_for_backward(*kept, *to_save([t for t in (weight,) if t is not None]))
         return y
 
     @staticmethod

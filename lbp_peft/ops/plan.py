@@ -18,6 +18,7 @@ from ..bases.grids import TokenLayout
 from ..formats.in_groups import BYTES_OF_SCALE, restored_rows, rows_with_scales
 from ..formats.products import Precision, saved_dtype
 from ..projection import Projection, num_coefficients, projection
+from .checkpointing import empty
 from .kept import keep
 
 
@@ -186,9 +187,9 @@ class BackwardPlan:
     def empty_saved(self, x: Tensor, shape: tuple[int, int, int]) -> Tensor:
         """A tensor like the result of [`to_saved`] for a projection of x of this shape, without memory of its own."""
         if self.saves_8_bits and x.dtype != torch.float64:
-            num_images, num_rows, channels = shape
-            return x.new_empty((), dtype=torch.int8).expand(num_images, num_rows, channels + BYTES_OF_SCALE)
-        return x.new_empty((), dtype=self.saved_dtype(x.dtype)).expand(shape)
+            *rows, channels = shape
+            return empty(x, (*rows, channels + BYTES_OF_SCALE), torch.int8)
+        return empty(x, shape, self.saved_dtype(x.dtype))
 
     def from_saved(self, saved: Tensor, dtype: torch.dtype) -> Tensor:
         """The inverse of [`to_saved`], up to rounding; `dtype` is that of the layer's input or of its gradient."""

@@ -349,16 +349,18 @@ def test_peaks_are_measured_once_and_put_beside_those_of_the_references(tmp_path
             return {name: {"step_ms": [1, 2, 3], "least_ms": 1, "over full": [1, 1.5, 2]} for name in ("full",)}, ""
         if method == "velora":
             return None, "ended by signal 9"
+        if "tensors" in given:
+            return {"stay_mib": 200, "saved_mib_an_image": 30}, ""
         return {"peak_mib": {"full": 1000, "lora-all": 1200, "lbp-wht": 900}[method], "libraries_mib": 300}, ""
 
     monkeypatch.setattr(peak_memory_table, "in_a_process", in_a_process)
     peak_memory_table.main(arguments)
     printed = capsys.readouterr().out
     line = next(line for line in printed.splitlines() if line.startswith("lbp-wht") and "MiB" not in line)
-    assert line.split()[1:5] == ["900", "0.900", "0.750", "600"] and "velora, batch 8: ended by signal 9" in printed
-    assert len(asked) == 5 and json.loads(output.read_text())["peaks"]["8"]["full"]["peak_mib"] == 1000
+    assert line.split()[1:5] == ["900", "0.900", "0.750", "740"] and "velora, batch 8: ended by signal 9" in printed
+    assert len(asked) == 9 and json.loads(output.read_text())["peaks"]["8"]["full"]["peak_mib"] == 1000
     peak_memory_table.main([*arguments, "--rounds", "0"])
-    assert len(asked) == 6  # only the one that failed
+    assert len(asked) == 11  # only the one that failed
     with pytest.raises(SystemExit, match="other options"):
         peak_memory_table.main([*arguments, "--steps", "3"])
     with pytest.raises(SystemExit):
@@ -370,6 +372,9 @@ def test_a_process_trains_and_reports_its_peak(monkeypatch, capsys):
     peak_memory_table.main(["--model", "vit-s", "--only", "peak", "--methods", "lbp-wht", "--device", "cpu"])
     found = json.loads(capsys.readouterr().out)
     assert found["peak_mib"] >= found["libraries_mib"] > 0
+    peak_memory_table.main(["--model", "vit-s", "--only", "tensors", "--methods", "lbp-wht", "--device", "cpu"])
+    found = json.loads(capsys.readouterr().out)
+    assert found["stay_mib"] > 0 and found["saved_mib_an_image"] > 0
     peak_memory_table.main(["--model", "vit-s", "--only", "peak", "--methods", "lbp-wht:r=99", "--device", "cpu"])
     assert "r must be" in json.loads(capsys.readouterr().out)["left out"]
 

@@ -4,6 +4,7 @@ import copy
 import errno
 import io
 import json
+import os
 import pickle
 import warnings
 from multiprocessing.reduction import ForkingPickler
@@ -387,20 +388,27 @@ def test_a_checkpoint_that_is_overwritten_is_noticed(loaded, adapted, tmp_path):
     for use in (model.disable_adapter().__enter__, model.unload):
         with pytest.raises(RuntimeError, match=r"base/model.safetensors.*overwritten.*save_pretrained"):
             use()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        with pytest.raises(RuntimeError, match=r"base/model.safetensors.*overwritten"):
+            other.unload()
     assert torch.equal(outputs(model, images()), expected)
     model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(tiny_vit(), tmp_path / "adapter")
     assert torch.equal(outputs(again, images()), expected)
+    with pytest.raises(RuntimeError, match=r"base/model.safetensors.*overwritten"):
+        model.double().unload()
 
 
 @needs_mappings
-@pytest.mark.parametrize("change", ["deleted", "replaced"])
+@pytest.mark.parametrize("change", ["deleted", "replaced", "touched"])
 def test_a_checkpoint_that_is_deleted_or_replaced_stays_mapped(change, loaded, adapted, tmp_path):
     model = trained(adapted("disk", loaded))
     file = tmp_path / "base" / "model.safetensors"
     if change == "replaced":
         (tmp_path / "other").write_bytes(b"other")
         (tmp_path / "other").replace(file)
+    elif change == "touched":
+        os.utime(file)
     else:
         file.unlink()
     with model.disable_adapter():

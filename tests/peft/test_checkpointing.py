@@ -18,7 +18,8 @@ from torch.utils.checkpoint import (
 )
 
 from lbp_peft import BasisSet, LBPWHTConfig, TokenLayout, low_rank_linear
-from lbp_peft.ops import linear
+from lbp_peft.formats.derivatives import DerivativeTable
+from lbp_peft.ops import kept, linear
 from lbp_peft.ops.saved_input import shared_projections
 from lbp_peft.projection import DenseProjection, SeparableProjection
 
@@ -89,6 +90,32 @@ def test_nothing_is_projected_or_multiplied_for_nothing(build, counts):
     found = next(running)
     # In the second pass the last layer of each block is the last to save anything: its output is used by nobody.
     assert (counts.projections, counts.products) == (in_one_pass, 2 * (LAYERS + LAYERS - 1))
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_nothing_is_rounded_for_nothing(monkeypatch):
+    rounded = []
+
+    def counted(function):
+        def run(*args):
+            rounded.append(function.__name__)
+            return function(*args)
+
+        return run
+
+    monkeypatch.setattr(kept, "rounded_in_groups", counted(kept.rounded_in_groups))
+    monkeypatch.setattr(DerivativeTable, "pack", counted(DerivativeTable.pack))
+    model = get_peft_model(tiny_vit(), LBPWHTConfig(r=3, grad_input_dtype="full", compress_activations="all"))
+    _, expected = step(model)
+    in_one_pass = sorted(rounded)
+    assert {"pack", "rounded_in_groups"} == set(rounded)
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
+    rounded.clear()
+    running = step(model)
+    next(running)
+    assert not rounded
+    found = next(running)
+    assert sorted(rounded) == in_one_pass
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 

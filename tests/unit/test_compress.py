@@ -13,6 +13,9 @@ from models import forward, gradients, images, largest_difference, patches_of, t
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.activations import ACT2FN
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from lbp_peft import LBPWHTConfig, exact_backward, layout_report
 from lbp_peft.formats import in_groups
@@ -20,7 +23,8 @@ from lbp_peft.formats.in_groups import restored, restored_rows, rounded_in_group
 from lbp_peft.measure import multiply_adds, saved_activations
 from lbp_peft.ops.activation import compressed_layer
 from lbp_peft.ops.layer_norm import compressed_layer_norm
-from lbp_peft.tuner.patches.activation_patch import ActivationPatch, is_compressible
+from lbp_peft.ops.rms_norm import compressed_rms_norm
+from lbp_peft.tuner.patches.activation_patch import ActivationPatch, _rms_norm_of, is_compressible
 
 
 def draw(*shape, seed=0):
@@ -350,6 +354,78 @@ def test_a_layer_norm_reads_only_what_it_saved():
         norm.weight.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+# RMS norm
+
+
+class OfAnotherKind(nn.RMSNorm):
+    """Its name says what it is not."""
+
+    def forward(self, x):
+        return super().forward(x) + x.mean(-1, keepdim=True)
+
+
+RMS_NORMS = {
+    "torch": lambda: nn.RMSNorm(128), "without a weight": lambda: nn.RMSNorm(128, elementwise_affine=False),
+    "Llama": lambda: LlamaRMSNorm(128), "Gemma": lambda: Gemma2RMSNorm(128, eps=1e-3),
+    "T5": lambda: T5LayerNorm(128),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RMS_NORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_rms_norm_has_the_gradients_of_float64(name, dtype):
+    norm = RMS_NORMS[name]()
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter += draw(128, seed=2)
+    kind, exact = _rms_norm_of(norm), copy.deepcopy(norm).double()
+    norm, x, goal = norm.to(dtype), draw(2, 9, 128).to(dtype).requires_grad_(), draw(2, 9, 128, seed=1).to(dtype)
+    weight = next(norm.parameters(), None)
+    with torch.no_grad():
+        y = norm(x)
+    z = compressed_rms_norm(y, x, weight, kind.eps(norm, x), kind.shift)
+    assert torch.equal(z, y)
+    found = torch.autograd.grad(z, [x, *norm.parameters()], goal)
+    doubled = x.detach().double().requires_grad_()
+    expected = torch.autograd.grad(exact(doubled), [doubled, *exact.parameters()], goal.double())
+    for f, e in zip(found, expected, strict=True):
+        assert f.dtype == dtype and 1e-5 < (f.double() - e).norm() / e.norm() < 0.02
+
+
+def test_norms_of_another_kind_are_run_again():
+    assert _rms_norm_of(OfAnotherKind(128)) is None and _rms_norm_of(nn.LayerNorm(128)) is None
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_rms_norms_in_a_model_keep_8_bits(compiled):
+    """In compiled graphs too."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.fc = LlamaRMSNorm(128), nn.Linear(128, 128)
+
+        def forward(self, x):
+            return x + self.fc(self.norm(x))
+
+    torch.manual_seed(0)
+    plain = nn.Sequential(*(Block() for _ in range(3)))
+    found = {}
+    for word in (None, "norm"):
+        config = LBPWHTConfig(
+            r=2, grid_size=(4, 4), target_modules=["fc"], compress_activations=word, grad_input_dtype="full"
+        )
+        model = get_peft_model(copy.deepcopy(plain), config).train()
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        x = draw(2, 16, 128).requires_grad_()
+        with saved_activations(model) as saved:
+            loss = run(x).square().sum()
+        loss.backward()
+        found[word] = x.grad, saved.bytes
+    assert (found["norm"][0] - found[None][0]).norm() < 0.01 * found[None][0].norm()
+    assert found["norm"][1] < 0.8 * found[None][1]
 
 
 def test_functions_with_a_forward_method_of_their_own_are_left_alone():

@@ -75,6 +75,29 @@ def test_what_keys_and_values_have_in_common_costs_no_precision():
     assert max(errors(found, [e.double() for e in expected])) < 0.01
 
 
+HIDDEN = [torch.bool, -1e4, torch.finfo(torch.float32).min, -torch.inf]
+
+
+@pytest.mark.parametrize("hidden", HIDDEN, ids=str)
+@pytest.mark.parametrize("shape", [(9, 12), (2, 1, 1, 12), (2, 3, 9, 12)], ids=str)
+def test_hidden_keys_of_any_size_cost_no_precision(hidden, shape):
+    tensors = [draw(2, 3, n, 16, seed=s, dtype=torch.float32) for s, n in enumerate((9, 12, 12))]
+    grad = draw(2, 3, 9, 16, seed=3, dtype=torch.float32)
+    mask = torch.ones(shape, dtype=torch.bool)
+    mask[..., 8:] = False
+    if hidden is not torch.bool:
+        mask = torch.zeros(shape).masked_fill(~mask, hidden)
+    tensors[1][:, :, 8:] = 300 * tensors[1][:, :, 8:].abs()
+    tensors[2][:, :, 8:] *= 1e6
+    tensors[0].abs_().neg_()  # the additive mask of -1e4 alone would not hide keys that fit the queries as well
+    tensors = [t.requires_grad_() for t in tensors]
+    found, expected = (
+        torch.autograd.grad(f(*tensors, mask), tensors, grad)
+        for f in (compressed_attention, F.scaled_dot_product_attention)
+    )
+    assert max(errors(found, [e.double() for e in expected])) < 0.02
+
+
 @pytest.mark.parametrize("case", ["dropout", "trained mask", "float64", "three axes"])
 def test_all_else_is_left_to_pytorch(case):
     dtype = torch.float64 if case == "float64" else torch.float32

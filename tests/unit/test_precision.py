@@ -399,6 +399,14 @@ def test_copies_go_with_their_weight():
     assert len(weight_cache._copies) == before
 
 
+def test_no_copies_of_trained_weights_are_kept():
+    gc.collect()
+    before = len(weight_cache._copies)
+    model = adapted(grad_input_dtype="int8")
+    gradients(model, images())
+    assert len(weight_cache._copies) == before
+
+
 def test_copies_go_when_the_adapter_goes():
     """The weights beneath LoRA outlive it."""
     gc.collect()

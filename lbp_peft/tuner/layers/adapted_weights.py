@@ -49,7 +49,7 @@ class AdaptedWeights(WaitingBaseWeight):
         base = self.get_base_layer()
         weight: Any
         weight, bias = (base.weight, base.bias) if self._unmerged is None else self._unmerged
-        if self.is_dropped or self._is_on_host or self._file is not None:
+        if self._may_be_gone or self._is_on_host:
             weight = self._waiting_weight(weight)
         return weight, bias
 

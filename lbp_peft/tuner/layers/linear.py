@@ -123,7 +123,7 @@ class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
 
     def _call_base_layer(self, x: Tensor) -> Tensor:
         """The output of the base layer with its own weights."""
-        if (self.is_dropped or self._file is not None) and not self.merged:
+        if self._may_be_gone and not self.merged:
             self.check_base_weight("Running the model without its adapter")
         return self.base_layer(x)
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+import hashlib
 import mmap
 import os
 import re
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,17 @@ class FileStamp:
         path: The file.
         inode: Its device and number, which tell whether the path still leads to the same file.
         state: Its size in bytes and the time of its last change in ns.
+        offset: Where the weight begins in it, in bytes.
+        num_bytes: Of the weight.
+        digest: Of the weight's bytes.
     """
 
     path: str
     inode: tuple[int, int]
     state: tuple[int, int]
+    offset: int = 0
+    num_bytes: int = 0
+    digest: bytes = b""
 
     @classmethod
     def of(cls, path: str) -> FileStamp:
@@ -53,12 +60,18 @@ class FileStamp:
         return cls(path, (status.st_dev, status.st_ino), (status.st_size, status.st_mtime_ns))
 
     def was_overwritten(self) -> bool:
-        """Whether the file was written to since. One that was deleted or replaced stays intact where it is mapped."""
+        """Whether the weight in the file was changed since.
+
+        A file that was deleted or replaced stays intact where it is mapped. One whose time of change is new is read: it
+        may have been touched only, or written again with the same contents.
+        """
         try:
             now = FileStamp.of(self.path)
+            if now.inode != self.inode or now.state == self.state:
+                return False
+            return _digest_in_file_of(now.state, self.path, self.offset, self.num_bytes) != self.digest
         except OSError:
             return False
-        return now.inode == self.inode and now.state != self.state
 
 
 def in_own_file(weight: Tensor) -> Tensor:
@@ -108,9 +121,11 @@ def release_pages(weight: Tensor) -> FileStamp | None:
         if found is None:
             return None
         path, offset = found
-        stamp = FileStamp.of(path)
-        if not _equals_file(weight, path, offset) or stamp.was_overwritten():
+        before = FileStamp.of(path)
+        digest = hashlib.blake2b(_bytes(weight)).digest()
+        if _digest_in_file(path, offset, weight.nbytes) != digest or FileStamp.of(path) != before:
             return None
+        stamp = replace(before, offset=offset, num_bytes=weight.nbytes, digest=digest)
     except OSError:
         return None
     # Pages that the weight shares with its neighbours are left alone, since the neighbours may have changed.
@@ -135,15 +150,19 @@ def _bytes(weight: Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _equals_file(weight: Tensor, path: str, offset: int) -> bool:
-    expected = _bytes(weight)
+def _digest_in_file(path: str, offset: int, num_bytes: int) -> bytes:
+    """Of a part of a file. Raises OSError where it cannot be read."""
+    digest = hashlib.blake2b()
     with open(path, "rb") as file:
         file.seek(offset)
-        for start in range(0, weight.nbytes, _CHUNK):
-            part = expected[start : start + _CHUNK]
-            if file.read(len(part)) != part:
-                return False
-    return True
+        for start in range(0, num_bytes, _CHUNK):
+            digest.update(file.read(min(_CHUNK, num_bytes - start)))
+    return digest.digest()
+
+
+@functools.lru_cache(4096)  # base weights are asked for in every pass with a disabled adapter
+def _digest_in_file_of(state: tuple[int, int], path: str, offset: int, num_bytes: int) -> bytes:
+    return _digest_in_file(path, offset, num_bytes)
 
 
 def _mapping(weight: Tensor) -> tuple[str, int] | None:

@@ -47,6 +47,7 @@ class WaitingBaseWeight(nn.Module):
         self._is_on_host = False
         self._waits_at = 0  # the address of the values that were put away, which may be replaced
         self._file: FileStamp | None = None
+        self._lost_with: str | None = None  # a file that was overwritten before the weight was read from it
 
     # Away
 
@@ -55,6 +56,11 @@ class WaitingBaseWeight(nn.Module):
         """Whether the base weight was put away, so that it takes no memory of the layer's device, or was dropped."""
         weight = self.get_base_layer()._parameters.get("weight")
         return self.is_dropped or self._is_on_host or (weight is not None and 0 != weight.data_ptr() == self._waits_at)
+
+    @property
+    def _may_be_gone(self) -> bool:
+        """Whether the base weight has to be checked before it is used."""
+        return self.is_dropped or self._file is not None or self._lost_with is not None
 
     def put_base_weight_away(self) -> None:
         """Put the base weight where the active adapter has it wait, if only that adapter's weight is in use."""
@@ -140,13 +146,20 @@ class WaitingBaseWeight(nn.Module):
                 "is itself trained. Save the adapter (save_pretrained) and load it into the base model again, or "
                 "train with another base_weights."
             )
-        if self._file is not None and self._file.was_overwritten():
+        overwritten = self._overwritten_file()
+        if overwritten is not None:
             raise RuntimeError(
-                f"{what} needs the base weight of {self.layer_name}, which waits in {self._file.path}. That file was "
+                f"{what} needs the base weight of {self.layer_name}, which waits in {overwritten}. That file was "
                 "overwritten since the model was loaded from it. The adapter's weights are intact: save them "
                 "(save_pretrained) and load them into the base model again. Save to another folder than the base "
                 'model\'s, or set base_weights="resident".'
             )
+
+    def _overwritten_file(self) -> str | None:
+        """The file that the base weight was lost with; None if it was not."""
+        if self._file is not None and self._file.was_overwritten():
+            return self._file.path
+        return self._lost_with
 
     def _waiting_weight(self, weight: Tensor) -> Tensor:
         """A base weight, on the layer's device."""
@@ -180,10 +193,11 @@ class WaitingBaseWeight(nn.Module):
 
     def _apply(self, fn: Callable[..., Tensor], recurse: bool = True) -> Any:
         self.bring_base_weight_back()
+        overwritten = self._overwritten_file()
         result = super()._apply(fn, recurse)
         weight = self.get_base_layer()._parameters.get("weight")
         if self._file is not None and self._unmerged is None and weight.data_ptr() != self._waits_at:
-            self._file = None
+            self._file, self._lost_with = None, overwritten  # the values come from the file
         if self.is_dropped:
             self._dropped_dtype = fn(torch.empty(0, dtype=self._dropped_dtype)).dtype
         self._watch_training()
@@ -194,8 +208,11 @@ class WaitingBaseWeight(nn.Module):
         self._watch_training()
         return result
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_lost_with": self._overwritten_file()}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__({"_lost_with": None, **state})
         self._waits_at, self._file = 0, None  # the values of a copy are in memory
         self._watch_training()
 

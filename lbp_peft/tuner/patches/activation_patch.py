@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from ...layer_types import runs_forward_of
 from ...ops.activation import compressed_layer
 from ...ops.elementwise import elementwise_function
 from ...ops.layer_norm import compressed_layer_norm
+from ...ops.rms_norm import compressed_rms_norm
 from ...transforms import in_forward_mode, in_transform
 from ..layers.calling import parts_are_watched
 from ..layers.rule import BackwardRule
@@ -32,17 +35,19 @@ _ACTIVATIONS = (
 class ActivationPatch(BlockPatch):
     """Has an activation function or a norm, its host, save few bits for the backward pass.
 
-    Layer norms and elementwise functions have backward passes of their own. Other hosts save their input in 8 bits and
-    are run again in the backward pass. Under `torch.compile`, those save what they save without the patch.
+    Layer norms, RMS norms and elementwise functions have backward passes of their own. Other hosts save their input in
+    8 bits and are run again in the backward pass. Under `torch.compile`, those save what they save without the patch.
 
     Args:
         block: The block that contains the host and the adapted layers.
-        host: The module. If it is an activation function, a table of its derivative is made.
+        host: The module. If it is an activation function, a table of its derivative is made; if it is a norm, its kind
+            is found out.
     """
 
     def __init__(self, block: nn.Module, host: nn.Module):
         super().__init__(block)
         self.word = "norm" if is_norm(host) else "activation"
+        self._rms_norm = _rms_norm_of(host) if self.word == "norm" else None
         self._names = _names_of_settings(host)
         self._settings, self._table = self._look_up(host) if self.word == "activation" else ((), None)
 
@@ -56,6 +61,11 @@ class ActivationPatch(BlockPatch):
             return plain(host, x)
         if self.word == "norm" and _is_plain_layer_norm(host, x):
             return compressed_layer_norm(x, host.weight, host.bias, host.eps)
+        if self._rms_norm is not None and self._rms_norm.serves(host, x):
+            with torch.no_grad():
+                y = plain(host, x)
+            kind = self._rms_norm
+            return compressed_rms_norm(y, x, host._parameters.get("weight"), kind.eps(host, x), kind.shift)
         table = self._current_table(host) if self.word == "activation" else None
         if table is not None:
             return elementwise_function(functools.partial(plain, host), x, table)
@@ -122,6 +132,57 @@ def _is_plain_layer_norm(host: Any, x: Tensor) -> bool:
     if host.weight is not None and host.weight.dtype != x.dtype:
         return False
     return x.dtype == torch.float32 or (x.dtype != torch.float64 and not torch.is_autocast_enabled(x.device.type))
+
+
+@dataclass(frozen=True)
+class _RMSNorm:
+    """How an RMS norm, of PyTorch or of a model of transformers, works.
+
+    Attributes:
+        name_of_eps: The attribute with the number that it adds to the mean square.
+        shift: What it adds to its weight.
+    """
+
+    name_of_eps: str
+    shift: float
+
+    def eps(self, host: Any, x: Tensor) -> float:
+        value = getattr(host, self.name_of_eps)
+        return torch.finfo(x.dtype).eps if value is None else value  # as nn.RMSNorm has it
+
+    def serves(self, host: nn.Module, x: Tensor) -> bool:
+        """Whether the parameters are as they were, and the input is of a dtype that is rounded."""
+        return x.dtype != torch.float64 and x.numel() > 0 and set(host._parameters) <= {"weight"}
+
+
+def _rms_norm_of(host: nn.Module) -> _RMSNorm | None:
+    """How a norm works, if it is an RMS norm over the last axis: found by trying it out, since classes differ."""
+    plain_class: Any = getattr(type(host), "plain_class", type(host))
+    names = [name for name in ("variance_epsilon", "eps") if hasattr(host, name)]
+    weight = host._parameters.get("weight")
+    if plain_class is nn.LayerNorm or len(names) != 1 or set(host._parameters) - {"weight"}:
+        return None
+    shape = getattr(host, "normalized_shape", ()) if weight is None else weight.shape
+    if len(shape) != 1 or any(True for _ in host.children()) or any(True for _ in host.buffers()):
+        return None
+    generator = torch.Generator().manual_seed(0)
+    # The mean square of the second and third row is about as small as eps usually is.
+    x = torch.randn(3, *shape, generator=generator) * torch.tensor([[1.0], [1e-2], [1e-3]])
+    twin = copy.copy(host)
+    other = None if weight is None else torch.randn(shape, generator=generator)
+    twin._parameters = {} if weight is None and "weight" not in host._parameters else {"weight": other}
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            found = plain_class.forward(twin, x)
+    except (RuntimeError, TypeError, ValueError, AttributeError):
+        return None
+    for shift in (0.0, 1.0):
+        kind = _RMSNorm(names[0], shift)
+        expected = x * (x.square().mean(-1, keepdim=True) + kind.eps(host, x)).rsqrt()
+        expected = expected if other is None else expected * (other + shift)
+        if isinstance(found, Tensor) and found.shape == x.shape and torch.allclose(found, expected, 1e-5, 1e-6):
+            return kind
+    return None
 
 
 def compress_activations(model: nn.Module) -> None:
