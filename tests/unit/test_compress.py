@@ -410,8 +410,18 @@ def test_rms_norms_in_a_model_keep_8_bits(compiled):
         def forward(self, x):
             return x + self.fc(self.norm(x))
 
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(Block() for _ in range(3))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
     torch.manual_seed(0)
-    plain = nn.Sequential(*(Block() for _ in range(3)))
+    plain = Model()
     found = {}
     for word in (None, "norm"):
         config = LBPWHTConfig(
