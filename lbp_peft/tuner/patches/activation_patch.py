@@ -147,7 +147,7 @@ class _RMSNorm:
     shift: float
 
     def eps(self, host: Any, x: Tensor) -> float:
-        value = getattr(host, self.name_of_eps)
+        value: float | None = getattr(host, self.name_of_eps)
         return torch.finfo(x.dtype).eps if value is None else value  # as nn.RMSNorm has it
 
     def serves(self, host: nn.Module, x: Tensor) -> bool:
