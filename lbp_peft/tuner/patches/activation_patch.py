@@ -169,7 +169,7 @@ def _rms_norm_of(host: nn.Module) -> _RMSNorm | None:
     # The mean square of the second and third row is about as small as eps usually is.
     x = torch.randn(3, *shape, generator=generator) * torch.tensor([[1.0], [1e-2], [1e-3]])
     twin = copy.copy(host)
-    other = None if weight is None else torch.randn(shape, generator=generator)
+    other = None if weight is None else nn.Parameter(torch.randn(shape, generator=generator))
     twin._parameters = {} if weight is None and "weight" not in host._parameters else {"weight": other}
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
