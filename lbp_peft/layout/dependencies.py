@@ -150,7 +150,7 @@ class _Snapshot:
 
     def __init__(self, module: nn.Module, ignored: Callable[[nn.Module], bool]):
         # Containers other than modules, and functions that return values, which are compared each time.
-        self._containers: dict[int, object] = {}
+        self._containers: dict[int, Any] = {}
         self._getters: dict[Hashable, Callable[[], object]] = {}
         self._ignored = ignored
         self._arrays: list[np.ndarray] = []
@@ -174,7 +174,7 @@ class _Snapshot:
         self._children = [one._modules for _, one in modules if one._modules]
         self._buffers = [one._buffers for _, one in modules if one._buffers]
         watched = [one for _, one in modules if not ignored(one)]
-        self._attributes = [
+        self._attributes: list[tuple[Callable[[dict], Any], dict]] = [
             (operator.itemgetter(*names, names[0]), one.__dict__)  # two names at least, so that it returns a tuple
             for one in watched
             if (names := [attribute for attribute, _ in _attributes(one)])
@@ -256,7 +256,7 @@ class _Snapshot:
         if isinstance(value, types.FunctionType):
             return id(value.__code__), self._of_function(value, depth)
         attributes = getattr(value, "__dict__", None)
-        found: list[Hashable] = [kind]
+        found: list[Any] = [kind]
         if isinstance(attributes, dict):
             found.append(self._of_dictionary(attributes, depth))
         for name in _slots(kind):

@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
@@ -168,7 +168,9 @@ def _input_gradient(config: LBPWHTConfig, rank: int | None, selection: Any) -> I
 
 def _adapting_class(target: nn.Module) -> type[LBPWHTLinear]:
     layer_type = layer_type_of(target)
-    return LBPWHTLinear if layer_type is None else layer_type.adapting_class  # None: quantised
+    if layer_type is None:  # the layer is quantised
+        return LBPWHTLinear
+    return cast("type[LBPWHTLinear]", layer_type.adapting_class)  # all of them are made with the same arguments
 
 
 def detach_all(model: nn.Module) -> set[LayoutFinder]:

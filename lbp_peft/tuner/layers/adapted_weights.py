@@ -173,11 +173,12 @@ class AdaptedWeights(WaitingBaseWeight):
             return
         base = self.get_base_layer()
         merged = self._combined_parameters(names)
-        stash, self._unmerged = self._unmerged, None
+        (weight, bias), self._unmerged = self._unmerged, None
         name = next(name for name in names if name in self.lbpwht_weight)
-        _restore(base.weight, stash[0], merged[0], self.lbpwht_weight[name])
-        if base.bias is not None:
-            _restore(base.bias, stash[1], merged[1], self.lbpwht_bias[name])
+        assert weight is not None, "check_base_weight raises where the base weight was dropped"
+        _restore(base.weight, weight, merged[0], self.lbpwht_weight[name])
+        if bias is not None and merged[1] is not None:
+            _restore(base.bias, bias, merged[1], self.lbpwht_bias[name])
         self._is_on_host = False  # `_restore` has moved it to the layer's device
         self._watch_training()
 
