@@ -21,7 +21,7 @@ from paper.records import COSTS, Experiment, experiments, records_of
 
 RESULTS = Path(__file__).parent / "results"
 HEADER = (
-    "method", "rate", "rank", "trials", "seeds", "{metric} %", "trained", "MFLOPs as in the paper",
+    "method", "rate", "rank", "trials", "validation %", "seeds", "test {metric} %", "trained", "MFLOPs as in the paper",
     "backward M multiply-adds", "step ms", "/ exact", "peak MiB",
 )  # fmt: skip
 
@@ -33,20 +33,21 @@ class Row:
     Attributes:
         method: The name of the method.
         scores: The scores on the test images, one for each seed.
-        trials: The number of trials in the search.
-        record: The record of one seed, for what does not depend on the seed.
+        trials: The scores of the trials on the validation images.
+        record: The record of one seed, or of the best trial if no seed was tested, for what both have in common.
         cost: The entry of the method in `costs.json`; empty if its steps were not measured.
     """
 
     method: str
     scores: list[float]
-    trials: int
+    trials: list[float]
     record: dict[str, Any]
     cost: dict[str, Any]
 
     @property
-    def mean(self) -> float:
-        return statistics.mean(self.scores)
+    def mean(self) -> float | None:
+        """The mean of the scores; None if no seed was tested."""
+        return statistics.mean(self.scores) if self.scores else None
 
     @property
     def deviation(self) -> float | None:
@@ -61,9 +62,12 @@ class Row:
             record["label"],
             f"{config['learning_rate']:g}",
             "" if config["rank"] is None else str(config["rank"]),
-            str(self.trials),
+            str(len(self.trials)),
+            f"{100 * max(self.trials):.1f}" if self.trials else "",
             str(len(self.scores)),
-            f"{100 * self.mean:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}"),
+            ""
+            if self.mean is None
+            else f"{100 * self.mean:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}"),
             f"{record['trained_parameters'] / 1e6:.2f} M",
             f"{record['paper_flops'] / 1e6:.1f}",
             f"{record['backward_multiply_adds'] / 1e6:.1f}",
@@ -74,16 +78,17 @@ class Row:
 
 
 def rows_of(experiment: Experiment) -> list[Row]:
-    """The methods that were tested, the best first."""
+    """The methods that have records, the best first, those that were not tested last."""
     file = experiment.folder / COSTS
     measured = json.loads(file.read_text())["methods"] if file.exists() else {}
     rows = []
     for method, records in records_of(experiment).items():
         tested = [record for record in records if record["config"]["scored"] == "test"]
-        if tested:
-            scores = [record["score"] for record in tested]
-            rows.append(Row(method, scores, len(records) - len(tested), tested[0], measured.get(method, {})))
-    return sorted(rows, key=lambda row: -row.mean)
+        tried = [record for record in records if record["config"]["scored"] == "validation"]
+        scores, trials = ([record["score"] for record in part] for part in (tested, tried))
+        shown = tested[0] if tested else max(tried, key=lambda record: record["score"])
+        rows.append(Row(method, scores, trials, shown, measured.get(method, {})))
+    return sorted(rows, key=lambda row: (row.mean or 0, max(row.trials, default=0)), reverse=True)
 
 
 def table(rows: list[Row]) -> str:
@@ -97,7 +102,8 @@ def table(rows: list[Row]) -> str:
 
 
 def points(rows: list[Row]) -> dict[str, list[Point]]:
-    """The points of each panel of the figure, by the label of its horizontal axis."""
+    """The points of each panel of the figure, by the label of its horizontal axis: the methods that were tested."""
+    rows = [row for row in rows if row.scores]
     panels: dict[str, list[Point]] = {
         "MFLOPs of the backward pass, linear layers, one image": [
             _point(row, row.record["paper_flops"] / 1e6) for row in rows
@@ -116,7 +122,7 @@ def points(rows: list[Row]) -> dict[str, list[Point]]:
 
 
 def _point(row: Row, cost: float) -> Point:
-    return Point(row.record["label"], cost, 100 * row.mean, 100 * (row.deviation or 0))
+    return Point(row.record["label"], cost, 100 * (row.mean or 0), 100 * (row.deviation or 0))
 
 
 def with_table(text: str, name: str, content: str) -> str:
