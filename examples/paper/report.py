@@ -21,7 +21,7 @@ from paper.records import COSTS, Experiment, experiments, records_of
 
 RESULTS = Path(__file__).parent / "results"
 HEADER = (
-    "method", "rate", "rank", "trials", "validation %", "seeds", "test {metric} %", "trained", "MFLOPs as in the paper",
+    "method", "rate", "rank", "trials", "seeds", "validation %", "test {metric} %", "trained", "MFLOPs as in the paper",
     "backward M multiply-adds", "step ms", "/ exact", "peak MiB",
 )  # fmt: skip
 
@@ -63,8 +63,8 @@ class Row:
             f"{config['learning_rate']:g}",
             "" if config["rank"] is None else str(config["rank"]),
             str(len(self.trials)),
-            f"{100 * max(self.trials):.1f}" if self.trials else "",
             str(len(self.scores)),
+            f"{100 * max(self.trials):.1f}" if self.trials else "",
             ""
             if self.mean is None
             else f"{100 * self.mean:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}"),

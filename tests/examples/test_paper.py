@@ -93,7 +93,7 @@ def test_runs_are_searched_recorded_and_resumed(experiment, tmp_path, capsys):
     page = (tmp_path / "paper.md").read_text()
     assert "old" not in page and page.endswith("<!-- end -->\nafter\n")
     line = next(line for line in page.splitlines() if line.startswith("| exact backpropagation"))
-    assert [line.split("|")[column] for column in (4, 6)] == [" 1 ", " 2 "] and line.endswith("| 10 | 1.00 | 300 |")
+    assert line.split("|")[4:6] == [" 1 ", " 2 "] and line.endswith("| 10 | 1.00 | 300 |")
     assert (tmp_path / "images" / "paper-tiny.png").stat().st_size > 10_000
 
 
