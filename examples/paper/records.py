@@ -68,8 +68,9 @@ def experiments(root: Path) -> Iterator[Experiment]:
 
 def records_of(experiment: Experiment) -> dict[str, list[dict[str, Any]]]:
     """The records of an experiment's runs, by method."""
-    return {
+    found = {
         folder.name: [json.loads(file.read_text()) for file in sorted(folder.glob("*.json"))]
         for folder in sorted(experiment.folder.iterdir())
         if folder.is_dir()
     }
+    return {method: records for method, records in found.items() if records}
