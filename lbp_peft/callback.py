@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from numbers import Integral, Real
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .measure.gradients import GradientQuality, gradient_quality
 from .measure.memory import resident_now
@@ -24,8 +27,8 @@ class LBPWHTCallback(TrainerCallback):
     every process measures its own batch, and the values of the first are logged. If parameters are sharded (FSDP,
     ZeRO-3), nothing is measured, with one warning.
 
-    The values `lbp_wht/gradient_cosine`, `lbp_wht/gradient_norm_ratio` and `lbp_wht/peak_memory_mib` go into the
-    trainer's `state.log_history`, and into its next log, which callbacks after this one see.
+    The values `lbp_wht/gradient_cosine`, `lbp_wht/gradient_norm_ratio` and `lbp_wht/peak_memory_mib` go to the
+    trainer's `log`, at the step that was measured: into `state.log_history`, and to the trackers of `report_to`.
 
     Args:
         every: The number of steps between measurements. The first one is made in step 1.
@@ -40,15 +43,14 @@ class LBPWHTCallback(TrainerCallback):
     """
 
     def __init__(self, every: int = 200, min_cosine: float = 0.8, loss_fn: LossFunction | None = None):
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}.")
-        if not 0 <= min_cosine <= 1:
-            raise ValueError(f"min_cosine must be from 0 to 1, got {min_cosine}.")
-        self.every, self.min_cosine, self.loss_fn = every, min_cosine, loss_fn
+        if not _is_a(Integral, every) or every < 1:
+            raise ValueError(f"every must be an int of at least 1, got {every!r}.")
+        if not _is_a(Real, min_cosine) or not 0 <= min_cosine <= 1:
+            raise ValueError(f"min_cosine must be a number from 0 to 1, got {min_cosine!r}.")
+        self.every, self.min_cosine, self.loss_fn = int(every), float(min_cosine), loss_fn
         self.history: list[tuple[int, GradientQuality]] = []
         self._batch: Any = None
         self._hook: RemovableHandle | None = None
-        self._to_log: dict[str, float] = {}
         self._has_warned = False
 
     def on_step_begin(
@@ -79,32 +81,29 @@ class LBPWHTCallback(TrainerCallback):
         with self._autocast(args, device_of(model)):
             quality = gradient_quality(model, batch, self.loss_fn)
         self.history.append((state.global_step, quality))
-        self._to_log = {
+        values = {
             "lbp_wht/gradient_cosine": quality.cosine,
             "lbp_wht/gradient_norm_ratio": quality.norm_ratio,
             "lbp_wht/peak_memory_mib": _peak_mib(device_of(model)),
         }
-        if state.is_world_process_zero:
-            state.log_history.append({**self._to_log, "step": state.global_step})
-            if quality.cosine < self.min_cosine:
-                self._warn(
-                    f"In step {state.global_step} the gradients have a cosine of {quality.cosine:.2f} with the exact "
-                    f"ones, below {self.min_cosine:g}. The worst is that of {quality.worst}, "
-                    f"{quality.tensors[quality.worst].cosine:.2f}. A larger r, or an exact input gradient, brings them "
-                    "closer; lbp_peft.recommend compares settings."
-                )
+        self._log(values, state, control)
+        if state.is_world_process_zero and quality.cosine < self.min_cosine:
+            self._warn(
+                f"In step {state.global_step} the gradients have a cosine of {quality.cosine:.2f} with the exact "
+                f"ones, below {self.min_cosine:g}. The worst is that of {quality.worst}, "
+                f"{quality.tensors[quality.worst].cosine:.2f}. A larger r, or an exact input gradient, brings them "
+                "closer; lbp_peft.recommend compares settings."
+            )
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if logs is not None:
-            logs.update(self._to_log)
-            self._to_log = {}
+    @staticmethod
+    def _log(values: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
+        trainer = _calling_trainer()
+        if trainer is None:  # another program than transformers' Trainer calls
+            state.log_history.append({**values, "step": state.global_step})
+            return
+        its_own_follows = control.should_log  # which logging anything switches off
+        trainer.log(values)
+        control.should_log = its_own_follows
 
     def _warn(self, text: str) -> None:
         if not self._has_warned:
@@ -115,6 +114,20 @@ class LBPWHTCallback(TrainerCallback):
     def _autocast(args: TrainingArguments, device: torch.device) -> torch.autocast:
         dtype = torch.float16 if args.fp16 else torch.bfloat16
         return torch.autocast(device.type, dtype, enabled=bool(args.fp16 or args.bf16))
+
+
+def _is_a(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _calling_trainer() -> Trainer | None:
+    """The trainer among the callers. transformers hands callbacks its state, and neither itself nor its `log`."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if isinstance(caller := frame.f_locals.get("self"), Trainer):
+            return caller
+        frame = frame.f_back
+    return None
 
 
 def _why_not(model: nn.Module) -> str:

@@ -101,6 +101,7 @@ def lbp_wht_config(options: Options, **settings: Any) -> LBPWHTConfig:
         grad_input_energy=options.grad_input_energy,
         grad_input_dtype=options.grad_input_dtype,
         compress_activations=_words(options.compress_activations),
+        base_weights=options.base_weights,
         block_size=options.block_size,
         selection=options.selection,
         boundary=options.boundary,

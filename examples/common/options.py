@@ -34,7 +34,7 @@ OWN_LIMITS: Limits = [
 # The options that a method may set for itself. All others are common to the methods that are compared.
 OF_METHODS = (
     "r", "grad_input_rank", "grad_input_basis", "grad_input_energy", "grad_input_dtype", "compress_activations",
-    "block_size", "selection", "boundary",
+    "base_weights", "block_size", "selection", "boundary",
     "lora_r", "lora_alpha", "learning_rate", "lora_learning_rate",
 )  # fmt: skip
 
@@ -75,6 +75,9 @@ class Options(DataOptions):
     )
     compress_activations: str = option(
         "", "LBP-WHT: what is saved in few bits: `all`, or words joined by a slash. (default: nothing)"
+    )
+    base_weights: str = option(
+        "auto", "LBP-WHT: where base weights wait while copies are trained: `disk`, `cpu`, `resident`, `dropped`."
     )
     block_size: int = option(8, "LBP-WHT: order of the transform, in patches.")
     selection: str = option("lp_l1", "LBP-WHT: which bases are kept, lp_l1 or lp_linf.")

@@ -14,6 +14,7 @@ COMMANDS = {
     "version": "print the versions of lbp-peft and of what it runs on",
 }
 _NEEDED = ("datasets", "PIL")
+_DESCRIPTION = "Low-rank backpropagation (LBP-WHT) for vision models: what it gains for yours, and with which settings."
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -25,12 +26,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with a message and code 1 or 2, or with 0 after --help.
     """
-    parser = argparse.ArgumentParser("lbp-peft", description=__doc__, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        "lbp-peft", description=_DESCRIPTION, epilog="`lbp-peft COMMAND --help` shows a command's options."
+    )
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, text in COMMANDS.items():
-        commands.add_parser(name, help=text, add_help=False, prefix_chars="\0")  # each command parses its own flags
+        if name == "version":
+            commands.add_parser(name, help=text, description=text)
+        else:  # each command parses its own flags
+            commands.add_parser(name, help=text, add_help=False, prefix_chars="\0")
     given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser.parse_args(given[:1])
+    options = parser.parse_args(given if given[:1] == ["version"] else given[:1])
     _quieten()
     from ..loading.terminal import plain_messages
 

@@ -1,10 +1,11 @@
 """Measure ways to train a model on your images and this machine, and recommend one within your budget.
 
     lbp-peft recommend --model facebook/dinov2-base --dataset my_images/ --memory 6GiB
-    lbp-peft recommend --model facebook/dinov2-base --random_images 224 --step_time 0.8x --min_cosine 0.9
+    lbp-peft recommend --model facebook/dinov2-base --random_images 224 --step_time 0.8x
 
-It prints a table, the recommended setting and why, and the configuration as Python. It writes the same as JSON, as
-YAML, which the example programs read (--config), and a figure. How it chooses: docs/choosing-settings.md.
+It prints a table, the recommended setting and why, and the configuration as Python. It writes the
+same as JSON, as YAML, which the example programs read (--config), and a figure. How it chooses:
+docs/choosing-settings.md.
 """
 
 from __future__ import annotations

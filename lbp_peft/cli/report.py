@@ -1,7 +1,10 @@
 """Show what the backward pass of each layer of a model would do, and how good its gradients are.
 
-lbp-peft report --model facebook/dinov2-base --random_images 224
-lbp-peft report --model my_model/ --dataset my_images/ --settings r=21 compress_activations=all --verbose
+    lbp-peft report --model facebook/dinov2-base --random_images 224
+    lbp-peft report --model my_model/ --dataset my_images/ --settings r=21 selection=lp_linf
+
+It runs one batch, and prints a table of layers, the gradients that are furthest from the exact ones,
+and what a training step costs.
 """
 
 from __future__ import annotations
@@ -9,7 +12,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from textwrap import fill
 from typing import Any
 
 import torch
@@ -17,12 +21,12 @@ import yaml
 from peft import get_peft_model
 
 from ..head import head_modules
-from ..loading.options import option, parse
+from ..loading.options import did_you_mean, option, parse
 from ..loading.terminal import in_one_line
 from ..measure import gradient_quality, step_cost
 from ..measure.undisturbed import device_of
 from ..tuner.config import LBPWHTConfig
-from ..tuner.report import layout_report
+from ..tuner.report import WIDTH, layout_report
 from .inputs import InputOptions, load_inputs
 
 
@@ -46,6 +50,11 @@ class ReportOptions(InputOptions):
         """
         if wrong := [pair for pair in self.settings if "=" not in pair]:
             raise ValueError(f"--settings takes NAME=VALUE, as in r=21, got {' '.join(wrong)}")
+        known = [field.name for field in fields(LBPWHTConfig)]
+        for name in (pair.split("=", 1)[0] for pair in self.settings):
+            if name not in known:
+                question = did_you_mean(name, known, "", otherwise="docs/configuration.md lists all")
+                raise ValueError(f"--settings: LBPWHTConfig has no setting {name}{question}")
         try:
             settings = {name: yaml.safe_load(value) for name, value in (pair.split("=", 1) for pair in self.settings)}
             LBPWHTConfig(**settings)
@@ -72,4 +81,4 @@ def main(arguments: Sequence[str]) -> None:
             cost = step_cost(model, batch, inputs.loss_fn, steps=1)
     except (ValueError, RuntimeError) as error:
         raise SystemExit(f"{options.model}: {in_one_line(error)}") from None
-    print(report.as_text(verbose=options.verbose), quality, cost, sep="\n\n")
+    print(report.as_text(verbose=options.verbose), quality, fill(str(cost), WIDTH), sep="\n\n")

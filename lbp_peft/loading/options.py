@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import sys
@@ -119,7 +120,9 @@ class Parser(HfArgumentParser):
     """A parser of flags for a dataclass, without abbreviations, that raises ValueError on mistakes."""
 
     def __init__(self, kind: Any, **settings: Any):
-        super().__init__(kind, allow_abbrev=False, formatter_class=_HelpFormatter, **settings)
+        super().__init__(
+            kind, usage="%(prog)s [options]", allow_abbrev=False, formatter_class=_HelpFormatter, **settings
+        )
         self.kind = kind
 
     def error(self, message: str) -> NoReturn:
@@ -176,7 +179,14 @@ class Parser(HfArgumentParser):
 
 
 class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Adds an option's default to its help, unless the help says it in words."""
+    """Adds an option's default to its help, unless the help says it in words, and shows one spelling of each flag."""
+
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        if len(action.option_strings) < 2 or isinstance(action, argparse._HelpAction):
+            return super()._format_action_invocation(action)
+        flag = copy.copy(action)
+        flag.option_strings = action.option_strings[:1]  # the second has dashes in place of underscores
+        return super()._format_action_invocation(flag)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
@@ -190,10 +200,10 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{text} (default: {str(default).lower() if isinstance(default, bool) else default})".replace("%", "%%")
 
 
-def did_you_mean(name: str, known: list[str], prefix: str) -> str:
+def did_you_mean(name: str, known: list[str], prefix: str, otherwise: str = "see --help") -> str:
     """A question that names the most similar option, or where to look."""
     matches = difflib.get_close_matches(name.lstrip("-").replace("-", "_"), known, n=1)
-    return f": did you mean {prefix}{matches[0]}?" if matches else ": see --help"
+    return f": did you mean {prefix}{matches[0]}?" if matches else f": {otherwise}"
 
 
 def _mapping(path: Path) -> dict[Any, Any]:
@@ -244,7 +254,9 @@ def parse(
     Raises:
         SystemExit: with code 2, after one line that says what is wrong, and with 0 after --help.
     """
-    epilog = f"The embedded example has defaults of its own: {defaults.name}." if defaults else None
+    epilog = "Flags may be written with dashes in place of underscores."
+    if defaults:
+        epilog += f" The embedded example has defaults of its own: {defaults.name}."
     parser = Parser(kind, description=description, epilog=epilog, prog=prog)
     try:
         return _read(parser, sys.argv[1:] if arguments is None else arguments, defaults)

@@ -50,3 +50,4 @@ def saved_activations(model: nn.Module) -> Iterator[SavedActivations]:
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         yield result
     result.bytes = sum(storage.nbytes() for storage in seen.values())
+    seen.clear()  # the hooks live as long as the graph, and would keep what the backward pass lets go

@@ -32,6 +32,8 @@ class Candidate:
         lora: Whether LoRA's factors are trained instead of whole weights.
         checkpointing: Whether gradient checkpointing is on.
         compiled: Whether the model goes through `torch.compile`.
+        no_better_than: Label of a setting whose gradients are at least as good; "" if there is none.
+        saves_memory: Whether it is a variant of that setting that takes more time and less memory.
     """
 
     label: str
@@ -39,6 +41,8 @@ class Candidate:
     lora: bool = False
     checkpointing: bool = False
     compiled: bool = False
+    no_better_than: str = ""
+    saves_memory: bool = False
 
     @property
     def is_exact(self) -> bool:
@@ -83,48 +87,93 @@ class Candidate:
         return adapted
 
 
-# In order of importance: if time is short, the last ones are left out, but never the first four, one of each kind.
+# In order of importance: if time is short, the last ones are left out. The first four are one of each kind.
 KINDS = 4
+R10, LORA_R10 = "LBP-WHT r=10", "LoRA + LBP-WHT r=10"
+_ADAPTIVE = {"r": 10, "grad_input_rank": 24, "grad_input_basis": "adaptive"}
 SETTINGS: tuple[Candidate, ...] = (
     Candidate("full fine-tuning"),
     Candidate("LoRA", lora=True),
-    Candidate("LBP-WHT r=10", {"r": 10}),
-    Candidate("LoRA + LBP-WHT r=10", {"r": 10}, lora=True),
-    Candidate("LBP-WHT r=3", {"r": 3}),
+    Candidate(R10, {"r": 10}),
+    Candidate(LORA_R10, {"r": 10}, lora=True),
+    Candidate("LBP-WHT r=3", {"r": 3}, no_better_than=R10),
     Candidate("LBP-WHT r=21", {"r": 21}),
+    Candidate("LBP-WHT r=10, dx adaptive", _ADAPTIVE, no_better_than=R10),
     Candidate("LBP-WHT r=10, dx exact", {"r": 10, "grad_input_dtype": "full"}),
-    Candidate("LBP-WHT r=10, dx r=10", {"r": 10, "grad_input_rank": 10}),
-    Candidate("LoRA + LBP-WHT r=3", {"r": 3}, lora=True),
+    Candidate("LBP-WHT r=10, dx r=10", {"r": 10, "grad_input_rank": 10}, no_better_than=R10),
+    Candidate("LoRA + LBP-WHT r=3", {"r": 3}, lora=True, no_better_than=LORA_R10),
+    Candidate("LoRA + LBP-WHT r=21", {"r": 21}, lora=True),
+    Candidate("LoRA + LBP-WHT r=10, dx adaptive", _ADAPTIVE, lora=True, no_better_than=LORA_R10),
 )
 
 
-def with_checkpointing(candidate: Candidate) -> Candidate:
-    return replace(candidate, label=f"{candidate.label} + checkpointing", checkpointing=True)
+def with_checkpointing(candidate: Candidate) -> Candidate | None:
+    return _variant(candidate, "checkpointing", checkpointing=True)
 
 
 def with_compressed_activations(candidate: Candidate) -> Candidate | None:
     if candidate.lbp_wht is None:
         return None
-    settings = candidate.lbp_wht | {"compress_activations": "int8"}
-    return replace(candidate, label=f"{candidate.label} + compression", lbp_wht=settings)
+    return _variant(candidate, "compression", lbp_wht=candidate.lbp_wht | {"compress_activations": "all"})
+
+
+def with_both(candidate: Candidate) -> Candidate | None:
+    compressed = with_compressed_activations(candidate)
+    return compressed and with_checkpointing(compressed)
+
+
+def with_dropped_base_weights(candidate: Candidate) -> Candidate | None:
+    """One setting is enough: the effect is the same for all that train copies of weights."""
+    if candidate.label != R10 or candidate.lbp_wht is None:
+        return None
+    return _variant(candidate, "no base weights", lbp_wht=candidate.lbp_wht | {"base_weights": "dropped"})
+
+
+def with_dropped_base_weights_and_checkpointing(candidate: Candidate) -> Candidate | None:
+    dropped = with_dropped_base_weights(candidate)
+    return dropped and with_checkpointing(dropped)
+
+
+def _variant(candidate: Candidate, what: str, **changes: Any) -> Candidate:
+    label = f"{candidate.label} + {what}"
+    return replace(candidate, label=label, no_better_than=candidate.label, saves_memory=True, **changes)
 
 
 # Each function returns a variant of a setting that saves memory, or None. Its gradients are not better.
-VARIANTS: tuple[Callable[[Candidate], Candidate | None], ...] = (with_checkpointing, with_compressed_activations)
-
-# The setting of each variant.
-PLAIN: dict[str, str] = {
-    changed.label: setting.label for variant in VARIANTS for setting in SETTINGS if (changed := variant(setting))
-}
-
-
-def with_variants(settings: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """The settings, and after them their variants."""
-    return (*settings, *(changed for variant in VARIANTS for one in settings if (changed := variant(one))))
+VARIANTS: tuple[Callable[[Candidate], Candidate | None], ...] = (
+    with_checkpointing,
+    with_compressed_activations,
+    with_both,
+    with_dropped_base_weights,
+    with_dropped_base_weights_and_checkpointing,
+)
 
 
-# One setting of each kind with its variants, then the others with theirs.
-CANDIDATES: tuple[Candidate, ...] = (*with_variants(SETTINGS[:KINDS]), *with_variants(SETTINGS[KINDS:]))
+def variants(settings: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """All that `VARIANTS` make of the settings."""
+    return tuple(changed for variant in VARIANTS for one in settings if (changed := variant(one)))
+
+
+CANDIDATES: tuple[Candidate, ...] = (
+    *SETTINGS[:KINDS],
+    *variants(SETTINGS[:KINDS]),
+    *SETTINGS[KINDS:],
+    *variants(SETTINGS[KINDS:]),
+)
+
+
+def in_order(candidates: Sequence[Candidate], lora: bool, memory_is_free: bool) -> list[Candidate]:
+    """The candidates in the order in which they are tried, the most informative ones first.
+
+    One of each kind comes first, then the candidates that can be recommended, and last those that are shown for
+    comparison.
+
+    Args:
+        lora: Whether a setting that trains LoRA's factors is sought, and not one that trains whole weights.
+        memory_is_free: Whether memory does not count, so that settings come before their variants.
+    """
+    kinds, others = candidates[:KINDS], candidates[KINDS:]
+    return [*kinds, *sorted(others, key=lambda one: (one.lora is not lora, memory_is_free and one.saves_memory))]
 
 
 def compiled(candidates: tuple[Candidate, ...]) -> Iterator[Candidate]:
@@ -139,15 +188,30 @@ def enable_checkpointing(model: nn.Module) -> None:
     Raises:
         NotApplicableError: the model has no gradient checkpointing.
     """
-    module: Any
-    for module in model.modules():
-        if getattr(module, "supports_gradient_checkpointing", False):
-            enable = getattr(module, "activation_checkpointing_enable", None)  # the newer name in transformers
-            (enable or module.gradient_checkpointing_enable)({"use_reentrant": False})
-            return
-        if hasattr(module, "set_grad_checkpointing"):  # timm
-            module.set_grad_checkpointing()
-            return
+    module: Any = _with_checkpointing(model)[1]
+    if hasattr(module, "set_grad_checkpointing"):  # timm
+        module.set_grad_checkpointing()
+        return
+    enable = getattr(module, "activation_checkpointing_enable", None)  # the newer name in transformers
+    (enable or module.gradient_checkpointing_enable)({"use_reentrant": False})
+
+
+def checkpointing_call(model: nn.Module) -> str:
+    """The same as Python, from the attribute of the model on; "" if it has none."""
+    try:
+        name, module = _with_checkpointing(model)
+    except NotApplicableError:
+        return ""
+    is_timm = hasattr(module, "set_grad_checkpointing")
+    call = "set_grad_checkpointing()" if is_timm else 'gradient_checkpointing_enable({"use_reentrant": False})'
+    return f"{name}.{call}" if name else call
+
+
+def _with_checkpointing(model: nn.Module) -> tuple[str, nn.Module]:
+    """The outermost module that has gradient checkpointing, with its name."""
+    for name, module in model.named_modules():
+        if getattr(module, "supports_gradient_checkpointing", False) or hasattr(module, "set_grad_checkpointing"):
+            return name, module
     raise NotApplicableError("the model has no gradient checkpointing")
 
 

@@ -149,11 +149,17 @@ def in_the_running(trials: Sequence[Trial]) -> list[Trial]:
     return [trial for trial in measured if not is_beaten(trial)]
 
 
-def verdict(chosen: Trial, is_lora: bool, rule: str, reference: Reference, device: str) -> str:
-    """The reason for the setting and its gain, or that there is none, in one or two sentences."""
+def verdict(chosen: Trial, is_lora: bool, rule: str, reference: Reference, device: str, is_alone: bool = False) -> str:
+    """The reason for the setting and its gain, or that there is none, in one or two sentences.
+
+    Args:
+        is_alone: Whether no setting of LBP-WHT could be measured.
+    """
     exact = reference.of(is_lora)
     if exact is None:
         return f"{chosen.label}: {rule}. {'LoRA' if is_lora else 'Full fine-tuning'} could not be measured here."
+    if chosen.label == exact.label and is_alone:
+        return f"Of what could be measured on this {device} {exact.label} has {rule}."
     if chosen.label == exact.label:
         return (
             f"Nothing that was tried is better on this {device} by that rule: {rule}. Keep {exact.label}, without "

@@ -10,9 +10,11 @@ import gc
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +26,7 @@ import torch
 from ..measure.memory import allocated, resident_now
 from ..measure.undisturbed import device_of, tensors_in, undisturbed
 from .candidates import Candidate, sharing_copy
-from .trial import Job, Trial, try_candidate
+from .trial import TOO_LONG, Job, Trial, try_candidate
 
 CAN_FORK = sys.platform == "linux"
 
@@ -61,7 +63,8 @@ class Here:
     def __exit__(self, *_: object) -> None:
         return
 
-    def measure(self, candidate: Candidate) -> Trial:
+    def measure(self, candidate: Candidate, seconds: float) -> Trial:
+        """Try a candidate, however many seconds it takes."""
         gc.collect()
         with undisturbed(self.job.model):
             model = sharing_copy(self.job.model)
@@ -102,23 +105,47 @@ class Apart:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if error is not None:  # interrupted, say: what it is doing is of no use any more
+            self._kill()
         self._stop()
         self._stack.close()
 
-    def measure(self, candidate: Candidate) -> Trial:
+    def measure(self, candidate: Candidate, seconds: float) -> Trial:
+        """Try a candidate; if it takes more than so many seconds, its process is ended."""
         if self._process is None:
             self._start()
         assert self._process is not None and self._process.stdin is not None
+        is_late = threading.Event()
+
+        def end() -> None:
+            is_late.set()
+            self._kill()
+
+        limit = threading.Timer(max(seconds, 1.0), end)
+        limit.start()
         try:
             self._process.stdin.write(json.dumps(asdict(candidate)) + "\n")
             self._process.stdin.flush()
             trial = Trial(**self._answer())
         except (WorkerError, BrokenPipeError):
-            self._stop()  # the next candidate gets a new process
-            return Trial(candidate.label, failure="its process ended, as for lack of memory")
+            why = TOO_LONG if is_late.is_set() else "its process ended, as for lack of memory"
+            self._stop()  # the next candidate gets another one
+            return Trial(candidate.label, failure=why)
+        finally:
+            limit.cancel()
         if not CAN_FORK:
             self._stop()
         return trial
+
+    def _kill(self) -> None:
+        """End the process and its forks."""
+        if self._process is None:
+            return
+        if CAN_FORK:
+            with suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        else:
+            self._process.kill()
 
     def _start(self) -> None:
         package = Path(__file__).resolve().parents[2]
@@ -130,6 +157,7 @@ class Apart:
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
+            start_new_session=CAN_FORK,  # so that it is the leader of a group with its forks
             env=os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
         )
         self.libraries = self._answer()["libraries"]
@@ -154,7 +182,7 @@ class Apart:
         try:
             self._process.wait(timeout=10)
         except subprocess.TimeoutExpired:
-            self._process.kill()
+            self._kill()
             self._process.wait()
         self._errors.close()
         self._process = None

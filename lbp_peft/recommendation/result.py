@@ -19,6 +19,7 @@ from .choice import Reference, choose, verdict
 from .trial import Trial
 
 WIDTH = 100
+_MOST_NAMED = 4  # of the settings left out for one reason
 _MIB = 2**20
 # Okabe and Ito's colours, told apart by readers with any colour vision.
 _COLOURS = {"exact": "#999999", "low-rank": "#0072B2", "front": "#D55E00"}
@@ -39,6 +40,8 @@ class Recommendation:
         notes: Further remarks.
         libraries_bytes: The resident set of a process with Python and the libraries alone; peaks on a CPU include it.
         seconds: The duration of the search.
+        checkpointing_call: The Python that switches gradient checkpointing on, from the attribute of the model on; ""
+            where there is no gradient checkpointing.
     """
 
     candidates: dict[str, Candidate] = field(repr=False)
@@ -52,6 +55,7 @@ class Recommendation:
     device: str
     precision: str
     heads: list[str]
+    checkpointing_call: str
     config: PeftConfig | None = None
     setting: Candidate | None = None
     reason: str = ""
@@ -63,16 +67,26 @@ class Recommendation:
             BudgetError: none keeps within the bounds.
         """
         own = [trial for label, trial in self.trials.items() if self.candidates[label].lora is lora]
+        untried = self._why_untried(lora)
         try:
             try:  # a single step says little about the time
                 chosen, rule = choose([trial for trial in own if trial.is_timed], self.bounds, self.reference)
             except BudgetError:
                 chosen, rule = choose(own, self.bounds, self.reference)
         except BudgetError as error:
-            raise BudgetError(str(error), self.table) from None
+            raise BudgetError(f"{untried}{error}", self.table) from None
         self.setting = self.candidates[chosen.label]
         self.config = self.setting.config(model, self.heads)
-        self.reason = verdict(chosen, lora, rule, self.reference, self.device)
+        self.reason = untried + verdict(chosen, lora, rule, self.reference, self.device, is_alone=bool(untried))
+
+    def _why_untried(self, lora: bool) -> str:
+        """A sentence for the case that no setting with LBP-WHT could be measured; else ""."""
+        own = [label for label, one in self.candidates.items() if one.lora is lora and not one.is_exact]
+        if not own or any(label in self.trials and not self.trials[label].failure for label in own):
+            return ""
+        why = {self.trials[label].failure if label in self.trials else self.left_out.get(label, "") for label in own}
+        which = "LoRA with LBP-WHT" if lora else "LBP-WHT"
+        return f"No setting of {which} could be measured ({'; '.join(sorted(filter(None, why)))}). "
 
     @property
     def chosen(self) -> Trial:
@@ -129,18 +143,33 @@ class Recommendation:
             *(["      Python and its libraries."] if self.libraries_bytes else []),
             "saved: activations kept for the backward pass, parameters not counted.",
             "cosine: of the adapted layers' gradients with the exact ones; for LoRA, with those of LoRA alone.",
-            "dx: the input gradient. /full, /LoRA: relative to full fine-tuning and to LoRA (r=8, all linear layers).",
+            "dx: the input gradient; adaptive: in 24 patterns fitted to each image. compression: of all that is saved.",
+            "/full, /LoRA: relative to full fine-tuning and to LoRA (r=8, all linear layers).",
         ]
+        text += _wrapped(self._layers())
         failed = {label: trial.failure for label, trial in self.trials.items() if trial.failure}
         for heading, reasons in (("Failed", failed), ("Left out", self.left_out)):
             grouped: dict[str, list[str]] = {}
             for label, why in reasons.items():
                 grouped.setdefault(why, []).append(label)
             for why, labels in grouped.items():
-                text += _wrapped(f"{heading} ({why}): {'; '.join(labels)}.")
+                more = len(labels) - _MOST_NAMED
+                named = [*labels[:_MOST_NAMED], *([f"and {more} more, which the JSON lists"] if more > 0 else [])]
+                text += _wrapped(f"{heading} ({why}): {'; '.join(named)}.")
         for note in self.notes:
             text += _wrapped(note)
         return text
+
+    def _layers(self) -> str:
+        """How many layers LBP-WHT does not go through exactly, where that is not all of them; else ""."""
+        found = {(one.low_rank_layers, one.adapted_layers) for one in self.trials.values() if one.adapted_layers}
+        low, adapted = max(found, default=(0, 0))
+        if low == adapted:
+            return ""
+        return (
+            f"LBP-WHT has a low-rank backward pass in {low or 'none'} of {adapted} layers, and an exact one in the "
+            "others: `lbp-peft report` says why."
+        )
 
     def _any(self, name: str, value: bool) -> bool:
         return any(getattr(trial, name) is value for trial in self.trials.values() if not trial.failure)
@@ -161,35 +190,42 @@ class Recommendation:
         except ImportError:
             raise ImportError('The figure needs matplotlib: pip install "lbp-peft[cli]"') from None
         measured = [trial for trial in self.trials.values() if not trial.failure and trial.cosine is not None]
-        figure = Figure(figsize=(9, 6), layout="constrained")
+        figure = Figure(figsize=(11, 6), layout="constrained")
         axes = figure.subplots()
         longest = max(trial.seconds for trial in measured)
-        for trial in measured:
-            kind = "exact" if self.candidates[trial.label].is_exact else "low-rank"
-            x, y = trial.peak_bytes / _MIB, trial.cosine or 0.0
-            marker = "s" if self.candidates[trial.label].lora else "o"
-            axes.scatter(x, y, s=400 * trial.seconds / longest, color=_COLOURS[kind], marker=marker, alpha=0.5)
-            axes.annotate(trial.label, (x, y), xytext=(6, 4), textcoords="offset points", fontsize=6)
+        marks = []
+        for number, trial in enumerate(measured, 1):
+            candidate = self.candidates[trial.label]
+            marks += axes.plot(
+                *_place(trial),
+                marker="s" if candidate.lora else "o",
+                markersize=20 * math.sqrt(trial.seconds / longest),
+                color=_COLOURS["exact" if candidate.is_exact else "low-rank"],
+                alpha=0.5,
+                linestyle="",
+                label=f"{number}: {trial.label}, {1e3 * trial.seconds:.0f} ms",
+            )
         for is_lora in (False, True):
             front = pareto_front([trial for trial in measured if self.candidates[trial.label].lora is is_lora])
-            xs, ys = [trial.peak_bytes / _MIB for trial in front], [trial.cosine or 0.0 for trial in front]
-            axes.step(xs, ys, where="post", color=_COLOURS["front"], linestyle=":" if is_lora else "-", linewidth=1)
+            axes.step(*_outline(front, axes), where="post", color=_COLOURS["front"], linestyle=":" if is_lora else "-")
+        for places in _close_ones([_place(trial) for trial in measured]):
+            numbers = ", ".join(str(index + 1) for index in places)
+            axes.annotate(numbers, _place(measured[places[0]]), (5, 9), textcoords="offset points", fontsize=8)
         if self.setting is not None:
-            axes.scatter(
-                self.chosen.peak_bytes / _MIB,
-                self.chosen.cosine or 0.0,
-                s=900,
-                facecolor="none",
-                edgecolor="black",
-                zorder=3,
-            )
+            axes.plot(*_place(self.chosen), "o", markersize=28, markerfacecolor="none", markeredgecolor="black")
         axes.set_xlabel("peak memory, MiB")
         axes.set_ylabel("cosine of the gradients with the exact ones")
         axes.set_title(
-            "The larger a point, the longer its step. Circles: whole weights. Squares: LoRA. Ring: recommended. "
-            "Lines: Pareto fronts.",
-            fontsize=8,
+            "The larger the area of a point, the longer its step. Circles: whole weights. Squares: LoRA. Grey: exact.\n"
+            "Ring: recommended. Lines: Pareto fronts, of whole weights and (dotted) of LoRA.",
+            fontsize=9,
+            loc="left",
         )
+        legend = axes.legend(
+            handles=marks, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False, handlelength=1
+        )
+        for handle in legend.legend_handles:
+            handle.set_markersize(6)
         figure.savefig(path, dpi=130)
 
     # For programs
@@ -200,7 +236,7 @@ class Recommendation:
         assert self.setting is not None
         lines = []
         if self.setting.checkpointing:
-            lines += ['model.gradient_checkpointing_enable({"use_reentrant": False})']
+            lines += [f"model.{self.checkpointing_call}"]
         config: Any = self.config
         if config is None:
             lines += ["# Train the model as it is: full fine-tuning, without an adapter."]
@@ -285,6 +321,37 @@ def pareto_front(trials: list[Trial]) -> list[Trial]:
             front.append(trial)
             best = trial.cosine
     return front
+
+
+def _place(trial: Trial) -> tuple[float, float]:
+    """Where the figure shows a trial."""
+    return trial.peak_bytes / _MIB, trial.cosine or 0.0
+
+
+def _outline(front: list[Trial], axes: Any) -> tuple[list[float], list[float]]:
+    """The edge of all that some setting of the front matches or beats, up to the borders of the figure."""
+    if not front:
+        return [], []
+    right, low = axes.get_xlim()[1], axes.get_ylim()[0]
+    axes.autoscale(False)
+    xs, ys = zip(*map(_place, front), strict=True)
+    return [xs[0], *xs, right], [low, *ys, ys[-1]]
+
+
+def _close_ones(places: list[tuple[float, float]]) -> list[list[int]]:
+    """Indices of points, those together that lie so close that one label serves them."""
+    (left, right), (low, high) = ((min(values), max(values)) for values in zip(*places, strict=True))
+    wide, tall = (right - left) or 1.0, (high - low) or 1.0
+    groups: list[list[int]] = []
+    for index, (x, y) in enumerate(places):
+        for group in groups:
+            other_x, other_y = places[group[0]]
+            if abs(x - other_x) < 0.03 * wide and abs(y - other_y) < 0.03 * tall:
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return groups
 
 
 def _ratio(value: float, other: float) -> str:

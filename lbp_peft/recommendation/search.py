@@ -17,19 +17,21 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..head import head_modules
+from ..instructions import product_dtype
 from ..measure.steps import idle_optimiser, timed_step
 from ..measure.timing import interleaved, ratios
 from ..measure.undisturbed import LossFunction, device_of, to_device, undisturbed
 from ..tuner.validation.names import did_you_mean, unmatched_modules_to_save
 from .bounds import Bounds
-from .candidates import CANDIDATES, KINDS, PLAIN, SETTINGS, Candidate, compiled, sharing_copy
-from .choice import Reference, in_the_running, price_of
+from .candidates import CANDIDATES, KINDS, SETTINGS, Candidate, checkpointing_call, compiled, in_order, sharing_copy
+from .choice import Reference, choose, in_the_running, price_of
 from .processes import Apart, Here, WorkerError
 from .result import Recommendation
-from .trial import UNEXPECTED, Job, Trial
+from .trial import TOO_LONG, UNEXPECTED, Job, Trial
 
 _FOR_TRIALS = 0.65  # the share of the time; the rest is for rounds in which the best candidates take turns
 _MOST_TIMED, _MOST_ROUNDS = 6, 7
+_NO_TIME = "no time"
 
 
 def recommend(
@@ -50,9 +52,10 @@ def recommend(
 ) -> Recommendation:
     """Measure ways to train a model on this machine, and recommend one that keeps within the bounds.
 
-    Each candidate takes two training steps with AdamW, in which its peak memory, its saved activations and the cosine
-    of its gradients with exact ones are measured. On a CPU it runs in a process of its own. The best candidates then
-    take turns in this process, so that other work on the machine affects them all alike. The model is not changed.
+    Each candidate takes a training step with AdamW after a short one. Its peak memory, its saved activations and the
+    cosine of its gradients with exact ones are measured, on a CPU in a process of its own. The best
+    candidates then take turns in this process, so that other work on the machine affects them all alike. The model is
+    not changed.
 
     What is recommended is, of the settings within the bounds, the one with the shortest step if memory has a bound,
     with the least memory if the step time has one, with the best gradients if both have, and with the least product of
@@ -69,7 +72,8 @@ def recommend(
         min_cosine: The least cosine of the gradients with the exact ones; None: 0.85.
         lora: Recommend a setting that trains LoRA's factors, and not whole weights.
         mixed_precision: "bf16" or "fp16", for autocast.
-        minutes: The most minutes that it may take. Candidates that do not fit in are left out, and named.
+        minutes: The most minutes that it may take. Candidates that do not fit in are left out, and named. On a CPU a
+            candidate that still runs when the time is over is ended.
         loss_fn: (model, batch) -> scalar loss; None: `model(**batch).loss`.
         modules_to_save: Names of modules that are trained in full in addition to the adapters, such as the head; None:
             those outside the base model of a model of transformers, or timm's classifier.
@@ -82,7 +86,8 @@ def recommend(
 
     Raises:
         BudgetError: (a ValueError) nothing keeps within the bounds; the message says what the least is, and with what.
-        ValueError: an argument makes no sense, the model has adapters already, or it cannot be trained on the batch.
+        ValueError: an argument makes no sense, the model has adapters already, it cannot be trained on the batch, or
+            not even full fine-tuning could be tried in the time.
     """
     bounds = Bounds.parse(memory, step_time, min_cosine)
     _check(model, mixed_precision, minutes)
@@ -97,6 +102,17 @@ def recommend(
     tried = (*candidates, *compiled(tuple(SETTINGS))) if compile else tuple(candidates)
     search = _Search(job, tried, bounds, lora, time.monotonic() + 60 * minutes, minutes, progress)
     return search.run()
+
+
+def _slow_precision(job: Job) -> str:
+    """A warning where autocast makes products slower than they are in float32; else ""."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(job.precision or "")
+    if dtype is None or product_dtype(dtype, device_of(job.model)) == dtype:
+        return ""
+    return (
+        f"This {device_of(job.model).type} has no instructions for products in {job.precision}, so that mixed "
+        "precision makes steps many times longer than float32 does. Leave it out here."
+    )
 
 
 def _check(model: nn.Module, mixed_precision: str | None, minutes: float) -> None:
@@ -124,7 +140,8 @@ class _Search:
         if job.precision == "no":
             job.precision = None
         self.job, self.bounds, self.lora, self.progress = job, bounds, lora, progress
-        self.candidates = {candidate.label: candidate for candidate in candidates}
+        memory_is_free = bounds.memory is None and bounds.step_time is not None
+        self.candidates = {one.label: one for one in in_order(candidates, lora, memory_is_free)}
         self.end, self.minutes = deadline, minutes
         self.trials: dict[str, Trial] = {}
         self.left_out: dict[str, str] = {}
@@ -133,6 +150,10 @@ class _Search:
 
     def run(self) -> Recommendation:
         start = time.monotonic()
+        self.slow = _slow_precision(self.job)
+        if self.slow:
+            warnings.warn(self.slow, stacklevel=3)
+            self.notes.append(self.slow)
         if device_of(self.job.model).type == "cpu":
             try:
                 with Apart(self.job) as place:
@@ -155,43 +176,62 @@ class _Search:
                 self.libraries = place.libraries
                 self._try_all(place.measure)
 
-    def _try_all(self, measure: Callable[[Candidate], Trial]) -> None:
+    def _try_all(self, measure: Callable[[Candidate, float], Trial]) -> None:
         start = time.monotonic()
         until = start + _FOR_TRIALS * (self.end - start)
         longest = 0.0
         bar = tqdm(self.candidates.values(), desc="memory and gradients", leave=False, disable=not self.progress)
         for number, candidate in enumerate(bar):
             began = time.monotonic()
-            # Full fine-tuning, LoRA and one setting of each kind are tried in any case, so that there is a comparison.
-            if number >= KINDS and began + longest > until:
-                self.left_out[candidate.label] = "no time"
+            # One setting of each kind is tried as long as there is time, so that there is a comparison.
+            if number and (began > self.end or (number >= KINDS and began + longest > self._until(until))):
+                self.left_out[candidate.label] = _NO_TIME
                 continue
             if why := self._needless(candidate):
                 self.left_out[candidate.label] = why
                 continue
             bar.set_postfix_str(candidate.label)
-            trial = self.trials[candidate.label] = measure(candidate)
+            trial = self.trials[candidate.label] = measure(candidate, self.end - began)
             if trial.failure.startswith(UNEXPECTED) and number == 0:
                 raise ValueError(f"The model {trial.failure}")
+            if trial.failure == TOO_LONG and number == 0:
+                raise ValueError(
+                    f"A training step of {candidate.label} takes longer than the {self.minutes:g} minutes that are "
+                    f"given. Give more minutes, or smaller batches. {self.slow}".strip()
+                )
             longest = max(0.7 * longest, time.monotonic() - began)
         if not any(not trial.failure for trial in self.trials.values()):
             raise ValueError("; ".join(f"{label}: {trial.failure}" for label, trial in self.trials.items()))
 
+    def _until(self, usual: float) -> float:
+        """The time at which the last trial has to end: later, as long as nothing keeps within the bounds."""
+        own = [trial for label, trial in self.trials.items() if self.candidates[label].lora is self.lora]
+        try:
+            choose(own, self.bounds, self.reference)
+        except ValueError:  # nothing does, or full fine-tuning, with which to compare, could not be measured
+            return self.end
+        return usual
+
     def _needless(self, candidate: Candidate) -> str:
-        """The reason why a variant cannot be recommended: its gradients are not better than its setting's."""
-        plain = self.trials.get(PLAIN.get(candidate.label, ""))
+        """The reason why a candidate cannot be recommended: its gradients are not better than another setting's."""
+        if candidate.saves_memory and candidate.lora != self.lora and not candidate.is_exact:
+            return "trains other weights than those asked for"
+        too_poor = f"cosine below {self.bounds.least_cosine:g}"
+        if self.left_out.get(candidate.no_better_than) == too_poor:
+            return too_poor
+        plain = self.trials.get(candidate.no_better_than)
         if plain is None or plain.failure:
             return ""
-        if candidate.lora != self.lora:
-            return "trains other weights than those asked for" if not candidate.is_exact else ""
-        if plain.cosine is not None and plain.cosine < self.bounds.least_cosine:
-            return f"cosine below {self.bounds.least_cosine:g}"
+        if candidate.lora == self.lora and plain.cosine is not None and plain.cosine < self.bounds.least_cosine:
+            return too_poor
+        if not candidate.saves_memory:
+            return ""
         full = self.trials.get(SETTINGS[0].label)
         relative = full.peak_bytes if full and not full.failure else None
         memory_alone = self.bounds.memory is not None and self.bounds.step_time is None
         is_known = relative is not None or not self.bounds.memory_is_relative
         if memory_alone and is_known and plain.peak_bytes <= self.bounds.most_memory(relative):
-            return "the setting that it varies keeps within the memory, and is faster"
+            return "without what it adds, the setting keeps within the memory, and is faster"
         return ""
 
     @property
@@ -253,11 +293,14 @@ class _Search:
         room = 0.5 * psutil.virtual_memory().available
         if device_of(self.job.model).type == "cuda":
             room = 0.8 * torch.cuda.mem_get_info(device_of(self.job.model))[0]
-        for trial in [*first, *others][:_MOST_TIMED]:
+        if self.lora:
+            first.reverse()
+        # The most likely one is timed even if there is no time for the exact setting that trains other weights.
+        for trial in [*first[:1], *others[:1], *first[1:], *others[1:]][:_MOST_TIMED]:
             room -= max(trial.peak_bytes - self.libraries, 0)
             # A round and one step to warm up.
             seconds = 3 * sum(one.seconds for one in [*chosen, trial])
-            if len(chosen) >= 3 and (room < 0 or time.monotonic() + seconds > self.end):
+            if time.monotonic() + seconds > self.end or (len(chosen) >= 3 and room < 0):
                 break
             chosen.append(trial)
         return chosen
@@ -303,6 +346,7 @@ class _Search:
             device=str(device),
             precision=self.job.precision or "float32",
             heads=self.job.heads,
+            checkpointing_call=checkpointing_call(self.job.model),
         )
         result.choose(self.job.model, self.lora)
         return result

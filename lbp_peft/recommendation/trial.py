@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,17 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..measure.activations import saved_activations
+from ..measure.activations import SavedActivations, saved_activations
 from ..measure.gradients import compare
 from ..measure.memory import peak_memory
-from ..measure.steps import check_finite, idle_optimiser, timed_step
+from ..measure.steps import idle_optimiser, timed_step
 from ..measure.undisturbed import LossFunction, device_of, loss_of_output
 from ..tuner.layers.base import LBPWHTLayer
 from ..tuner.report import layout_report
 from .candidates import Candidate, NotApplicableError
 
 SEED = 0
-OUT_OF_MEMORY, UNEXPECTED = "out of memory", "cannot be trained: "  # the beginnings of failures
+OUT_OF_MEMORY, TOO_LONG = "out of memory", "takes longer than the time that was left"
+UNEXPECTED = "cannot be trained: "  # the beginning of other failures
 _LORA_NOISE = 1e-3
 
 
@@ -93,7 +94,7 @@ class Trial:
 
 
 def try_candidate(model: nn.Module, job: Job, candidate: Candidate) -> Trial:
-    """Run two training steps of a candidate, and compare the gradients of the second with the exact ones.
+    """Run two training steps of a candidate, the first of them short, and compare the gradients with the exact ones.
 
     The model is changed: pass a copy, or run in a process that ends afterwards. The first exact candidate of each
     kind, of whole weights or LoRA's factors, writes its gradients to `job.folder`, which those after it read.
@@ -124,17 +125,25 @@ def _tried(model: nn.Module, job: Job, candidate: Candidate) -> Trial:
     first, second = job.batches[0], job.batches[1 % len(job.batches)]
     with warnings.catch_warnings(), peak_memory(device) as peak:
         warnings.simplefilter("ignore")
-        _give_state(optimiser, trained)
-        with saved_activations(model) as saved:
-            torch.manual_seed(SEED)
-            loss = job.loss(model, first)
-        loss.backward()
-        del loss
-        check_finite(optimiser)
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
+        # In the first step the optimiser makes its state, and base weights are put away. That takes only a few images.
+        short = first if candidate.compiled else _part_of(first)
+        try:
+            timed_step(model, short, job.loss, optimiser)
+        except Exception:
+            if short is first:
+                raise
+            optimiser.zero_grad(set_to_none=True)  # the loss, say, is for batches of one size only
+            timed_step(model, first, job.loss, optimiser)
+        saved = SavedActivations()
+
+        def loss(model: nn.Module, batch: Any) -> Tensor:
+            with saved_activations(model) as counted:
+                value = job.loss(model, batch)
+            saved.bytes = counted.bytes
+            return value
+
         torch.manual_seed(SEED)
-        seconds = sum(timed_step(model, second, job.loss, optimiser, clear=False))
+        seconds = sum(timed_step(model, second, loss, optimiser, clear=False))
     trial = Trial(candidate.label, peak.bytes, saved.bytes, seconds)
     report = layout_report(model)
     trial.adapted_layers = len(report.layers)
@@ -143,12 +152,15 @@ def _tried(model: nn.Module, job: Job, candidate: Candidate) -> Trial:
     return trial
 
 
-def _give_state(optimiser: torch.optim.Optimizer, trained: list[nn.Parameter]) -> None:
-    """Have the optimiser make its state, which it does in its first step, before the measured steps."""
-    for parameter in trained:
-        parameter.grad = torch.zeros_like(parameter)
-    optimiser.step()
-    optimiser.zero_grad(set_to_none=True)
+def _part_of(batch: Any) -> Any:
+    """A quarter of a batch of named tensors that all have one entry for each image; any other batch as it is."""
+    if not isinstance(batch, Mapping) or not all(isinstance(value, Tensor) and value.dim() for value in batch.values()):
+        return batch
+    sizes = {value.shape[0] for value in batch.values()}
+    size = next(iter(sizes), 0)
+    if len(sizes) != 1 or size < 8:
+        return batch
+    return {name: value[: size // 4] for name, value in batch.items()}
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from numbers import Integral, Real
@@ -23,7 +22,7 @@ from ..bases.walsh import SELECTIONS, is_power_of_two
 from ..calibration import CALIBRATED_SELECTIONS
 from ..formats.products import AUTO, FULL, Precision
 from ..formats.registry import FORMATS, FormatName
-from .deprecation import accept_old_names
+from .deprecation import accept_old_names, warn_of_deprecation
 from .layers.rule import COMPRESSIBLE
 from .layers.waiting import BASE_WEIGHTS
 from .validation.names import check_adapter_name, is_module_name
@@ -481,11 +480,9 @@ def _checked_words(value: Any) -> str | tuple[str, ...] | None:
     if value is None or _is_one_of(value, ["all"]):
         return "all" if value else None
     if _is_one_of(value, ["int8"]):
-        warnings.warn(
-            'compress_activations="int8" is deprecated. It now means ("activation", "norm"), which takes less memory '
-            'and less time: write that, or "all".',
-            DeprecationWarning,
-            stacklevel=2,
+        warn_of_deprecation(
+            'LBPWHTConfig: compress_activations="int8" is deprecated. It now means ("activation", "norm"), which takes '
+            'less memory and less time: write that, or "all".'
         )
         return "activation", "norm"
     words = [value] if isinstance(value, str) else value

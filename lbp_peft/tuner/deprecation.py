@@ -83,7 +83,7 @@ def accept_old_names(cls: _Class) -> _Class:
             new |= converted
         generated(self, *args, **(settings | new))
         if old:
-            _warn(_in_words(list(old), new))
+            warn_of_deprecation(_in_words(list(old), new))
 
     # PEFT reads the names of arguments that it may pass from the signature.
     parameters = list(inspect.signature(generated).parameters.values())
@@ -108,14 +108,14 @@ def _given(settings: dict[str, Any], caller: FrameType) -> set[str]:
 def _attribute(name: str, old_name: _OldName) -> property:
     def read(config: Any) -> Any:
         value = old_name.restore(config)
-        _warn(_in_words([name], old_name.convert(value)))
+        warn_of_deprecation(_in_words([name], old_name.convert(value)))
         return value
 
     def write(config: Any, value: Any) -> None:
         new = old_name.convert(value)
         for setting, converted in new.items():
             setattr(config, setting, converted)
-        _warn(_in_words([name], new))
+        warn_of_deprecation(_in_words([name], new))
 
     return property(read, write)
 
@@ -127,8 +127,8 @@ def _in_words(old: list[str], new: dict[str, Any]) -> str:
     return f"LBPWHTConfig: {' and '.join(old)} will not work in lbp-peft 0.2. Write {spelled} instead."
 
 
-def _warn(message: str) -> None:
-    """Warn at the line of the first caller outside of lbp_peft, PEFT and transformers."""
+def warn_of_deprecation(message: str) -> None:
+    """Give a DeprecationWarning at the line of the first caller outside of lbp_peft, PEFT and transformers."""
     frame: FrameType | None = sys._getframe()
     level = 1
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INTERMEDIATE:

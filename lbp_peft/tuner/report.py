@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import math
 import re
+import textwrap
 import threading
 import weakref
 from collections import Counter
@@ -21,6 +22,7 @@ from ..layout import LayoutFinder
 from .layers.base import LBPWHTLayer
 from .layers.planning import BackwardPass
 
+WIDTH = 100  # of the report as text
 # Columns of the report, and what they mean.
 COLUMNS = {
     "layer": "name in the model; {0..11} stands for the layers of that name with each of these numbers",
@@ -30,7 +32,7 @@ COLUMNS = {
     "dW from": "k, the rows that the gradient of the weight is computed from, in the place of L",
     "dx from": "the same for the gradient of the input; all of L: exact but for the precision",
     "dx in": "precision of the product that gives the gradient of the input",
-    "found by": "what the grid was followed from, a patch embedding or an input of the model; or the setting",
+    "found by": "the patch embedding or model input that the grid was followed from, or the setting",
     "backward": "low-rank, or exact and why",
 }
 
@@ -58,17 +60,22 @@ class LayoutReport:
         return [name for name, ran in self.layers.items() if ran is not None and not ran.why_exact]
 
     def as_text(self, verbose: bool = False) -> str:
-        """Totals, and a table of the layers.
+        """Totals, and a table of the layers, at most 100 columns wide.
 
         Args:
-            verbose: One row for each layer, and what all columns mean; else one row for each group of like layers,
-                whose names differ in numbers alone.
+            verbose: One row for each layer, all columns, and what they mean; else one row for each group of like
+                layers, whose names differ in numbers alone.
         """
-        rows = [tuple(COLUMNS), *self._rows(verbose)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        meanings = [f"{name}: {meaning}" for name, meaning in COLUMNS.items() if verbose or name in _TO_EXPLAIN]
-        return "\n".join([*self._totals(), "", *table, "", *meanings])
+        heading, *rows = self._shown(verbose)
+        meanings = [f"{name}: {COLUMNS[name]}" for name in heading if verbose or name in _TO_EXPLAIN]
+        below: list[str] = []
+        if _FOUND_BY in heading:
+            index = heading.index(_FOUND_BY)
+            if max((len(row[index]) for row in rows), default=0) > _MOST_FOUND_BY:
+                below = ["", *(row.pop(index) for row in rows)]
+                heading.remove(_FOUND_BY)
+        table = _aligned([heading, *rows], below)
+        return "\n".join([*_wrapped(self._totals()), "", *table, "", *_wrapped(meanings)])
 
     def __str__(self) -> str:
         return self.as_text()
@@ -84,19 +91,35 @@ class LayoutReport:
         return pandas.DataFrame(self._rows(verbose=True), columns=list(COLUMNS))
 
     def _repr_html_(self) -> str:
-        cells = [[html.escape(cell) for cell in row] for row in self._rows(verbose=False)]
+        names, *rows = self._shown(verbose=False)
+        style = 'style="text-align: left; white-space: nowrap"'
         heading = "".join(
-            f'<th title="{html.escape(meaning)}">{html.escape(name)}</th>' for name, meaning in COLUMNS.items()
+            f'<th {style} title="{html.escape(COLUMNS[name])}">{html.escape(name)}</th>' for name in names
         )
-        body = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in row)}</tr>" for row in cells)
+        body = "".join(f"<tr>{''.join(f'<td {style}>{html.escape(cell)}</td>' for cell in row)}</tr>" for row in rows)
         totals = "<br>".join(map(html.escape, self._totals()))
         return f"<p>{totals}</p><table><thead><tr>{heading}</tr></thead><tbody>{body}</tbody></table>"
+
+    def _shown(self, verbose: bool) -> list[list[str]]:
+        """The heading and the rows, of which the reasons for exact layers are short."""
+        marks = self._marks()
+        shown = [name for name in COLUMNS if verbose or name != _FOUND_BY or not self._common_start()]
+        start = self._common_start()  # which the totals say
+        rows = [dict(zip(COLUMNS, row, strict=True)) for row in self._rows(verbose)]
+        return [shown, *([marks.get(row[name], row[name]).removeprefix(f"{start} ") for name in shown] for row in rows)]
+
+    def _marks(self) -> dict[str, str]:
+        """A layer that is exact, as the last column tells it -> the same in short; the reasons are in the totals."""
+        reasons = [why for why, _ in Counter(self.exact.values()).most_common()]
+        numbers = [f" ({number})" for number in range(1, len(reasons) + 1)] if len(reasons) > 1 else [""]
+        return {f"exact: {why}": f"exact{number}" for why, number in zip(reasons, numbers, strict=False)}
 
     def _totals(self) -> list[str]:
         not_run = sum(ran is None for ran in self.layers.values())
         lines = [f"{len(self.low_rank)} of {len(self.layers)} adapted layers have a low-rank backward pass."]
+        marks = self._marks()
         for why, number in Counter(self.exact.values()).most_common():
-            lines.append(f"{number} {'is' if number == 1 else 'are'} exact: {why}.")
+            lines.append(f"{number} {'is' if number == 1 else 'are'} {marks[f'exact: {why}']}: {why}.")
         if not_run:
             lines.append(f"{not_run} {'has' if not_run == 1 else 'have'} not been called in training mode yet.")
         ran = {name: one for name in self.low_rank if (one := self.layers[name]) is not None and one.num_tokens}
@@ -131,16 +154,40 @@ class LayoutReport:
             cells = tuple(_NUM_OPERATIONS.sub("", cell) for cell in _cells(ran))
             groups.setdefault((re.sub(r"\d+", "#", name), cells), []).append(name)
         rows = []
-        start = self._common_start()  # which the totals say
         for names in groups.values():
             first, last = _cells(self.layers[names[0]]), _cells(self.layers[names[-1]])
-            cells = tuple(_up_to(one, other).removeprefix(f"{start} ") for one, other in zip(first, last, strict=True))
+            cells = tuple(_up_to(one, other) for one, other in zip(first, last, strict=True))
             rows += [(name, *cells) for name in _grouped(names)]
         return rows
 
 
 _TO_EXPLAIN = ("outside", "tokens", "dW from", "dx from", "dx in")
 _NUM_OPERATIONS = re.compile(r"\d+ operations?$")
+_FOUND_BY = "found by"
+_MOST_FOUND_BY = 26  # characters of that column; what is longer stands on a line below the row
+
+
+def _aligned(rows: list[list[str]], below: list[str]) -> list[str]:
+    """Rows as lines with their columns aligned; names for which there is no room get a line of their own.
+
+    Args:
+        below: The text below each row; [] for none.
+    """
+    widths = [max(map(len, column)) for column in zip(*(row[1:] for row in rows), strict=True)]
+    room = WIDTH - sum(width + 2 for width in widths)
+    names = [row[0] for row in rows]
+    first = max((len(name) for name in names if len(name) <= room), default=0)
+    lines = []
+    for (name, *cells), text in zip(rows, below or [""] * len(rows), strict=True):
+        lines += [name] if len(name) > room else []
+        start = " " * first if len(name) > room else name.ljust(first)
+        lines.append("  ".join([start, *(c.ljust(width) for c, width in zip(cells, widths, strict=True))]).rstrip())
+        lines += textwrap.wrap(text, WIDTH, initial_indent="    ", subsequent_indent="    ")
+    return lines
+
+
+def _wrapped(lines: list[str]) -> list[str]:
+    return [part for line in lines for part in textwrap.wrap(line, WIDTH, subsequent_indent="  ")]
 
 
 def _cells(ran: BackwardPass | None) -> tuple[str, ...]:

@@ -337,9 +337,8 @@ def test_a_report_is_readable():
     assert header == ["layer", "grid", "outside", "tokens", "dW from", "dx from", "dx in", "found by", "backward"]
     embedding = "vit.embeddings.patch_embeddings.projection"
     for row in (first, second):
-        assert re.fullmatch(rf"followed from {embedding} through \d+ operations", row.pop(7))
+        assert re.fullmatch(r"through \d+ operations", row.pop(7))
     assert f"The grids were followed from {embedding}." in str(layout_report(model))
-    assert re.search(r"  through \d+ operations  ", str(layout_report(model)))
     # Nothing before the first adapted layer is trained, so it needs no input gradient: 65 of 65 tokens.
     assert first == ["vit.layers.0.mlp.fc1", "8 x 8", "1", "65", "4", "65", "full", "low-rank"]
     assert second == ["vit.layers.1.mlp.fc1", "8 x 8", "1", "65", "4", "7", "full", "low-rank"]

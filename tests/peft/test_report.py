@@ -1,5 +1,7 @@
 """The layout report, as people read it."""
 
+import dataclasses
+
 import pytest
 import torch
 from models import images, tiny_vit
@@ -37,7 +39,7 @@ def test_totals_come_first_and_like_layers_share_a_row():
 def test_verbose_lists_all_layers_and_explains_all_columns():
     report = called(adapted(2))
     text = report.as_text(verbose=True)
-    assert all(f"\n{name} " in text for name in report.layers)
+    assert all(f"\n{name}" in text for name in report.layers)
     assert all(f"\n{column}: {meaning}" in text for column, meaning in COLUMNS.items())
 
 
@@ -49,6 +51,20 @@ def test_exact_layers_are_counted_with_the_reason():
     )
 
 
+def test_reports_fit_100_columns_and_number_several_reasons():
+    report = called(adapted(2, rank_pattern={"fc1": 64}))
+    why = "for a reason that takes some words to say, more than there is room for in a row of the table"
+    for name in list(report.layers)[:2]:
+        report.layers["some.module.with.a.name.so.long.that.it.takes.a.line.of.its.own." + name] = dataclasses.replace(
+            report.layers[name], why_exact=why
+        )
+    for verbose in (False, True):
+        text = report.as_text(verbose)
+        assert max(map(len, text.splitlines())) <= 100
+        assert "2 are exact (1): it would keep" in text and "2 are exact (2): for a reason" in text
+        assert text.count("exact (1)") > 1 and text.count(why[:40]) == 1
+
+
 def test_layers_that_were_not_called_are_counted():
     assert "12 have not been called in training mode yet." in str(layout_report(adapted(2)))
 
@@ -56,7 +72,7 @@ def test_layers_that_were_not_called_are_counted():
 def test_notebooks_get_a_table_and_pandas_a_row_for_each_layer():
     report = called(adapted(2))
     page = report._repr_html_()
-    assert page.count("<th ") == len(COLUMNS) and "vit.layers.{0..1}.mlp.fc{1..2}" in page
+    assert page.count("<th ") == len(COLUMNS) - 1 and "vit.layers.{0..1}.mlp.fc{1..2}" in page
     frame = pytest.importorskip("pandas") and report.to_pandas()
     assert list(frame.columns) == list(COLUMNS) and list(frame["layer"]) == list(report.layers)
     assert set(frame["dW from"]) == {"4"}

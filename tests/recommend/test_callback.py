@@ -6,7 +6,8 @@ from models import images, same_state, state_of, tiny_vit
 from peft import get_peft_model
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import trainer as trainer_module
 
 from lbp_peft import LBPWHTCallback, LBPWHTConfig, gradient_quality
 
@@ -62,6 +63,24 @@ def test_training_is_the_same_to_the_last_bit(tmp_path, settings):
     assert all(entry["lbp_wht/peak_memory_mib"] > 10 for entry in logged)
 
 
+def test_its_values_reach_trackers_which_come_before_it(tmp_path, monkeypatch):
+    """As those of report_to do; and the trainer's own logs are what they are without it."""
+
+    class Tracker(TrainerCallback):
+        def __init__(self):
+            self.seen = []
+
+        def on_log(self, args, state, control, logs, **kwargs):
+            self.seen.append((state.global_step, set(logs)))
+
+    tracker, after = Tracker(), LBPWHTCallback(every=1, min_cosine=0.0)
+    monkeypatch.setattr("transformers.trainer.DEFAULT_CALLBACKS", [*trainer_module.DEFAULT_CALLBACKS, tracker])
+    trained(tmp_path, after)
+    own = {"lbp_wht/gradient_cosine", "lbp_wht/gradient_norm_ratio", "lbp_wht/peak_memory_mib", "epoch"}
+    assert [step for step, names in tracker.seen if names == own] == [1, 2, 3]
+    assert [step for step, names in tracker.seen if "loss" in names] == [2]
+
+
 def test_it_warns_once_of_poor_gradients_and_names_the_worst(tmp_path):
     with pytest.warns(UserWarning, match="below 1. The worst is that of") as caught:
         trained(tmp_path, LBPWHTCallback(every=1, min_cosine=1.0))
@@ -75,7 +94,9 @@ def test_a_model_without_lbp_wht_is_trained_with_a_warning(tmp_path):
     assert not callback.history
 
 
-@pytest.mark.parametrize("bad", [{"every": 0}, {"min_cosine": 1.5}], ids=str)
+@pytest.mark.parametrize(
+    "bad", [{"every": 0}, {"every": 1.5}, {"every": "a"}, {"min_cosine": 1.5}, {"min_cosine": "b"}], ids=str
+)
 def test_settings_that_make_no_sense_are_refused(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
         LBPWHTCallback(**bad)

@@ -62,13 +62,17 @@ def test_help_lists_the_commands_and_version_what_it_runs_on(capsys):
     run("version")
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == f"lbp-peft {lbp_peft.__version__}" and f"torch {torch.__version__}" in lines
+    with pytest.raises(SystemExit):
+        run("version", "extra")
+    assert "unrecognized arguments: extra" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["recommend", "report"])
 def test_each_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         run(command, "--help")
-    assert stop.value.code == 0 and "--random_images" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and "--random_images" in text and max(map(len, text.splitlines())) <= 100
 
 
 def test_it_is_installed_and_needs_nothing_of_the_examples():
@@ -94,6 +98,12 @@ def test_report_shows_layouts_and_the_quality_of_gradients(model, capsys):
     run("report", "--model", model, "--random-images", 32, "--settings", "r=3", "grad_input_dtype=full", "--verbose")
     text = capsys.readouterr().out
     assert text.count("vit.layers.0.mlp.fc1") >= 1 and "gradient cosine" in text and "12 of 12 adapted layers" in text
+
+
+def test_a_setting_that_does_not_exist_is_named(model, capsys):
+    with pytest.raises(SystemExit):
+        run("report", "--model", model, "--random-images", 32, "--settings", "grad_input_rnak=3")
+    assert "no setting grad_input_rnak: did you mean grad_input_rank?" in capsys.readouterr().err
 
 
 def test_label_maps_make_it_a_segmentation(tmp_path):

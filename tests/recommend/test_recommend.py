@@ -15,6 +15,7 @@ from torch import nn
 import lbp_peft
 from lbp_peft import BudgetError, LBPWHTConfig
 from lbp_peft.recommendation import CANDIDATES, Bounds, Candidate, processes, search
+from lbp_peft.recommendation.candidates import in_order
 from lbp_peft.recommendation.choice import Reference, choose, in_the_running, verdict
 from lbp_peft.recommendation.result import WIDTH, pareto_front
 from lbp_peft.recommendation.trial import Job, Trial, plain_name, try_candidate
@@ -135,6 +136,7 @@ def test_where_nothing_helps_the_verdict_says_so():
     )
     slow = trial("slow", 500, 1.5, 0.9)
     assert "50 % of the peak memory, at 50 % longer steps" in verdict(slow, False, "rule", REFERENCE, "cpu")
+    assert verdict(FULL, False, "rule", REFERENCE, "cpu", is_alone=True).startswith("Of what could be measured")
 
 
 def test_what_another_beats_in_everything_is_not_timed():
@@ -148,8 +150,22 @@ def test_the_candidates_are_those_that_were_promised():
     assert any(one.checkpointing and one.lbp_wht is None for one in CANDIDATES)
     assert any(one.lora and one.lbp_wht and one.checkpointing for one in CANDIDATES)
     assert {one.lbp_wht["r"] for one in CANDIDATES if one.lbp_wht} == {3, 10, 21}
+    settings = [one.lbp_wht for one in CANDIDATES if one.lbp_wht]
+    for value in ({"compress_activations": "all"}, {"grad_input_basis": "adaptive"}, {"base_weights": "dropped"}):
+        assert any(one.lbp_wht and value.items() <= one.lbp_wht.items() and one.checkpointing for one in CANDIDATES)
+    model = tiny_vit()
     for one in CANDIDATES:  # all are valid
-        one.config(tiny_vit(), ["classifier"])
+        one.config(model, ["classifier"])
+    assert len(settings) > 20 and {one.no_better_than for one in CANDIDATES} - {""} <= {one.label for one in CANDIDATES}
+
+
+def test_what_tells_most_about_the_question_is_tried_first():
+    labels = [one.label for one in in_order(CANDIDATES, lora=False, memory_is_free=False)]
+    assert labels[:5] == [*(one.label for one in CANDIDATES[:4]), "full fine-tuning + checkpointing"]
+    assert labels.index("LBP-WHT r=10 + compression") < labels.index("LBP-WHT r=3")
+    assert all("LoRA" in label for label in labels[-12:]) and len(labels) == len(CANDIDATES)
+    labels = [one.label for one in in_order(CANDIDATES, lora=True, memory_is_free=True)]
+    assert labels[4:7] == ["LoRA + LBP-WHT r=3", "LoRA + LBP-WHT r=21", "LoRA + LBP-WHT r=10, dx adaptive"]
 
 
 # Measured
@@ -236,11 +252,35 @@ def test_what_cannot_be_handed_to_a_process_is_counted_here_and_failures_are_tol
     model = tiny_vit()
     before = state_of(model)
     broken = Candidate("broken", {"r": 3, "target_modules": ["nothing_of_that_name"]})
-    result = lbp_peft.recommend(model, batches(), candidates=(FEW[0], LOW_RANK, broken), minutes=0.01, min_cosine=0.0)
+    result = lbp_peft.recommend(model, batches(), candidates=(FEW[0], LOW_RANK, broken), minutes=1, min_cosine=0.0)
     assert same_state(state_of(model), before)
     assert all(one.is_counted and one.peak_bytes > 0 for one in result.trials.values() if not one.failure)
     assert "(no)" in result.notes[0] and "~" in result.table
     assert result.trials["broken"].failure and "Failed" in result.table and "broken" in result.table
+
+
+def test_without_a_setting_of_lbp_wht_the_result_says_so(monkeypatch):
+    monkeypatch.setattr(search, "Apart", lambda job: (_ for _ in ()).throw(processes.WorkerError("no")))
+    broken = Candidate("broken", {"r": 3, "target_modules": ["nothing_of_that_name"]})
+    result = lbp_peft.recommend(tiny_vit(), batches(), candidates=(FEW[0], broken), minutes=1, min_cosine=0.0)
+    assert "low-rank backward pass" not in result.table
+    result.trials["exact"] = trial("exact", adapted_layers=12)
+    result.candidates["exact"] = LOW_RANK
+    assert "low-rank backward pass in none of 12 layers" in result.table
+    assert result.setting is FEW[0]
+    assert result.reason.startswith("No setting of LBP-WHT could be measured (") and "better" not in result.reason
+
+
+def _slow(model, batch):
+    import time
+
+    time.sleep(60)
+    return model(**batch).loss
+
+
+def test_what_takes_too_long_is_ended():
+    with pytest.raises(ValueError, match="takes longer than the 0.01 minutes"):
+        lbp_peft.recommend(tiny_vit(), batches(), minutes=0.01, loss_fn=_slow)
 
 
 class WithoutLoss(nn.Module):

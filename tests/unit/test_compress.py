@@ -253,8 +253,9 @@ def test_words_of_the_setting(tmp_path):
         assert config.compress_activations == kept
         config.save_pretrained(tmp_path)
         assert LBPWHTConfig.from_pretrained(tmp_path).compress_activations == kept
-    with pytest.warns(DeprecationWarning, match="int8.*deprecated"):
+    with pytest.warns(DeprecationWarning, match="int8.*deprecated") as caught:
         assert LBPWHTConfig(compress_activations="int8").compress_activations == ("activation", "norm")
+    assert [one.filename for one in caught] == [__file__]
 
 
 @pytest.mark.parametrize("value", ["int4", True, (), ("norm", 3), ["gelu", "dropout"], {}])
