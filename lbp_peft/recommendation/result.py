@@ -224,7 +224,7 @@ class Recommendation:
         legend = axes.legend(
             handles=marks, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8, frameon=False, handlelength=1
         )
-        for handle in legend.legend_handles:
+        for handle in legend.get_lines():
             handle.set_markersize(6)
         figure.savefig(path, dpi=130)
 

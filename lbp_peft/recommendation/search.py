@@ -53,9 +53,8 @@ def recommend(
     """Measure ways to train a model on this machine, and recommend one that keeps within the bounds.
 
     Each candidate takes a training step with AdamW after a short one. Its peak memory, its saved activations and the
-    cosine of its gradients with exact ones are measured, on a CPU in a process of its own. The best
-    candidates then take turns in this process, so that other work on the machine affects them all alike. The model is
-    not changed.
+    cosine of its gradients with exact ones are measured, on a CPU in a process of its own. The best candidates then
+    take turns in this process, so that other work on the machine affects them all alike. The model is not changed.
 
     What is recommended is, of the settings within the bounds, the one with the shortest step if memory has a bound,
     with the least memory if the step time has one, with the best gradients if both have, and with the least product of
