@@ -3,8 +3,8 @@
     lbp-peft report --model facebook/dinov2-base --random_images 224
     lbp-peft report --model my_model/ --dataset my_images/ --settings r=21 selection=lp_linf
 
-It runs one batch, and prints a table of layers, the gradients that are furthest from the exact ones,
-and what a training step costs.
+It runs one batch, and prints a table of layers, the gradients that are furthest from the exact
+ones, and what a training step costs.
 """
 
 from __future__ import annotations

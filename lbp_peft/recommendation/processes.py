@@ -152,7 +152,7 @@ class Apart:
         path = os.pathsep.join([str(package), *filter(None, [os.environ.get("PYTHONPATH")]), *filter(None, sys.path)])
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the process
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "lbp_peft.recommendation.worker", str(self._file)],
+            self._command(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
@@ -161,6 +161,9 @@ class Apart:
             env=os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
         )
         self.libraries = self._answer()["libraries"]
+
+    def _command(self) -> list[str]:
+        return [sys.executable, "-m", "lbp_peft.recommendation.worker", str(self._file)]
 
     def _answer(self) -> dict[str, Any]:
         assert self._process is not None and self._process.stdout is not None
