@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Hashable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -63,14 +64,19 @@ class Call:
         number: The number of the next node of autograd's graph at that moment.
         had_grad: Whether autograd was on; it is off within gradient checkpointing with use_reentrant=True.
         frames: The frames of the nested parts of the pass that gradient checkpointing with use_reentrant=False will
-            run again.
+            run again. The references are weak, since a frame holds the inputs of its part, which must be released
+            together with the graph of the pass.
     """
 
     name: str
     record: LayoutRecord
     number: int
     had_grad: bool
-    frames: tuple[object, ...] = ()
+    frames: tuple[weakref.ref[object], ...] = ()
+
+    def is_in(self, frame: object) -> bool:
+        """Whether the call was made in the part of the pass that a frame belongs to."""
+        return any(other() is frame for other in self.frames)
 
 
 @dataclass(eq=False)
@@ -113,7 +119,7 @@ class ForwardPass:
 
     def note(self, name: str, record: LayoutRecord, frames: tuple[object, ...]) -> None:
         """Record a call of a layer."""
-        self.calls.append(Call(name, record, next_number(), torch.is_grad_enabled(), frames))
+        self.calls.append(Call(name, record, next_number(), torch.is_grad_enabled(), tuple(map(weakref.ref, frames))))
 
     def end(self) -> None:
         """End the pass, and release what only a running pass needs."""

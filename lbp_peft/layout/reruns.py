@@ -102,7 +102,7 @@ def calls_to_rerun(one: ForwardPass, name: str) -> list[LayoutRecord]:
         return distinct
     frame, hook = rerun_frame()
     if frame is not None:
-        calls = [call for call in one.calls if any(other is frame for other in call.frames)]
+        calls = [call for call in one.calls if call.is_in(frame)]
     else:  # use_reentrant=True: the part was run, without autograd, right after the executing node had been created
         calls = [call for call in one.calls if not call.had_grad]
         number = current_number()

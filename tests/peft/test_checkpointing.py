@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -248,3 +250,20 @@ def test_tensors_thrown_away_have_the_form_of_those_that_are_saved(words):
     expected = gradients(model, x)
     model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
     assert largest_difference(gradients(model, x), expected) == 0
+
+
+@pytest.mark.parametrize("use_reentrant", [None, False, True])
+@pytest.mark.parametrize("build", [lbp_wht, on_lora])
+def test_what_a_pass_keeps_is_released_with_it(build, use_reentrant):
+    """Also in the first passes, which are traced: what they leave behind would be multiplied by the steps."""
+    model, kept_alive = build().train(), []
+    if use_reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+        model.enable_input_require_grads()
+    for name, module in model.named_modules():
+        if name.endswith(("fc1", "layernorm_before")):
+            module.register_forward_hook(lambda _, args, output: kept_alive.extend(map(weakref.ref, (*args, output))))
+    for _ in range(3):
+        forward(model, images()).sum().backward()
+    gc.collect()
+    assert kept_alive and not [reference for reference in kept_alive if reference() is not None]
