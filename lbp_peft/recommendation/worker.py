@@ -17,6 +17,8 @@ import warnings
 from contextlib import suppress
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from ..measure.memory import resident_now
 from .candidates import Candidate
@@ -35,6 +37,7 @@ def main(path: str) -> None:
             importlib.import_module(name)
     libraries = resident_now()
     job: Job = torch.load(path, weights_only=False, pickle_module=pickle_module())
+    make_known(job.model)
     gc.collect()
     answers.write(json.dumps({"libraries": libraries["VmRSS"]}) + "\n")
     answers.flush()
@@ -43,6 +46,20 @@ def main(path: str) -> None:
         answer = _in_a_fork(job, candidate) if CAN_FORK else _tried(job, candidate, 0)
         answers.write(answer + "\n")
         answers.flush()
+
+
+def make_known(model: nn.Module) -> None:
+    """Run the constructors of the model's transformers classes, which a model loaded from a file has not run here.
+
+    They register what a class can do: without that, SegFormer for one finds no hidden states to decode. On the meta
+    device they take no memory.
+    """
+    known: set[type] = set()
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and type(module) not in known:
+            known |= {type(part) for part in module.modules()}
+            with suppress(Exception), torch.device("meta"):
+                type(module)(module.config)
 
 
 def _in_a_fork(job: Job, candidate: Candidate) -> str:

@@ -12,10 +12,11 @@ from common.options import Options
 from models import images, same_state, state_of, tiny_vit
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 import lbp_peft
 from lbp_peft import BudgetError, LBPWHTConfig
-from lbp_peft.recommendation import CANDIDATES, Bounds, Candidate, processes, search
+from lbp_peft.recommendation import CANDIDATES, Bounds, Candidate, processes, search, worker
 from lbp_peft.recommendation.candidates import in_order
 from lbp_peft.recommendation.choice import Reference, choose, in_the_running, verdict
 from lbp_peft.recommendation.result import WIDTH, pareto_front
@@ -277,6 +278,19 @@ def test_what_takes_too_long_is_ended(monkeypatch):
     monkeypatch.setattr(processes.Apart, "_command", lambda self: [sys.executable, "-c", worker])
     with pytest.raises(ValueError, match="takes longer than the 0.01 minutes"):
         lbp_peft.recommend(tiny_vit(), batches(), minutes=0.01)
+
+
+def test_a_model_from_a_file_is_made_known_to_transformers():
+    from transformers.utils import output_capturing
+
+    model = SegformerForSemanticSegmentation(
+        SegformerConfig(depths=[1] * 4, hidden_sizes=[8, 16, 24, 32], decoder_hidden_size=16)
+    )
+    output_capturing._CAN_RECORD_REGISTRY.clear()  # as in a process that has only loaded the model
+    with pytest.raises(TypeError):
+        model(images())
+    worker.make_known(model)
+    assert model(images()).logits.shape[0] == 2
 
 
 class WithoutLoss(nn.Module):
