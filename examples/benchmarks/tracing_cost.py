@@ -32,7 +32,7 @@ from lbp_peft.layout import LayoutFinder
 from lbp_peft.measure.timing import interleaved, now, quartiles, ratios
 
 # The methods of a finder that run in each forward pass.
-IN_EACH_PASS = ("before", "after", "record", "padding", "is_exact")
+IN_EACH_PASS = ("before", "after", "record", "padding_mask", "is_exact")
 
 
 @contextmanager

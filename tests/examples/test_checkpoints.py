@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from choices import deciding
 from common.checkpoints import KEPT, checkpoints, load_checkpoint, remove_checkpoints, save_checkpoint, write_whole
 from models import images, same_state, state_of, tiny_vit
 from peft import LoraConfig, get_peft_model
@@ -73,7 +74,8 @@ def saved(folder, *numbers, settings=STACK):
 @pytest.fixture(scope="module")
 def run_with_two_checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two checkpoints")
-    return *saved(folder, 2, 4), folder
+    with deciding(use_low_rank=True, fastest_precision="full"):  # as in each test, see conftest.py
+        return *saved(folder, 2, 4), folder
 
 
 @pytest.fixture
