@@ -6,17 +6,20 @@ import sys
 import warnings
 from numbers import Integral, Real
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .measure.gradients import GradientQuality, gradient_quality
 from .measure.memory import resident_now
 from .measure.undisturbed import LossFunction, device_of
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 
 class LBPWHTCallback(TrainerCallback):
@@ -122,6 +125,8 @@ def _is_a(kind: type, value: Any) -> bool:
 
 def _calling_trainer() -> Trainer | None:
     """The trainer among the callers. transformers hands callbacks its state, and neither itself nor its `log`."""
+    from transformers import Trainer  # here, since it loads datasets and pandas, which take 80 MiB
+
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if isinstance(caller := frame.f_locals.get("self"), Trainer):
