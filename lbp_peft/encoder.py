@@ -47,7 +47,9 @@ def _block_lists(model: nn.Module) -> list[nn.Module]:
     groups: dict[frozenset[str], list[nn.Module]] = {frozenset(kinds): [] for kinds in _IN_ORDER}
     for name, blocks in lists:
         kinds = _modalities_around(model, name)
-        if not any(_after_the_encoder(model, f"{name}.{block}", kinds) for block, _ in blocks.named_children()):
+        if not any(
+            _after_the_encoder(model, f"{name}.{block}".lstrip("."), kinds) for block, _ in blocks.named_children()
+        ):
             groups[kinds].append(blocks)
     given = set().union(*(_modalities(part) for part in model.modules()))
     if "words" in given:

@@ -316,6 +316,14 @@ def test_the_default_leaves_pooler_and_head_alone():
     assert names == {name.removeprefix("vit.") for name in ENCODER}
 
 
+def test_a_model_may_itself_be_a_sequence_of_blocks():
+    def block():
+        return nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+    model = get_peft_model(nn.Sequential(block(), block()), LBPWHTConfig(r=3))
+    assert adapted_names(model) == {"0.0", "0.2", "1.0", "1.2"}
+
+
 def test_modules_to_save_are_not_adapted():
     model = get_peft_model(tiny_vit(), LBPWHTConfig(target_modules="all-linear", modules_to_save=["classifier"]))
     assert adapted_names(model) == ENCODER
