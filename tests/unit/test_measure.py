@@ -173,7 +173,7 @@ def test_branches_beside_the_weight_count_in_the_input_gradient_too(project):
     with multiply_adds() as back:
         y.backward(torch.randn_like(y))
     factors = N * 10 * 3 * (2 * C_IN + 2 * C_OUT)  # g B, and its product with x; x A, and its product with g
-    into_x = N * 10 * (C_IN * C_OUT + 3 * C_OUT + 3 * C_IN)  # g W, g B, and its product with A
+    into_x = N * 10 * C_IN * C_OUT + 3 * C_IN * C_OUT  # g (W + B A), and that sum
     assert back.total == N * project * (C_OUT + C_IN) + factors + into_x
 
 

@@ -507,7 +507,13 @@ def test_lora_and_frozen_layers_between(settings):
     assert all(r.precision == "int8" for name, r in layout_report(model).layers.items() if "layers.1" in name)
 
 
-def test_accumulated_gradients_round_a_weight_once_and_training_goes_on(roundings):
+# The layers of the tiny ViT whose product g W is not rounded: those of the first block need no input gradient, and those
+# of the last block have one of [CLS] alone, which is read.
+NOT_ROUNDED = ("0.q_proj", "0.k_proj", "0.v_proj", "1.q_proj", "1.o_proj", "1.fc1", "1.fc2")
+
+
+def test_trained_weights_are_rounded_in_each_pass_and_training_goes_on(roundings):
+    """No rounded copy is kept of them: the next step changes them, and until then it would take memory."""
     model = adapted(grad_input_dtype="int8")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     x, labels = images(8), torch.arange(8) % 5
@@ -519,16 +525,17 @@ def test_accumulated_gradients_round_a_weight_once_and_training_goes_on(rounding
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-        assert len(roundings) == step * (len(layers_of(model)) - 3)  # the first q, k and v need no input gradient
+        assert len(roundings) == 2 * step * (len(layers_of(model)) - len(NOT_ROUNDED))
     assert losses[-1] < losses[0]
 
 
 @pytest.mark.parametrize("base, x, exact", [
     (lambda: Mixer("Conv1D"), images(2, 32, 48), 1),  # its weight is the transpose of a parameter
     (lambda: Mixer("Conv1d"), images(2, 32, 48), 1),
-    (lambda: tiny_vit().to(torch.bfloat16), images().to(torch.bfloat16), 3),  # its weights are casts of float32 ones
+    # Its weights are casts of float32 ones.
+    (lambda: tiny_vit().to(torch.bfloat16), images().to(torch.bfloat16), len(NOT_ROUNDED)),
 ])  # fmt: skip
-def test_weights_that_are_no_parameters_are_rounded_once_a_step_too(base, x, exact, roundings):
+def test_trained_weights_that_are_no_parameters_are_rounded_in_each_pass_too(base, x, exact, roundings):
     torch.manual_seed(0)
     model = adapted(base, grad_input_dtype="int8")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
@@ -536,7 +543,7 @@ def test_weights_that_are_no_parameters_are_rounded_once_a_step_too(base, x, exa
         for _ in range(2):
             gradients(model, x)
         optimizer.step()
-        assert len(roundings) == step * (len(layers_of(model)) - exact)
+        assert len(roundings) == 2 * step * (len(layers_of(model)) - exact)
 
 
 def test_a_frozen_weight_is_rounded_once(roundings):
@@ -546,7 +553,7 @@ def test_a_frozen_weight_is_rounded_once(roundings):
     for _ in range(3):
         gradients(model, images())
         optimizer.step()
-    assert len(roundings) == len(layers_of(model)) - 3  # the first q, k and v need no input gradient
+    assert len(roundings) == len(layers_of(model)) - len(NOT_ROUNDED)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
