@@ -507,8 +507,8 @@ def test_lora_and_frozen_layers_between(settings):
     assert all(r.precision == "int8" for name, r in layout_report(model).layers.items() if "layers.1" in name)
 
 
-# The layers of the tiny ViT whose product g W is not rounded: those of the first block need no input gradient, and those
-# of the last block have one of [CLS] alone, which is read.
+# The layers of the tiny ViT whose product g W is not rounded: those of the first block need no input gradient, and
+# those of the last block have one of [CLS] alone, which is read.
 NOT_ROUNDED = ("0.q_proj", "0.k_proj", "0.v_proj", "1.q_proj", "1.o_proj", "1.fc1", "1.fc2")
 
 
