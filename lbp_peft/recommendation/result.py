@@ -143,7 +143,8 @@ class Recommendation:
             *(["      Python and its libraries."] if self.libraries_bytes else []),
             "saved: activations kept for the backward pass, parameters not counted.",
             "cosine: of the adapted layers' gradients with the exact ones; for LoRA, with those of LoRA alone.",
-            "dx: the input gradient; adaptive: in 24 patterns fitted to each image. compression: of all that is saved.",
+            "dx: the input gradient; adaptive: in 24 patterns fitted to each image.",
+            "compression: of all that is saved for the backward pass.",
             "/full, /LoRA: relative to full fine-tuning and to LoRA (r=8, all linear layers).",
         ]
         text += _wrapped(self._layers())
