@@ -305,9 +305,10 @@ def test_a_model_trains_in_it_and_says_so():
     model, x = adapted(), images()
     found, exact = gradients(model, x), exact_gradients(model, x)
     assert 0 < largest_difference(found, exact) < 2
-    cosines = [F.cosine_similarity(found[n].flatten(), exact[n].flatten(), 0) for n in exact if n.endswith("default")]
-    # A few tensors of the first block, whose gradients are small, vary with the processor.
-    assert sorted(cosines)[len(cosines) // 4] > 0.9
+    # Softmax ignores the biases of keys: their gradients are zero but for rounding.
+    names = [n for n in exact if n.endswith("default") and not n.endswith("k_proj.lbpwht_bias.default")]
+    cosines = {n: F.cosine_similarity(found[n].flatten(), exact[n].flatten(), 0) for n in names}
+    assert min(cosines.values()) > 0.95, cosines
     assert {(ran.grad_weight_rows, ran.grad_input_rows) for ran in layout_report(model).layers.values() if ran} <= {
         (4, 4), (4, 65), (1, 1)
     }  # fmt: skip
