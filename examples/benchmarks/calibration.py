@@ -23,25 +23,22 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
-from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from peft import get_peft_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.classification import Classification, ClassificationOptions
-from common.experiment import Experiment, load
+from common.classification import ClassificationOptions
 from common.models import head_modules
 
+from benchmarks.real_images import experiment_for, file_for_record
 from benchmarks.tables import aligned
 from lbp_peft import Basis, LBPWHTConfig, LBPWHTLinear, allocate_ranks, calibrate, exact_backward
 from lbp_peft.calibration import TokenStatistics
 from lbp_peft.environment import environment, in_words, write_record
 from lbp_peft.loading.classification import ClassificationData
 from lbp_peft.loading.options import option, parse
-from lbp_peft.loading.places import local_folder
 from lbp_peft.loading.terminal import plain_messages
 from lbp_peft.tuner.calibrate import collect
 
@@ -138,24 +135,17 @@ def by_block(values: list[tuple[str, float]]) -> list[float]:
 
 def main(arguments: list[str] | None = None) -> None:
     given = parse(CalibrationOptions, None, __doc__, arguments)
-    file = Path(given.output).expanduser()
-    if file.is_dir():
-        raise SystemExit(f"--output {file}: this is a folder; name a file in it")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    given.model = str(local_folder(given.model, "--model") or given.model)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    task, options = Classification(), given.for_experiment()
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    experiment = Experiment(task, options, accelerator, load(accelerator, task, options))
+    file = file_for_record(given.output)
+    experiment = experiment_for(given.for_experiment())
+    device = experiment.accelerator.device
     loader = iter(experiment.loaders(seed=0)[0])
     batches = [
-        [send_to_device(next(loader), accelerator.device) for _ in range(number)]
+        [send_to_device(next(loader), device) for _ in range(number)]
         for number in (given.head_batches, given.calibration_batches, given.test_batches)
     ]
     for_head, for_calibration, for_test = batches
-    base = experiment.base(seed=0).to(accelerator.device)
-    head = head_modules(base, options)
+    base = experiment.base(seed=0).to(device)
+    head = head_modules(base, experiment.options)
     print(f"head trained to a loss of {train_head(base, head, for_head):.3f}")
 
     def adapted(selection: str, r: int, **settings: Any) -> nn.Module:

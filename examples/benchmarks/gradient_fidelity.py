@@ -18,21 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 import yaml
-from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from peft import get_peft_model
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.classification import Classification, ClassificationOptions
-from common.experiment import Experiment, load
+from common.classification import ClassificationOptions
 from common.models import head_modules
 
 from benchmarks.methods import WORDS, NotAvailable, applied, setting, words
+from benchmarks.real_images import experiment_for, file_for_record
 from benchmarks.rivals import RIVALS
 from benchmarks.tables import aligned
 from lbp_peft import LBPWHTConfig, LBPWHTLinear, exact_backward
@@ -40,7 +37,6 @@ from lbp_peft.encoder import encoder_linears
 from lbp_peft.environment import environment, in_words, write_record
 from lbp_peft.loading.classification import ClassificationData
 from lbp_peft.loading.options import option, parse
-from lbp_peft.loading.places import local_folder
 from lbp_peft.loading.terminal import plain_messages
 
 WORDS_OF_COMPRESSION = ("all", "activation", "norm", "attention", "projection")
@@ -138,23 +134,16 @@ def in_parts(text: str) -> tuple[dict[str, Any], list[str]]:
 
 def main(arguments: list[str] | None = None) -> None:
     given = parse(FidelityOptions, None, __doc__, arguments)
-    file = Path(given.output).expanduser()
-    if file.is_dir():
-        raise SystemExit(f"--output {file}: this is a folder; name a file in it")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    given.model = str(local_folder(given.model, "--model") or given.model)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    task, options = Classification(), given.for_experiment()
-    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
-    experiment = Experiment(task, options, accelerator, load(accelerator, task, options))
-    batch = send_to_device(next(iter(experiment.loaders(seed=0)[0])), accelerator.device)
+    file = file_for_record(given.output)
+    experiment = experiment_for(given.for_experiment())
+    device = experiment.accelerator.device
+    batch = send_to_device(next(iter(experiment.loaders(seed=0)[0])), device)
     rows = []
     for text in tqdm(given.settings, leave=False):
-        base = experiment.base(seed=0).to(accelerator.device)
+        base = experiment.base(seed=0).to(device)
         blocks = base.config.num_hidden_layers
         try:
-            found, exact = both_gradients(base, batch, text, head_modules(base, options))
+            found, exact = both_gradients(base, batch, text, head_modules(base, experiment.options))
         except NotAvailable as why:
             raise SystemExit(f"--settings {text}: {why}") from None
         each = len(exact) // blocks

@@ -34,19 +34,16 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
-from accelerate import Accelerator
 from datasets import Dataset
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common.classification import Classification
-from common.experiment import Experiment, load
 
 from benchmarks.gradient_fidelity import FidelityOptions, cosine
 from benchmarks.methods import applied, words
 from benchmarks.models import MODELS
+from benchmarks.real_images import experiment_for
 from benchmarks.tables import aligned
 from benchmarks.training_step import Step, prepared
 from lbp_peft.encoder import encoder_linears
@@ -174,10 +171,8 @@ def of_single_layers(
 
 def batches(given: FidelityOptions) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
     """The model with a new head, a batch to calibrate on and one to measure on."""
-    task = Classification()
     options = dataclasses.replace(given.for_experiment(), train_images=2 * given.images)
-    accelerator = Accelerator(cpu=True)
-    experiment = Experiment(task, options, accelerator, load(accelerator, task, options))
+    experiment = experiment_for(options, cpu=True)
     calibration, batch, *_ = experiment.loaders(seed=0)[0]
     return experiment.base(seed=0), calibration, batch
 
@@ -324,8 +319,6 @@ def main(arguments: list[str] | None = None) -> None:
     print(in_words(where))
     rows = chosen(options.methods)
     if options.part == "fidelity":
-        transformers.logging.set_verbosity_error()
-        transformers.logging.disable_progress_bar()
         given = FidelityOptions(
             model=options.model, train_files=options.train_files, images=options.images,
             image_size=[options.image_size or 112],

@@ -34,9 +34,10 @@ class Calibration:
 
     def __str__(self) -> str:
         distinct = len(set(self.bases.values()))
+        batches = "1 batch" if self.num_batches == 1 else f"{self.num_batches} batches"
         lines = [
-            f"{len(self.bases)} layers calibrated by {self.num_batches} batches; layers with the same input share a "
-            f"basis, which makes {distinct}."
+            f"{len(self.bases)} layers calibrated by {batches}; layers with the same input share a basis, which makes "
+            f"{distinct}."
         ]
         lines += [f"{number} not calibrated: {why}." for why, number in Counter(self.left_out.values()).most_common()]
         return "\n".join(lines)
