@@ -140,10 +140,15 @@ class Experiment:
             self.remaining.skip()
             return history
 
-        model = method.adapt(self.base(seed), self.options)
+        base = self.base(seed)
+        heads = head_modules(base, self.options) if self.options.head_learning_rate else ()
+        model = method.adapt(base, self.options)
         loaders = self.loaders(seed)
         label = method.label if len(self.options.seeds) == 1 else f"{method.label}, seed {seed}"
-        run = Run(label, folder, self.options.epochs, method.learning_rate, seed, self.remaining)
+        run = Run(
+            label, folder, self.options.epochs, method.learning_rate, seed, heads, self.options.head_learning_rate,
+            self.remaining,
+        )  # fmt: skip
         confusion = Confusion()
         model, history = train(self.accelerator, self.task, model, loaders, run, self.options, confusion)
 

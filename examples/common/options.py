@@ -24,7 +24,7 @@ OWN_LIMITS: Limits = [
     (
         "a number above 0",
         lambda value: value > 0 and math.isfinite(value),
-        ("learning_rate", "lora_learning_rate", "max_grad_norm"),
+        ("learning_rate", "lora_learning_rate", "head_learning_rate", "max_grad_norm"),
     ),
     ("above 0 and below 1", lambda value: 0 < value < 1, ("ema_decay",)),
     ("above 0 and at most 1", lambda value: 0 < value <= 1, ("min_crop", "grad_input_energy")),
@@ -105,6 +105,10 @@ class Options(DataOptions):
     gradient_accumulation_steps: int = option(1, "Batches per update.")
     learning_rate: float = option(3e-5, "Peak learning rate of full fine-tuning and LBP-WHT.")
     lora_learning_rate: float = option(1e-3, "Peak learning rate of LoRA, whose factors need a larger one.")
+    head_learning_rate: float | None = option(
+        None,
+        "Peak learning rate of the head, if it is to differ from that of the other weights. (default: it does not)",
+    )
     scheduler: str = option("cosine", "Learning-rate schedule, as `transformers.get_scheduler` names it.")
     warmup_ratio: float = option(0.1, "Part of the updates over which the learning rate rises to its peak.")
     warmup_steps: int | None = option(None, "The same in updates; overrides it. (default: --warmup_ratio says)")

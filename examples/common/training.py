@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -43,6 +44,8 @@ class Run:
         epochs: The number of passes over the training images.
         learning_rate: The peak learning rate.
         seed: The seed of the random numbers for a batch.
+        heads: The names of the modules of the head, for `head_learning_rate`.
+        head_learning_rate: The peak learning rate of the head; None: that of all other weights.
         remaining: The estimate of the time that this run and the later ones take.
         scores_last_only: Whether to score test images after the last epoch only, which is faster.
     """
@@ -52,6 +55,8 @@ class Run:
     epochs: int
     learning_rate: float
     seed: int = 0
+    heads: Sequence[str] = ()
+    head_learning_rate: float | None = None
     remaining: Remaining = field(default_factory=lambda: Remaining(runs=1))
     scores_last_only: bool = False
 
@@ -72,6 +77,21 @@ class Progress:
         scores = {"score": value} | ({} if validation is None else {"validation": validation})
         self.history.append({"loss": self.loss / self.batch, **scores, "seconds": self.seconds})
         self.epoch, self.batch, self.loss, self.seconds = self.epoch + 1, 0, 0.0, 0.0
+
+
+def parameter_groups(model: nn.Module, run: Run) -> list[dict[str, Any]]:
+    """The trained parameters in groups for the optimizer: the head is one of its own if it has its own learning rate.
+
+    If nothing but the head is trained, the learning rate of the run is meant for it.
+    """
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    of_head = {name for name in trained if any(f".{head}." in f".{name}" for head in run.heads)}
+    if run.head_learning_rate is None or not of_head or of_head == trained.keys():
+        return [{"params": list(trained.values())}]
+    return [
+        {"params": [parameter for name, parameter in trained.items() if name not in of_head]},
+        {"params": [trained[name] for name in trained if name in of_head], "lr": run.head_learning_rate},
+    ]
 
 
 def train(
@@ -97,8 +117,7 @@ def train(
     images = loaders[0].dataset
     if unused := freeze_unused(model, loaders[0].collate_fn([images[0]])):
         accelerator.print(f"Not trained, since the loss does not depend on it: {', '.join(unused)}")
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=run.learning_rate, weight_decay=options.weight_decay)
+    optimizer = torch.optim.AdamW(parameter_groups(model, run), lr=run.learning_rate, weight_decay=options.weight_decay)
     plain = plain_copy(accelerator, model)
     model, optimizer, train_loader, test_loader, *validation = accelerator.prepare(model, optimizer, *loaders)
     updates = math.ceil(len(train_loader) / options.gradient_accumulation_steps) * run.epochs

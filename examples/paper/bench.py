@@ -35,8 +35,8 @@ from .search import Setting
 # Options that results depend on; they are kept with each record.
 _OF_RESULT = (
     "dataset", "train_files", "test_files", "image_size", "train_images", "train_images_per_class", "validation_images",
-    "test_images", "data_seed", "epochs", "batch_size", "weight_decay", "scheduler", "warmup_steps", "warmup_ratio",
-    "max_grad_norm", "horizontal_flip", "min_crop", "boundary",
+    "test_images", "data_seed", "epochs", "batch_size", "head_learning_rate", "weight_decay", "scheduler",
+    "warmup_steps", "warmup_ratio", "max_grad_norm", "horizontal_flip", "min_crop", "boundary",
 )  # fmt: skip
 
 _OF_FEATURES = (
@@ -138,7 +138,10 @@ class Bench:
         batch = send_to_device(next(iter(loaders[0])), self.accelerator.device)
         counts = self.counts(model, part, batch)
         label, rate = f"{method.label}, {setting.learning_rate:g}", setting.learning_rate
-        run = Run(label, Path(), self.options.epochs, rate, seed, scores_last_only=True)
+        run = Run(
+            label, Path(), self.options.epochs, rate, seed, part.heads, self.options.head_learning_rate,
+            scores_last_only=True,
+        )  # fmt: skip
         machine, start = environment(), time.perf_counter()
         with peak_memory(self.accelerator.device) as peak:
             _, history = train(self.accelerator, self.task, model, loaders, run, self.options)

@@ -21,14 +21,18 @@ pytest.importorskip("datasets", reason="the experiments need datasets")
 pytest.importorskip("evaluate", reason="the experiments need evaluate")
 
 import datasets
+from common import training
 from paper import costs, report, run
 from paper.counting import LinearBackward, paper_flops
 from paper.features import features_of, without_frozen_part
 from paper.methods import METHODS
-from paper.models import BACKBONES, Backbone, adapted_part, load_timm
+from paper.models import BACKBONES, AdaptedPart, Backbone, adapted_part, load_timm
 from paper.pareto import Point, front
 from paper.recipe import RECIPES, recipe
 from paper.search import Setting, Trial, best, next_setting
+
+from lbp_peft.ops.plan import ExactProduct
+from lbp_peft.tuner.layers.linear import LBPWHTLinear
 
 ROOT = Path(__file__).parents[2]
 
@@ -255,6 +259,33 @@ def test_weights_of_timm_in_a_file(tmp_path):
 
 
 # Features of the frozen part
+
+
+@pytest.mark.parametrize("name", ["full", "lbp-wht", "lp_l1-4-late-exact", "lp_l1-2+norms"])
+def test_the_head_has_a_learning_rate_of_its_own_and_scores_do_not_depend_on_the_processor(name):
+    model = ViTForImageClassification(vit_config())
+    part = adapted_part(model, r"layers\.1\.")
+    method = METHODS[name].build(model, part, next(iter(METHODS[name].ranks), None))
+    run = training.Run("", Path(), 1, 1e-4, heads=part.heads, head_learning_rate=1e-2)
+    body, head = training.parameter_groups(method, run)
+    names = {id(parameter): name for name, parameter in method.named_parameters()}
+    assert "lr" not in body and head["lr"] == 1e-2
+    assert all("classifier" in names[id(parameter)] for parameter in head["params"])
+    assert not any("classifier" in names[id(parameter)] for parameter in body["params"])
+    assert any("layernorm" in names[id(parameter)] for parameter in body["params"]) == ("norms" in name)
+    configs = getattr(method, "peft_config", {})
+    assert all(config.grad_input_dtype == "full" for config in configs.values())
+    if "late" in name:
+        layers = [layer for layer in method.modules() if isinstance(layer, LBPWHTLinear)]
+        exact = [isinstance(layer.lbpwht_rule["default"].input_gradient, ExactProduct) for layer in layers]
+        assert exact == [False] * 3 + [True] * 3
+
+
+def test_a_head_alone_takes_the_learning_rate_of_the_run():
+    model = METHODS["head"].build(ViTForImageClassification(vit_config()), AdaptedPart([], ["classifier"]), None)
+    run = training.Run("", Path(), 1, 1e-4, heads=["classifier"], head_learning_rate=1e-2)
+    (group,) = training.parameter_groups(model, run)
+    assert "lr" not in group and len(group["params"]) == 2
 
 
 @pytest.mark.parametrize("method", ["full", "lp_l1-2"])
