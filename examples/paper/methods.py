@@ -114,15 +114,9 @@ def paper_late_exact(model: nn.Module, part: AdaptedPart, rank: int | None, n: i
 
 def paper_with_norms(model: nn.Module, part: AdaptedPart, rank: int | None, n: int) -> nn.Module:
     """The paper's setting, with the affine parameters of the norms in the adapted part trained too."""
-    stages = {name.rsplit(".", 1)[0] for name in part.targets}
-    norms = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.LayerNorm, nn.modules.batchnorm._BatchNorm)) and name.rsplit(".", 1)[0] in stages
-    ]
-    if not norms:
-        raise NotAvailable("no norm stands beside the adapted layers")
-    parameters = [parameter for name in norms for parameter in model.get_submodule(name).parameters()]
+    if not part.norms:
+        raise NotAvailable("no norm lies in the adapted part")
+    parameters = [parameter for name in part.norms for parameter in model.get_submodule(name).parameters()]
     adapted = paper(model, part, rank, n)
     for parameter in parameters:
         parameter.requires_grad = True

@@ -90,11 +90,13 @@ class AdaptedPart:
     Attributes:
         targets: The names of the linear layers and pointwise convolutions that the methods adapt.
         heads: The names of the modules of the head, which every method trains in full.
+        norms: The names of the norms in blocks of which every layer is adapted.
         lbp_wht: The settings of LBP-WHT that all methods share, such as the boundary.
     """
 
     targets: list[str]
     heads: list[str]
+    norms: list[str] = field(default_factory=list)
     lbp_wht: dict[str, Any] = field(default_factory=dict)
 
 
@@ -120,10 +122,23 @@ def adapted_part(model: PreTrainedModel, stage: str, lbp_wht: dict[str, Any] | N
     Raises:
         SystemExit: no linear layer of the encoder has a matching name.
     """
-    targets = [name for name in encoder_linears(model) if re.search(stage, name)]
+    linears = encoder_linears(model)
+    targets = [name for name in linears if re.search(stage, name)]
     if not targets:
         raise SystemExit(f"no linear layer in the encoder of {type(model).__name__} has a name that fits {stage!r}")
-    return AdaptedPart(targets, _heads(model), lbp_wht or {})
+    frozen = [name for name in linears if name not in targets]
+    norms = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.LayerNorm, nn.modules.batchnorm._BatchNorm))
+        and _is_inside(targets, block := name.rpartition(".")[0])
+        and not _is_inside(frozen, block)
+    ]
+    return AdaptedPart(targets, _heads(model), norms, lbp_wht or {})
+
+
+def _is_inside(names: list[str], block: str) -> bool:
+    return any(name.startswith(f"{block}.") for name in names)
 
 
 def _heads(model: PreTrainedModel) -> list[str]:
