@@ -70,6 +70,10 @@ class InputOptions(ClassificationData, SegmentationData):
     def names_inputs(self) -> bool:
         return True  # which check_together has made sure of
 
+    @property
+    def needs_test(self) -> bool:
+        return False  # all images may be measured on
+
 
 @dataclass
 class Inputs:

@@ -48,7 +48,7 @@ def load_classification(options: ClassificationData) -> Source:
         part and with_labels(with_columns(part, image, label), names) for part in (train, test, validation)
     )
     assert train is not None
-    if test is None:
+    if test is None and options.needs_test:
         train, test = hold_out(train, options, list(train["label"]))
     present = sorted(set(train["label"]))
     if len(present) < 2:

@@ -28,13 +28,13 @@ IMAGE_ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif"
 
 @dataclass
 class Source:
-    """Images for training and testing, with columns `image` and `label`, and the names of the classes.
+    """Images with columns `image` and `label`, and the names of the classes.
 
-    There are validation images only if an option needs them, see selection.py.
+    There are test images unless nothing is tested, and validation images only if an option needs them.
     """
 
     train: Dataset
-    test: Dataset
+    test: Dataset | None
     names: list[str]
     validation: Dataset | None = None
 
@@ -70,7 +70,7 @@ def choose_splits(splits: DatasetDict, options: DataOptions) -> tuple[Dataset, D
     """The splits for training, testing and validation.
 
     Returns:
-        The three splits; None for testing if there is no such split, and None for validation if none is left or needed.
+        The three splits; None for testing and for validation if there is no such split left, or if it is not needed.
 
     Raises:
         SystemExit: a split is missing or empty, or the validation split is also used for training or testing.
@@ -80,7 +80,10 @@ def choose_splits(splits: DatasetDict, options: DataOptions) -> tuple[Dataset, D
     for flag, name in (("--train_split", train), ("--test_split", test), ("--validation_split", validation)):
         if name and name not in splits:
             raise SystemExit(f"{flag} {name}: there is no such split; there are: {_listed(splits)}")
-    test = test or next((name for name in ("test", VALIDATION) if name in splits and name != train), None)
+    if options.needs_test:
+        test = test or next((name for name in ("test", VALIDATION) if name in splits and name != train), None)
+    else:
+        test = None
     if validation and validation in (train, test):
         raise SystemExit(
             f"--validation_split {validation}: this split is {'trained' if validation == train else 'tested'} on. Name "

@@ -111,6 +111,11 @@ class DataOptions:
         return bool(self.model) and bool(self.dataset) != bool(self.train_files)
 
     @property
+    def needs_test(self) -> bool:
+        """Whether something is tested, so that images are held out where there are none to test on."""
+        return True
+
+    @property
     def needs_validation(self) -> bool:
         """Whether something is chosen by the score on validation images."""
         return False

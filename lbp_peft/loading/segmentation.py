@@ -62,7 +62,7 @@ def load_segmentation(options: SegmentationData) -> Source:
     train, test, validation = (
         part and as_images(with_columns(part, image, mask), "label", mask) for part in (train, test, validation)
     )
-    if test is None:
+    if test is None and options.needs_test:
         train, test = hold_out(train, options)
     names = options.class_names or _numbers([part for part in (train, test, validation) if part], options)
     if len(names) < 2:

@@ -106,19 +106,27 @@ def test_a_setting_that_does_not_exist_is_named(model, capsys):
     assert "no setting grad_input_rnak: did you mean grad_input_rank?" in capsys.readouterr().err
 
 
-def test_label_maps_make_it_a_segmentation(tmp_path):
+def test_label_maps_make_it_a_segmentation_and_one_is_enough(tmp_path):
     config = SegformerConfig(depths=[1] * 4, hidden_sizes=[8, 16, 24, 32], decoder_hidden_size=16)
     config.save_pretrained(tmp_path / "model")
     for kind, mode, size in (("images", "RGB", (40, 30)), ("masks", "L", (40, 30))):
         (tmp_path / "data" / kind).mkdir(parents=True)
-        for number in range(5):
-            Image.new(mode, size, number % 2).save(tmp_path / "data" / kind / f"{number}.png")
+        Image.new(mode, size, 1).save(tmp_path / "data" / kind / "1.png")
     options = InputOptions(
         model=str(tmp_path / "model"), dataset=str(tmp_path / "data"), image_size=[64], batch_size=2, device="cpu"
     )
     inputs = load_inputs(options)
     assert inputs.task == "segmentation" and inputs.batches[0]["labels"].shape == (2, 64, 64)
     assert torch.isfinite(inputs.model(**inputs.batches[0]).loss)
+
+
+def test_one_image_of_each_class_is_enough(model, tmp_path):
+    """Nothing is tested, so that no image is held out; splits for testing do not matter."""
+    for place, name in (("train/cat", "1"), ("train/dog", "2"), ("test/bird", "3")):
+        (tmp_path / "few" / place).mkdir(parents=True)
+        Image.new("RGB", (40, 40), "red").save(tmp_path / "few" / place / f"{name}.png")
+    inputs = load_inputs(InputOptions(model=str(model), dataset=str(tmp_path / "few"), batch_size=4, device="cpu"))
+    assert sorted(set(inputs.batches[0]["labels"].tolist())) == [1, 2] and len(inputs.batches[0]["labels"]) == 4
 
 
 def test_names_of_timm_are_models():
