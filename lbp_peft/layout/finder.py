@@ -87,6 +87,7 @@ class LayoutFinder:
         self._lock = threading.RLock()
         self._kept: dict[str, list[Tensor | None]] | None = None
         self.left_out: list[PassedLayer] = []  # in the last pass that was traced
+        self.num_traced = 0  # the number of passes that were traced
         self._history = PassHistory()
         self._alone: BoundedCache[Hashable, LayoutRecord] = BoundedCache(_MOST_TRACES)
         self._state = ModelState(ignored=_is_own)
@@ -223,6 +224,7 @@ class LayoutFinder:
         return one
 
     def _begin_traced(self, module: nn.Module, inputs: dict[str, Any], one: ForwardPass) -> ForwardPass:
+        self.num_traced += 1
         if one.key not in self._traces:
             self._notices.note_given(described_inputs(inputs) | self._state.described(module))
         tensors = [value for _, value in tensors_in(inputs) if isinstance(value, Tensor)]

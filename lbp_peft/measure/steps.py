@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from .memory import peak_memory
 from .products import multiply_adds
 from .timing import now
 from .undisturbed import LossFunction, device_of, loss_of_output, to_device, undisturbed
+from .warming_up import warmed_up
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def step_cost(model: nn.Module, batch: Any, loss_fn: LossFunction | None = None,
         model: Any model, adapted or not, on its device.
         batch: The arguments of the model including labels, or the batch for `loss_fn`.
         loss_fn: (model, batch) -> scalar loss. None: `model(**batch).loss`.
-        steps: The number of timed steps. One step before them counts memory and multiply-adds.
+        steps: The number of timed steps. One step before them counts memory and multiply-adds, and others are run
+            until nothing is traced or compiled any more.
 
     Raises:
         ValueError: the model returns no loss or trains nothing, its gradients are not finite, or `steps` is below 1.
@@ -77,7 +80,6 @@ def step_cost(model: nn.Module, batch: Any, loss_fn: LossFunction | None = None,
     device, loss_fn = device_of(model), loss_fn or loss_of_output
     batch = to_device(batch, device)
     optimiser = idle_optimiser(trained)
-    times = []
     with undisturbed(model):
         model.train()
         with saved_activations(model) as saved, multiply_adds() as forward:
@@ -88,9 +90,10 @@ def step_cost(model: nn.Module, batch: Any, loss_fn: LossFunction | None = None,
         check_finite(optimiser)
         optimiser.step()
         optimiser.zero_grad()
+        step = partial(timed_step, model, batch, loss_fn, optimiser)
         with peak_memory(device) as peak:
-            for _ in range(steps):
-                times.append(timed_step(model, batch, loss_fn, optimiser))
+            warmed_up(model, step)
+            times = [step() for _ in range(steps)]
     forward_s, backward_s, optimiser_s = (statistics.median(own) for own in zip(*times, strict=True))
     number = sum(parameter.numel() for parameter in trained)
     return StepCost(forward_s, backward_s, optimiser_s, saved.bytes, peak.bytes, forward.total, backward.total, number)

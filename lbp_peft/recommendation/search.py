@@ -21,6 +21,7 @@ from ..instructions import product_dtype
 from ..measure.steps import idle_optimiser, timed_step
 from ..measure.timing import interleaved, ratios
 from ..measure.undisturbed import LossFunction, device_of, to_device, undisturbed
+from ..measure.warming_up import warmed_up
 from ..tuner.validation.names import did_you_mean, unmatched_modules_to_save
 from .bounds import Bounds
 from .candidates import CANDIDATES, KINDS, SETTINGS, Candidate, checkpointing_call, compiled, in_order, sharing_copy
@@ -30,7 +31,7 @@ from .result import Recommendation
 from .trial import TOO_LONG, UNEXPECTED, Job, Trial
 
 _FOR_TRIALS = 0.65  # the share of the time; the rest is for rounds in which the best candidates take turns
-_MOST_TIMED, _MOST_ROUNDS = 6, 7
+_MOST_TIMED, _FEWEST_ROUNDS, _MOST_ROUNDS = 6, 2, 7
 _NO_TIME = "no time"
 
 
@@ -250,17 +251,28 @@ class _Search:
 
     def _take_turns(self) -> None:
         """Time the best candidates, full fine-tuning and LoRA in turns."""
-        chosen = self._to_be_timed()
-        if len(chosen) < 2:
-            return
         device = device_of(self.job.model)
+        room = 0.5 * psutil.virtual_memory().available
+        if device.type == "cuda":
+            room = 0.8 * torch.cuda.mem_get_info(device)[0]
+        chosen: list[Trial] = []
+        runs: list[Callable[[], float]] = []
         with warnings.catch_warnings(), undisturbed(self.job.model):
             warnings.simplefilter("ignore")
-            runs = [self._step(self.candidates[trial.label], device) for trial in chosen]
-            single = sum(trial.seconds for trial in chosen)
-            bar = tqdm(
-                self._rounds(single), desc="step times", total=_MOST_ROUNDS, leave=False, disable=not self.progress
-            )
+            for trial in self._worth_timing():
+                room -= max(trial.peak_bytes - self.libraries, 0)
+                seconds = trial.seconds + sum(one.seconds for one in chosen)
+                # For the first two, one round is better than none; further ones are not worth a round of the others.
+                needed = trial.warm_up_seconds + (_FEWEST_ROUNDS if len(chosen) >= 2 else 1) * seconds
+                is_late = time.monotonic() + needed > self.end
+                if is_late or (len(chosen) >= 3 and room < 0):
+                    break
+                chosen.append(trial)
+                runs.append(self._warm_step(self.candidates[trial.label]))
+            if len(chosen) < 2:
+                return
+            rounds = self._rounds(sum(trial.seconds for trial in chosen))
+            bar = tqdm(rounds, desc="step times", total=_MOST_ROUNDS, leave=False, disable=not self.progress)
             times = interleaved(runs, bar)
         if not times[0]:
             return
@@ -276,7 +288,8 @@ class _Search:
             if not trial.failure and not trial.is_timed:
                 trial.seconds *= statistics.median(scales)
 
-    def _to_be_timed(self) -> list[Trial]:
+    def _worth_timing(self) -> list[Trial]:
+        """The trials whose time decides what is recommended, the most important ones first."""
         reference = self.reference
         first = [trial for trial in (reference.full, reference.lora) if trial is not None]
         own = [
@@ -288,21 +301,10 @@ class _Search:
             (trial for trial in own if trial not in first and (trial.cosine or 1) >= self.bounds.least_cosine),
             key=self._rank,
         )
-        chosen: list[Trial] = []
-        room = 0.5 * psutil.virtual_memory().available
-        if device_of(self.job.model).type == "cuda":
-            room = 0.8 * torch.cuda.mem_get_info(device_of(self.job.model))[0]
         if self.lora:
             first.reverse()
         # The most likely one is timed even if there is no time for the exact setting that trains other weights.
-        for trial in [*first[:1], *others[:1], *first[1:], *others[1:]][:_MOST_TIMED]:
-            room -= max(trial.peak_bytes - self.libraries, 0)
-            # A round and one step to warm up.
-            seconds = 3 * sum(one.seconds for one in [*chosen, trial])
-            if time.monotonic() + seconds > self.end or (len(chosen) >= 3 and room < 0):
-                break
-            chosen.append(trial)
-        return chosen
+        return [*first[:1], *others[:1], *first[1:], *others[1:]][:_MOST_TIMED]
 
     def _rank(self, trial: Trial) -> tuple[bool, float]:
         """A sorting key: trials within the bounds first, then by the quantity that is minimised."""
@@ -314,13 +316,14 @@ class _Search:
         return over, price_of(bounds)[0](trial)
 
     def _rounds(self, seconds: float) -> Iterable[int]:
-        """The rounds that the time allows, at least one."""
+        """The rounds that the time allows, of so many seconds each."""
         for number in range(_MOST_ROUNDS):
-            if number and time.monotonic() + seconds > self.end:
+            if time.monotonic() + seconds > self.end:
                 return
             yield number
 
-    def _step(self, candidate: Candidate, device: torch.device) -> Callable[[], float]:
+    def _warm_step(self, candidate: Candidate) -> Callable[[], float]:
+        """A function that runs a training step and returns its time, after steps that trace and compile the model."""
         model = candidate.applied(sharing_copy(self.job.model), self.job.heads).train()
         optimiser = idle_optimiser([parameter for parameter in model.parameters() if parameter.requires_grad])
         batch = self.job.batches[0]
@@ -328,7 +331,7 @@ class _Search:
         def step() -> float:
             return sum(timed_step(model, batch, self.job.loss, optimiser))
 
-        step()  # the first one traces the model, and fills caches
+        warmed_up(model, step)
         return step
 
     def _recommended(self, seconds: float) -> Recommendation:

@@ -16,7 +16,9 @@ from ..measure.activations import SavedActivations, saved_activations
 from ..measure.gradients import compare
 from ..measure.memory import peak_memory
 from ..measure.steps import idle_optimiser, timed_step
+from ..measure.timing import now
 from ..measure.undisturbed import LossFunction, device_of, loss_of_output
+from ..measure.warming_up import warmed_up
 from ..tuner.layers.base import LBPWHTLayer
 from ..tuner.report import layout_report
 from .candidates import Candidate, NotApplicableError
@@ -67,12 +69,13 @@ class Trial:
         label: The candidate's label.
         peak_bytes: The most bytes in use at once, with weights, gradients and AdamW's state.
         saved_bytes: The bytes that the forward pass saves for the backward pass.
-        seconds: The time of a training step.
+        seconds: The time of a training step, in which nothing was traced or compiled.
         cosine, norm_ratio: The comparison of the gradients of the adapted layers' matrices with the exact ones, as one
             vector; None if there are no exact ones.
         low_rank_layers, adapted_layers: The numbers of layers whose backward pass was not exact, and of all layers with
             LBP-WHT.
         is_timed: Whether `seconds` is from rounds in which the candidates took turns, and not from a single step.
+        warm_up_seconds: The time of the steps before the one that was timed in the trial.
         is_counted: Whether `peak_bytes` was computed from PyTorch's allocations, and not read from a process.
         failure: The reason why the candidate could not be measured; "" if it was.
     """
@@ -86,6 +89,7 @@ class Trial:
     low_rank_layers: int = 0
     adapted_layers: int = 0
     is_timed: bool = False
+    warm_up_seconds: float = 0.0
     is_counted: bool = False
     failure: str = ""
 
@@ -94,7 +98,7 @@ class Trial:
 
 
 def try_candidate(model: nn.Module, job: Job, candidate: Candidate) -> Trial:
-    """Run two training steps of a candidate, the first of them short, and compare the gradients with the exact ones.
+    """Run a few training steps of a candidate, time the last one, and compare its gradients with the exact ones.
 
     The model is changed: pass a copy, or run in a process that ends afterwards. The first exact candidate of each
     kind, of whole weights or LoRA's factors, writes its gradients to `job.folder`, which those after it read.
@@ -123,6 +127,20 @@ def _tried(model: nn.Module, job: Job, candidate: Candidate) -> Trial:
         raise NotApplicableError("it trains no parameters of this model")
     optimiser = idle_optimiser(trained)
     first, second = job.batches[0], job.batches[1 % len(job.batches)]
+    began = now()
+    saved = SavedActivations()
+
+    def counted_loss(model: nn.Module, batch: Any) -> Tensor:
+        with saved_activations(model) as counted:
+            value = job.loss(model, batch)
+        saved.bytes = counted.bytes
+        return value
+
+    def step() -> float:
+        optimiser.zero_grad(set_to_none=True)
+        torch.manual_seed(SEED)
+        return sum(timed_step(model, second, job.loss, optimiser, clear=False))
+
     with warnings.catch_warnings(), peak_memory(device) as peak:
         warnings.simplefilter("ignore")
         # In the first step the optimiser makes its state, and base weights are put away. That takes only a few images.
@@ -134,22 +152,9 @@ def _tried(model: nn.Module, job: Job, candidate: Candidate) -> Trial:
                 raise
             optimiser.zero_grad(set_to_none=True)  # the loss, say, is for batches of one size only
             timed_step(model, first, job.loss, optimiser)
-        saved = SavedActivations()
-
-        def loss(model: nn.Module, batch: Any) -> Tensor:
-            with saved_activations(model) as counted:
-                value = job.loss(model, batch)
-            saved.bytes = counted.bytes
-            return value
-
-        torch.manual_seed(SEED)
-        forward, backward, update = timed_step(model, second, loss, optimiser, clear=False)
-        if not candidate.is_exact and forward > backward:  # the pass was traced once more, as none of the later ones is
-            optimiser.zero_grad(set_to_none=True)
-            torch.manual_seed(SEED)
-            forward, backward, update = timed_step(model, second, loss, optimiser, clear=False)
-        seconds = forward + backward + update
-    trial = Trial(candidate.label, peak.bytes, saved.bytes, seconds)
+        timed_step(model, second, counted_loss, optimiser)
+        seconds = warmed_up(model, step)
+    trial = Trial(candidate.label, peak.bytes, saved.bytes, seconds, warm_up_seconds=now() - began - seconds)
     report = layout_report(model)
     trial.adapted_layers = len(report.layers)
     trial.low_rank_layers = sum(ran is not None and not ran.why_exact for ran in report.layers.values())

@@ -16,6 +16,9 @@ from transformers import SegformerConfig, SegformerForSemanticSegmentation
 
 import lbp_peft
 from lbp_peft import BudgetError, LBPWHTConfig
+from lbp_peft.measure.steps import timed_step
+from lbp_peft.measure.timing import interleaved
+from lbp_peft.measure.warming_up import preparations
 from lbp_peft.recommendation import CANDIDATES, Bounds, Candidate, processes, search, worker
 from lbp_peft.recommendation.candidates import in_order
 from lbp_peft.recommendation.choice import Reference, choose, in_the_running, verdict
@@ -278,6 +281,75 @@ def test_what_takes_too_long_is_ended(monkeypatch):
     monkeypatch.setattr(processes.Apart, "_command", lambda self: [sys.executable, "-c", worker])
     with pytest.raises(ValueError, match="takes longer than the 0.01 minutes"):
         lbp_peft.recommend(tiny_vit(), batches(), minutes=0.01)
+
+
+def test_steps_that_trace_the_model_are_never_timed(monkeypatch):
+    """Every step tells whether it prepared something; those whose times are used did not."""
+    steps: list[tuple[object, bool]] = []
+
+    def told(model, *given, **settings):
+        before = preparations(model)
+        times = timed_step(model, *given, **settings)
+        steps.append((model, preparations(model) != before))
+        return times
+
+    def rounds(runs, numbers):
+        assert runs
+        steps.clear()
+        results = interleaved(runs, [*numbers][:2])
+        in_rounds.extend(steps)
+        return results
+
+    in_rounds: list[tuple[object, bool]] = []
+    monkeypatch.setattr(search, "Apart", lambda job: (_ for _ in ()).throw(processes.WorkerError("no")))
+    monkeypatch.setattr(processes.Here, "measure", lambda self, one, seconds: trial(one.label, seconds=0.01))
+    monkeypatch.setattr("lbp_peft.recommendation.trial.timed_step", told)
+    monkeypatch.setattr(search, "timed_step", told)
+    monkeypatch.setattr(search, "interleaved", rounds)
+    compressed = Candidate("compressed", {"r": 3, "compress_activations": "all"})
+    result = lbp_peft.recommend(tiny_vit(), batches(), candidates=(FEW[0], FEW[1], compressed), minutes=5)
+    assert sum(one.is_timed for one in result.trials.values()) == 3
+    assert len(in_rounds) == 6 and not any(prepared for _, prepared in in_rounds)
+
+    steps.clear()
+    job = Job(tiny_vit(), batches(8), None, ["classifier"], None, 1, "")
+    assert try_candidate(tiny_vit(), job, compressed).seconds > 0
+    assert steps[0][1] and not steps[-1][1]
+
+
+class Clock:
+    """Time that passes only when something is said to take time."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+    def takes(self, seconds):
+        self.now += seconds
+        return seconds
+
+
+@pytest.mark.parametrize(("minutes", "timed"), [(0.4, 0), (0.7, 2), (1, 3), (3, 3)])
+def test_the_time_limit_holds_with_steps_to_warm_up(monkeypatch, minutes, timed):
+    """A step of a second, and three of two seconds before it."""
+    clock = Clock()
+
+    def measure(self, candidate, seconds):
+        return trial(candidate.label, seconds=clock.takes(1.0), warm_up_seconds=clock.takes(6.0))
+
+    def warm(self, candidate):
+        clock.takes(6.0)
+        return lambda: clock.takes(1.0)
+
+    monkeypatch.setattr(search, "time", clock)
+    monkeypatch.setattr(search, "Apart", lambda job: (_ for _ in ()).throw(processes.WorkerError("no")))
+    monkeypatch.setattr(processes.Here, "measure", measure)
+    monkeypatch.setattr(search._Search, "_warm_step", warm)
+    result = lbp_peft.recommend(tiny_vit(), batches(), candidates=FEW[:3], minutes=minutes)
+    assert clock.now <= 60 * minutes
+    assert sum(one.is_timed for one in result.trials.values()) == timed
 
 
 def test_a_model_from_a_file_is_made_known_to_transformers():

@@ -1,5 +1,6 @@
 """Costs, against numbers worked out by hand."""
 
+import itertools
 import time
 
 import pytest
@@ -11,7 +12,8 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lbp_peft import LBPWHTConfig, exact_backward, gradient_quality, layout_report
-from lbp_peft.measure import memory, multiply_adds, peak_memory, saved_activations, step_cost
+from lbp_peft.measure import memory, multiply_adds, peak_memory, saved_activations, step_cost, warming_up
+from lbp_peft.measure.warming_up import preparations, warmed_up
 from lbp_peft.projection import DenseProjection
 
 N, L, C_IN, C_OUT = 2, 64, 12, 20
@@ -294,6 +296,28 @@ def test_step_cost_has_time_memory_and_multiply_adds():
     assert cost.trained_parameters == sum(p.numel() for p in model.parameters())
     assert min(cost.forward, cost.backward, cost.optimiser) > 0 and cost.peak_bytes > 50 * 2**20
     assert "backward" in str(cost)
+
+
+def test_models_are_warm_after_steps_that_neither_traced_nor_compiled():
+    for model in (one_layer(), OneLayer()):
+        model.compile(backend="eager")
+        steps = []
+
+        def step(model=model, steps=steps):
+            before = preparations(model)
+            model(tokens()).sum().backward()
+            steps.append(preparations(model) != before)
+            return len(steps)
+
+        assert warmed_up(model, step) == len(steps)
+        assert steps[0] and not steps[-1]
+
+
+def test_a_model_that_is_traced_in_each_pass_is_warm_in_the_end(monkeypatch):
+    counts = itertools.count()
+    monkeypatch.setattr(warming_up, "preparations", lambda model: next(counts))
+    steps = itertools.count(1)
+    assert warmed_up(OneLayer(), lambda: next(steps)) == next(steps) - 1 == 4
 
 
 def test_step_cost_refuses_gradients_that_would_do_harm():

@@ -1,0 +1,37 @@
+"""Runs steps until they take as long as later ones: first steps trace the model for layouts, and compile graphs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+from torch import nn
+
+Result = TypeVar("Result")
+_MOST_STEPS = 4
+
+
+def warmed_up(model: nn.Module, step: Callable[[], Result]) -> Result:
+    """Run steps of a model, and return the result of the first one that neither traced nor compiled anything.
+
+    A model whose Python code may take another way in each pass is traced in each pass; then the fourth step counts.
+    """
+    result = None
+    for _ in range(_MOST_STEPS):
+        before = preparations(model)
+        result = step()
+        if preparations(model) == before:
+            break
+    assert result is not None
+    return result
+
+
+def preparations(model: nn.Module) -> tuple[int, int]:
+    """The number of the model's forward passes that were traced, and of frames that this process has compiled."""
+    from ..tuner.layers.base import LBPWHTLayer  # here, since it is not needed without LBP-WHT layers
+
+    finders = {module.finder for module in model.modules() if isinstance(module, LBPWHTLayer)}
+    compiler = sys.modules.get("torch._dynamo.utils")  # which is not loaded as long as nothing is compiled
+    compiled = 0 if compiler is None else compiler.counters["frames"]["total"]
+    return sum(finder.num_traced for finder in finders), compiled
