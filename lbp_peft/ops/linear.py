@@ -28,7 +28,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,7 @@ from .autocast import cast_as_autocast_would
 from .checkpointing import only_saved_tensors_matter
 from .leading_tokens import leading_tokens_with_gradient
 from .once_differentiable import once_differentiable
-from .plan import BackwardPlan, InputProjection
+from .plan import BackwardPlan, InputProjection, Lifting
 from .saved_input import input_to_save
 from .summed_weight import summed_weight, sums_weight, weight_in_backward
 from .tokens import as_tokens, from_tokens, sum_of_tokens
@@ -72,63 +72,115 @@ class Branch:
 
 @dataclass(frozen=True)
 class _State:
-    """Non-tensor state saved for backward."""
+    """Non-tensor state saved for backward.
+
+    Attributes:
+        plan: The plan of the backward pass.
+        weight_projection: The projection for the gradients of weights; None: they are exact.
+        input_projection: The projection for the gradients of inputs; None: g is multiplied as it is.
+        scalings: The factor of each branch.
+        cast_weight: The dtype that the weight is cast to in each pass; None: it is used as it is.
+        source: The origin of the parameter that the weight is, or was cast from.
+        source_of_x: Returns the tensor that x was cast from.
+        sums_weight: Whether y is one product with the sum of the weight and the branches.
+    """
 
     plan: BackwardPlan
     weight_projection: Projection | None
     input_projection: InputProjection | None
     scalings: tuple[float, ...]
-    # The dtype that the weight is cast to in each pass; None: it is used as it is.
     cast_weight: torch.dtype | None = None
-    # Origin of the parameter that the weight is, or was cast from.
     source: Origin | None = None
-    # Returns the tensor that x was cast from.
     source_of_x: Callable[[], Tensor | None] = lambda: None
-    # Whether y is one product with the sum of the weight and the branches.
     sums_weight: bool = False
 
 
+class _BranchTensors(NamedTuple):
+    """The tensors of a [`Branch`] as arguments of [`_LowRankLinear`], or the gradients of these."""
+
+    x: Tensor | None
+    down: Tensor
+    up: Tensor
+    bias: Tensor | None
+
+
+class _BranchNeeds(NamedTuple):
+    """Which of a branch's tensors need a gradient."""
+
+    x: bool
+    down: bool
+    up: bool
+    bias: bool
+
+
+class _Needs(NamedTuple):
+    """Which arguments of [`_LowRankLinear`] need a gradient."""
+
+    x: bool
+    weight: bool
+    bias: bool
+    branches: list[_BranchNeeds]
+
+
+class _SavedBranch(NamedTuple):
+    """What is saved of a branch. Its factors are only read where a gradient needs them, and are None otherwise.
+
+    Attributes:
+        x_hat: The projection of the branch's own input; None if it is not needed, or if the branch has no such input.
+        down: See [`Branch`].
+        up: See [`Branch`].
+    """
+
+    x_hat: Tensor | None
+    down: Tensor
+    up: Tensor
+
+
+_Group = TypeVar("_Group", _BranchTensors, _BranchNeeds, _SavedBranch)
+
+
 class _LowRankLinear(torch.autograd.Function):
-    """Arguments: state, x, weight, bias, then x (or None), down, up and bias of each branch."""
+    """Arguments: state, x, weight, bias, then the tensors of each branch in the order of [`_BranchTensors`]."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(state: _State, x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Tensor | None) -> Tensor:
+    def forward(state: _State, x: Tensor, weight: Tensor, bias: Tensor | None, *of_branches: Tensor | None) -> Tensor:
         dtype = weight.dtype if state.cast_weight is None else state.cast_weight
+        branches = _grouped(of_branches, _BranchTensors)
         if state.sums_weight:
-            grouped = _grouped(branches, 4)
-            factors = [factor for _, down, up, _ in grouped for factor in (down, up)]
-            for (*_, shift), scaling in zip(grouped, state.scalings, strict=True):
-                if shift is not None:
-                    bias = shift * scaling if bias is None else bias + shift * scaling
-            return F.linear(x, summed_weight(weight, factors, state.scalings, dtype), bias).detach()
+            for branch, scaling in zip(branches, state.scalings, strict=True):
+                if branch.bias is not None:
+                    bias = branch.bias * scaling if bias is None else bias + branch.bias * scaling
+            return F.linear(x, summed_weight(weight, _factors(branches), state.scalings, dtype), bias).detach()
         y = F.linear(x, weight.to(dtype), bias)
         # Selective checkpointing, a dispatch mode, keeps results of products and refuses changes in place.
         must_keep = in_transform() or in_dispatch_mode()
-        for (own_x, down, up, shift), scaling in zip(_grouped(branches, 4), state.scalings, strict=True):
-            update = F.linear(F.linear(x if own_x is None else own_x, down), up, shift)
+        for branch, scaling in zip(branches, state.scalings, strict=True):
+            update = F.linear(F.linear(x if branch.x is None else branch.x, branch.down), branch.up, branch.bias)
             y = y + update * scaling if must_keep else y.add_(update.mul_(scaling))
         return y.detach()  # F.linear's result is a view of a matrix: autograd refuses to change those in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.state, x, weight, _, *branches = inputs
+        state: _State
+        state, x, weight, _, *of_branches = inputs
+        branches, needs = _grouped(of_branches, _BranchTensors), _needed(ctx)
+        ctx.state = state
         ctx.weight_dtype = weight.dtype
         ctx.is_tracked = in_transform()
-        _, needs_x, needs_weight, _, *needs = ctx.needs_input_grad
-        saves_x, saved = needs_weight, []
-        state: _State = ctx.state
+        ctx.have_own_x = [branch.x is not None for branch in branches]
         save = functools.partial(input_to_save, projection=state.weight_projection, plan=state.plan)
-        for (own_x, down, up, _), needed in zip(_grouped(branches, 4), _grouped(needs, 4), strict=True):
-            trained = needed[1] or needed[2]
-            saves_x = saves_x or (trained and own_x is None)
-            saved.append(save(own_x) if trained and own_x is not None else None)
-            saved += (down, up) if trained or needs_x or needed[0] else (None, None)
-        ctx.owns_x = [own_x is not None for own_x, *_ in _grouped(branches, 4)]
+        saves_x = needs.weight
+        saved: list[Tensor | None] = []
+        for branch, needed in zip(branches, needs.branches, strict=True):
+            trains_factors = needed.down or needed.up
+            saves_x = saves_x or (trains_factors and branch.x is None)
+            saved.append(save(branch.x) if trains_factors and branch.x is not None else None)
+            saved += (branch.down, branch.up) if trains_factors or needed.x or needs.x else (None, None)
         ctx.save_for_backward(
             save(x, source=state.source_of_x()) if saves_x else None,
-            weight if needs_x else None,
+            weight if needs.x else None,
             *saved,
         )
 
@@ -158,10 +210,14 @@ class _EagerLowRankLinear(_LowRankLinear):
 
 
 class _SavedFirst(torch.autograd.Function):
-    """[`_LowRankLinear`] without values: it saves what that saves, and its output is only a place in the graph."""
+    """[`_LowRankLinear`] without a product: it saves the same tensors, and its output has a shape but no values.
+
+    Together with [`_WithValues`] it saves before it multiplies. A gradient checkpoint that is run again stops after the
+    last tensor that is saved, and then leaves out the product.
+    """
 
     @staticmethod
-    def forward(state: _State, x: Tensor, weight: Tensor, bias: Tensor | None, *branches: Tensor | None) -> Tensor:
+    def forward(state: _State, x: Tensor, weight: Tensor, bias: Tensor | None, *of_branches: Tensor | None) -> Tensor:
         return x.new_empty(()).expand(*x.shape[:-1], weight.shape[0])
 
     setup_context = staticmethod(_LowRankLinear.setup_context)
@@ -169,7 +225,7 @@ class _SavedFirst(torch.autograd.Function):
 
 
 class _WithValues(torch.autograd.Function):
-    """The values, at a place in the graph."""
+    """Gives the output of [`_SavedFirst`] its values."""
 
     @staticmethod
     def forward(place: Tensor, values: Tensor) -> Tensor:
@@ -184,16 +240,22 @@ class _WithValues(torch.autograd.Function):
         return grads[0], None
 
 
-def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    saved_x, weight, *saved = ctx.saved_tensors
+def _needed(ctx: Any) -> _Needs:
+    """Which arguments need a gradient, according to the context that autograd keeps of a call."""
+    _, x, weight, bias, *of_branches = ctx.needs_input_grad
+    return _Needs(x, weight, bias, _grouped(of_branches, _BranchNeeds))
+
+
+def _gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
+    """The gradients of x, weight, bias and the tensors of each branch, in this order; None where none is needed."""
     state: _State = ctx.state
-    plan = state.plan
+    plan, needs = state.plan, _needed(ctx)
+    saved_x, weight, *of_branches = ctx.saved_tensors
+    branches = _grouped(of_branches, _SavedBranch)
     weight_projection: Any = state.weight_projection
     input_projection: Any = state.input_projection
     precision = precision_now(plan.precision)
-    _, needs_x, needs_weight, needs_bias, *needs = ctx.needs_input_grad
-    branches = list(zip(_grouped(saved, 3), _grouped(needs, 4), state.scalings, ctx.owns_x, strict=True))
-    g = as_tokens(grad, plan.layout)
+    g = as_tokens(grad_y, plan.layout)
     leading = leading_tokens_with_gradient(g, plan)
     if leading is not None:
         weight_projection = input_projection = leading
@@ -201,51 +263,77 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
 
     def restored(rows: Tensor) -> Tensor:
         """Those rows of a saved input that meet those of the projected gradient."""
-        return plan.from_saved(rows if leading is None else leading.project_gradient(rows), grad.dtype)
+        return plan.from_saved(rows if leading is None else leading.project_gradient(rows), grad_y.dtype)
 
+    # The gradients of weights and biases
     x_hat: Any = None if saved_x is None else restored(saved_x)
     g_hat: Any = None
-    bias_grad: Any = None
-    if needs_weight or any(needed[1] or needed[2] for _, needed, *_ in branches):
+    grad_bias: Any = None
+    if needs.weight or any(needed.down or needed.up for needed in needs.branches):
         g_hat = weight_projection.project_gradient(g) if weight_projection else g
-    if needs_bias or any(needed[3] for _, needed, *_ in branches):
-        bias_grad = sum_of_tokens(g, g_hat, weight_projection)
-    gradients: list[Tensor | None] = [None, None, bias_grad if needs_bias else None]
-    if needs_weight:
-        gradients[1] = weight_grad(g_hat, x_hat).to(ctx.weight_dtype)
-    for (own_x_hat, down, up), needed, scaling, _ in branches:
-        z_hat = x_hat if own_x_hat is None else restored(own_x_hat)
-        gradients += (
-            None,
-            weight_grad(g_hat @ up, z_hat) * scaling if needed[1] else None,
-            weight_grad(g_hat, z_hat.to(down.dtype) @ down.t()) * scaling if needed[2] else None,
-            bias_grad * scaling if needed[3] else None,
-        )
-    if not needs_x and not any(needed[0] for _, needed, *_ in branches):
-        return gradients
+    if needs.bias or any(needed.bias for needed in needs.branches):
+        grad_bias = sum_of_tokens(g, g_hat, weight_projection)
+    grad_weight = weight_grad(g_hat, x_hat).to(ctx.weight_dtype) if needs.weight else None
+    grads_of_branches = []
+    for branch, needed, scaling in zip(branches, needs.branches, state.scalings, strict=True):
+        z_hat = x_hat if branch.x_hat is None else restored(branch.x_hat)
+        grad_down = weight_grad(g_hat @ branch.up, z_hat) * scaling if needed.down else None
+        grad_up = weight_grad(g_hat, z_hat.to(branch.down.dtype) @ branch.down.t()) * scaling if needed.up else None
+        grads_of_branches.append((grad_down, grad_up, grad_bias * scaling if needed.bias else None))
 
-    if input_projection is None:
-        g_hat = g
-    elif g_hat is None or weight_projection is None or input_projection.basis != weight_projection.basis:
-        input_projection, g_hat = input_projection.fit(g)
-    grad_x: Any = None
-    if needs_x and _sums_weight_again(state, precision, g_hat, weight):
-        factors = [factor for (_, down, up), *_ in branches for factor in (down, up)]
-        weight = weight_in_backward(weight, factors, state.scalings, g_hat)
-        gradients[0] = _lifted(product(g_hat, weight, precision), input_projection, grad, plan.layout)
-        return gradients
-    if needs_x:
-        weight = weight if precision.name != "full" else weight_in_backward(weight, (), (), g_hat)
-        grad_x = product(g_hat, weight, precision, state.source)
-    for index, ((_, down, up), needed, scaling, owns_x) in enumerate(branches):
-        if owns_x and needed[0]:
-            gradients[3 + 4 * index] = _lifted((g_hat @ up * scaling) @ down, input_projection, grad, plan.layout)
-        elif needs_x and not owns_x and in_transform():
-            grad_x = grad_x + (g_hat @ up * scaling) @ down
-        elif needs_x and not owns_x:
-            grad_x = grad_x.flatten(0, 1).addmm_((g_hat @ up * scaling).flatten(0, 1), down).view_as(grad_x)
-    gradients[0] = None if grad_x is None else _lifted(grad_x, input_projection, grad, plan.layout)
+    # The gradients of inputs
+    grad_x: Tensor | None = None
+    grads_of_own_x: list[Tensor | None] = [None] * len(branches)
+    if needs.x or any(needed.x for needed in needs.branches):
+        if input_projection is None:
+            lifting, g_hat = None, g
+        elif g_hat is None or weight_projection is None or input_projection.basis != weight_projection.basis:
+            lifting, g_hat = input_projection.fit(g)
+        else:
+            lifting = input_projection  # g is projected already
+        coefficients, of_own_x = _input_coefficients(
+            state, needs, branches, ctx.have_own_x, g_hat=g_hat, weight=weight, precision=precision
+        )
+        grads_of_own_x = [_lifted(rows, lifting, grad_y, plan.layout) for rows in of_own_x]
+        grad_x = _lifted(coefficients, lifting, grad_y, plan.layout)
+
+    gradients = [grad_x, grad_weight, grad_bias if needs.bias else None]
+    for grad_own_x, trained in zip(grads_of_own_x, grads_of_branches, strict=True):
+        gradients += (grad_own_x, *trained)
     return gradients
+
+
+def _input_coefficients(
+    state: _State,
+    needs: _Needs,
+    branches: list[_SavedBranch],
+    have_own_x: list[bool],
+    *,
+    g_hat: Tensor,
+    weight: Tensor,
+    precision: Precision,
+) -> tuple[Tensor | None, list[Tensor | None]]:
+    """The gradients of x and of each branch's own input, as coefficients; None where no gradient is needed.
+
+    They are g^ W and s (g^ B) A, of shape (N, k, C_in), computed from `g_hat` of shape (N, k, C_out).
+    """
+    if needs.x and _sums_weight_again(state, precision, g_hat, weight):  # no branch then has an input of its own
+        summed = weight_in_backward(weight, _factors(branches), state.scalings, g_hat)
+        return product(g_hat, summed, precision), [None] * len(branches)
+    of_x: Tensor | None = None
+    if needs.x:
+        weight = weight if precision.name != "full" else weight_in_backward(weight, (), (), g_hat)
+        of_x = product(g_hat, weight, precision, state.source)
+    of_own_x: list[Tensor | None] = []
+    for branch, needed, scaling, has_own_x in zip(branches, needs.branches, state.scalings, have_own_x, strict=True):
+        of_own_x.append((g_hat @ branch.up * scaling) @ branch.down if has_own_x and needed.x else None)
+        if has_own_x or of_x is None:
+            continue
+        if in_transform():
+            of_x = of_x + (g_hat @ branch.up * scaling) @ branch.down
+        else:
+            of_x = of_x.flatten(0, 1).addmm_((g_hat @ branch.up * scaling).flatten(0, 1), branch.down).view_as(of_x)
+    return of_x, of_own_x
 
 
 def _sums_weight_again(state: _State, precision: Precision, g_hat: Tensor, weight: Tensor) -> bool:
@@ -256,14 +344,25 @@ def _sums_weight_again(state: _State, precision: Precision, g_hat: Tensor, weigh
     return heuristics.active().sum_weights(num_images * g_hat.shape[1], *weight.shape)
 
 
-def _grouped(items: Sequence, size: int) -> list[Sequence]:
-    return [items[start : start + size] for start in range(0, len(items), size)]
+def _grouped(items: Sequence[Any], kind: type[_Group]) -> list[_Group]:
+    """Split a flat sequence, which holds the fields of one tuple after another, into these tuples."""
+    size = len(kind._fields)
+    return [kind(*items[start : start + size]) for start in range(0, len(items), size)]
 
 
-def _lifted(grad_x: Tensor, projection: Any, like: Tensor, layout: TokenLayout | None) -> Tensor:
-    """The gradient of an input, lifted from its coefficients if it was projected, in the shape of the output's."""
-    tokens = projection.lift(grad_x) if projection else grad_x
-    return from_tokens(tokens, like.shape, layout)
+def _factors(branches: Sequence[_BranchTensors | _SavedBranch]) -> list[Tensor]:
+    """A_1, B_1, A_2, B_2, ..., as [`summed_weight`] takes them."""
+    return [factor for branch in branches for factor in (branch.down, branch.up)]
+
+
+def _lifted(
+    coefficients: Tensor | None, lifting: Lifting | None, grad_y: Tensor, layout: TokenLayout | None
+) -> Tensor | None:
+    """The gradient of an input from its coefficients, with the leading axes of the output's gradient."""
+    if coefficients is None:
+        return None
+    tokens = coefficients if lifting is None else lifting.lift(coefficients)
+    return from_tokens(tokens, grad_y.shape, layout)
 
 
 def low_rank_linear(
@@ -306,25 +405,25 @@ def low_rank_linear(
         >>> plan = BackwardPlan(TokenLayout((14, 14), num_prefix_tokens=1), basis, FixedBasis(basis))
         >>> y = low_rank_linear(x, weight, bias, plan=plan)
     """
-    source = x
     if in_forward_mode():
         return _plain(x, weight, bias, branches)
+    source = x
     tensors: list[Any] = [x, weight, bias]
     for branch in branches:
-        tensors += (branch.x, branch.down, branch.up, branch.bias)
+        tensors += _BranchTensors(branch.x, branch.down, branch.up, branch.bias)
     tensors, cast_weight = cast_as_autocast_would(weight, tensors)
     dtype = tensors[0].dtype
     state = _State(
-        plan,
-        plan.weight_projection(dtype, x.device),
-        plan.input_projection(dtype, x.device),
-        tuple(branch.scaling for branch in branches),
-        cast_weight,
-        None if must_be_functional() else source_of_weight(weight, parameter, plan.precision),
-        (lambda: None) if must_be_functional() else weakref.ref(source),
-        not exact_forward and _sums_weight(tensors, branches, plan),
+        plan=plan,
+        weight_projection=plan.weight_projection(dtype, x.device),
+        input_projection=plan.input_projection(dtype, x.device),
+        scalings=tuple(branch.scaling for branch in branches),
+        cast_weight=cast_weight,
+        source=None if must_be_functional() else source_of_weight(weight, parameter, plan.precision),
+        source_of_x=(lambda: None) if must_be_functional() else weakref.ref(source),
+        sums_weight=not exact_forward and _sums_weight(tensors, branches, plan),
     )
-    if only_saved_tensors_matter():  # nothing after the last one that is saved is computed
+    if only_saved_tensors_matter():
         place = _SavedFirst.apply(state, *tensors)
         with torch.no_grad():
             values = _LowRankLinear.forward(state, *tensors)
@@ -334,14 +433,13 @@ def low_rank_linear(
 
 
 def _sums_weight(tensors: list[Any], branches: Sequence[Branch], plan: BackwardPlan) -> bool:
-    x, weight, _, *others = tensors
+    x, weight, _, *of_branches = tensors
     if not branches or any(branch.x is not None for branch in branches):
         return False
     num_rows = math.prod(x.shape[:-1])
     if torch.compiler.is_compiling() and plan.layout is not None:  # a graph has to serve batches of all sizes
         num_rows = heuristics.USUAL_BATCH * plan.layout.num_tokens
-    factors = [factor for _, down, up, _ in _grouped(others, 4) for factor in (down, up)]
-    return sums_weight(x, weight, factors, num_rows)
+    return sums_weight(x, weight, _factors(_grouped(of_branches, _BranchTensors)), num_rows)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch]) -> Tensor:
