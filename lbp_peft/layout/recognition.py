@@ -68,14 +68,29 @@ def read_layout(positions: Tensor) -> FoundLayout:
         try:
             found = _read_layout(positions)
         except UnknownLayoutError as error:
-            found = error
+            found = _Failure.of(error)
         _read[key] = found
-    if isinstance(found, UnknownLayoutError):
-        raise type(found)(str(found))
+    if isinstance(found, _Failure):
+        raise found.error()
     return found
 
 
-_read: BoundedCache[tuple, FoundLayout | UnknownLayoutError] = BoundedCache(16)
+@dataclass(frozen=True)
+class _Failure:
+    """An error without its traceback, which would keep the frames of the whole pass and their tensors alive."""
+
+    kind: type[UnknownLayoutError]
+    message: str
+
+    @classmethod
+    def of(cls, error: UnknownLayoutError) -> _Failure:
+        return cls(type(error), str(error))
+
+    def error(self) -> UnknownLayoutError:
+        return self.kind(self.message)
+
+
+_read: BoundedCache[tuple, FoundLayout | _Failure] = BoundedCache(16)
 
 
 def _read_layout(positions: Tensor) -> FoundLayout:
@@ -84,7 +99,7 @@ def _read_layout(positions: Tensor) -> FoundLayout:
     long_axes = [axis for axis, size in enumerate(positions.shape) if size > 1]
     if not long_axes:
         raise SingleTokenError("its input has a single token")
-    found, errors = [], []
+    found, failures = [], []
     for count in range(1, len(long_axes) + 1):
         for token_axes in itertools.combinations(long_axes, count):
             others = [axis for axis in range(positions.dim()) if axis not in token_axes]
@@ -93,11 +108,11 @@ def _read_layout(positions: Tensor) -> FoundLayout:
             try:
                 grid = _read_rows(rows.cpu().numpy())
             except UnknownLayoutError as error:
-                errors.append(error)
+                failures.append(_Failure.of(error))
                 continue
             found.append((grid, token_axes))
     if not found:
-        raise max(errors, key=lambda error: not isinstance(error, (NoTokensError, SingleTokenError)))
+        raise max(failures, key=lambda one: not issubclass(one.kind, (NoTokensError, SingleTokenError))).error()
     usual = tuple(range(1, positions.dim()))
 
     def preference(item: tuple[_Grid | _Grids, tuple[int, ...]]) -> tuple:

@@ -1,12 +1,15 @@
 """Where tokens lie is followed from the image, not guessed from their number: cases in which a guess goes wrong."""
 
 import copy
+import gc
 import itertools
 import os
 import random
 import threading
 import warnings
+import weakref
 from collections import deque
+from contextlib import contextmanager
 from functools import partial
 
 import numpy as np
@@ -20,8 +23,10 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from lbp_peft import LBPWHTConfig, exact_backward, layout_report, verify_layout
+from lbp_peft.layout import recognition
 from lbp_peft.layout.inputs import start
 from lbp_peft.layout.positions import column_of, number_of, row_of
+from lbp_peft.layout.recognition import UnknownLayoutError, read_layout
 from lbp_peft.layout.tracer import PositionTracer
 
 SIDE = 8  # of the grids below, in patches
@@ -78,6 +83,17 @@ def expected_gradient(x, g, bases):
     """Of tokens (N, L, C)."""
     x, g = (torch.einsum("kl,nlc->nkc", bases, t) for t in (x, g))
     return torch.einsum("nko,nki->oi", g, x)
+
+
+@contextmanager
+def without_garbage_collection():
+    """Only what no reference, not even one in a cycle, keeps alive is released."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def close(a, b):
@@ -833,6 +849,40 @@ def test_only_the_first_pass_with_inputs_of_a_kind_is_traced(monkeypatch):
     model.eval()
     loss_at(model, 48, 32)
     assert len(traced) == 2
+
+
+def _read_and_fail():
+    """A weak reference to a tensor of the function that asks for a layout that is not known."""
+    activations = torch.zeros(2)
+    try:
+        read_layout(torch.tensor([[0, 4, 5 << 20]]))
+    except UnknownLayoutError:  # `pytest.raises` would keep the error, and with it this frame
+        return weakref.ref(activations)
+    raise AssertionError
+
+
+def test_a_layout_that_is_not_known_keeps_nothing_alive():
+    recognition._read.clear()
+    with without_garbage_collection():
+        assert _read_and_fail()() is None
+        assert _read_and_fail()() is None  # it is known now that it is not known
+
+
+def test_a_traced_pass_leaves_nothing_behind(monkeypatch):
+    seen = []
+    trace = PositionTracer.__init__
+    monkeypatch.setattr(
+        PositionTracer, "__init__", lambda self, *given: seen.append(weakref.ref(self)) or trace(self, *given)
+    )
+    recognition._read.clear()
+    with without_garbage_collection():
+        for _ in range(2):
+            model = adapted(Net(lambda tokens: tokens[:, 1:]))  # one patch is missing
+            model.blocks[0]["fc"].register_forward_hook(lambda _, args, y: seen.extend(map(weakref.ref, (*args, y))))
+            with pytest.warns(UserWarning, match="uses exact backpropagation"):
+                model(images()).sum().backward()
+            assert [reference() for reference in seen] == [None] * 3
+            seen.clear()
 
 
 def test_tracing_changes_neither_outputs_nor_random_numbers():
