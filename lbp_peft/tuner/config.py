@@ -1,43 +1,29 @@
-"""The configuration of the method."""
+"""The configuration of the method: its settings, and the bases and number formats that they stand for."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
-from numbers import Integral, Real
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
-import numpy as np
 from peft.config import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType
 
 from ..bases.base import Basis
 from ..bases.basis_set import BasisSet
 from ..bases.listed import ListedBasis
-from ..bases.separable import BOUNDARIES, WalshBasis
-from ..bases.walsh import SELECTIONS, is_power_of_two
+from ..bases.separable import WalshBasis
 from ..calibration import CALIBRATED_SELECTIONS
 from ..formats.products import AUTO, FULL, Precision
-from ..formats.registry import FORMATS, FormatName
-from .deprecation import accept_old_names, warn_of_deprecation
+from ..formats.registry import FormatName
+from .deprecation import accept_old_names
 from .layers.rule import COMPRESSIBLE
-from .layers.waiting import BASE_WEIGHTS
-from .validation.names import check_adapter_name, is_module_name
-from .validation.patterns import check_pattern, show
-
-GRAD_INPUT_BASES = ("walsh", "adaptive")
-_MAX_BLOCK_SIZE = 128  # whose Walsh functions have block_size**2 values, and whose bases block_size**4
-# The regular expressions in which PEFT embeds those of a configuration.
-_IN_RANK_PATTERN = r"(.*\.)?({})$"
-_IN_LAYERS_PATTERN = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
-
+from .validation.patterns import show
+from .validation.settings import check_settings
 
 GradInputDtype = Literal["auto", FormatName]
 GradInputBasis = Literal["walsh", "adaptive"]
 Selection = Literal["lp_l1", "lp_linf", "lhe", "klt"]
+Pairs = list[tuple[int, int]]
 Boundary = Literal["orthogonal", "reflect"]
 
 
@@ -140,10 +126,10 @@ class LBPWHTConfig(PeftConfig):
         metadata={"help": '"all", or some of "activation", "norm", "attention", "projection", to keep in few bits.'},
     )
     block_size: int = field(default=8, metadata={"help": "Order of the 2-D Walsh-Hadamard transform."})
-    selection: Selection | list[tuple[int, int]] = field(
+    selection: Selection | Pairs = field(
         default="lp_l1", metadata={"help": '"lp_l1", "lp_linf", "lhe", "klt" or a list of pairs (i, j).'}
     )
-    selection_pattern: dict[str, Selection | list[tuple[int, int]]] = field(
+    selection_pattern: dict[str, Selection | Pairs] = field(
         default_factory=dict, metadata={"help": "{regular expression or suffix: selection} where selection differs."}
     )
     boundary: Boundary = field(default="orthogonal", metadata={"help": '"orthogonal" or "reflect".'})
@@ -181,33 +167,20 @@ class LBPWHTConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        given: Any = self.peft_type
-        if given not in (None, PeftType.LBPWHT):
-            raise ValueError(f"The peft_type of an LBPWHTConfig is LBPWHT, got {show(given)}.")
+        if self.peft_type not in (None, PeftType.LBPWHT):
+            raise ValueError(f"The peft_type of an LBPWHTConfig is LBPWHT, got {show(self.peft_type)}.")
         self.peft_type: Any = PeftType.LBPWHT
         self.check()
 
     def check(self) -> None:
-        """Check all values, and convert those that may be written in several ways to the type in use.
+        """Check all values, and convert those that may be written in several ways.
 
         Raises:
             ValueError: a value is of a wrong type or out of its range.
         """
-        self._check_inherited()
-        for name in (
-            "r", "grad_input_rank", "hadamard_size", "block_size", "num_prefix_tokens", "num_suffix_tokens"
-        ):  # fmt: skip
-            setattr(self, name, _as_int(getattr(self, name)))
-        if isinstance(self.grid_size, (list, tuple)):  # JSON has no tuples
-            self.grid_size = tuple(_as_int(side) for side in self.grid_size)
-        self._check_transform()
-        self._check_layout()
-        self._check_base_weights()
-        self._check_modules()
-        self._check_layers()
-        self._check_stack()
+        check_settings(self)
 
-    def weight_basis(self, r: int, selection: Any = None) -> Basis:
+    def weight_basis(self, r: int, selection: Selection | Pairs | None = None) -> Basis:
         """The basis of the weight gradient of a layer of rank r, or what stands in its place until calibration.
 
         Args:
@@ -219,7 +192,7 @@ class LBPWHTConfig(PeftConfig):
             return CALIBRATED_SELECTIONS[selection](r, self.block_size, self.boundary)
         return self._walsh_basis(r, selection)
 
-    def input_basis(self, rank: int | None, selection: Any = None) -> WalshBasis | None:
+    def input_basis(self, rank: int | None, selection: Selection | Pairs | None = None) -> WalshBasis | None:
         """The Walsh functions of a layer's input gradient of this rank; None where it is not low-rank.
 
         Args:
@@ -231,7 +204,7 @@ class LBPWHTConfig(PeftConfig):
             selection = "lp_l1"
         return None if rank is None else self._walsh_basis(rank, selection)
 
-    def _walsh_basis(self, r: int, selection: Any) -> WalshBasis:
+    def _walsh_basis(self, r: int, selection: Selection | Pairs) -> WalshBasis:
         if isinstance(selection, str):
             return BasisSet(r, self.block_size, selection, self.boundary)
         return ListedBasis(tuple(selection[:r]), self.block_size, self.boundary)
@@ -266,306 +239,6 @@ class LBPWHTConfig(PeftConfig):
                 raise
             where = "/".join(part for part in (str(pretrained_model_name_or_path), subfolder) if part)
             raise ValueError(f"The adapter_config.json of {where} cannot be used: {error}") from error
-
-    def _check_inherited(self) -> None:
-        for name in ("base_model_name_or_path", "revision", "peft_version"):
-            value = getattr(self, name)
-            if isinstance(value, os.PathLike):
-                setattr(self, name, os.fspath(value))
-            elif value is not None and not isinstance(value, str):
-                raise ValueError(f"{name} must be a string or None, got {show(value)}.")
-        if self.auto_mapping is not None and not isinstance(self.auto_mapping, dict):
-            raise ValueError(f"auto_mapping must be a dict or None, got {show(self.auto_mapping)}.")
-        for name in ("inference_mode", "train_base_weight", "exact_forward"):
-            value = getattr(self, name)
-            if not isinstance(value, (bool, np.bool_)):
-                raise ValueError(f"{name} must be True or False, got {show(value)}.")
-            setattr(self, name, bool(value))
-
-    def _check_base_weights(self) -> None:
-        if not _is_one_of(self.base_weights, BASE_WEIGHTS):
-            raise ValueError(f"base_weights must be one of {', '.join(BASE_WEIGHTS)}, got {show(self.base_weights)}.")
-        if not self.train_base_weight and self.base_weights not in ("auto", "resident"):
-            raise ValueError(
-                f"base_weights={show(self.base_weights)} says where base weights wait while copies of them are "
-                "trained. With train_base_weight=False they are in use themselves: leave it out."
-            )
-
-    def _check_modules(self) -> None:
-        for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                check_pattern(name, value)
-            elif value is not None:
-                if not _are_names(value):
-                    raise ValueError(
-                        f"{name} must be names of modules, a regular expression or None, got {show(value)}."
-                    )
-                setattr(self, name, set(value))
-        if self.target_modules is not None and not self.target_modules:
-            raise ValueError("target_modules is empty. None adapts every linear layer in the blocks of the encoder.")
-        saved = self.modules_to_save
-        if saved is not None:
-            names = [saved] if isinstance(saved, str) else saved
-            if not _are_names(names) or not all(map(is_module_name, names)):
-                raise ValueError(f"modules_to_save must be names of modules or None, got {show(saved)}.")
-            self.modules_to_save = sorted(names) if isinstance(names, (set, frozenset)) else list(names)
-
-    def _check_layers(self) -> None:
-        layers, pattern = self.layers_to_transform, self.layers_pattern
-        if layers is not None:
-            indices = layers if isinstance(layers, (list, tuple, set, frozenset, range)) else [layers]
-            indices = [_as_int(index) for index in indices]
-            if not indices or not all(_is_int(index) and index >= 0 for index in indices):
-                raise ValueError(
-                    f"layers_to_transform must be the index of a block, counted from 0, or several, or None for all "
-                    f"blocks, got {show(layers)}."
-                )
-            self.layers_to_transform = indices[0] if isinstance(layers, Integral) else indices
-        if pattern is not None and pattern != "":
-            if not isinstance(pattern, str) and not _are_names(pattern):
-                raise ValueError(
-                    f"layers_pattern must be the name of a list of blocks, or several, got {show(pattern)}."
-                )
-            for one in [pattern] if isinstance(pattern, str) else pattern:
-                check_pattern("layers_pattern", one, _IN_LAYERS_PATTERN)
-            if not isinstance(pattern, str):
-                self.layers_pattern = list(pattern)
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError(
-                "layers_to_transform needs target_modules as a list of names; with a regular expression, write the "
-                "layer indices into the expression."
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern says where layers_to_transform counts: give layers_to_transform too.")
-
-    def _check_stack(self) -> None:
-        if isinstance(self.stack_active, str):
-            self.stack_active = [self.stack_active]
-        if self.stack_active is not None and not (
-            isinstance(self.stack_active, (list, tuple)) and all(isinstance(name, str) for name in self.stack_active)
-        ):
-            raise ValueError(f"stack_active must be names of adapters of stack_on, got {show(self.stack_active)}.")
-        if self.stack_on is None:
-            if self.stack_active:
-                raise ValueError("stack_active says which adapters of stack_on are active: give stack_on too.")
-            return
-        if isinstance(self.stack_on, PeftConfig):
-            self.stack_on = {"default": self.stack_on}
-        if (
-            not isinstance(self.stack_on, dict)
-            or not self.stack_on
-            or not all(isinstance(config, (PeftConfig, dict)) for config in self.stack_on.values())
-        ):
-            raise ValueError(
-                f"stack_on must be a PEFT configuration, or several by adapter name, got {show(self.stack_on)}."
-            )
-        for name in self.stack_on:
-            check_adapter_name(name, "stack_on")
-        self.stack_on = {name: _config_beneath(name, config) for name, config in self.stack_on.items()}
-        unknown = set(self.stack_active or []) - self.stack_on.keys()
-        if unknown:
-            raise ValueError(
-                f"stack_active names {', '.join(sorted(unknown))}, but stack_on has {list(self.stack_on)}."
-            )
-
-    def _check_transform(self) -> None:
-        size = self.block_size
-        if not _is_int(size) or not is_power_of_two(size) or size > _MAX_BLOCK_SIZE:
-            raise ValueError(
-                f"block_size must be a power of two up to {_MAX_BLOCK_SIZE} (the paper uses 8), got {show(size)}."
-            )
-        if not _is_one_of(self.grad_input_basis, GRAD_INPUT_BASES):
-            raise ValueError(
-                f"grad_input_basis must be one of {', '.join(GRAD_INPUT_BASES)}, got {show(self.grad_input_basis)}."
-            )
-        has_limit = self.grad_input_basis != "adaptive"
-        self._check_rank("r", self.r)
-        if self.grad_input_rank is not None:
-            self._check_rank("grad_input_rank", self.grad_input_rank, "None or ", has_limit)
-        self._check_rank_pattern("rank_pattern")
-        self._check_rank_pattern("grad_input_rank_pattern", "None or ", has_limit)
-        self._check_adaptive()
-        if not _is_one_of(self.grad_input_dtype, [AUTO, *FORMATS]):
-            raise ValueError(
-                f"grad_input_dtype must be one of {AUTO}, {', '.join(FORMATS)}, got {show(self.grad_input_dtype)}."
-            )
-        if not _is_int(self.hadamard_size) or (self.hadamard_size and not is_power_of_two(self.hadamard_size)):
-            raise ValueError(
-                f"hadamard_size must be a power of two (16 to 128 are useful), or 0, got {show(self.hadamard_size)}."
-            )
-        self.compress_activations = _checked_words(self.compress_activations)
-        if not _is_one_of(self.boundary, BOUNDARIES):
-            raise ValueError(f"boundary must be one of {', '.join(BOUNDARIES)}, got {show(self.boundary)}.")
-        self.selection = self._checked_selection("selection", self.selection)
-        if not isinstance(self.selection_pattern, dict):
-            raise ValueError(
-                "selection_pattern must be a dict of selections by module name or regular expression, {} for none, got "
-                f"{show(self.selection_pattern)}."
-            )
-        for pattern in self.selection_pattern:
-            check_pattern("A key of selection_pattern", pattern, _IN_RANK_PATTERN)
-        self.selection_pattern = {
-            pattern: self._checked_selection(f"selection_pattern[{show(pattern)}]", selection)
-            for pattern, selection in self.selection_pattern.items()
-        }
-
-    def _checked_selection(self, name: str, value: Any) -> Any:
-        """A selection's name, or pairs of ints in a list; JSON has them as lists of lists."""
-        if isinstance(value, (list, tuple)) and value:
-            pairs = [tuple(map(_as_int, pair)) if isinstance(pair, (list, tuple)) else pair for pair in value]
-            if all(isinstance(pair, tuple) and len(pair) == 2 and all(map(_is_int, pair)) for pair in pairs):
-                try:
-                    ListedBasis(tuple(pairs), self.block_size, self.boundary)
-                except ValueError as error:
-                    raise ValueError(f"{name}: {error}") from None
-                return pairs
-        elif _is_one_of(value, [*SELECTIONS, *CALIBRATED_SELECTIONS]):
-            return value
-        raise ValueError(
-            f"{name} must be one of {', '.join((*SELECTIONS, *CALIBRATED_SELECTIONS))}, or a list of pairs (i, j), got "
-            f"{show(value)}."
-        )
-
-    def _check_adaptive(self) -> None:
-        is_adaptive, energy = self.grad_input_basis == "adaptive", self.grad_input_energy
-        if is_adaptive and self.grad_input_rank is None and not any(self.grad_input_rank_pattern.values()):
-            raise ValueError(
-                'grad_input_basis="adaptive" needs grad_input_rank, the number of patterns for each image. Useful are '
-                "16 to 32."
-            )
-        if energy is None:
-            return
-        if not isinstance(energy, Real) or isinstance(energy, (bool, np.bool_)) or not 0 < energy <= 1:
-            raise ValueError(f"grad_input_energy must be None or a number above 0 and at most 1, got {show(energy)}.")
-        if not is_adaptive:
-            raise ValueError('grad_input_energy needs grad_input_basis="adaptive", since Walsh functions are fixed.')
-        self.grad_input_energy = float(energy)
-
-    def _check_rank_pattern(self, name: str, or_none: str = "", has_limit: bool = True) -> None:
-        given = getattr(self, name)
-        if not isinstance(given, dict):
-            raise ValueError(
-                f"{name} must be a dict of ranks by module name or regular expression, {{}} for none, got "
-                f"{show(given)}."
-            )
-        setattr(self, name, {pattern: _as_int(rank) for pattern, rank in given.items()})
-        for pattern, rank in getattr(self, name).items():
-            check_pattern(f"A key of {name}", pattern, _IN_RANK_PATTERN)
-            if rank is not None or not or_none:
-                self._check_rank(f"{name}[{show(pattern)}]", rank, or_none, has_limit)
-
-    def _check_rank(self, name: str, rank: object, or_none: str = "", has_limit: bool = True) -> None:
-        """Check a rank, which is at most the number of functions of a block if it has a limit."""
-        full = self.block_size**2
-        if not has_limit and not (_is_int(rank) and rank >= 1):
-            raise ValueError(f"{name} must be {or_none}an int of at least 1, got {show(rank)}.")
-        if has_limit and not (_is_int(rank) and 1 <= rank <= full):
-            raise ValueError(f"{name} must be {or_none}an int from 1 to block_size**2 = {full}, got {show(rank)}.")
-
-    def _check_layout(self) -> None:
-        grid = self.grid_size
-        if grid is not None and not (
-            isinstance(grid, tuple) and len(grid) == 2 and all(_is_int(side) and side > 0 for side in grid)
-        ):
-            raise ValueError(f"grid_size must be two positive ints (height, width) in patches, got {show(grid)}.")
-        for name in ("num_prefix_tokens", "num_suffix_tokens"):
-            number = getattr(self, name)
-            if number is not None and (not _is_int(number) or number < 0):
-                raise ValueError(f"{name} must be an int of at least 0, got {show(number)}.")
-
-
-def _checked_words(value: Any) -> str | tuple[str, ...] | None:
-    """A value of compress_activations in its normal form: None, "all", or words in their usual order."""
-    if value is None or _is_one_of(value, ["all"]):
-        return "all" if value else None
-    if _is_one_of(value, ["int8"]):
-        warn_of_deprecation(
-            'LBPWHTConfig: compress_activations="int8" is deprecated. It now means ("activation", "norm"), which takes '
-            'less memory and less time: write that, or "all".'
-        )
-        return "activation", "norm"
-    words = [value] if isinstance(value, str) else value
-    if not isinstance(words, (list, tuple, set, frozenset)):
-        words = [None]
-    found = {"activation" if word == "gelu" else word for word in words if isinstance(word, str)}
-    if len(words) == 0 or not all(isinstance(word, str) for word in words) or not found <= set(COMPRESSIBLE):
-        raise ValueError(
-            f'compress_activations must be "all", some of {", ".join(COMPRESSIBLE)}, or None, got {show(value)}.'
-        )
-    return tuple(word for word in COMPRESSIBLE if word in found)
-
-
-def _is_int(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _as_int(value: Any) -> Any:
-    """An int if the value is an integer of any type, such as NumPy's; otherwise the value unchanged."""
-    return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
-
-
-def _is_one_of(value: object, allowed: Iterable[str]) -> bool:
-    return isinstance(value, str) and value in allowed
-
-
-def _are_names(value: object) -> bool:
-    return isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) and name for name in value)
-
-
-def _config_beneath(name: str, given: PeftConfig | dict[str, Any]) -> PeftConfig:
-    """The configuration of an adapter that LBP-WHT is stacked on; a checkpoint holds it as a dict.
-
-    Raises:
-        ValueError: the configuration is invalid, or of a method that LBP-WHT cannot be stacked on, or has a value that
-            must not come from a file.
-    """
-    field = f"stack_on[{name!r}]"
-    kind = given.get("peft_type") if isinstance(given, dict) else given.peft_type
-    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        known = ", ".join(sorted(one.value for one in PEFT_TYPE_TO_CONFIG_MAPPING))
-        raise ValueError(f"{field} has the peft_type {show(kind)}, which PEFT does not know. It knows {known}.")
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING[kind]
-    # X-LoRA's configuration names folders and repositories to load further adapters from.
-    if kind in (PeftType.LBPWHT, PeftType.XLORA) or not issubclass(tuner, BaseTuner):
-        raise ValueError(
-            "stack_on must be a configuration of another method with adapters in layers, such as LoRA, and not of "
-            f"{PeftType(kind).value}."
-        )
-    if isinstance(given, dict):
-        if given.get("megatron_config"):
-            raise ValueError(
-                f"{field} has a megatron_config, with which PEFT imports whatever module megatron_core names. LBP-WHT "
-                "does not adapt Megatron's layers: leave both out."
-            )
-        try:
-            config = PeftConfig.from_peft_type(**given)
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{field} is not a valid configuration of {PeftType(kind).value}: {error}") from error
-    else:
-        config = given
-        if not isinstance(config, PEFT_TYPE_TO_CONFIG_MAPPING[kind]):
-            wanted = PEFT_TYPE_TO_CONFIG_MAPPING[kind].__name__
-            raise ValueError(f"{field} must be a {wanted} for the peft_type {kind}, got a {type(config).__name__}.")
-    _check_patterns_beneath(field, config)
-    return config
-
-
-def _check_patterns_beneath(field: str, config: PeftConfig) -> None:
-    """Refuse regular expressions that could take forever to match, and names that PEFT would read as expressions."""
-    for name in ("target_modules", "exclude_modules", "feedforward_modules"):
-        if isinstance(value := getattr(config, name, None), str) and value:
-            check_pattern(f"{field}.{name}", value)
-    patterns = getattr(config, "layers_pattern", None) or []
-    for one in [patterns] if isinstance(patterns, str) else patterns:
-        check_pattern(f"{field}.layers_pattern", one, _IN_LAYERS_PATTERN)
-    for name, value in vars(config).items():  # rank_pattern, alpha_pattern and their like
-        if name.endswith("_pattern") and isinstance(value, dict):
-            for pattern in value:
-                check_pattern(f"A key of {field}.{name}", pattern, _IN_RANK_PATTERN)
-    saved = getattr(config, "modules_to_save", None) or []
-    if not _are_names(saved) or not all(map(is_module_name, saved)):
-        raise ValueError(f"{field}.modules_to_save must be names of modules or None, got {show(saved)}.")
 
 
 def _plain(value: Any) -> Any:

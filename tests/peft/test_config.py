@@ -23,7 +23,7 @@ from lbp_peft.calibration import CALIBRATED_SELECTIONS
 from lbp_peft.formats.products import AUTO, FULL, Precision
 from lbp_peft.formats.registry import FORMATS
 from lbp_peft.tuner.compat.registration import check_peft_version, register
-from lbp_peft.tuner.config import GRAD_INPUT_BASES
+from lbp_peft.tuner.validation.settings import GRAD_INPUT_BASES
 
 ROOT = Path(__file__).resolve().parents[2]
 ENCODER = {

@@ -19,6 +19,10 @@ except ImportError:  # Python 3.10
     import sre_constants as constants
     import sre_parse as parser
 
+# The expressions in which PEFT embeds those of a configuration.
+IN_RANK_PATTERN = r"(.*\.)?({})$"
+IN_LAYERS_PATTERN = r"(?:^|.*?\.){}\.(?P<idx>\d+)\."
+
 _MAX_LENGTH = 100_000
 _NAME_LENGTH = 60  # of a module, roughly
 _MAX_STEPS = 1_000_000  # for one name; a name takes about ten milliseconds then
