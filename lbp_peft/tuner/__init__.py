@@ -14,7 +14,7 @@ from .layers.base import LBPWHTLayer  # noqa: E402
 from .layers.conv1d import LBPWHTTransposedLinear  # noqa: E402
 from .layers.conv1x1 import LBPWHTPointwiseConv  # noqa: E402
 from .layers.linear import LBPWHTLinear  # noqa: E402
-from .layers.planning import BackwardPass  # noqa: E402
+from .layers.recording import BackwardPass  # noqa: E402
 from .model import LBPWHTModel  # noqa: E402
 from .report import LayoutReport, exact_backward, layout_report  # noqa: E402
 from .verify import LayoutCheck, verify_layout  # noqa: E402

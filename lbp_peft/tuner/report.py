@@ -20,7 +20,7 @@ from ..bases.grids import TokenLayout
 from ..bases.packed import PackedLayout
 from ..layout import LayoutFinder
 from .layers.base import LBPWHTLayer
-from .layers.planning import BackwardPass
+from .layers.recording import BackwardPass
 
 WIDTH = 100  # of the report as text
 # Columns of the report, and what they mean.

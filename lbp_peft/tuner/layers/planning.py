@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,37 +15,12 @@ from ...bases.base import Basis
 from ...bases.grids import LayoutError, TokenLayout
 from ...bounded import ScratchCache
 from ...formats.products import AUTO, FULL
-from ...instructions import product_dtype
-from ...layout import NOT_TRACED, GridMismatchError, LayoutFinder, LayoutRecord, given_layout
+from ...layout import GridMismatchError, LayoutFinder, LayoutRecord, given_layout
 from ...ops.adaptive import AdaptiveBasis
 from ...ops.plan import BackwardPlan, ExactProduct, InputGradient
 from ...transforms import in_transform
+from .recording import TOO_NARROW, BackwardPass, BackwardRecorder, dtype_of_layer, num_tokens_of, source_of_layout
 from .rule import BackwardRule
-
-_TOO_NARROW = "exact backpropagation is faster for so narrow a layer"
-
-
-@dataclass(frozen=True)
-class BackwardPass:
-    """How the last training forward of a layer prepared its backward pass.
-
-    Attributes:
-        num_tokens: L; 0 if the input has no token axis.
-        layout: The layout of the tokens, if it is known.
-        grad_weight_rows, grad_input_rows: k of the L tokens that each gradient is computed from; L: exact.
-        why_exact: The reason why both are exact; "" if at least one is low-rank or in low precision.
-        precision: Precision of the product in the input gradient.
-        known_by: The source of the layout, such as "followed from patch_embed through 14 operations", or the setting
-            that gives it.
-    """
-
-    num_tokens: int
-    layout: TokenLayout | None
-    grad_weight_rows: int
-    grad_input_rows: int
-    why_exact: str = ""
-    precision: str = "full"
-    known_by: str = ""
 
 
 class NothingToGainError(LayoutError):
@@ -75,8 +50,8 @@ class _MadePlan(NamedTuple):
     record: LayoutRecord
 
 
-class BackwardPlanner:
-    """Plans the backward passes of one layer, and records each decision in `last_backward`.
+class BackwardPlanner(BackwardRecorder):
+    """Plans the backward passes of one layer, and records each decision.
 
     Subclasses define the shapes of their inputs and weights.
 
@@ -86,9 +61,7 @@ class BackwardPlanner:
     """
 
     def __init__(self, finder: LayoutFinder, layer_name: str):
-        self.finder = finder
-        self.layer_name = layer_name
-        self.last_backward: BackwardPass | None = None
+        super().__init__(finder, layer_name)
         self._plans: ScratchCache[Hashable, _MadePlan] = ScratchCache(16)
 
     # Differences between types of layers
@@ -96,10 +69,6 @@ class BackwardPlanner:
     def _channels_axis(self, x: Tensor) -> int:
         """The axis of the channels in the input."""
         return -1
-
-    def _shape_of_tokens(self, x: Tensor) -> torch.Size:
-        """The shape of the input with the channels last, (N, L, C) or (N, H, W, C)."""
-        return x.shape
 
     def _shape_of_weight(self, base: Any) -> torch.Size:
         """The shape of the weight that the layer computes with."""
@@ -132,7 +101,7 @@ class BackwardPlanner:
         # The key has everything that a plan depends on. Rules and records are immutable, and the entry keeps them
         # alive, so that their ids are not used again.
         key = (
-            x.shape, x.dtype, x.device, x.requires_grad, _dtype_of_layer(x), self._channels_axis(x),
+            x.shape, x.dtype, x.device, x.requires_grad, dtype_of_layer(x), self._channels_axis(x),
             train_weight, self._trains_whole_weight(base), self._shape_of_weight(base), id(rule), id(record),
             heuristics.active(),
         )  # fmt: skip
@@ -146,10 +115,11 @@ class BackwardPlanner:
     def _make_plan(
         self, x: Tensor, base: nn.Module, train_weight: bool, rule: BackwardRule, record: LayoutRecord
     ) -> _MadePlan:
+        """Make a plan, with the warnings and the record that go with it."""
         self._warn_of_slow_dtype(x)
         plan = self._plan_or_reason(x, base, train_weight, rule, record)
         if (ran := self.last_backward) is not None:
-            self.last_backward = replace(ran, known_by=_known_by(record, rule, ran))
+            self.last_backward = replace(ran, known_by=source_of_layout(record, rule, ran))
         return _MadePlan(plan, self.last_backward, rule, record)
 
     def _plan_or_reason(
@@ -169,6 +139,7 @@ class BackwardPlanner:
     def _decide(
         self, x: Tensor, base: nn.Module, train_weight: bool, rule: BackwardRule, record: LayoutRecord
     ) -> BackwardPlan | _Exact:
+        """The plan, or the reason for exact backpropagation."""
         # Within vmap, requires_grad does not tell whether an outer transform differentiates a tensor.
         train_weight, needs_x_grad = (needed or in_transform() for needed in (train_weight, x.requires_grad))
         weight_basis = rule.weight_basis if train_weight else None
@@ -181,7 +152,7 @@ class BackwardPlanner:
             return _Exact(why)
         input_gradient = self._adaptive_if_faster(x, base, input_gradient)
         if weight_basis is None and input_gradient.is_exact:
-            return _Exact(_TOO_NARROW)
+            return _Exact(TOO_NARROW)
         without_layout = BackwardPlan(input_gradient=input_gradient)
         if weight_basis is None and not input_gradient.uses_layout:
             return self._with_chosen_precision(x, base, without_layout)
@@ -204,7 +175,7 @@ class BackwardPlanner:
         """The reason why an input has no tokens to project; "" if it has."""
         if x.dim() < 2:
             return "its input has no token axis"
-        if x.dim() > 2 and _num_tokens(self._shape_of_tokens(x)) <= 1 and math.prod(x.shape[:-1]) == x.shape[0]:
+        if x.dim() > 2 and num_tokens_of(self._shape_of_tokens(x)) <= 1 and math.prod(x.shape[:-1]) == x.shape[0]:
             return "its input has a single token"
         return ""
 
@@ -213,7 +184,7 @@ class BackwardPlanner:
         if not isinstance(input_gradient, AdaptiveBasis) or x.dim() < 3:
             return input_gradient
         out_features, in_features = self._num_features_of(x, base)
-        num_tokens = max(_num_tokens(self._shape_of_tokens(x)), 1)
+        num_tokens = max(num_tokens_of(self._shape_of_tokens(x)), 1)
         if heuristics.active().use_adaptive_basis(num_tokens, input_gradient.rank, out_features, in_features):
             return input_gradient
         return ExactProduct(precision=input_gradient.precision)
@@ -249,7 +220,7 @@ class BackwardPlanner:
 
     def _with_fastest_precision(self, x: Tensor, base: nn.Module, plan: BackwardPlan) -> BackwardPlan | _Exact:
         """[`_with_chosen_precision`] for "auto"."""
-        shape, dtype = self._shape_of_tokens(x), _dtype_of_layer(x)
+        shape, dtype = self._shape_of_tokens(x), dtype_of_layer(x)
         features = self._num_features_of(x, base)
         num_tokens = self._num_tokens(x, plan.layout)
         weight_rows, input_rows = self._num_rows(x, plan)
@@ -257,12 +228,13 @@ class BackwardPlanner:
         if weight_rows < num_tokens:
             # If only factors are trained, low-rank gradients save the memory of x rather than time: they are used
             # wherever they would be faster in float32.
-            weighed = dtype if self._trains_whole_weight(base) else torch.float32
+            assumed_dtype = dtype if self._trains_whole_weight(base) else torch.float32
             on_images = x.dim() == 4 and shape != x.shape
-            given = (num_images, num_tokens, weight_rows, *features, weighed, x.device, on_images)
-            if not heuristics.active().use_low_rank(*given):
+            if not heuristics.active().use_low_rank(
+                num_images, num_tokens, weight_rows, *features, assumed_dtype, x.device, on_images
+            ):
                 self._warn_of_narrow_layers(x)
-                return _Exact(_TOO_NARROW, plan.layout)
+                return _Exact(TOO_NARROW, plan.layout)
         name = heuristics.active().fastest_precision(num_images * input_rows, *features, dtype, x.device)
         return plan.with_precision(replace(plan.precision, name=name))
 
@@ -270,10 +242,6 @@ class BackwardPlanner:
         """C_out and C_in."""
         in_features = int(self._shape_of_tokens(x)[-1])
         return self._shape_of_weight(base).numel() // in_features, in_features
-
-    def _num_tokens(self, x: Tensor, layout: TokenLayout | None) -> int:
-        """L; 1 if the input has no token axis."""
-        return layout.num_tokens if layout else max(_num_tokens(self._shape_of_tokens(x)), 1)
 
     def _num_rows(self, x: Tensor, plan: BackwardPlan) -> tuple[int, int]:
         """k of the L tokens for the gradient of the weight and for that of the input."""
@@ -320,79 +288,6 @@ class BackwardPlanner:
         if len(shape) == 4:
             return TokenLayout(grid)
         return given_layout(int(shape[1]), record, grid, rule.num_prefix_tokens, rule.num_suffix_tokens)
-
-    # Records and warnings
-
-    def _fall_back(
-        self, x: Tensor, why: str, remedy: str, cause: str, instead: str = "uses exact backpropagation"
-    ) -> None:
-        """Record that the backward pass is exact, or in part as `instead` says, and warn once for each cause."""
-        self._note_exact(x, why)
-        if why == NOT_TRACED.why_unknown:  # the next forward pass is traced again
-            return
-        self.finder.warn_once(
-            cause,
-            f"{self.layer_name} {instead}, as do any layers like it: {why}. {remedy} "
-            "lbp_peft.layout_report(model) lists all layers.",
-        )
-
-    def _note_exact(self, x: Tensor, why: str, layout: TokenLayout | None = None) -> None:
-        if not torch.compiler.is_compiling():
-            num_tokens = layout.num_tokens if layout else _num_tokens(self._shape_of_tokens(x))
-            self.last_backward = BackwardPass(num_tokens, layout, num_tokens, num_tokens, why)
-
-    def _note_plan(self, x: Tensor, plan: BackwardPlan) -> None:
-        if not torch.compiler.is_compiling():
-            num_tokens = self._num_tokens(x, plan.layout)
-            weight_rows, input_rows = plan.num_rows(num_tokens)
-            self.last_backward = BackwardPass(
-                num_tokens, plan.layout, weight_rows, input_rows, precision=plan.precision.name
-            )
-
-    def _warn_of_narrow_layers(self, x: Tensor) -> None:
-        faster = [f'"{name}"' for name in heuristics.active().faster_formats(_dtype_of_layer(x), x.device)]
-        or_faster = f" (or {', '.join(faster)})" if faster else ""
-        self.finder.warn_once(
-            _TOO_NARROW,
-            f"{self.layer_name} uses exact backpropagation, as do any layers like it: {_TOO_NARROW}, so "
-            f'grad_input_dtype="auto" chose it. To save memory there all the same, set grad_input_dtype="full"'
-            f"{or_faster}.",
-        )
-
-    def _warn_of_slow_dtype(self, x: Tensor) -> None:
-        """Warn if the whole model, including the forward pass, is far slower than in float32."""
-        if x.device.type != "cpu" or torch.compiler.is_compiling():
-            return
-        dtype = _dtype_of_layer(x)
-        if product_dtype(dtype, x.device) != dtype:
-            name = str(dtype).removeprefix("torch.")
-            self.finder.warn_once(
-                f"slow {name}",
-                f"{self.layer_name} and the layers like it run in {name}, for which this CPU has no instructions that "
-                "PyTorch uses. Matrix products of the whole model take several times as long as in float32. Train in "
-                "float32: without autocast, with a model in torch.float32.",
-            )
-
-
-def _dtype_of_layer(x: Tensor) -> torch.dtype:
-    """The dtype in which a linear layer computes for an input x."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-
-
-def _num_tokens(shape: torch.Size) -> int:
-    """L of (N, ..., C); 0 if there is no token axis."""
-    return math.prod(shape[1:-1]) if len(shape) > 2 else 0
-
-
-def _known_by(record: LayoutRecord, rule: BackwardRule, ran: BackwardPass) -> str:
-    if ran.layout is None:
-        return ""
-    if rule.grid_size is not None and not record.text:
-        return "grid_size"
-    if not record.origin:
-        return "the shape of its input"
-    return f"followed from {record.origin} through {record.steps} operation{'' if record.steps == 1 else 's'}"
 
 
 def _check_given(layout: TokenLayout, rule: BackwardRule) -> None:
