@@ -16,13 +16,13 @@ from .tuner.layers.base import LBPWHTLayer
 
 
 class CalibrationCallback(TrainerCallback):
-    """Calls [`lbp_peft.calibrate`] before the first step, unless the bases were loaded, and every so many steps.
+    """Calls [`lbp_peft.calibrate`] before the first step, unless the bases were loaded, and at a given interval.
 
-    A run that is resumed uses the bases of its checkpoint until the next calibration, as the whole run would have done.
+    A run that is resumed uses the bases of its checkpoint until the next calibration, as an uninterrupted run would.
     Every process calibrates by its own batches, and all choose the same bases.
 
     Args:
-        batches: As of [`lbp_peft.calibrate`]; a list or a DataLoader, which is gone through each time.
+        batches: See [`lbp_peft.calibrate`]. A list or a DataLoader, since they are run again in each calibration.
         every: Steps from one calibration to the next. None: only the first one is made.
         loss_fn: (model, batch) -> scalar loss; None: `model(**batch).loss`.
 
@@ -34,7 +34,7 @@ class CalibrationCallback(TrainerCallback):
         if every is not None and every < 1:
             raise ValueError(f"every must be None or at least 1, got {every}.")
         if iter(batches) is batches:
-            raise ValueError("The batches are gone through again and again: give a list or a DataLoader.")
+            raise ValueError("The batches are run again in each calibration: give a list or a DataLoader.")
         self.batches, self.every, self.loss_fn = batches, every, loss_fn
 
     def on_step_begin(

@@ -101,10 +101,10 @@ class LBPWHTCallback(TrainerCallback):
     @staticmethod
     def _log(values: dict[str, float], state: TrainerState, control: TrainerControl) -> None:
         trainer = _calling_trainer()
-        if trainer is None:  # another program than transformers' Trainer calls
+        if trainer is None:  # the caller is not transformers' Trainer
             state.log_history.append({**values, "step": state.global_step})
             return
-        its_own_follows = control.should_log  # which logging anything switches off
+        its_own_follows = control.should_log  # `trainer.log` switches it off
         trainer.log(values)
         control.should_log = its_own_follows
 
@@ -124,7 +124,7 @@ def _is_a(kind: type, value: Any) -> bool:
 
 
 def _calling_trainer() -> Trainer | None:
-    """The trainer among the callers. transformers hands callbacks its state, and neither itself nor its `log`."""
+    """The trainer among the callers. transformers passes its state to callbacks, but neither itself nor its `log`."""
     from transformers import Trainer  # here, since it loads datasets and pandas, which take 80 MiB
 
     frame: FrameType | None = sys._getframe(1)

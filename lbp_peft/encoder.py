@@ -13,9 +13,10 @@ from torch import nn
 
 from .layer_types import is_plain_linear, layer_type_of
 
-# What turns the encoder's tokens into answers. The name alone does not tell: such a part is not given images.
+# Names of classes that turn the encoder's tokens into outputs. The name alone decides nothing: a module with such a
+# name that is given images is part of the encoder.
 _AFTER_THE_ENCODER = re.compile(r"Decoder|Head$")
-# Arguments that hold images, or the sizes of packed ones; and that hold sound.
+# Arguments that hold images or the sizes of packed ones, and arguments that hold sound.
 _IMAGES = ("pixel_values", "flattened_patches", "image_patches", "grid_thw")
 _SOUND = ("input_features", "input_values")
 _MOST_CHANNELS_OF_IMAGES = 4
@@ -27,8 +28,8 @@ def encoder_linears(model: nn.Module) -> list[str]:
     Blocks are the members of an `nn.ModuleList`, or the like members of an `nn.Sequential`. A head, a pooler or an
     embedding stands outside them. Where a transformers model says which part of it is the base model, only that part is
     searched. The blocks of a text tower, which embeds words and not patches, do not count, nor do those of decoders and
-    heads, nor projectors to another width, nor layers that work on coordinates instead of features. Of a model that is
-    given images and words, the blocks of the vision tower alone count; where it has none, those that both go through.
+    heads, nor projectors to another width, nor layers that work on coordinates instead of features. In a model of
+    images and words, only the blocks of the vision tower count, or, if it has none, the blocks that both pass through.
     """
     base = getattr(model, getattr(model, "base_model_prefix", None) or "", None)
     searched = base if isinstance(base, nn.Module) else model
@@ -43,7 +44,8 @@ def _block_lists(model: nn.Module) -> list[nn.Module]:
         for name, module in model.named_modules()
         if isinstance(module, (nn.ModuleList, nn.Sequential)) and _is_list_of_blocks(module)
     ]
-    # Of what modalities the blocks are: the first that there are blocks of is adapted where words are read, too.
+    # The blocks by the modalities that they are given. Where the model reads words too, the first group with any blocks
+    # is adapted.
     groups: dict[frozenset[str], list[nn.Module]] = {frozenset(kinds): [] for kinds in _IN_ORDER}
     for name, blocks in lists:
         kinds = _modalities_around(model, name)
@@ -56,17 +58,17 @@ def _block_lists(model: nn.Module) -> list[nn.Module]:
         of_encoder = next((group for kinds, group in groups.items() if group and kinds != {"words"}), [])
     else:
         of_encoder = [blocks for group in groups.values() for blocks in group]
-    is_text_alone_left = "words" in given and len(given) > 1  # a language model, which is not to be trained unasked
+    is_text_alone_left = "words" in given and len(given) > 1  # a language model, which is not adapted unless asked for
     return of_encoder or ([] if is_text_alone_left else [blocks for _, blocks in lists])
 
 
 def _modalities_around(model: nn.Module, name: str) -> frozenset[str]:
-    """What the nearest module around one is given, of those that are given something known."""
+    """The modalities of the innermost module that contains this one and whose modalities are known."""
     return next((kinds for around in ancestors(model, name) if (kinds := _modalities(around))), frozenset())
 
 
 def ancestors(model: nn.Module, name: str) -> Iterator[nn.Module]:
-    """The modules around the one of that name, nearest first."""
+    """The modules that contain the module of this name, the innermost first."""
     parts = name.split(".")
     for length in range(len(parts) - 1, -1, -1):
         yield model.get_submodule(".".join(parts[:length]))
@@ -79,7 +81,7 @@ _IN_ORDER: tuple[tuple[str, ...], ...] = (
 
 
 def _modalities(module: nn.Module) -> frozenset[str]:
-    """What a module is given, as its arguments and its embedding tell: images, sound, words."""
+    """What a module is given (images, sound, words), judged by its arguments and its embedding."""
     kinds = {"words"} if any(_takes(part, "input_ids") for part in module.modules()) else set()
     embedding = next((part for part in module.modules() if _cuts_patches(part)), None)
     of_sound = _takes(module, *_SOUND) or (embedding is not None and embedding.in_channels == 1)  # of spectrograms
@@ -156,7 +158,7 @@ def _is_adaptable(module: nn.Module) -> bool:
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:
-    """An adapter that is there already stands for the layer it wraps, its `base_layer`."""
+    """The layer inside an adapter that the model has already, its `base_layer`; any other module itself."""
     while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
         module = inner
     return module

@@ -17,7 +17,7 @@ from .formats.full import CASTING_TO_BF16
 from .formats.registry import FORMATS
 from .instructions import multiplies_bf16, product_dtype
 
-# The time of projecting, per element; of images more, since their channels come first.
+# The time that projecting takes, per element. Images take more, since their channels come first.
 _PROJECTING = {torch.float32: 100, torch.bfloat16: 45}
 _PROJECTING_IMAGES = {torch.float32: 250, torch.bfloat16: 60}
 _PROJECTING_ON_GPU = {torch.float32: 60, torch.float16: 20, torch.bfloat16: 20}
@@ -41,8 +41,8 @@ class Heuristics:
         Args:
             rows: M, of g (M, C_out).
             out_features, in_features: C_out and C_in.
-            dtype: Of g.
-            device: It is asked for its instructions.
+            dtype: The dtype of g.
+            device: The device, on whose instructions the choice depends.
         """
         costs = _costs_of_product(rows, out_features, in_features, dtype, device)
         fastest = "full"
@@ -69,11 +69,11 @@ class Heuristics:
 
         Args:
             num_images: N.
-            num_tokens: L, of each image.
-            kept: k of them, for the weight gradient.
+            num_tokens: L, the tokens of each image.
+            kept: k, the rows that the weight gradient is computed from.
             out_features, in_features: C_out and C_in.
-            dtype: Of x and g.
-            device: Where they are.
+            dtype: The dtype of x and g.
+            device: The device of x and g.
             on_images: Whether x is (N, C_in, H, W).
         """
         costs = _costs_of_product(num_images * num_tokens, out_features, in_features, dtype, device)
@@ -123,13 +123,13 @@ class Heuristics:
         return kept <= (32 * instructions.cpu_rates()[0] if dtype == torch.bfloat16 and multiplies_bf16(device) else 32)
 
     def project_images_in_pairs(self, kept: int, num_tokens: int, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether one matrix projects two images in one product, half of it zeros, faster than one in each.
+        """Whether projecting two images in one product, half of it zeros, is faster than in a product for each.
 
         In bfloat16 on CPUs, products of 33 to some 50 rows are cut into tiles that leave half of the units idle.
 
         Args:
-            kept: k of each image.
-            num_tokens: L of each image.
+            kept: k, the coefficients of each image.
+            num_tokens: L, the tokens of each image.
             dtype, device: Of the tokens.
         """
         fits = 32 < kept <= 50 and num_tokens <= 300
@@ -139,7 +139,7 @@ class Heuristics:
         """Whether matrix products run the backward pass of attention faster than PyTorch's fused operation.
 
         Args:
-            keys: Of each query. With more of them, the matrices outgrow the cache.
+            keys: The number of keys. With more of them, the matrices outgrow the cache.
             dtype, device: Of query, key and value.
         """
         return device.type == "cpu" and dtype == torch.bfloat16 and keys <= 600 and multiplies_bf16(device)

@@ -24,7 +24,7 @@ def must_be_functional() -> bool:
 
 
 def in_dispatch_mode() -> bool:
-    """Whether a `TorchDispatchMode`, such as that of selective checkpointing, sees every operation, outside compile."""
+    """Whether a `TorchDispatchMode`, such as that of selective checkpointing, is active, outside `torch.compile`."""
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
 
 

@@ -22,7 +22,7 @@ class Basis(ABC):
 
     @abstractmethod
     def num_coefficients(self, layout: TokenLayout) -> int:
-        """k, the number of rows that represent the L tokens of an image, those outside the grid included.
+        """k, the number of rows that represent the L tokens of an image, including those outside the grid.
 
         L or more means that projecting would save nothing; the gradient is exact then.
 
@@ -57,8 +57,8 @@ class Basis(ABC):
 def without_transforms(make: Callable[[], Tensor]) -> Tensor:
     """Make a tensor that can be kept for later passes.
 
-    It is not an inference tensor, which could not be saved for backward, and not wrapped by a transform of
-    `torch.func`, as all tensors are that are made within one.
+    Inference tensors cannot be saved for backward, and tensors that are made within a transform of `torch.func` are
+    wrapped by it. The tensor is neither.
     """
     with torch.inference_mode(False), torch.no_grad():
         tensor = make()

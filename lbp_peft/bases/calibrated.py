@@ -1,4 +1,4 @@
-"""Bases that were chosen for one layer by calibration, and the place that waits for them."""
+"""Bases that calibration chose for one layer, and the placeholder for one that it could not choose."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class NotCalibratedError(RuntimeError):
 
 @dataclass(frozen=True)
 class LeftOutBasis(Basis):
-    """In the place of a basis that calibration could not choose: it exists for no layout.
+    """A placeholder for a basis that calibration could not choose. It exists for no layout.
 
     Attributes:
         why: The reason.

@@ -55,7 +55,7 @@ class SeparableBasis(Basis):
 
     @abstractmethod
     def equal_blocks(self, side: int, layout: TokenLayout) -> int:
-        """The number of equal blocks of a side that one and the same matrix transforms; 1: only the side as a whole."""
+        """The number of equal blocks of a side that the same matrix transforms; 1: the side is not divided."""
 
     @abstractmethod
     def outgrows_tokens(self, layout: TokenLayout) -> bool:

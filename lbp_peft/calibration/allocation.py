@@ -16,10 +16,10 @@ class Option:
     """One rank that a gradient may have.
 
     Attributes:
-        rank: None: exact.
-        cosine: Of the gradient with the exact one.
-        memory: Bytes that are saved for it.
-        multiply_adds: Of computing it.
+        rank: The rank; None: the gradient is exact.
+        cosine: The cosine of the gradient with the exact one.
+        memory: The bytes that are saved for it.
+        multiply_adds: The multiply-adds that computing it takes.
     """
 
     rank: int | None
@@ -33,14 +33,15 @@ def allocate(
 ) -> dict[Key, Option]:
     """Choose one option for each gradient, so that the lowest cosine is as high as the budget allows.
 
-    Everything starts with its cheapest option, and again and again the gradient with the lowest cosine gets the next
-    better one. Where that would exceed the budget, the gradient keeps what it has, and the next worst has its turn with
-    what is left. The lowest cosine is the best possible: to exceed it, a choice must give each gradient an option at
-    least as expensive as the one that it has when the first of them can no longer be raised, and that one a dearer one.
+    Every gradient starts with its cheapest option. Repeatedly, the gradient with the lowest cosine is given its next
+    better option. Where that would exceed the budget, the gradient keeps the option that it has, and the gradient with
+    the next lowest cosine is tried. The lowest cosine is the best possible. A choice that exceeds it must give the
+    first gradient that can no longer be raised a more expensive option, and every other gradient one at least as
+    expensive as it has at that point, which is more than the budget allows.
 
     Args:
-        options: Of each gradient, from the cheapest to the most expensive in both costs. Options that are no better
-            than a cheaper one are left out.
+        options: The options of each gradient, from the cheapest to the most expensive in both costs. Options that are
+            no better than a cheaper one are left out.
         memory: The most bytes of all gradients together.
         multiply_adds: The most multiply-adds of all gradients together.
 
@@ -52,7 +53,7 @@ def allocate(
     spent = [sum(one.memory for one in chosen.values()), sum(one.multiply_adds for one in chosen.values())]
     for what, least, most in (("bytes", spent[0], memory), ("multiply-adds", spent[1], multiply_adds)):
         if least > most:
-            raise ValueError(f"The budget of {most:.4g} {what} is below {least:.4g}, what the least ranks take.")
+            raise ValueError(f"The budget of {most:.4g} {what} is below {least:.4g}, which the lowest ranks take.")
     queue = [(own[0].cosine, number, key, 0) for number, (key, own) in enumerate(ladders.items())]
     heapq.heapify(queue)
     while queue:

@@ -6,14 +6,14 @@ orthonormal basis of functions f_i over the tokens it falls into one part for ea
     dW = sum_i D_i    with    D_i = sum_n (f_i g_n)^T (f_i x_n),
 
 and a low-rank dW keeps r of them. A part is small as soon as either factor is, so both must be weighed: the functions
-of which g has most are not those of which x has most. With a_i = sum_n |f_i x_n|^2 and b_i = sum_n |f_i g_n|^2, the
+that carry most of g are not those that carry most of x. With a_i = sum_n |f_i x_n|^2 and b_i = sum_n |f_i g_n|^2, the
 inequality of Cauchy and Schwarz bounds a part, |D_i| <= (a_i b_i)^(1/2), and this bound is the weight of f_i.
 
-"lhe" keeps the r Walsh functions of most weight (the low heuristic error of arXiv 2309.15275, section 3, which weighs
-g alone). "klt", after the Karhunen-Loeve transform, finds the functions themselves: with the matrices of second moments
-A = sum_n x_n x_n^T and B = sum_n g_n g_n^T, shape (L, L), the weight of any function is (f A f^T  f B f^T)^(1/2). The
-geometric mean of A and B (Pusz and Woronowicz 1975) is the matrix that has these weights on its diagonal in each basis
-that makes A and B diagonal; its leading eigenvectors are kept.
+"lhe" keeps the r Walsh functions of the largest weights (the low heuristic error of arXiv 2309.15275, section 3, which
+weighs g alone). "klt", after the Karhunen-Loeve transform, finds the functions themselves: with the matrices of second
+moments A = sum_n x_n x_n^T and B = sum_n g_n g_n^T, shape (L, L), the weight of any function is
+(f A f^T  f B f^T)^(1/2). The geometric mean of A and B (Pusz and Woronowicz 1975) is the matrix that has these weights
+on its diagonal in each basis that makes A and B diagonal; its leading eigenvectors are kept.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ from ..bases.separable import axis_blocks, num_bases
 from ..projection import SeparableProjection
 from .statistics import Grid, TokenStatistics
 
-MOST_TOKENS = 4096  # of "klt": a matrix of second moments then has 128 MiB, and its eigenvectors take minutes
-_MOST_GRIDS = 16  # of one layer in a checkpoint
-_REGULARIZATION = 1e-7  # of the mean eigenvalue, so that singular matrices have inverses
+MOST_TOKENS = 4096  # the limit of "klt": a matrix of second moments has 128 MiB then, and its eigenvectors take minutes
+_MOST_GRIDS = 16  # the limit for one layer in a checkpoint
+_REGULARIZATION = 1e-7  # relative to the mean eigenvalue, so that singular matrices have inverses
 
 
 @dataclass(frozen=True)
 class CalibratedSelection(Basis):
-    """Stands in the place of a basis that calibration has yet to choose; whatever needs its functions raises an error.
+    """A placeholder for a basis that calibration has yet to choose. Whatever needs its functions raises an error.
 
     Attributes:
         r: Rank. As many functions are kept as the Walsh basis of this rank has.
-        block_size, boundary: As of [`lbp_peft.BasisSet`].
+        block_size, boundary: See [`lbp_peft.BasisSet`].
     """
 
     r: int
@@ -61,7 +61,7 @@ class CalibratedSelection(Basis):
 
     @abstractmethod
     def statistic(self, tokens: Tensor, grid: Grid) -> Tensor:
-        """What has to be known about tokens (N, H * W, C), row by row of a grid; sums over images and channels."""
+        """The statistic of tokens (N, H * W, C), row by row of a grid, summed over images and channels."""
 
     @abstractmethod
     def choose(self, statistics: TokenStatistics) -> Basis:
@@ -73,7 +73,7 @@ class CalibratedSelection(Basis):
 
     @abstractmethod
     def restore(self, state: Mapping[str, Tensor]) -> Basis:
-        """The basis from what its `state` gave, perhaps by way of a file.
+        """The basis whose `state` gave these tensors, perhaps before they were saved to a file.
 
         Raises:
             ValueError: the tensors are not those of such a basis.
@@ -96,7 +96,7 @@ class CalibratedSelection(Basis):
 
 @dataclass(frozen=True)
 class LowHeuristicError(CalibratedSelection):
-    """ "lhe": the r Walsh functions of most weight, the same in all blocks of all grids.
+    """ "lhe": the r Walsh functions of the largest weights, the same in all blocks of all grids.
 
     The constant function is always among them: it exists in the smallest block, and keeps the sums that the bias
     gradient is computed from.

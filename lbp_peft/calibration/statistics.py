@@ -26,7 +26,7 @@ class TokenStatistics:
     def add(self, grid: Grid, x: Tensor, g: Tensor, statistic: Callable[[Tensor, Grid], Tensor]) -> None:
         """Add a batch.
 
-        Tokens whose gradient is zero add nothing to dW, as those of padding do. So they do not count in x either.
+        Tokens whose gradient is zero, such as padding, add nothing to dW, so they do not count in x either.
 
         Args:
             grid: (H, W).

@@ -201,7 +201,7 @@ def _of_transformers(options: InputOptions, source: Source | None, task: str) ->
     is_empty = folder is not None and not any((folder / name).exists() for name in _WEIGHTS)
     if options.random_weights or is_empty:
         if is_empty and not options.random_weights:
-            say(f"{path} holds no weights, only a configuration: random weights are taken.")
+            say(f"{path} holds no weights, only a configuration: random weights are used.")
         set_seed(0)
         for key, value in class_names(names).items():
             if key != "num_labels":

@@ -117,7 +117,8 @@ class EightBitFormat(NumberFormat):
     def quantize(self, tensor: Tensor, dim: int) -> Quantized:
         """Quantize in such a way that rounding does not depend on the scale of the tensor.
 
-        A multiple of it by a power of two has the same values, down to the smallest normal number of float32.
+        Multiplying the tensor by a power of two leaves the values the same, down to the smallest normal number of
+        float32.
         """
         largest = largest_magnitude(tensor, dim)
         return Quantized(self._to_dtype(scaled_to_range(tensor, largest, self.dtype)), self._scales(largest))

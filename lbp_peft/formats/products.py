@@ -2,9 +2,8 @@
 
 An exact input gradient dx = g W is the largest product of a step whose weight gradients are low-rank. Rounding its
 factors to few bits hardly changes its direction, as HLQ found (arXiv 2406.15102), and integer units are several times
-faster. On a
-device without instructions for a format, the same rounded values are multiplied in float32: integers exactly, and
-bfloat16 up to the order of summation. A format then saves no time, and costs little more than float32.
+faster. On a device without instructions for a format, the same rounded values are multiplied in float32: integers
+exactly, and bfloat16 up to the order of summation. A format then saves no time, and costs little more than float32.
 
 The weight gradient is a small product. Its factors are in bfloat16 if g W is in a format of fewer bits than its dtype.
 """

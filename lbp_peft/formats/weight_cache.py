@@ -74,7 +74,7 @@ def _fingerprint(weight: Tensor) -> Tensor:
     """A vector (C_in,) that changes when the weight changes.
 
     The version counter and the address do not always change with it: PEFT merges adapters by `weight.data += ...`, and
-    some optimizers and sharded training also write without changing the counter.
+    some optimisers and sharded training also write without changing the counter.
     """
     return torch.mv(weight.float().t(), torch.from_numpy(_weights_of_rows(len(weight))))
 

@@ -17,7 +17,7 @@ class ClassificationData(DataOptions):
 
     label_column: str | None = option(None, "Column of labels. (default: the first of classes, else `label`)")
     train_images_per_class: int | None = option(
-        None, "Small-data protocol: train on so many images of each class. (default: all)"
+        None, "Small-data protocol: train on this many images of each class. (default: all)"
     )
 
     def check_together(self) -> None:

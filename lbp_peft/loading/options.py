@@ -61,10 +61,10 @@ class DataOptions:
     )
     image_column: str | None = option(None, "Column of images. (default: the first of that kind)")
     test_images: int | None = option(
-        None, "Test on so many images, drawn by --data_seed, of each class in proportion. (default: all)"
+        None, "Test on this many images, drawn by --data_seed, of each class in proportion. (default: all)"
     )
     train_images: int | None = option(
-        None, "Small-data protocol: train on so many images, drawn in the same way. (default: all)"
+        None, "Small-data protocol: train on this many images, drawn in the same way. (default: all)"
     )
     data_seed: int = option(0, "Chooses the images held out and those of the small-data protocol.")
     skip_broken: bool = option(False, "Leave out images that cannot be read, and say how many, instead of stopping.")

@@ -58,7 +58,7 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
 
 @torch.no_grad()
 def touch(model: torch.nn.Module) -> None:
-    """Write to the trained weights, as an optimizer does between two steps, so that copies of them are outdated."""
+    """Write to the trained weights, as an optimiser does between two steps, so that copies of them are outdated."""
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.mul_(1)

@@ -1,4 +1,4 @@
-"""Runs steps until they take as long as later ones: first steps trace the model for layouts, and compile graphs."""
+"""Runs steps until they take as long as later ones: the first steps trace the model and compile graphs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MOST_STEPS = 4
 def warmed_up(model: nn.Module, step: Callable[[], Result]) -> Result:
     """Run steps of a model, and return the result of the first one that neither traced nor compiled anything.
 
-    A model whose Python code may take another way in each pass is traced in each pass; then the fourth step counts.
+    A model whose Python code may take another path in each pass is traced in each pass; then the fourth step counts.
     """
     result = None
     for _ in range(_MOST_STEPS):

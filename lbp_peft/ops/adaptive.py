@@ -1,9 +1,9 @@
 """An input gradient in a basis that is fitted to each image's own gradient, in the backward pass.
 
 Fixed Walsh functions approximate g = dLoss/dy badly where its energy is concentrated in a few irregular patterns over
-the tokens, as attention makes them. A basis found from g itself has no such weakness. A randomized range finder (Halko,
-Martinsson and Tropp, SIAM Review 53, 2011, section 4.5) finds nearly the k leading left singular vectors of g, shape
-(L, C_out), in a few products with k columns. For each image, with S (k, L) fixed random signs:
+the tokens, such as those that attention makes. A basis found from g itself has no such weakness. A randomized range
+finder (Halko, Martinsson and Tropp, SIAM Review 53, 2011, section 4.5) approximates the k leading left singular vectors
+of g, shape (L, C_out), in a few products with k columns. For each image, with S (k, L) fixed random signs:
 
     Z = S g             (k, C_out)    a sketch of the features that occur
     Y = Z g^T           (k, L)        their patterns over the tokens: half a power iteration

@@ -1,4 +1,4 @@
-"""Dropout inside a layer that is run again: its modules are given what they returned before."""
+"""Dropout inside a layer that is run again: its modules return what they returned in the forward pass."""
 
 from __future__ import annotations
 

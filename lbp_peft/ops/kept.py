@@ -1,7 +1,7 @@
 """What operations save for the backward pass, under `torch.compile` and in checkpointed blocks.
 
 The compiler decides by itself what to save, and might save the exact tensor and round it again in the backward pass. It
-does not compute an operation again that it does not know.
+never runs an operation again that it does not know.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def kept_in_groups(x: Tensor, offset: Callable[[Tensor], Tensor] | None = None) 
 
     Args:
         x: Shape (..., C).
-        offset: Of x, returns what is subtracted from it before.
+        offset: Returns what is subtracted from x before it is rounded. None: nothing is.
     """
     if saved_tensors_are_discarded():
         return empty(x, x.shape, torch.int8), empty(x, shape_of_scales(x.shape), torch.float32)

@@ -1,8 +1,8 @@
 """The backward pass of layers whose outputs are only read at the leading tokens.
 
 A model that is read at [CLS] needs nothing else of its last block: there the gradients of the MLP's outputs, of the
-attention's output and of its queries are zero in all patches. Products with zeros are left out, and the gradients stay
-what they are. Nothing is assumed about the model: the gradient itself is looked at, in each backward pass.
+attention's output and of its queries are zero in all patches. Products with zeros are left out, which does not change
+the gradients. Nothing is assumed about the model: the gradient itself is checked, in each backward pass.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def leading_tokens_with_gradient(g: Tensor, plan: BackwardPlan) -> LeadingTokens
 
     Args:
         g: Shape (N, L, C_out).
-        plan: Of the layer. Where it knows no layout, only the first token is left out of the comparison. The tokens
-            before the grid must be among the coefficients of the weight gradient's basis as they are.
+        plan: The plan of the layer. Where it has no layout, only the first token is left out of the comparison. The
+            tokens before the grid must be among the coefficients of the weight gradient's basis as they are.
     """
     if must_be_functional() or type(g) is not Tensor or g.device.type != "cpu" or g.numel() == 0:
         return None
@@ -67,7 +67,7 @@ def leading_tokens_with_gradient(g: Tensor, plan: BackwardPlan) -> LeadingTokens
     if plan.weight_basis is not None and (layout is None or not plan.weight_basis.keeps_outside(layout)):
         return None
     number = 1 if layout is None else layout.num_prefix_tokens
-    if not 0 < number < g.shape[1] or bool(g[:, -1].any()):  # the last token tells nearly always, at no cost
+    if not 0 < number < g.shape[1] or bool(g[:, -1].any()):  # the last token nearly always decides, at no cost
         return None
     least, most = torch.aminmax(g[:, number:])
     return LeadingTokens(number, g.shape[1]) if least == 0 and most == 0 else None  # NaN is not equal to zero

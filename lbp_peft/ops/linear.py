@@ -196,7 +196,7 @@ class _EagerLowRankLinear(_LowRankLinear):
     """The same outside of `torch.func` and `torch.compile`.
 
     PyTorch binds the arguments of a function with a `setup_context` to its signature in every call, which takes longer
-    than all else that a call does in Python. Only transforms of `torch.func` need that method.
+    than everything else that a call does in Python. Only transforms of `torch.func` need that method.
     """
 
     generate_vmap_rule = False
@@ -262,7 +262,7 @@ def _gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
         precision = FULL  # rounding W would take longer
 
     def restored(rows: Tensor) -> Tensor:
-        """Those rows of a saved input that meet those of the projected gradient."""
+        """The rows of a saved input that belong to those of the projected gradient."""
         return plan.from_saved(rows if leading is None else leading.project_gradient(rows), grad_y.dtype)
 
     # The gradients of weights and biases
@@ -337,7 +337,7 @@ def _input_coefficients(
 
 
 def _sums_weight_again(state: _State, precision: Precision, g_hat: Tensor, weight: Tensor) -> bool:
-    """Whether the input gradient should be one product too: of the weight alone, a rounded copy may be kept."""
+    """Whether the input gradient is one product too. It is not where a rounded copy of the weight alone is kept."""
     if not state.sums_weight or number_format(precision.name).caches_weight(g_hat.device):
         return False
     num_images = heuristics.USUAL_BATCH if torch.compiler.is_compiling() else g_hat.shape[0]

@@ -31,7 +31,7 @@ def compressed_rms_norm(y: Tensor, x: Tensor, weight: Tensor | None, eps: float,
         x: The input, shape (..., C); float32, bfloat16 or float16.
         weight: Shape (C,), or None.
         eps: Added to the mean square.
-        shift: Added to the weight, which some models learn less 1.
+        shift: Added to the weight. Some models learn the weight minus 1.
 
     Double backward raises RuntimeError.
     """

@@ -29,7 +29,7 @@ def summed_weight(weight: Tensor, factors: Sequence[Tensor], scalings: Sequence[
         weight: W, shape (C_out, C_in), float32 or float64.
         factors: A_1, B_1, A_2, B_2, ..., shapes (r, C_in) and (C_out, r), of any floating dtype.
         scalings: s_1, s_2, ...
-        dtype: Of the result.
+        dtype: The dtype of the result.
     """
     with without_autocast(weight.device):
         for down, up, scaling in zip(factors[::2], factors[1::2], scalings, strict=True):
@@ -51,8 +51,9 @@ def _(weight: Tensor, factors: Sequence[Tensor], scalings: Sequence[float], grad
 def weight_in_backward(weight: Tensor, factors: Sequence[Tensor], scalings: Sequence[float], grad: Tensor) -> Tensor:
     """[`summed_weight`] of the dtype of a gradient, made in the backward pass; without factors W itself, of any shape.
 
-    `torch.compile` would keep the forward pass's, as large as the weight, or the weight's copy in 16 bits: it counts on
-    saving time. An operation that it does not know and that reads a gradient has to wait for the backward pass.
+    `torch.compile` would keep the sum of the forward pass, as large as the weight, or the weight's copy in 16 bits,
+    because it expects to save time by that. An operation that it does not know and that reads a gradient has to wait
+    for the backward pass.
     """
     if torch.compiler.is_compiling() and (factors or weight.dtype != grad.dtype):
         return _weight_in_backward(weight, list(factors), list(scalings), grad)
@@ -64,7 +65,7 @@ def sums_weight(x: Tensor, weight: Any, factors: Sequence[Any], num_rows: int) -
 
     Args:
         x: The input, shape (..., C_in).
-        weight: Shape (C_out, C_in), as the forward pass gets it; a parameter that is still to be cast, if it is.
+        weight: Shape (C_out, C_in), as the forward pass gets it. A parameter may still have to be cast.
         factors: See [`summed_weight`].
         num_rows: M, of the input (M, C_in).
     """

@@ -1,4 +1,4 @@
-"""Tries out whether a layer is one that [`lbp_peft.ops.recompute`] can run on few rows."""
+"""Tests whether a layer is one that [`lbp_peft.ops.recompute`] can run on few rows."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from .dropout import active_dropouts, forwards_replaced, random_state_restored
 
 
 def why_not_token_wise(layer: nn.Module, num_features: int, dtype: torch.dtype, device: torch.device) -> str:
-    """Try out whether a layer treats every token by the same affine map, the same each time; "" if so.
+    """The reason why a layer does not apply the same affine map to each token in each call; "" if it does.
 
-    It is run on a few random tokens with its trained parameters disturbed, since many an adapter does nothing before
-    it is trained. Dropout of the layer's input is allowed; other dropout is not.
+    The layer is run on a few random tokens with its trained parameters disturbed, since many adapters do nothing before
+    they are trained. Dropout of the layer's input is allowed; other dropout is not.
     """
     if random := _random_parts(layer):
         return f"its {random} is stochastic"
@@ -54,7 +54,7 @@ def why_not_token_wise(layer: nn.Module, num_features: int, dtype: torch.dtype, 
         if not all((run(a) - at_a).abs().max() <= tolerance for _ in range(4)):
             return "it is stochastic"
         if (run(a[:, 1:2]) - at_a[:, 1:2]).abs().max() > tolerance:
-            return "what it makes of a token depends on the others"
+            return "its output for a token depends on other tokens"
         if (run(a + b) - at_a - run(b) + at_zero).abs().max() > 2 * tolerance:
             return "it is not linear in its input"
     return ""

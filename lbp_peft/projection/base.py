@@ -56,7 +56,7 @@ class Projection(ABC):
     @property
     @abstractmethod
     def num_coefficients(self) -> int:
-        """k, the number of rows that represent the tokens of an image, those outside the grid included."""
+        """k, the number of rows that represent the tokens of an image, including those outside the grid."""
 
     @property
     def may_be_kept(self) -> bool:

@@ -23,7 +23,7 @@ _made: BoundedCache[tuple, tuple[Projection | None, heuristics.Heuristics]] = Bo
 
 
 def num_coefficients(layout: TokenLayout, basis: Basis | None) -> int:
-    """k, the number of rows that represent the L = `layout.num_tokens` tokens, those outside the grid included.
+    """k, the number of rows that represent the L = `layout.num_tokens` tokens, including those outside the grid.
 
     It is L, and nothing is saved, if `basis` is None or has at least L functions.
 

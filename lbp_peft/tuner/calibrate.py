@@ -36,8 +36,8 @@ class Calibration:
         distinct = len(set(self.bases.values()))
         batches = "1 batch" if self.num_batches == 1 else f"{self.num_batches} batches"
         lines = [
-            f"{len(self.bases)} layers calibrated by {batches}; layers with the same input share a basis, which makes "
-            f"{distinct}."
+            f"{len(self.bases)} layers calibrated by {batches}. Layers with the same input share a basis; number of "
+            f"bases: {distinct}."
         ]
         lines += [f"{number} not calibrated: {why}." for why, number in Counter(self.left_out.values()).most_common()]
         return "\n".join(lines)
@@ -46,17 +46,18 @@ class Calibration:
 def calibrate(model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction | None = None) -> Calibration:
     """Choose the bases of all layers whose selection is "lhe" or "klt", by what they see in a few training steps.
 
-    To be called before training, and again at any time, to choose anew. A forward and a backward pass with exact
-    gradients are run on each batch, which takes the time and memory of a step of full fine-tuning without its
-    optimiser. Weights, gradients, buffers, modes, hooks and random numbers are left as they were. The bases are saved
-    with the adapter, and loaded with it.
+    Call it before training. It may be called again at any time, to choose the bases anew. A forward and a backward pass
+    with exact gradients are run on each batch, which takes the time and memory of a step of full fine-tuning without
+    its optimiser. Weights, gradients, buffers, modes, hooks and random numbers are left as they were. The bases are
+    saved with the adapter, and loaded with it.
 
     Where `torch.distributed` is in use, as under accelerate, every process has to call it with batches of its own;
-    what they see is summed, and all choose the same bases. Call it before a model is sharded (FSDP, ZeRO-3).
+    the statistics are summed, and all processes choose the same bases. Call it before a model is sharded (FSDP,
+    ZeRO-3).
 
     Layers that receive the same tensor, as query, key and value do, are calibrated together and share its projection.
-    Left out, and exact in the backward pass, are layers whose tokens lie on no known grid, and images of several sizes
-    that are packed into one sequence. "klt" knows only the grid sizes of these batches.
+    Layers whose tokens lie on no known grid are left out, as are those that receive images of several sizes packed into
+    one sequence: their backward pass is exact. "klt" knows only the grid sizes of these batches.
 
     Args:
         model: A `PeftModel` with LBP-WHT, also one that is stacked on LoRA or another method; with or without DDP.
@@ -70,7 +71,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction | 
     Raises:
         ValueError: no active adapter has such a selection, there are no batches, the gradients are not finite, no layer
             can be calibrated, a grid has more than 4096 tokens for "klt", the model is sharded, or returns no loss.
-        RuntimeError: its gradient checkpointing is the reentrant one, through which `torch.autograd.grad` cannot go.
+        RuntimeError: its gradient checkpointing is reentrant, which `torch.autograd.grad` does not support.
 
     Example:
         >>> model = get_peft_model(vit, LBPWHTConfig(r=8, selection="klt", modules_to_save=["classifier"]))
@@ -104,7 +105,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction | 
     if not chosen:
         reasons = ", ".join(dict.fromkeys(collected.unseen.values()))
         raise ValueError(f"None of the layers can be calibrated: {reasons or 'their weights are not trained'}.")
-    for name, adapter in wanted:  # only now, since nothing can fail any more
+    for name, adapter in wanted:  # assigned only now, since nothing can fail any more
         rule, why = layers[name].lbpwht_rule[adapter], collected.unseen.get(name, NOT_CALLED)
         if (name, adapter) in chosen:
             layers[name].lbpwht_rule[adapter] = replace(rule, weight_basis=chosen[name, adapter])
@@ -130,7 +131,7 @@ class Collected:
     """What layers have seen in some training steps.
 
     Attributes:
-        num_batches: Of all processes together.
+        num_batches: The batches of all processes together.
         statistics: (name of the layer, name of the selection) -> its statistics; one object for all layers that receive
             the same tensor.
         leaders: Name of the layer -> that of the first layer that received the same tensor.
@@ -149,7 +150,7 @@ def collect(
     loss_fn: LossFunction | None,
     wanted: dict[str, list[CalibratedSelection]],
 ) -> Collected:
-    """Run batches, and sum up what the selections of some layers have to know, over all processes.
+    """Run batches, and sum up the statistics that the selections of some layers need, over all processes.
 
     Args:
         wanted: Name of the layer -> its selections.
@@ -210,7 +211,7 @@ def _on_grid(seen: Seen) -> tuple[Tensor, Tensor]:
 
 
 def agreed_leaders(leaders: dict[str, str]) -> dict[str, str]:
-    """The leaders in which all processes agree. A layer whose leader differs from one process to another has itself."""
+    """The leaders in which all processes agree. A layer whose leader differs between processes leads itself."""
     found: dict[str, set[str]] = {}
     for own in gathered_from_processes(leaders):
         for name, leader in own.items():

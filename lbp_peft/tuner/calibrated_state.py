@@ -1,7 +1,7 @@
 """The bases that calibration chose, in the checkpoint of an adapter.
 
-They are no parameters or buffers of the layers: a cast of the model would round them, and whatever wraps a model for
-training would treat them as weights. They are written to the adapter's state dict, and taken out of it when it is
+They are neither parameters nor buffers of the layers: a cast of the model would round them, and whatever wraps a model
+for training would treat them as weights. They are written to the adapter's state dict, and taken out of it when it is
 loaded.
 """
 
@@ -34,9 +34,9 @@ def calibrated_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]
 def take_bases(
     model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> tuple[dict[LBPWHTLayer, Basis], dict[str, Tensor]]:
-    """The bases in a checkpoint, by layer, and what else there is. Nothing is changed.
+    """The bases in a checkpoint, by layer, and its other tensors. The layers are not changed.
 
-    An adapter that was only just created to hold the checkpoint is removed again where that is refused.
+    If the checkpoint is refused, an adapter that was only just created to hold it is removed again.
 
     Raises:
         ValueError: the tensors of a layer are not those of a basis that its settings could have chosen.
@@ -68,7 +68,7 @@ def take_bases(
 
 
 def put_bases(model: nn.Module, bases: dict[LBPWHTLayer, Basis], adapter_name: str) -> None:
-    """Have an adapter use these bases. A layer of which a calibrated checkpoint has none was left out."""
+    """Have an adapter use these bases. A layer without a basis in a calibrated checkpoint counts as left out."""
     made: dict[Basis, Basis] = {}  # equal ones become one object, whose matrices are made once
     for layer in _calibrated_layers(model, adapter_name).values() if bases else ():
         rule = layer.lbpwht_rule[adapter_name]
@@ -81,7 +81,7 @@ def put_bases(model: nn.Module, bases: dict[LBPWHTLayer, Basis], adapter_name: s
 
 
 def _calibrated_layers(model: nn.Module, adapter_name: str) -> dict[str, LBPWHTLayer]:
-    """By their names in a state dict, the layers whose basis for an adapter is, or is to be, calibrated."""
+    """The layers whose basis for an adapter is or will be calibrated, by their names in a state dict."""
     return {
         without_wrappers(name): module
         for name, module in model.named_modules()

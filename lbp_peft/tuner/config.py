@@ -38,7 +38,7 @@ class LBPWHTConfig(PeftConfig):
             LP_L1-8.
         grad_input_rank: Walsh bases kept in each block for the input gradient, 1 to block_size**2; the paper's setting
             is `grad_input_rank=r`. None: the input gradient is not low-rank. The error of a low-rank input gradient
-            compounds from the last layer to the first, that of the weight gradient does not.
+            compounds from the last layer to the first; that of the weight gradient does not.
         grad_input_basis: The basis of a low-rank input gradient. "walsh": the first Walsh functions of the selection.
             "adaptive": in each backward pass and for each image, orthonormal patterns over the tokens that fit the
             gradient; `grad_input_rank` is then their number for each image (16 to 32 are useful), tokens outside the
@@ -61,12 +61,12 @@ class LBPWHTConfig(PeftConfig):
             "gelu" is "activation"; "int8" is a deprecated name of ("activation", "norm").
         block_size: Order of the two-dimensional Walsh-Hadamard transform, a power of two, 128 at most.
         selection: The order of the bases (i, j): "lp_l1" by i + j, "lp_linf" by max(i, j). For ties, see
-            [`lbp_peft.bases.walsh.basis_order`]. A list of pairs, as `[(0, 0), (0, 1), (1, 0)]`: its first r, or all.
-            "lhe" and "klt" are chosen for each layer by what it sees, in [`lbp_peft.calibrate`], which has to be called
-            before training: "lhe" keeps the r Walsh functions that carry most of the weight gradient, "klt" as many
-            functions of any form. They concern the weight gradient; a low-rank input gradient then has the bases of
-            "lp_l1".
-        selection_pattern: Selections that differ from it, by module name suffix or regular expression.
+            [`lbp_peft.bases.walsh.basis_order`]. A list of pairs, such as `[(0, 0), (0, 1), (1, 0)]`: its first r, or
+            all if there are fewer. "lhe" and "klt" are chosen for each layer by what it sees, in
+            [`lbp_peft.calibrate`], which has to be called before training: "lhe" keeps the r Walsh functions that carry
+            most of the weight gradient, "klt" as many functions of any form. They concern the weight gradient; a
+            low-rank input gradient then has the bases of "lp_l1".
+        selection_pattern: Selections that differ from `selection`, by module name suffix or regular expression.
         boundary: The treatment of grids that are not a multiple of block_size. "orthogonal": a true projection, exact
             at full rank. "reflect": that of the paper's reference code, which counts border patches twice.
         train_base_weight: True: the adapter is a trained copy of each target's weight and bias. False: it has no
@@ -75,8 +75,8 @@ class LBPWHTConfig(PeftConfig):
             faster, and its base weight has 32 bits, its two branches are one product with the sum of their weights,
             which is as close to the exact result. It has no effect otherwise: the forward pass of all other layers is
             exact to the bit.
-        base_weights: Where a target's base weight waits while one adapter is trained that has a copy of it. "auto": in
-            a file that is mapped into memory ("disk"), or for models on a GPU in the CPU's memory ("cpu").
+        base_weights: Where a target's base weight waits while the only adapter in use has a trained copy of it. "auto":
+            in a file that is mapped into memory ("disk"), or for models on a GPU in the CPU's memory ("cpu").
             "resident": where it is, so that weights are held twice. "dropped": nowhere; the weight itself is trained,
             and whatever needs the base weight raises an error. It concerns only the running program and is not saved
             with the adapter. See docs/memory.md.
@@ -84,9 +84,10 @@ class LBPWHTConfig(PeftConfig):
             `{"layers.11.mlp.fc2": 21}`. It changes r only, not `grad_input_rank`.
         grad_input_rank_pattern: Ranks that differ from grad_input_rank, likewise; None for an input gradient that is
             not low-rank.
-        grid_size: (H, W) of the patch grid. None: found out from the model and the input.
-        num_prefix_tokens: Tokens before the patches ([CLS], distillation, registers). None: found out.
-        num_suffix_tokens: Tokens after the patches (detection tokens). None: found out.
+        grid_size: (H, W) of the patch grid. None: it is found from the model and the input.
+        num_prefix_tokens: Tokens before the patches ([CLS], distillation, registers). None: their number is found
+            likewise.
+        num_suffix_tokens: Tokens after the patches (detection tokens). None: their number is found likewise.
         target_modules: Names, a regular expression, or "all-linear". None: every linear layer in the blocks of the
             encoder, never the head.
         exclude_modules: Names or a regular expression of modules not to adapt.
@@ -94,8 +95,8 @@ class LBPWHTConfig(PeftConfig):
             names, or one name.
         layers_to_transform: Indices of the blocks to adapt; needs `target_modules` as a list.
         layers_pattern: Name of the list of blocks that `layers_to_transform` counts in.
-        stack_on: Configuration of another PEFT method, say a `LoraConfig`, whose adapter is put on the model first and
-            whose training LBP-WHT then makes cheap; or several, by adapter name. Needs `train_base_weight=False`.
+        stack_on: Configuration of another PEFT method, such as a `LoraConfig`, whose adapter is put on the model first
+            and whose training LBP-WHT then makes cheap; or several, by adapter name. Needs `train_base_weight=False`.
             Filled in when a stack is saved, so that its checkpoint is complete.
         stack_active: Which adapters of `stack_on` are active. None: the first.
 
@@ -109,7 +110,7 @@ class LBPWHTConfig(PeftConfig):
         default=None, metadata={"help": "Walsh bases kept per block for the input gradient; None: it is not low-rank."}
     )
     grad_input_basis: GradInputBasis = field(
-        default="walsh", metadata={"help": 'Of a low-rank input gradient: "walsh", or "adaptive" to each image.'}
+        default="walsh", metadata={"help": 'Basis of a low-rank input gradient: "walsh", or "adaptive" to each image.'}
     )
     grad_input_energy: float | None = field(
         default=None, metadata={"help": "Share of the gradient's energy that an adaptive basis has to keep, up to 1."}
@@ -181,7 +182,7 @@ class LBPWHTConfig(PeftConfig):
         check_settings(self)
 
     def weight_basis(self, r: int, selection: Selection | Pairs | None = None) -> Basis:
-        """The basis of the weight gradient of a layer of rank r, or what stands in its place until calibration.
+        """The basis of the weight gradient of a layer of rank r, or its placeholder until calibration.
 
         Args:
             r: The layer's rank.

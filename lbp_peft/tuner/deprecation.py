@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 from .validation.patterns import show
 
 _Class = TypeVar("_Class", bound=type)
-# Packages through which a user's call or file reaches the configuration: a warning points at who called them.
+# Packages through which a user's call or file reaches the configuration: a warning points at their caller.
 _INTERMEDIATE = ("lbp_peft", "peft", "transformers", "dataclasses")
 
 

@@ -168,7 +168,7 @@ def _input_gradient(config: LBPWHTConfig, rank: int | None, selection: Any) -> I
 
 def _adapting_class(target: nn.Module) -> type[LBPWHTLinear]:
     layer_type = layer_type_of(target)
-    if layer_type is None:  # the layer is quantised
+    if layer_type is None:  # the layer is quantized
         return LBPWHTLinear
     return cast("type[LBPWHTLinear]", layer_type.adapting_class)  # all of them are made with the same arguments
 

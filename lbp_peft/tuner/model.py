@@ -36,7 +36,7 @@ class LBPWHTModel(BaseTuner):
     in the model under their own names, are trained, and are saved and loaded along with this one.
 
     Args:
-        model: The model, which is adapted in place. Of a `PeftModel`, the model that it has adapted is.
+        model: The model, which is adapted in place. If it is a `PeftModel`, the model inside it is adapted.
         peft_config: The configurations of the adapters, by name; or a single one, when PEFT injects the adapter.
         adapter_name: The name of the first adapter.
         low_cpu_mem_usage: Make the adapter's weights on the meta device, to be filled by a checkpoint.
@@ -48,7 +48,7 @@ class LBPWHTModel(BaseTuner):
 
     prefix: str = "lbpwht_"
     tuner_layer_cls = LBPWHTLayer
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # the structure tells the targets, see encoder.py
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # targets are found from the structure, see encoder.py
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class LBPWHTModel(BaseTuner):
         if self.stack is None:
             super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
             return
-        config = copy.copy(config)  # it will have stack_on, which the caller's should not
+        config = copy.copy(config)  # stack_on is set in it, and not in the caller's
         peft_config = {adapter_name: config}
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = self.stack.base_model_name_or_path
@@ -208,9 +208,9 @@ class LBPWHTModel(BaseTuner):
         them changed.
 
         Each layer that one of them adapts, with its bias, and each of their modules_to_save is combined; what an
-        adapter leaves alone it did not change. With weights that sum to 1 this averages the adapters' weights. The new
-        adapter has the settings of the first and is, as in PEFT, neither active nor trained. On a stack, names of
-        adapters beneath are passed on to their own method, with all arguments, in its own signature.
+        adapter does not adapt counts as unchanged by it. With weights that sum to 1 this averages the adapters'
+        weights. The new adapter has the settings of the first and is, as in PEFT, neither active nor trained. On a
+        stack, names of adapters beneath are passed on to their own method, with all arguments, in its own signature.
 
         Args:
             adapters: Names of adapters that have weights of their own.
@@ -221,7 +221,7 @@ class LBPWHTModel(BaseTuner):
 
         Raises:
             ValueError: a name is unknown or taken, an adapter has no weights (train_base_weight=False), the numbers of
-                names and weights differ, a weight is no finite number, another combination_type is asked for, or
+                names and weights differ, a weight is not a finite number, another combination_type is asked for, or
                 modules_to_save hold buffers that differ. Nothing is added then.
         """
         beneath = {} if self.stack is None else self.stack.configs
@@ -245,7 +245,7 @@ class LBPWHTModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
-        if self.stack is None or not isinstance(self.peft_config, ChainMap):  # while it is being built, for one
+        if self.stack is None or not isinstance(self.peft_config, ChainMap):  # for instance while it is being built
             super().set_adapter(adapter_name, inference_mode=inference_mode)
             return
         if own := [name for name in names if name in self.peft_config.maps[0]]:
@@ -277,7 +277,7 @@ class LBPWHTModel(BaseTuner):
         holder = self.stacked_on
         tuner: Any = holder.base_model if isinstance(holder, PeftModel) else super()
         model: nn.Module = tuner._unload_and_optionally_merge(*args, **kwargs)
-        if self._is_built():  # on adapters of `stack_on`, which are removed already
+        if self._is_built():  # it was stacked by `stack_on`, whose adapters are removed already
             model = super()._unload_and_optionally_merge(*args, **kwargs)
         for finder in finders:
             finder.detach()

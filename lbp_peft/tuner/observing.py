@@ -1,4 +1,4 @@
-"""Runs training steps on the side, with exact gradients, and shows what the adapted layers see in them."""
+"""Runs additional training steps with exact gradients, and passes on what the adapted layers see in them."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Seen:
 
 
 class _EveryToken(Basis):
-    """Keeps everything, so that a layer finds its layout and then runs exact backpropagation."""
+    """A basis that keeps every token, so that a layer finds its layout and then runs exact backpropagation."""
 
     def num_coefficients(self, layout: TokenLayout) -> int:
         return layout.num_tokens
@@ -104,7 +104,7 @@ def observe(
         batches: What the model is called with, as in `lbp_peft.gradient_quality`; any number of them.
         loss_fn: (model, batch) -> scalar loss. None: `model(**batch).loss`.
         names: The layers to observe.
-        see: Is given each call of these layers whose tokens lie on one known grid. It must keep no tensor.
+        see: It receives each call of these layers whose tokens lie on one known grid, and must keep no tensor.
 
     Returns:
         The number of batches, and, by name, why layers were not seen.
@@ -192,7 +192,7 @@ def sum_over_processes(sums: dict[Key, Tensor], device: torch.device) -> dict[Ke
     """The sums over all processes of `torch.distributed`; a key that a process lacks counts as zero there.
 
     Args:
-        sums: Float64 tensors, or on devices without it float32, by keys that can be compared. Unchanged.
+        sums: Float64 tensors, or on devices without it float32, by keys that can be compared. They are not changed.
         device: The device of this process.
     """
     shapes = gathered_from_processes({key: tuple(one.shape) for key, one in sums.items()})

@@ -1,4 +1,4 @@
-"""What each adapted layer does in the backward pass, for people to read."""
+"""Reports what each adapted layer does in the backward pass."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class LayoutReport:
 
     Attributes:
         layers: Name of the layer -> its last [`BackwardPass`], None if it has not run in training mode yet.
-        features: Name of the layer -> C_in, the channels of its input; None where it cannot be told.
+        features: Name of the layer -> C_in, the channels of its input; None where it is not known.
     """
 
     layers: dict[str, BackwardPass | None]
@@ -109,7 +109,7 @@ class LayoutReport:
         return [shown, *([marks.get(row[name], row[name]).removeprefix(f"{start} ") for name in shown] for row in rows)]
 
     def _marks(self) -> dict[str, str]:
-        """A layer that is exact, as the last column tells it -> the same in short; the reasons are in the totals."""
+        """What the last column says of an exact layer -> a short mark for it, which the totals explain."""
         reasons = [why for why, _ in Counter(self.exact.values()).most_common()]
         numbers = [f" ({number})" for number in range(1, len(reasons) + 1)] if len(reasons) > 1 else [""]
         return {f"exact: {why}": f"exact{number}" for why, number in zip(reasons, numbers, strict=False)}
@@ -252,7 +252,7 @@ def _words_for_grids(layout: TokenLayout) -> str:
 
 
 def layout_report(model: nn.Module) -> LayoutReport:
-    """Tell, for each layer with LBP-WHT adapters, its grid, prefix tokens, k of L, and why it is exact where it is.
+    """Report the grid, the prefix tokens and k of L of each layer with LBP-WHT adapters, or why it is exact.
 
     Printed, it shows totals and one row for each group of like layers; `as_text(verbose=True)` has one for each layer,
     and says what the columns mean. Notebooks show it as a table; `to_pandas()` gives a data frame.

@@ -160,7 +160,7 @@ def test_layers_with_the_same_input_share_a_basis():
     assert len({id(basis) for basis in report.bases.values()}) == 2 * 4
     of = {name.removeprefix("base_model.model.vit.layers."): basis for name, basis in bases_of(model).items()}
     assert of["0.attention.q_proj"] is of["0.attention.k_proj"] is of["0.attention.v_proj"]
-    assert "12 layers calibrated by 2 batches" in str(report) and "which makes 6" in str(report)
+    assert "12 layers calibrated by 2 batches" in str(report) and "number of bases: 6" in str(report)
 
 
 def test_the_model_is_left_as_it_was():
@@ -428,7 +428,7 @@ def test_budgets_that_make_no_sense_are_refused():
         lbp_peft.allocate_ranks(model, batches(1))
     with pytest.raises(ValueError, match="not an iterator"):
         lbp_peft.allocate_ranks(model, iter(batches(1)), memory="1x")
-    with pytest.raises(ValueError, match="what the least ranks take"):
+    with pytest.raises(ValueError, match="which the lowest ranks take"):
         lbp_peft.allocate_ranks(model, batches(1), memory=100)
     with pytest.raises(ValueError, match="must be a size"):
         lbp_peft.allocate_ranks(model, batches(1), memory="a lot")

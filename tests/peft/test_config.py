@@ -451,7 +451,7 @@ def test_the_parts_of_a_module_are_trained_and_saved(tmp_path):
 
 
 class Int8Linear(nn.Linear):
-    """Stands for a quantised layer: an integer weight, and a product of its own."""
+    """Stands for a quantized layer: an integer weight, and a product of its own."""
 
     def __init__(self, in_features, out_features):
         super().__init__(in_features, out_features)
@@ -462,7 +462,7 @@ class Int8Linear(nn.Linear):
         return nn.functional.linear(x, self.weight.to(x.dtype) / 200, self.bias)
 
 
-def quantised_vit():
+def quantized_vit():
     model = tiny_vit()
     for layer in model.vit.layers:
         layer.mlp.fc1 = Int8Linear(32, 64)
@@ -470,17 +470,17 @@ def quantised_vit():
 
 
 @pytest.mark.parametrize("targets", [["fc1", "fc2"], r".*\.fc[12]", "all-linear"])
-def test_quantised_layers_cannot_be_trained(targets):
-    model = quantised_vit()
+def test_quantized_layers_cannot_be_trained(targets):
+    model = quantized_vit()
     trainable = {n for n, p in model.named_parameters() if p.requires_grad}
-    with pytest.raises(ValueError, match=r"fc1 is quantised \(Int8Linear\).*train_base_weight=False"):
+    with pytest.raises(ValueError, match=r"fc1 is quantized \(Int8Linear\).*train_base_weight=False"):
         get_peft_model(model, LBPWHTConfig(target_modules=targets))
     untouched(model, trainable)
 
 
 @pytest.mark.parametrize("targets", [["fc1", "fc2"], "all-linear"])
-def test_quantised_layers_may_be_passed_through(targets):
-    base = quantised_vit()
+def test_quantized_layers_may_be_passed_through(targets):
+    base = quantized_vit()
     expected = outputs(base, images())
     config = LBPWHTConfig(
         target_modules=targets, train_base_weight=False, grad_input_rank=3, modules_to_save=["layernorm_before"]

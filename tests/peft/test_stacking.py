@@ -250,7 +250,7 @@ METHODS = {
     "Vera": {"r": 8},
     "WaveFT": {"n_frequency": 20},
 }
-EXACT = {"Lily": "depends on the others", "Pvera": "is stochastic"}
+EXACT = {"Lily": "depends on other tokens", "Pvera": "is stochastic"}
 # PEFT computes these partly in float32, whatever the model's dtype.
 FLOAT32 = {"BOFT", "C3A", "Deft", "FourierFT", "OFT", "OSF", "Psoft", "Road", "Shira", "WaveFT"}
 
@@ -354,7 +354,7 @@ def test_trained_tensors_that_are_no_parameters_of_the_layer_are_not_forgotten()
     "function, why",
     [
         (torch.relu, "not linear"),
-        (lambda x: x.cumsum(1), "depends on the others"),
+        (lambda x: x.cumsum(1), "depends on other tokens"),
         (lambda x: x[:, :1], "number of tokens"),
         (lambda x: x * torch.rand(1), "is stochastic"),
         (lambda x: F.dropout(F.dropout(x, 0.5), 0.5), "is stochastic"),
@@ -514,7 +514,7 @@ def test_lbp_alone_is_switched_off():
 
 
 def test_a_layer_that_multiplies_in_a_way_of_its_own_beneath_lora():
-    """Stands for quantised base layers."""
+    """Stands for quantized base layers."""
 
     class Int8Linear(nn.Linear):
         def __init__(self, layer):
@@ -525,7 +525,7 @@ def test_a_layer_that_multiplies_in_a_way_of_its_own_beneath_lora():
         def forward(self, x):
             return F.linear(x, self.weight.to(x.dtype) / 200, self.bias)
 
-    def quantised():
+    def quantized():
         model = tiny_vit()
         for layer in model.vit.layers:
             layer.mlp.fc1 = Int8Linear(layer.mlp.fc1)
@@ -533,18 +533,18 @@ def test_a_layer_that_multiplies_in_a_way_of_its_own_beneath_lora():
         return get_peft_model(model, LoraConfig(r=4, target_modules=["fc1"], init_lora_weights=False)).train()
 
     x = images()
-    expected = gradients(quantised(), x)
+    expected = gradients(quantized(), x)
     for settings, tolerance in (({"r": 64, "grad_input_rank": 64}, 1e-5), ({"r": 36, "grad_input_rank": 36}, 0.5)):
-        model = get_peft_model(quantised(), LBPWHTConfig(train_base_weight=False, **settings)).train()
+        model = get_peft_model(quantized(), LBPWHTConfig(train_base_weight=False, **settings)).train()
         assert largest_difference(gradients(model, x), expected) < tolerance
     assert not {name for name in layout_report(model).exact if name.endswith("fc1")}
 
 
-@pytest.mark.parametrize("quantised", ["8bit", "4bit"])
-def test_bitsandbytes(quantised, tmp_path):
+@pytest.mark.parametrize("quantized", ["8bit", "4bit"])
+def test_bitsandbytes(quantized, tmp_path):
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     tiny_vit(hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
-    how = BitsAndBytesConfig(**{f"load_in_{quantised}": True}, llm_int8_skip_modules=["classifier"])
+    how = BitsAndBytesConfig(**{f"load_in_{quantized}": True}, llm_int8_skip_modules=["classifier"])
 
     def build():
         model = ViTForImageClassification.from_pretrained(tmp_path, quantization_config=how)

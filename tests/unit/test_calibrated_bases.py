@@ -185,7 +185,7 @@ def test_the_worst_gradient_is_as_good_as_any_choice_within_the_budget_makes_it(
 
 def test_a_budget_that_is_too_small_is_refused_with_the_least_that_is_needed():
     options = {key: [Option(1, 0.5, 10, 20), Option(2, 0.6, 20, 40)] for key in "ab"}
-    with pytest.raises(ValueError, match="budget of 19 bytes is below 20, what the least ranks take"):
+    with pytest.raises(ValueError, match="budget of 19 bytes is below 20, which the lowest ranks take"):
         allocate(options, memory=19)
     with pytest.raises(ValueError, match="budget of 39 multiply-adds is below 40"):
         allocate(options, multiply_adds=39)

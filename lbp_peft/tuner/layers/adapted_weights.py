@@ -208,7 +208,7 @@ def weighted_sum_of_changes(base: Tensor, adapted: list[tuple[Tensor, float]]) -
     """The base plus a multiple of the change by each adapted copy of it, in the copies' dtype."""
     dtype = adapted[0][0].dtype
     master = torch.promote_types(dtype, torch.float32)
-    # In this form, a single copy of weight 1, and the mean of equal copies, come out to the bit.
+    # In this form, a single copy of weight 1 and the mean of equal copies are exact to the bit.
     total = (1 - math.fsum(factor for _, factor in adapted)) * base.detach().to(master)
     for copy, factor in adapted:
         total = total + factor * copy.detach().to(master)

@@ -19,10 +19,11 @@ class BackwardRule:
     Attributes:
         weight_basis: Basis of the weight gradient.
         input_gradient: How the input gradient is computed. The name of its precision may be "auto".
-        compress: The words of `compress_activations`: what is saved in few bits in the block of the layer.
+        compress: The words of `compress_activations`, which say what is saved in few bits in the layer's block.
         exact_forward: Whether the forward pass of adapters beneath gives the bits that their own method gives.
         grid_size, num_prefix_tokens, num_suffix_tokens: As given in the configuration.
-        chosen_by: What calibration chooses the weight basis by, and stands in its place before; None: it is fixed.
+        chosen_by: The selection by which calibration chooses the weight basis, and its placeholder before that. None:
+            the basis is fixed.
     """
 
     weight_basis: Basis

@@ -42,8 +42,8 @@ class FileStamp:
         inode: Its device and number, which tell whether the path still leads to the same file.
         state: Its size in bytes and the time of its last change in ns.
         offset: Where the weight begins in it, in bytes.
-        num_bytes: Of the weight.
-        digest: Of the weight's bytes.
+        num_bytes: The size of the weight.
+        digest: A digest of the weight's bytes.
     """
 
     path: str
@@ -62,8 +62,8 @@ class FileStamp:
     def was_overwritten(self) -> bool:
         """Whether the weight in the file was changed since.
 
-        A file that was deleted or replaced stays intact where it is mapped. One whose time of change is new is read: it
-        may have been touched only, or written again with the same contents.
+        A file that was deleted or replaced stays intact where it is mapped. If the time of its last change is new, its
+        contents are read: it may only have been touched, or written again with the same contents.
         """
         try:
             now = FileStamp.of(self.path)
@@ -151,7 +151,7 @@ def _bytes(weight: Tensor) -> memoryview:
 
 
 def _digest_in_file(path: str, offset: int, num_bytes: int) -> bytes:
-    """Of a part of a file. Raises OSError where it cannot be read."""
+    """The digest of a part of a file. Raises OSError where it cannot be read."""
     digest = hashlib.blake2b()
     with open(path, "rb") as file:
         file.seek(offset)

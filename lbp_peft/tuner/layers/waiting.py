@@ -20,13 +20,13 @@ _LEAST_BYTES = 2**16  # smaller weights are not worth a file
 class WaitingBaseWeight(nn.Module):
     """The part of an adapted layer that puts its base weight away, and brings it back where it is needed.
 
-    It is put away at the end of the first backward pass that trains a copy of it, which is before an optimizer has any
+    It is put away at the end of the first backward pass that trains a copy of it, which is before an optimiser has any
     state. Until then, libraries that wrap the model for training find ordinary parameters. It always remains the
     parameter of the base layer, so that state dicts, copies and pickles are complete. The weight of a layer on a CPU is
     then mapped from a file and need not be brought back; that of a layer on a GPU waits on the CPU.
 
     Attributes:
-        lbpwht_base_weights: Where it is to wait while an adapter is active, by name of the adapter.
+        lbpwht_base_weights: Where the base weight is to wait while an adapter is active, by name of the adapter.
         is_dropped: Whether the layer has no base weight any more.
     """
 
@@ -49,7 +49,7 @@ class WaitingBaseWeight(nn.Module):
         self._file: FileStamp | None = None
         self._lost_with: str | None = None  # a file that was overwritten before the weight was read from it
 
-    # Away
+    # Putting the base weight away
 
     @property
     def base_weight_waits(self) -> bool:
@@ -121,7 +121,7 @@ class WaitingBaseWeight(nn.Module):
         self.get_base_layer()._parameters["weight"] = None
         self.is_dropped = True
 
-    # Back again
+    # Bringing it back
 
     def bring_base_weight_back(self) -> None:
         """Move the base weight back to the layer's device."""
@@ -156,7 +156,7 @@ class WaitingBaseWeight(nn.Module):
             )
 
     def _overwritten_file(self) -> str | None:
-        """The file that the base weight was lost with; None if it was not."""
+        """The overwritten file with which the base weight was lost; None if it was not lost."""
         if self._file is not None and self._file.was_overwritten():
             return self._file.path
         return self._lost_with

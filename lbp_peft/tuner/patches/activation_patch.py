@@ -41,7 +41,7 @@ class ActivationPatch(BlockPatch):
     Args:
         block: The block that contains the host and the adapted layers.
         host: The module. If it is an activation function, a table of its derivative is made; if it is a norm, its kind
-            is found out.
+            is determined.
     """
 
     def __init__(self, block: nn.Module, host: nn.Module):

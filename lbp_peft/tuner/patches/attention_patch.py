@@ -1,7 +1,7 @@
 """Patches of modules that own adapted layers, such as attention and MLPs.
 
-Layers with the same input, as those of query, key and value, share its projection. Attention runs its backward pass by
-matrix products where these are faster, or saves query, key and value in 8 bits.
+Layers with the same input, such as those of query, key and value, share its projection. Attention runs its backward
+pass by matrix products where these are faster, or saves query, key and value in 8 bits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Patches of modules that are no adapted layers themselves, but are in a block with some."""
+"""Patches of modules that are not adapted layers themselves, but are in a block with some."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .forward_patch import PATCH_ATTR, ForwardPatch, attach
 
 
 class BlockPatch(ForwardPatch):
-    """Patches a module that is no adapted layer. It takes effect while an adapter that asks for it is active.
+    """Patches a module that is not an adapted layer. It takes effect while an adapter that asks for it is active.
 
     It is not a module, since its host may call all of its children in turn. It is not an adapter either, so PEFT
     neither lists nor switches it: it asks the adapted layers which adapters are active.

@@ -45,7 +45,7 @@ class LBPWHTStacked(nn.Module, ForwardPatch, LBPWHTLayer):
     """
 
     adapter_layer_names = ()
-    weight = bias = None  # so that PEFT does not look for a base layer here, without end
+    weight = bias = None  # so that PEFT does not search for a base layer here endlessly
 
     def __init__(self, finder: LayoutFinder, layer_name: str, rules: dict[str, BackwardRule]):
         super().__init__()
@@ -192,9 +192,9 @@ class _LoraParts(NamedTuple):
 
 
 def _lora_parts(host: Any, x: Tensor) -> list[_LoraParts] | None:
-    """Of each active adapter of a LoRA layer, none of a plain layer; None if it is any other layer.
+    """The parts of each active adapter of a LoRA layer; [] for a plain layer, None for any other layer.
 
-    Written out they cost less than to run the layer again.
+    Computing with these parts is faster than running the layer again.
     """
     if is_plain_linear(host):
         return []
@@ -229,7 +229,7 @@ def _branches(host: Any, x: Tensor, parts: list[_LoraParts]) -> list[Branch]:
 
 
 def _have_to_be_called(base: nn.Module, parts: list[_LoraParts], x: Tensor) -> bool:
-    """Whether it would be noticed, or fail, if the weights of the modules were read and they were not called."""
+    """Whether reading the weights of these modules, instead of calling them, would fail or have another effect."""
     if has_to_be_called_for(base, x):
         return True
     return any(

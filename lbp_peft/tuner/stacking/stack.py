@@ -205,7 +205,7 @@ class Stack:
         return {key: tensor for key, tensor in own.items() if key not in shared}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
-        """The reverse of [`state_dict`].
+        """The inverse of [`state_dict`].
 
         Raises:
             ValueError: tensors are missing or do not belong. Nothing is loaded then.

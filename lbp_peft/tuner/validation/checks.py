@@ -33,7 +33,7 @@ def check_targets(targets: list[tuple[str, nn.Module]], train_base_weight: bool,
 
     Raises:
         TypeError: a target is neither a linear layer nor an adapter of one.
-        ValueError: a target's weight cannot be trained, as it is quantised or another method adapts the layer.
+        ValueError: a target's weight cannot be trained, as it is quantized or another method adapts the layer.
     """
     for name, module in targets:
         if train_base_weight and beside_others and _is_of_others(module):
@@ -43,18 +43,18 @@ def check_targets(targets: list[tuple[str, nn.Module]], train_base_weight: bool,
                 "first (merge_and_unload), or name the module in exclude_modules."
             )
         base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        quantised = _is_quantised(base)
-        if not quantised and layer_type_of(base) is None:
+        quantized = _is_quantized(base)
+        if not quantized and layer_type_of(base) is None:
             settings = f" ({base.extra_repr()})" if base.extra_repr() else ""
             raise TypeError(
                 f"Target module {name} is of type {type(base).__name__}{settings}, which LBP-WHT does not support. "
                 f"Supported are {described_layer_types()}. Leave it out of target_modules, or name it in "
                 "exclude_modules."
             )
-        if quantised and train_base_weight:
+        if quantized and train_base_weight:
             raise ValueError(
-                f"Target module {name} is quantised ({type(base).__name__}), so its weight cannot be trained. Set "
-                "train_base_weight=False, or load the model without quantisation."
+                f"Target module {name} is quantized ({type(base).__name__}), so its weight cannot be trained. Set "
+                "train_base_weight=False, or load the model without quantization."
             )
 
 
@@ -211,7 +211,7 @@ def is_adapted_linear(module: nn.Module) -> bool:
     if not isinstance(module, BaseTunerLayer) or isinstance(module, LBPWHTLayer):
         return False
     base = module.get_base_layer()
-    return layer_type_of(base) is not None or _is_quantised(base)
+    return layer_type_of(base) is not None or _is_quantized(base)
 
 
 def adapter_keys(model: nn.Module, adapter_name: str) -> set[str]:
@@ -225,7 +225,7 @@ def adapter_keys(model: nn.Module, adapter_name: str) -> set[str]:
     }
 
 
-def _is_quantised(module: nn.Module) -> bool:
+def _is_quantized(module: nn.Module) -> bool:
     if resolve_quantization_backend(module) is not None:
         return True
     weight = getattr(module, "weight", None)
@@ -235,7 +235,7 @@ def _is_quantised(module: nn.Module) -> bool:
 def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
     """Refuse a checkpoint that is not one of this adapter, before any of it is loaded.
 
-    An adapter that was only just created to hold it is removed again.
+    If it is refused, an adapter that was only just created to hold it is removed again.
 
     Args:
         model: The model that the checkpoint is for.
@@ -293,7 +293,7 @@ def _is_untrained(model: nn.Module, adapter_name: str) -> bool:
 
 
 def _remove_adapter(model: nn.Module, adapter_name: str) -> None:
-    if not isinstance(model, PeftModel):  # injected without one: who injected it can take it out
+    if not isinstance(model, PeftModel):  # injected without a PeftModel: whoever injected it can remove it
         return
     if len(model.peft_config) > 1:
         model.delete_adapter(adapter_name)

@@ -112,8 +112,8 @@ def _check_adaptive(config: LBPWHTConfig) -> None:
     is_adaptive, energy = config.grad_input_basis == "adaptive", config.grad_input_energy
     if is_adaptive and config.grad_input_rank is None and not any(config.grad_input_rank_pattern.values()):
         raise ValueError(
-            'grad_input_basis="adaptive" needs grad_input_rank, the number of patterns for each image. Useful are '
-            "16 to 32."
+            'grad_input_basis="adaptive" needs grad_input_rank, the number of patterns for each image. 16 to 32 '
+            "are useful."
         )
     if energy is None:
         return

@@ -1,4 +1,4 @@
-"""What type a value in a configuration has, which may come from a file."""
+"""Types of the values in a configuration, which may come from a file."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 
 
 def is_int(value: object) -> TypeGuard[int]:
-    """Whether a value is an int; True and False are none."""
+    """Whether a value is an int, which True and False are not here."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
