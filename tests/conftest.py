@@ -33,6 +33,6 @@ def every_layer_is_low_rank(request, decide):
 
 @pytest.fixture(params=["SeparableProjection", "DenseProjection"])
 def way(request, decide):
-    """Both classes that project tokens. Within a test, all tokens are projected by one of them."""
+    """A class that projects tokens, one of two: within a test, it projects all tokens."""
     decide(use_dense_projection=request.param == "DenseProjection")
     return getattr(projection, request.param)

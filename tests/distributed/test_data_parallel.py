@@ -39,13 +39,13 @@ TRIALS = [
     Trial("checkpointing", lbp_wht, checkpointing=True),
     Trial("base weights on disk", functools.partial(lbp_wht, base_weights="disk")),
     Trial("base weights dropped", functools.partial(lbp_wht, base_weights="dropped")),
-    # Not written out by hand: its layers are run again in the backward pass.
+    # LBP-WHT has no formula for this method: its layers are run again in the backward pass.
     Trial("checkpointing, on DoRA", functools.partial(stacked, use_dora=True), checkpointing=True),
 ]
 
 
 def count_bytes(counted, bucket):
-    """A communication hook: PyTorch's own sum, and what it sends."""
+    """A communication hook that sums as PyTorch's own does, and records what is sent."""
     counted.append(bucket.buffer().nbytes)
     work = torch.distributed.all_reduce(bucket.buffer().div_(PROCESSES), async_op=True)
     return work.get_future().then(lambda done: done.value()[0])
@@ -119,7 +119,7 @@ class Numbered(torch.utils.data.Dataset):
 
 
 def train_with_accelerate(even_batches, accumulate=1, size=10):
-    """An epoch; what was seen, what was gathered of the evaluation, the weights."""
+    """Train for an epoch; return the images seen, the gathered outputs of the evaluation, and the weights."""
     accelerator = Accelerator(
         cpu=True,
         gradient_accumulation_steps=accumulate,
@@ -151,7 +151,7 @@ def train_with_accelerate(even_batches, accumulate=1, size=10):
 
 
 def follow(seen_by_rank, accumulate=1):
-    """One process on the batches that several saw."""
+    """Train one process on the batches that several processes saw."""
     model = lbp_wht().train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     steps = max(len(seen) for seen in seen_by_rank)
@@ -192,7 +192,7 @@ def train_with_trainer(build, folder):
 
 
 def calibrate_one(model, of_ranks):
-    """The bases that these processes' batches give, and whether training goes on with them."""
+    """Calibrate with these processes' batches; return the bases, and whether training goes on with them."""
     given = [{"pixel_values": images(3, seed=rank), "labels": torch.arange(3)} for rank in of_ranks]
     report = lbp_peft.calibrate(model, given)
     ranks = lbp_peft.allocate_ranks(model, given, memory="1x")
@@ -235,7 +235,7 @@ def together(tmp_path_factory):
 def test_two_processes_train_as_one(trial, together):
     expected = train_alone(trial)
     start = weights_of(trial.model())
-    assert largest_difference(start, expected) > 1e-2  # so that equality says something
+    assert largest_difference(start, expected) > 1e-2  # so that equal results mean something
     for found in together:
         assert largest_difference(found[trial.name]["weights"], expected) < 1e-5
         assert found[trial.name]["low rank"] == trial.low_rank
@@ -286,7 +286,7 @@ def test_accelerate(name, together):
         if "uneven" not in name:
             assert run["gathered"] == list(
                 range(11 if name == "partial" else 10)
-            )  # what was added to fill up is dropped again
+            )  # what was added to fill up the last batch is dropped again
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="alone, the Trainer would take the device")
@@ -302,7 +302,7 @@ def test_the_trainer(name, together, tmp_path):
 
 
 def test_low_rank_gradients_differ_from_exact_ones():
-    """The trials above would pass with any gradients that are averaged."""
+    """The trials above would pass with any gradients that are averaged, so it is checked that these are low-rank."""
     exact = functools.partial(lbp_wht, r=64)
     differences = largest_difference(train_alone(Trial("", lbp_wht)), train_alone(Trial("", exact)))
     assert differences > 1e-3

@@ -1,4 +1,4 @@
-"""The configurations to launch with, and that all processes that are started form one group."""
+"""The launch configurations work, and all processes that are started form one group."""
 
 import importlib.util
 import os
@@ -49,7 +49,7 @@ def test_every_configuration_is_there():
 
 
 def environment(name):
-    """What `accelerate launch` tells the processes that it starts."""
+    """The environment variables that `accelerate launch` gives to the processes that it starts."""
     arguments = ["--config_file", str(CONFIGS / f"{name}.yaml"), "program.py"]
     arguments, config, _ = launch._validate_launch_command(launch.launch_command_parser().parse_args(arguments))
     if not name.startswith("zero"):

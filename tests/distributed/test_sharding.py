@@ -56,7 +56,7 @@ STEPS = 4
 
 
 def fsdp2(model, mesh=(PROCESSES,), **settings):
-    # Named, since where there is a GPU the default mesh is one of GPUs.
+    # The device is named, since the default mesh consists of GPUs where there are any.
     mesh = init_device_mesh("cpu", mesh, mesh_dim_names=("replicas", "shards")[-len(mesh) :])
     for block in [module for module in model.modules() if isinstance(module, ViTLayer)]:
         fully_shard(block, mesh=mesh, **settings)
@@ -162,7 +162,7 @@ def local_parameters(model):
 
 
 def resume_from_shards(run, folder):
-    """Train half, write shards, read them into a new model and optimizer, train the rest."""
+    """Train half of the steps, write shards, read them into a new model and optimiser, and train the rest."""
     model = prepared(run)
     optimizer = run.trial.optimizer(model)
     train(run, model, optimizer, 0, STEPS // 2)
@@ -179,7 +179,7 @@ def resume_from_shards(run, folder):
 
 
 def driving(accelerator, version=2):
-    """Accelerate drives FSDP on accelerators only; told that it does so, it runs the same code on the CPU."""
+    """Have accelerate run its FSDP code on the CPU, which it otherwise does on accelerators only."""
     for state in (PartialState, AcceleratorState):
         state._shared_state |= {"distributed_type": DistributedType.FSDP, "device": torch.device("cpu")}
     accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
@@ -195,7 +195,7 @@ def driving(accelerator, version=2):
 
 @contextlib.contextmanager
 def afterwards_as_before():
-    """Outside, accelerate does not take itself for one that drives FSDP."""
+    """After the block, accelerate no longer assumes that it runs FSDP."""
     yield
     for state in (PartialState, AcceleratorState):
         state._shared_state["distributed_type"] = DistributedType.MULTI_CPU
@@ -203,7 +203,7 @@ def afterwards_as_before():
 
 @afterwards_as_before()
 def with_accelerate(run, folder):
-    """Train half, save the state and the adapter alone; load the state into a new model and train the rest."""
+    """Train half of the steps, save the state and the adapter, load the state into a new model, and train the rest."""
     accelerator = driving(Accelerator(cpu=True))
     plugin = accelerator.state.fsdp_plugin
 
@@ -235,7 +235,7 @@ def with_accelerate(run, folder):
 
 
 def resume_fsdp1(run, kind):
-    """The same by FSDP1's own means: `get_state_dict` does not have the same keys for a new optimizer as for an old."""
+    """Resume with FSDP1's own functions: the keys of `get_state_dict` differ between a new and an old optimiser."""
     model = prepared(run)
     optimizer = run.trial.optimizer(model)
     train(run, model, optimizer, 0, STEPS // 2)
@@ -252,7 +252,7 @@ def resume_fsdp1(run, kind):
 
 
 def from_a_whole(run):
-    """A state dict of one process, loaded into a sharded model; whether it is what comes out again."""
+    """Load the state dict of one process into a sharded model; return whether the model gives the same one back."""
     weights = {name: torch.randn_like(tensor) for name, tensor in run.trial.model().state_dict().items()}
     torch.distributed.broadcast_object_list(shared := [weights])  # random ones differ from process to process
     model = prepared(run)
@@ -261,7 +261,7 @@ def from_a_whole(run):
 
 
 def without_original_parameters():
-    """FSDP1 with use_orig_params=False: blocks as they are, and a unit for each trained module, as PEFT proposes."""
+    """Use FSDP1 with use_orig_params=False, by block, or with a unit for each trained module, as PEFT proposes."""
     with pytest.raises(ValueError) as refused:
         fsdp1(LBP.model(), use_orig_params=False)
     model = LORA.model()
@@ -287,7 +287,7 @@ CLIPPED = 0.1  # the norm at which gradients are clipped
 
 
 def on_few_digits():
-    """The embedded example, which learns its digits from few images."""
+    """The embedded example with few images of digits."""
     from common import digits
     from common.classification import Classification
 
@@ -302,7 +302,7 @@ def on_few_digits():
 
 @afterwards_as_before()
 def run_example(folder):
-    """As `accelerate launch` runs it with fsdp2.yaml; how many processes and pieces it found."""
+    """Run the example as `accelerate launch` does with fsdp2.yaml; return how many processes and shards it found."""
     from common import experiment
 
     seen = []
@@ -333,7 +333,7 @@ class Plain(torch.optim.SGD):
 
 
 def train_clipped(build, folder, version=None):
-    """The examples' training loop with gradients clipped, on all processes, sharded or not."""
+    """Run the examples' training loop with clipped gradients on all processes, sharded or not."""
     from common import training
     from common.classification import Classification, ClassificationOptions
     from common.processes import make_accelerator
@@ -368,7 +368,7 @@ def all_runs(folder):
     found["use_orig_params=False"] = without_original_parameters()
     for version in (1, 2):
         found[f"FSDP{version}, clipped"] = train_clipped(lbp_wht, folder, version)
-    if importlib.util.find_spec("sklearn"):  # last, since it leaves the group at its end
+    if importlib.util.find_spec("sklearn"):  # this is run last, since it leaves the group at its end
         found["example"] = run_example(folder / "example")
     return found
 
@@ -434,7 +434,7 @@ def test_a_whole_state_dict_goes_into_a_sharded_model(name, together):
 
 
 def rounding(found, run):
-    """How far training went astray, in parts of its way."""
+    """How far the weights of two runs are apart, relative to how far training moved them."""
     expected, start = alone(run.trial), weights_of(run.trial.model())
     found = trained(found[run.name]["weights"], run)
     return sum((found[n] - e).norm() for n, e in expected.items()) / sum(
@@ -450,7 +450,7 @@ def test_bf16_rounds_no_more_than_exact_backpropagation_does(name, together):
 
 
 def test_fsdp1_without_original_parameters(together):
-    """It takes no block of frozen and trained weights; where each trained module is by itself, layers are exact."""
+    """A block of frozen and trained weights is refused; with a unit for each trained module, layers are exact."""
     lora = LoraConfig(r=4, target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"], **HEAD)
     expected = train_alone(Trial("", lambda: get_peft_model(tiny_vit(), lora)), STEPS)
     found = together[0]["use_orig_params=False"]
@@ -500,7 +500,7 @@ def test_accelerate_saves_and_resumes_sharded_training(name, together, folder):
         assert found["processes"] == PROCESSES
         assert largest_difference(trained(found["end"], run), alone(run.trial)) < 1e-5
         assert same_state(found["from adapter"], found["half"])  # all else was never trained
-    # The adapter, saved by itself, is one as any other.
+    # The adapter, saved by itself, is loaded like any other.
     half = run.trial.model()
     half.load_state_dict(together[0][f"{name}, accelerate"]["half"])
     loaded = PeftModel.from_pretrained(tiny_vit(), folder / f"{name}, accelerate" / "adapter")
@@ -510,13 +510,13 @@ def test_accelerate_saves_and_resumes_sharded_training(name, together, folder):
 
 @pytest.mark.skipif(not importlib.util.find_spec("sklearn"), reason="the example's digits need scikit-learn")
 def test_the_example_program_runs_sharded(together, folder):
-    """It ends, so every adapter reloaded into a plain model and predicted the same."""
+    """It is enough that the program ends: it checks that each reloaded adapter predicts the same."""
     assert all(found["example"] == [(PROCESSES, "DistributedType.FSDP")] for found in together)
     output = folder / "example"
     results = json.loads((output / "results.json").read_text())["results"]
     assert len(results) == 2 and (output / "table.txt").exists()
     base = ViTForImageClassification.from_pretrained(output / "pretrained", num_labels=5)
-    # What was trained is not what training started from.
+    # Training has changed the weights.
     untrained = functools.partial(ViTForImageClassification.from_pretrained, output / "pretrained", num_labels=5)
     for method in ("lbp-wht-r-3", "lora-lbp-wht-r-3"):
         adapted = PeftModel.from_pretrained(untrained(), output / method / "seed-0" / "adapter")

@@ -1,4 +1,4 @@
-"""The documentation: its links lead somewhere, and the tutorial's notebooks run and show their results."""
+"""All links in the documentation have a target, and the tutorial's notebooks run and show their results."""
 
 import json
 import re

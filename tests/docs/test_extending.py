@@ -16,7 +16,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 @pytest.fixture
 def registries(monkeypatch):
-    """What the recipes register does not stay."""
+    """Remove what the recipes register after the test."""
     monkeypatch.setattr(layer_types, "_LAYER_TYPES", list(layer_types._LAYER_TYPES))
     before, selections = dict(FORMATS), dict(CALIBRATED_SELECTIONS)
     yield

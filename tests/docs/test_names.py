@@ -29,7 +29,7 @@ def bound_by(module: types.ModuleType) -> set[str]:
 
 
 def resolve(dotted: str) -> object:
-    """As `import lbp_peft` leaves it: attributes only."""
+    """Resolve a name through attributes only, as `import lbp_peft` leaves them."""
     found: object = lbp_peft
     names = dotted.split(".")[1:]
     assert names[0] in bound_by(lbp_peft), f"import lbp_peft does not bring {dotted}"
@@ -56,7 +56,7 @@ def test_what_pages_name_exists(page):
 
 
 def test_pages_name_something():
-    """Or the test above would find nothing wrong."""
+    """Otherwise the test above would find nothing wrong."""
     text = "".join(page.read_text() for page in PAGES)
     assert len(DOTTED.findall(text)) > 10 and IMPORTED.search(text) and len(FILE.findall(text)) > 5
 
@@ -86,7 +86,7 @@ def test_exports_are_listed_and_there(module):
 
 
 def test_types_of_arguments_are_exported():
-    """The package's own classes in the signatures of exported functions."""
+    """The package's own classes in the signatures of exported functions are exported too."""
     for name in lbp_peft.__all__:
         function = getattr(lbp_peft, name)
         if not isinstance(function, types.FunctionType):

@@ -1,4 +1,4 @@
-"""The benchmarks, made small: what they count is checked, what they time is not."""
+"""Small runs of the benchmarks: what they count is checked, what they time is not."""
 
 import gc
 import json
@@ -216,7 +216,7 @@ def test_a_layer_multiplies_and_moves_no_less_than_this():
     paper = single_layers.work(shape, "10", 10, 2, False, rates)
     assert paper.multiply_adds == {"float32": (x + 2 * kept) * 1536}
     assert plain.seconds(rates) == (3 * x * 1536 / 1e9, plain.bytes / 1e9)
-    assert single_layers.work(shape, "bf16", 10, 2, False, rates).seconds(rates) is None  # not to be had
+    assert single_layers.work(shape, "bf16", 10, 2, False, rates).seconds(rates) is None  # not available
 
 
 def test_rates_are_those_of_the_device():

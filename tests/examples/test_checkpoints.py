@@ -1,4 +1,4 @@
-"""Checkpoints of the examples: whole or not there, checked before use, and exact to resume from."""
+"""Checkpoints of the examples are complete or absent, are checked before use, and can be resumed from exactly."""
 
 import dataclasses
 import functools
@@ -32,7 +32,7 @@ STACK = {"train_base_weight": False, "stack_on": LORA}
 
 
 class Training:
-    """A stack, or what the settings say, with dropout, AdamW and a schedule, prepared by accelerate."""
+    """Train a stack, or another method by settings, with dropout, AdamW and a schedule, prepared by accelerate."""
 
     def __init__(self, seed=0, settings=STACK, scaler=None):
         torch.manual_seed(seed)
@@ -61,7 +61,7 @@ def names(folder):
 
 
 def saved(folder, *numbers, settings=STACK):
-    """Checkpoints of a training run, and how it stood at each of them."""
+    """Write checkpoints of a training run; return the state of the run at each of them."""
     training, states = Training(settings=settings), {}
     done = 0
     for number in numbers:
@@ -80,7 +80,7 @@ def run_with_two_checkpoints(tmp_path_factory):
 
 @pytest.fixture
 def two_checkpoints(run_with_two_checkpoints, tmp_path):
-    """What `saved(tmp_path, 2, 4)` gives. The run itself is shared: a test starts it where a checkpoint left it."""
+    """The result of `saved(tmp_path, 2, 4)`. The tests share the run: each starts it where a checkpoint left it."""
     training, states, folder = run_with_two_checkpoints
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     return training, states
@@ -108,7 +108,7 @@ def test_resuming_is_exact(settings, tmp_path):
 
 
 def test_a_scaler_goes_on_where_it_stood(tmp_path):
-    """Also after a step that overflowed, which the schedule does not count."""
+    """A step that overflowed does not count in the schedule."""
 
     def scaled(seed=0):
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=3)
@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_is_refused_and_the_one_before_is_used(
     assert same_state(state_of(training.model), states[2])
     said = capsys.readouterr().out
     assert f"checkpoint-00000004/{name}" in said and why in said
-    # Trained again so far, it takes the place of the damaged one.
+    # The run is trained again up to this point, and its checkpoint replaces the damaged one.
     training.steps(2, 4)
     training.save(tmp_path, 4)
     assert same_state(state_of(training.model), states[4])
@@ -203,7 +203,7 @@ def test_checkpoints_are_in_the_order_of_their_numbers(tmp_path):
 
 
 def fail_on_main(folder):
-    """What a process sees when the main one cannot write."""
+    """Save where the main process cannot write; return the number of processes and the error."""
     accelerator = Accelerator(cpu=True)
     (folder / "checkpoint-00000002").write_text("in the way")  # of the folder
     with pytest.raises((OSError, SystemExit)) as stopped:
@@ -348,7 +348,7 @@ def test_of_an_earlier_run_nothing_is_left_to_resume_from(tmp_path):
         prepare_output(options, [SimpleNamespace(folder=name) for name in ("lora", "lbp-wht")])
 
     folders = [tmp_path / name for name in ("lora/seed-0", "lbp-wht/seed-0", "pretrained", "untrained")]
-    others = tmp_path / "full" / "seed-0"  # of a method that is not asked for now
+    others = tmp_path / "full" / "seed-0"  # of a method that is not requested now
     for folder in [*folders, others]:
         folder.mkdir(parents=True)
     prepare(resume=True)
@@ -370,7 +370,7 @@ def test_a_damaged_record_is_trained_again(content, tmp_path, capsys):
     assert Experiment.finished(experiment, tmp_path) is None
     assert f"{RECORD} cannot be read" in capsys.readouterr().out
     assert names(tmp_path)
-    # A sound one is used; what the run did not come to remove is.
+    # An intact checkpoint is used; one that the run had no time to remove is removed.
     (tmp_path / RECORD).write_text('[{"loss": 1.5, "score": 0.5, "seconds": 3}]')
     assert Experiment.finished(experiment, tmp_path) == [{"loss": 1.5, "score": 0.5, "seconds": 3.0}]
     assert os.listdir(tmp_path) == [RECORD]

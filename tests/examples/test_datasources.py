@@ -1,4 +1,4 @@
-"""The data of the example programs: which images are drawn, what is refused before training, and what is read."""
+"""The data of the example programs: which images are drawn, what is read, and what is refused before training."""
 
 import collections
 import shutil

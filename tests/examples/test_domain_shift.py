@@ -63,7 +63,7 @@ def test_the_program(data, tmp_path, capsys):
     rows = json.loads(output.read_text())["rows"]
     assert [row["method"] for row in rows] == list(domain_shift.METHODS)
     assert rows[0]["trained"] == 33 * 11 < rows[1]["trained"] == rows[2]["trained"]
-    for row in rows:  # the two classes that there are have been learned, at dusk as by day
+    for row in rows:  # both classes have been learned, at dusk as by day
         for part in ("day", "dusk"):
             right = sum(row[part][index][index] for index in range(len(domain_shift.CLASSES)))
             assert right > 0.8 * sum(map(sum, row[part]))

@@ -1,4 +1,4 @@
-"""The example program, made small: it trains, resumes, reloads and reports."""
+"""A small run of the example program trains, resumes, reloads and reports."""
 
 import json
 import os
@@ -18,7 +18,7 @@ pytest.importorskip("sklearn", reason="the example's digits need scikit-learn")
 
 
 def run(*arguments, output):
-    """As a user runs it: a process of its own, from another folder than the repository's."""
+    """Run the program as a user does: in a process of its own, from a folder outside the repository."""
     command = [sys.executable, str(PROGRAM), *SMALL, "--output", str(output), *arguments]
     here = {**os.environ, "PYTHONPATH": str(PROGRAM.parent.parent)}  # this checkout, installed or not
     return subprocess.run(command, capture_output=True, text=True, cwd=output.parent, env=here, timeout=300)

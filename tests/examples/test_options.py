@@ -148,7 +148,7 @@ def test_validation_splits_are_of_data_sets(capsys):
 
 
 def test_fewer_images_than_the_embedded_example_takes():
-    """Its own option of the same kind is not the user's."""
+    """The embedded example's own option of the same kind does not count as the user's."""
     assert parse(ClassificationOptions, Classification.defaults, "", ["--train_images", "5"]).train_images == 5
 
 
@@ -171,7 +171,7 @@ def test_flags_win_over_the_file_and_the_file_over_the_embedded_example(tmp_path
 @pytest.mark.parametrize("text, expected", [
     ("foo", "unknown method 'foo'"),
     ("lbp-wht:r", "cannot read 'r'"),
-    ("lbp-wht:epochs=3", "cannot read 'epochs=3'"),  # all methods train as long
+    ("lbp-wht:epochs=3", "cannot read 'epochs=3'"),  # all methods train for the same time
     ("lbp-wht:horizontal_flip=false", "cannot read"),
     ("lbp-wht:r=x", "r must be of type int"),
     ("lbp-wht:r=0", "--r must be at least 1"),
@@ -254,7 +254,7 @@ def test_results_that_cannot_be_written_go_elsewhere(tmp_path, monkeypatch, caps
 
     with pytest.raises(SystemExit, match="nor could another place"):
         write_somewhere(never, full)
-    with pytest.raises(ZeroDivisionError):  # no fault of the disk
+    with pytest.raises(ZeroDivisionError):  # not a fault of the disk
         write_somewhere(lambda folder: 1 / 0, full)
 
 

@@ -60,7 +60,7 @@ restores_modules_to_save = pytest.mark.skipif(
 
 @contextlib.contextmanager
 def working_in(folder):
-    """Within, relative paths start from the folder (contextlib.chdir came with Python 3.11)."""
+    """Have relative paths start from a folder within the block (contextlib.chdir came with Python 3.11)."""
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -70,7 +70,7 @@ def working_in(folder):
 
 
 def run_example(folder, task, *flags):
-    """An example program with a small part of its own data, in this process and in a folder."""
+    """Run an example program on a small part of its own data, in this process and in a given folder."""
     small = {
         Classification: (digits, lambda: digits.digits(range(5)), 40, 10),
         Segmentation: (scenes, lambda: scenes.scenes(range(5), 6, 2), 6, 2),
@@ -88,7 +88,7 @@ def run_example(folder, task, *flags):
 
 
 def once(tmp_path_factory, name, make):
-    """A folder that one of pytest's workers fills and all use."""
+    """A folder that one of pytest's workers fills and all workers use."""
     folder = shared_folder(tmp_path_factory, name)
     with FileLock(folder / "lock"):
         if not (folder / "done").exists():
@@ -99,7 +99,7 @@ def once(tmp_path_factory, name, make):
 
 @pytest.fixture(scope="module")
 def classified(tmp_path_factory):
-    """Where the classification example ran; its results are in out/, and image.png is an image."""
+    """The folder in which the classification example ran, with its results in out/ and an image, image.png."""
 
     def make(folder):
         flags = ["--epochs", "1", "--train_images_per_class", "4", "--test_images", "20", "--batch_size", "10"]
@@ -177,7 +177,7 @@ def test_transformers_loads_an_adapter_with_its_base(name, classified):
 @restores_modules_to_save
 @pytest.mark.parametrize("name", ADAPTERS[1:])
 def test_transformers_loads_an_adapter_whose_base_has_another_head(name, classified, tmp_path):
-    """With the configuration beside the adapter, as for a base model of the hub."""
+    """The configuration beside the adapter is given, as for a base model from the hub."""
     _, expected = predictions(f"out/{name}", classified)
     with working_in(classified):
         other = AutoModelForImageClassification.from_pretrained("out/pretrained", num_labels=7)
@@ -210,7 +210,7 @@ sys.modules["lbp_peft"] = None
 
 
 def test_beside_a_stack_is_a_checkpoint_for_those_without_lbp_peft(classified):
-    """In a process that cannot import the package, by plain PEFT and by the code of the card."""
+    """It is loaded by plain PEFT and by the code of the card, in a process that cannot import the package."""
     name = "out/lora-lbp-wht-r-3/seed-0/adapter"
     config = json.loads((classified / name / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA" and not [key for key in config if "lbp" in key.lower() or "stack" in key]
@@ -322,7 +322,7 @@ def test_predicting_maps(segmented, tmp_path, capsys):
 
 
 def test_prediction_reads_images_as_training_does(classified):
-    """Grey of 16 bits, which Pillow alone would make white."""
+    """Pillow alone would make grey images of 16 bits white."""
     with working_in(classified):
         predictor = load(Path(f"out/{ADAPTERS[0]}"))
     grey = [
@@ -332,7 +332,7 @@ def test_prediction_reads_images_as_training_does(classified):
 
 
 def adapt(folder, task, options, source):
-    """Train one LBP-WHT adapter by the example's own code; the folder of the adapter."""
+    """Train one LBP-WHT adapter with the example's own code; return the adapter's folder."""
     accelerator = Accelerator(cpu=True, step_scheduler_with_optimizer=False)
     (method,) = chosen_methods(options)
     run = experiment.Experiment(task, options, accelerator, source)

@@ -43,7 +43,7 @@ def image(shade, size=32):
 
 
 def parquet(path, count, columns=("image", "label")):
-    """Two classes, dark and light, in the format of the hub's data sets."""
+    """Write two classes, dark and light images, in the format of the hub's data sets."""
     labels = [index % 2 for index in range(count)]
     rows = {columns[0]: [image(200 * label + index % 10) for index, label in enumerate(labels)], columns[1]: labels}
     kinds = {columns[0]: datasets.Image(), columns[1]: datasets.ClassLabel(names=["dark", "light"])}
@@ -53,7 +53,7 @@ def parquet(path, count, columns=("image", "label")):
 
 @pytest.fixture
 def experiment(tmp_path):
-    """Runs the program on a tiny ViT and tiny images; gives the folder of its records."""
+    """Run the program on a tiny ViT and tiny images; return the folder of its records."""
     torch.manual_seed(0)
     ViTForImageClassification(vit_config()).save_pretrained(tmp_path / "vit")
     train = parquet(tmp_path / "train.parquet", 40)
@@ -190,7 +190,7 @@ def test_the_front_leaves_out_what_is_beaten():
 
 
 def test_flops_of_one_layer_by_hand():
-    """fc1 of EfficientFormer-L1's last stage: 448 -> 1792 on 7 x 7 patches."""
+    """The layer is fc1 of EfficientFormer-L1's last stage, 448 -> 1792 on 7 x 7 patches."""
     product = 448 * 1792
     assert LinearBackward(49, 448, 1792).flops == 2 * 2 * 49 * product
     low_rank = LinearBackward(49, 448, 1792, grad_weight_rows=3, grad_input_rows=3)

@@ -1,4 +1,4 @@
-"""The methods that LBP-WHT is measured against: exact where their papers say so, and in the limit of their settings."""
+"""The methods that LBP-WHT is compared with are exact where their papers say so, and in the limit of their settings."""
 
 import json
 
@@ -56,7 +56,7 @@ def gradients(module, x, g):
 
 
 def inputs(dtype=torch.float64):
-    """Smooth over the grid, so that low frequencies hold most of the energy."""
+    """Inputs that are smooth over the grid, so that low frequencies hold most of the energy."""
     ramp = torch.linspace(0, 3, L, dtype=dtype)[:, None]
     return [(ramp + torch.arange(width, dtype=dtype)).sin() + 0.1 * torch.randn(B, L, width, dtype=dtype)
             for width in (C_IN, C_OUT)]  # fmt: skip
@@ -139,7 +139,7 @@ def test_instant_makes_up_for_the_discarded_energy():
 
 
 def test_gradient_filtering_is_lbp_with_constant_bases(layer):
-    """Means times sums is what a projection onto functions that are constant on each square gives."""
+    """Means times sums equal the result of a projection onto functions that are constant on each square."""
     x, g = inputs()
     rule = GradientFilter()
     onto = torch.eye(L, dtype=x.dtype)[None]

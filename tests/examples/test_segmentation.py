@@ -117,7 +117,7 @@ each_model = pytest.mark.parametrize("name", MODELS)
 
 
 def build(name, seed=0):
-    """A small random instance without dropout, so that outputs and gradients repeat."""
+    """Build a small random instance without dropout, so that outputs and gradients can be repeated."""
     torch.manual_seed(seed)
     model = MODELS[name][0]()
     for module in model.modules():
@@ -212,7 +212,7 @@ def test_batch_norms_that_are_not_trained_keep_their_statistics():
 
 
 def mean_iou_by_sets(pairs, classes, ignore):
-    """The same number from sets of pixels, one class at a time."""
+    """Compute the mean IoU from sets of pixels, one class at a time."""
     ratios = []
     for k in range(classes):
         found, there = set(), set()
@@ -263,7 +263,7 @@ class PixelAccuracy(evaluate.Metric):
 
 
 def test_predictions_are_compared_at_the_size_of_each_label_map(tmp_path):
-    """With the built-in metric, which is given counts, and with one from a folder, which is given maps."""
+    """This is so with the built-in metric, which receives counts, and with one from a folder, which receives maps."""
     (tmp_path / "pixel_accuracy.py").write_text(PIXEL_ACCURACY)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 4, 6, generator=generator)
@@ -302,7 +302,7 @@ def test_label_maps_of_every_kind():
 
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_image_and_label_map_show_the_same_view(mirrored, tmp_path):
-    """A map painted into an image: what both show of it must agree, but for the blur at the borders of classes."""
+    """The image is a painting of the map, so both must show the same, except for the blur at the borders of classes."""
     ViTImageProcessor(size={"shortest_edge": 40}, image_mean=[0] * 3, image_std=[1] * 3).save_pretrained(tmp_path)
     values = np.zeros((60, 90), dtype=np.uint8)
     values[10:40, 20:60], values[30:55, 50:85] = 100, 200
@@ -332,7 +332,7 @@ def test_upernet_is_put_on_a_pretrained_backbone(tmp_path):
 
 
 def test_the_program_with_a_model_and_a_folder_of_its_own(tmp_path):
-    """Wide images of unequal sizes with masks beside them, and pixels of no class."""
+    """The folder has wide images of unequal sizes, masks beside them, and pixels of no class."""
     pytest.importorskip("sklearn", reason="the scenes need scikit-learn")
     from common.scenes import EMBEDDED, scenes
 

@@ -1,4 +1,4 @@
-"""Which weights the example programs keep, stronger augmentation, and what a resumed run must not lose of either."""
+"""Which weights the example programs keep, stronger augmentation, and both in a run that is resumed."""
 
 import copy
 import importlib.util
@@ -250,7 +250,7 @@ def test_the_average_is_that_of_the_updates():
 
 
 def test_averaged_weights_are_tested_and_returned(model_folder, source):
-    """Their scores are those of the returned model, and the weights that are trained stay what they were."""
+    """Their scores are those of the returned model, and the weights that are trained are not changed by them."""
     task, weights = Classification(), {}
     for decay in (None, 0.5):
         options = options_for(model_folder, ema_decay=decay)
@@ -417,7 +417,7 @@ def test_the_remaining_time_of_all_runs(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(remaining.time, "monotonic", lambda: clock[0])
     left = remaining.Remaining(runs=4)
-    left.skip()  # another process had finished it
+    left.skip()  # another process has finished it
     left.begin(0.5)  # and half of this one
     assert left.seconds() is None and left.shown() == []
     clock[0] = 10.0

@@ -1,4 +1,4 @@
-"""The two short example programs, quickstart.py and trainer.py, on a part of the digits."""
+"""The two short example programs, quickstart.py and trainer.py, run on a part of the digits."""
 
 import re
 import runpy
@@ -13,7 +13,7 @@ datasets = pytest.importorskip("sklearn.datasets", reason="the examples' digits 
 
 @pytest.fixture
 def few_digits(monkeypatch):
-    """load_digits() gives 450 of its 1797 images."""
+    """Have load_digits() return 450 of its 1797 images."""
     data = datasets.load_digits()
     data.images, data.target = data.images[:450], data.target[:450]
     monkeypatch.setattr(datasets, "load_digits", lambda: data)
@@ -22,7 +22,7 @@ def few_digits(monkeypatch):
 
 @pytest.fixture
 def run(monkeypatch, tmp_path, capsys, few_digits):
-    """Runs a program as a script in an empty folder and gives what it printed."""
+    """Run a program as a script in an empty folder, and return what it printed."""
 
     def program(name, *arguments):
         monkeypatch.chdir(tmp_path)

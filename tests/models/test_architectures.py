@@ -9,7 +9,7 @@ from models import ROOT
 
 
 def test_every_model_type_is_checked_or_left_out_with_a_reason():
-    """Of the transformers that these lists were written for; a newer one brings more, an older one lacks some."""
+    """The lists are those of one version of transformers; a newer one has more types, and an older one lacks some."""
     checked = {architecture.model_type for architecture in ARCHITECTURES}
     assert not checked & set(LEFT_OUT)
     assert all(LEFT_OUT.values())
@@ -26,7 +26,7 @@ def test_the_default_configuration_does_the_right_thing(architecture, tmp_path, 
 
 
 def test_the_tables_in_the_docs_are_of_these_lists():
-    """They are made by docs/models_table.py."""
+    """docs/models_table.py makes the tables from these lists."""
     page = (ROOT / "docs" / "models.md").read_text()
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("|")]
     rows = [row for row in rows if row[0] not in ("model type", "model", "---")]

@@ -1,4 +1,4 @@
-"""Where tokens lie is followed from the image, not guessed from their number: cases in which a guess goes wrong."""
+"""Positions of tokens are followed from the image, not guessed from their number: cases in which a guess is wrong."""
 
 import copy
 import gc
@@ -33,7 +33,7 @@ SIDE = 8  # of the grids below, in patches
 
 
 class Net(nn.Module):
-    """Patches, `arrange`d in some way, through layers that treat every token alike."""
+    """A model that passes patches, `arrange`d in some way, through layers that treat every token alike."""
 
     def __init__(self, arrange=lambda tokens: tokens, width=16):
         super().__init__()
@@ -54,7 +54,7 @@ def adapted(model, **settings):
 
 
 def found(model):
-    """The layouts of all layers that ran, and the warnings' reasons."""
+    """The layouts of all layers that have run."""
     return {ran.layout for ran in layout_report(model).layers.values() if ran is not None}
 
 
@@ -65,7 +65,7 @@ def gradients(model, x, **how):
 
 
 def last_layer(model):
-    """The weight gradient of the last layer, and the input and output gradient that it is made of."""
+    """The weight gradient of the last layer, and the input and output gradient from which it is computed."""
     layer = list(layers_of(model).values())[-1]
     seen = {}
 
@@ -80,14 +80,14 @@ def last_layer(model):
 
 
 def expected_gradient(x, g, bases):
-    """Of tokens (N, L, C)."""
+    """The weight gradient that is expected for tokens (N, L, C)."""
     x, g = (torch.einsum("kl,nlc->nkc", bases, t) for t in (x, g))
     return torch.einsum("nko,nki->oi", g, x)
 
 
 @contextmanager
 def without_garbage_collection():
-    """Only what no reference, not even one in a cycle, keeps alive is released."""
+    """Switch garbage collection off, so that objects in reference cycles stay alive."""
     gc.collect()
     gc.disable()
     try:
@@ -130,7 +130,7 @@ def test_an_output_argument_loses_the_tokens():
 
 
 ARRANGEMENTS = {
-    # how the tokens come: what makes (images, tokens row by row, C) of them
+    # the order of the tokens: a function that makes (images, tokens row by row, C) of them
     "row by row": (lambda t: t, lambda t: t),
     "sequence first": (lambda t: t.transpose(0, 1), lambda t: t.transpose(0, 1)),
     "channels last": (lambda t: t.unflatten(1, (SIDE, SIDE)), lambda t: t.flatten(1, 2)),
@@ -169,7 +169,7 @@ def test_tokens_in_any_arrangement_are_projected_on_the_bases_of_their_grid(name
 
 
 def test_windows_of_six_axes():
-    """As those of Twins. Windows below one another are one grid."""
+    """Twins has such windows. Windows below one another are one grid."""
     model = adapted(Net(lambda t: t.unflatten(1, (2, 4, 2, 4)).transpose(2, 3)))
     gradient, x, g = last_layer(model)
     x, g = (t.permute(0, 2, 1, 3, 4, 5).reshape(4, SIDE * 4, -1) for t in (x, g))
@@ -243,7 +243,7 @@ def test_the_warning_names_the_operation_that_lost_the_tokens():
 
 
 def test_images_picked_by_chance_keep_their_grid():
-    """Stochastic depth that runs a block on some of the images."""
+    """Stochastic depth runs a block on some of the images."""
 
     class OnSome(Net):
         def forward(self, x):
@@ -260,7 +260,7 @@ def test_images_picked_by_chance_keep_their_grid():
 
 
 class TwoEmbeddings(nn.Module):
-    """8 x 8 patches of one stream and 16 x 4 of another, 64 tokens each, embedded before either is encoded."""
+    """Two streams of 64 tokens each, 8 x 8 and 16 x 4 patches, which are embedded before either is encoded."""
 
     def __init__(self, shared=False):
         super().__init__()
@@ -327,7 +327,7 @@ def test_a_mask_belongs_to_its_own_pass():
 
 
 def two_sizes(tokens):
-    """A square image and a part of it, in one sequence."""
+    """Join the tokens of a square image and of a part of it in one sequence."""
     part = tokens.unflatten(1, (SIDE, SIDE))[:, 2:6].flatten(1, 2)
     return torch.cat((tokens[:1], part[1:]), 1)
 
@@ -343,7 +343,7 @@ def windows_with_a_token_each(tokens):
 
 
 def padded(tokens):
-    """Images of two sizes, filled up to one length."""
+    """Fill up the tokens of images of two sizes to one length."""
     filled = torch.zeros_like(tokens[1:])
     filled[:, :24] = tokens[1:].unflatten(1, (SIDE, SIDE))[:, :4, :6].flatten(1, 2)
     return torch.cat((tokens[:1], filled))
@@ -377,7 +377,7 @@ def test_each_of_several_grids_has_its_own_bases(name):
     assert "8 x 8" in str(layout_report(model)) or "4 x 4" in str(layout_report(model))
 
 
-# What the model's code decides by, besides the shapes of its inputs
+# What the model's code may depend on, besides the shapes of its inputs
 
 
 def rolled(tokens, places):
@@ -385,7 +385,7 @@ def rolled(tokens, places):
 
 
 class Ordered(Net):
-    """Puts its tokens in the order that a buffer holds."""
+    """A model that puts its tokens in the order that a buffer holds."""
 
     def __init__(self):
         super().__init__(lambda tokens: tokens[:, self.order])
@@ -393,7 +393,7 @@ class Ordered(Net):
 
 
 class Counting(Net):
-    """Rolls its tokens by an attribute, which it changes."""
+    """A model that rolls its tokens by an attribute, which it changes."""
 
     offset = 0
 
@@ -508,7 +508,7 @@ def test_what_pythons_code_decides_is_followed_in_each_pass(name, monkeypatch):
 
 
 class CutByReshaping(Net):
-    """Patches of 4 x 4 pixels, by a view of the image."""
+    """A model that cuts patches of 4 x 4 pixels by a view of the image."""
 
     def __init__(self, embed):
         super().__init__(width=48)
@@ -652,11 +652,11 @@ class Block(nn.Module):
 
 
 class BlocksOfADecoder(nn.Sequential):
-    """A part of the encoder, in spite of its name."""
+    """Blocks that are part of the encoder in spite of their name."""
 
 
 class Named(nn.Module):
-    """An encoder of which a part is called a decoder, and another part is no list of blocks; a projection; a head."""
+    """An encoder with a part that is called a decoder and one that is no list of blocks, a projection and a head."""
 
     def __init__(self, reads_weight=False):
         super().__init__()
@@ -752,7 +752,7 @@ def test_exact_backward_reaches_layers_that_are_run_again(reentrant):
 
 
 def test_blocks_of_exact_backward_may_end_in_any_order():
-    """As those of two threads, or of a model and of a part of it, do."""
+    """Blocks of two threads, or of a model and of a part of it, do so."""
     model = adapted(tiny_vit(), grad_input_rank=6)
     low = gradients_of(model, lambda m: m(images()).logits.square().sum())
     with exact_backward(model):
@@ -804,7 +804,7 @@ def test_an_evaluation_between_two_steps_changes_nothing(reentrant):
 
 
 def test_two_threads_with_images_of_two_sizes():
-    """As with the replicas of nn.DataParallel."""
+    """The replicas of nn.DataParallel run like this."""
     model = adapted(tiny_vit())
     sizes, seen = ((32, 64), (64, 32)), {}
 
@@ -900,7 +900,7 @@ def test_tracing_changes_neither_outputs_nor_random_numbers():
 
 
 def traced(operation, shape=(2, 3, 8, 12)):
-    """Number, row and column (in pixels) of the elements of what an operation makes of images."""
+    """The image, row and column (in pixels) of each element of the result of an operation on images."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     tracer = PositionTracer(nn.Module())
     start(tracer, {"x": x})
@@ -992,7 +992,7 @@ def test_a_mean_over_all_pixels_has_no_position():
 
 
 class Nested(nn.Module):
-    """One layer, called three times on grids of 64 tokens: square, flat in an inner part, square again."""
+    """A model that calls one layer three times on grids of 64 tokens: square, flat in an inner part, square again."""
 
     def __init__(self, outer, inner):
         super().__init__()

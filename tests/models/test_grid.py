@@ -55,7 +55,7 @@ def adapt(model, **settings):
 
 
 def layouts(model):
-    """(grid, prefix tokens) of all adapted layers; None where they went exact."""
+    """(grid, prefix tokens) of all adapted layers; None for those with an exact backward pass."""
     return {ran and ran.layout and (ran.layout.grid, ran.layout.num_prefix_tokens)
             for ran in layout_report(model).layers.values()}  # fmt: skip
 
@@ -127,7 +127,7 @@ def test_two_sizes_before_one_backward_with_gradient_checkpointing(reentrant, se
 
 
 def test_a_patch_embedding_that_is_trained_is_watched_too():
-    """PEFT trains a copy of what modules_to_save names, and runs that instead."""
+    """PEFT trains a copy of what modules_to_save names, and runs the copy."""
     model = adapt(tiny_vit(), modules_to_save=["patch_embeddings"], grad_input_rank=3)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -174,7 +174,7 @@ def test_tubelets_of_a_video_are_as_many_images(num_frames):
 
 
 class CutByLinear(nn.Module):
-    """Patches without a convolution."""
+    """A model that cuts patches by a linear layer instead of a convolution."""
 
     def __init__(self):
         super().__init__()
@@ -200,7 +200,7 @@ def test_patches_that_are_cut_by_unfolding_are_followed(by_name):
 
 
 class OfTokens(CutByLinear):
-    """What it is given are tokens already."""
+    """A model whose inputs are tokens already."""
 
     def forward(self, x):
         for block in self.blocks:
@@ -286,7 +286,7 @@ def test_channels_last_input_must_fit_a_grid_given_by_hand():
 
 
 def record(layer):
-    """Input of the next forward pass and gradient of its output, in a list that fills as they come."""
+    """A list that receives the input of the next forward pass, and then the gradient of its output."""
     seen = []
 
     def note(module, args, output):

@@ -1,4 +1,4 @@
-"""Tokens elsewhere than row by row behind a prefix: after the grid, unrolled, in a sequence, padding among them."""
+"""Tokens that are not row by row after a prefix: before others, unrolled, in a sequence, with padding among them."""
 
 import pytest
 import reference
@@ -24,7 +24,7 @@ def found_gradients(x, weight, bias, grad, layout, ranks, wanted=None, **how):
 
 
 def through(bases, x, weight, grad, rank_input):
-    """Exact backpropagation with x and g replaced by their projections on a function of the rank."""
+    """Run exact backpropagation with x and g replaced by their projections, which depend on the rank."""
 
     def smoothed(tokens, rank):
         matrix = bases(rank)
@@ -36,7 +36,7 @@ def through(bases, x, weight, grad, rank_input):
 
 
 def among(matrix, before=0, after=0):
-    """Bases of a grid, with those of single tokens before and after it."""
+    """The bases of a grid, and those of the single tokens before and after it."""
     return torch.block_diag(torch.eye(before), matrix, torch.eye(after)).to(torch.float64)
 
 
@@ -73,7 +73,7 @@ def test_unrolled_patches(grid, strides, ranks):
 @pytest.mark.parametrize("ranks", RANKS)
 @pytest.mark.parametrize("axes, packed", [((0,), 1), ((1, 2), 1), ((0, 2), 1), ((3, 1), 1), ((0,), 3), ((2, 0), 2)])
 def test_tokens_along_other_axes(axes, packed, ranks):
-    """Sequence-first, windows of five and six axes, images packed one after another: as the usual layout does it."""
+    """Sequence-first inputs, windows of five and six axes and packed images have the gradients of the usual layout."""
     grid, tokens_of_axes = (6, 8), {1: [48 * packed], 2: [6 * packed, 8]}[len(axes)]
     num_axes = max(max(axes) + 1, 3) if axes != (0,) else 2
     order = [*(axis for axis in range(num_axes) if axis not in axes), *axes]

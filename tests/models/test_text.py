@@ -1,4 +1,4 @@
-"""Layers of a text tower, where they are named: one-dimensional, padding apart."""
+"""Layers of a text tower that are named as targets: bases are one-dimensional, and padding is left out."""
 
 import shutil
 import warnings
@@ -90,7 +90,7 @@ def test_what_stands_in_the_padding_does_not_matter(grad_input, stacked):
     first, second = (gradients(model, **words(padding)) for padding in (59, 7))
     assert len(first) >= 6 and largest_difference(first, second) < 1e-5
 
-    # What would have come of it without the mask, to see that it is the mask that does it.
+    # The result without the mask, which shows that the mask makes the difference.
     text = model.get_submodule(next(n for n, _ in model.named_modules() if n.endswith("text_model")))
     finder = next(m.finder for m in text.modules() if hasattr(m, "finder"))
     finder.padding_mask = lambda *_: None
@@ -128,7 +128,7 @@ def test_hooks_go_with_the_adapter():
 
 
 class Words(nn.Module):
-    """A mean over tokens, with or without the padding."""
+    """A model that takes the mean over tokens, with or without the padding."""
 
     def __init__(self, counts):
         super().__init__()

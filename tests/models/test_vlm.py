@@ -45,7 +45,7 @@ def test_the_vision_tower_alone_is_adapted_and_its_tokens_are_found(architecture
 
 
 def check_targets(architecture, base, model):
-    """All linear layers of the tower's blocks are adapted, and nothing is trained but them."""
+    """Check that all linear layers of the tower's blocks are adapted, and that nothing else is trained."""
     linears = {name for name, module in base.named_modules() if type(module) is nn.Linear}
     in_tower = {name for name in linears if re.match(TOWERS[architecture.model_type], name)}
     assert in_tower
@@ -55,7 +55,7 @@ def check_targets(architecture, base, model):
 
 
 def test_a_model_without_a_vision_tower_has_to_be_told_its_layers():
-    """Fuyu's patches go into the language model as they are."""
+    """Fuyu passes patches directly to its language model."""
     config = CONFIG_MAPPING["fuyu"](hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64)
     with torch.device("meta"):
         model = FuyuForCausalLM(config)
@@ -100,7 +100,7 @@ class Tower(nn.Module):
 
 
 class OfBoth(nn.Module):
-    """Embeds patches and words; its blocks stand in the tower or get both."""
+    """A model that embeds patches and words; its blocks are in a vision tower or receive both."""
 
     def __init__(self, in_tower):
         super().__init__()
@@ -114,7 +114,7 @@ class OfBoth(nn.Module):
 
 
 def test_mergers_to_another_width_are_no_blocks():
-    """They are a list in Qwen3-VL, and stand in its vision tower."""
+    """In Qwen3-VL they are a list in the vision tower."""
     tower = Tower()
     tower.mergers = nn.ModuleList(
         nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(2)

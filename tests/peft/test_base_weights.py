@@ -59,8 +59,8 @@ def config(way="disk", **settings):
 def adapted(monkeypatch):
     """Builds a model whose base weights wait in one of several ways.
 
-    "On a GPU" they come and go between a device and the CPU's memory. Here the two are the same, and all else happens
-    as it does there.
+    "On a GPU" they move between a device and the CPU's memory. Here the two are the same, and everything else happens
+    as it does on a GPU.
     """
 
     def build(way, base=None, **settings):
@@ -76,7 +76,7 @@ def waiting_layers(model):
 
 
 def trained(model):
-    """Trained for a step, which puts the base weights away."""
+    """Train for a step, which puts the base weights away."""
     train(model, images(), 1)
     return model
 
@@ -167,7 +167,7 @@ def test_several_adapters(way, adapted):
 
 @pytest.mark.parametrize("way, base", [("auto", 0), ("auto", 2**16), ("cpu", 0), ("resident", 0)])
 def test_which_base_weights_are_put_away(way, base, adapted, monkeypatch):
-    """By default those that are worth a file; with "cpu", none of a model that is there already."""
+    """By default these are the weights that are large enough for a file; with "cpu", none in a model on the CPU."""
     monkeypatch.setattr(waiting, "_LEAST_BYTES", base)
     model = trained(adapted(way))
     assert waiting_layers(model) == (set(layers_of(model)) if way == "auto" and base == 0 else set())
@@ -258,7 +258,7 @@ def test_gradient_checkpointing_and_accumulation(way, adapted):
 
 @pytest.mark.parametrize("way", KEPT)
 def test_a_pass_without_the_adapter_in_the_same_graph(way, adapted):
-    """Its base weights are still needed when the first gradients of the copies are there."""
+    """The base weights are still needed when the first gradients of the copies have been computed."""
     found = []
     for one in ("resident", way):
         model, x = adapted(one).train(), images().requires_grad_()
@@ -300,7 +300,7 @@ def test_files_have_no_name_and_go_with_the_weights(adapted, tmp_path, monkeypat
 
 
 def test_writing_to_a_waiting_weight_changes_no_file(adapted):
-    """As whoever changes a weight in place expects."""
+    """Whoever changes a weight in place expects that."""
     model = trained(adapted("disk"))
     layer = next(iter(layers_of(model).values()))
     weight = layer.get_base_layer().weight
@@ -532,7 +532,7 @@ def test_small_weights_and_stacks_are_left_alone(adapted, monkeypatch):
 
 @pytest.mark.parametrize("way", KEPT)
 def test_lora_on_top(way, adapted):
-    """Of a layer whose base weight waits; it is merged into the trained copy."""
+    """LoRA is put on a layer whose base weight waits, and is merged into the trained copy."""
     model = trained(adapted(way))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -138,7 +138,7 @@ def test_full_rank_is_exact(selection):
 
 @pytest.mark.parametrize("selection", ["lhe", "klt"])
 def test_calibrated_gradients_are_nearer_to_the_exact_ones(selection):
-    """Of a loss that weighs the patches by a pattern, which Walsh functions of low sequency do not suit."""
+    """The loss weighs the patches by a pattern that does not suit Walsh functions of low sequency."""
     generator = torch.Generator().manual_seed(3)
     pattern = torch.randn(65, 1, generator=generator) * torch.randn(32, generator=generator)
 

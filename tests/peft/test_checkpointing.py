@@ -1,4 +1,4 @@
-"""Gradient checkpointing does no work whose results are thrown away, and changes no gradient."""
+"""Gradient checkpointing does no work whose results are discarded, and changes no gradient."""
 
 import contextlib
 import functools
@@ -45,7 +45,7 @@ def on_lora():
 
 @pytest.fixture
 def counts(monkeypatch):
-    """The projections of inputs and the products of layers that were computed so far."""
+    """Count the projections of inputs and the products of layers."""
     found = SimpleNamespace(projections=0, products=0)
     multiply = linear._LowRankLinear.forward
 
@@ -159,7 +159,7 @@ def nested_expected(x, weights):
 
 
 def with_gradients_inside(x, weights, wrap=True):
-    """The second pass takes gradients of its own outputs."""
+    """Run a function that takes gradients of its own outputs in a checkpoint."""
 
     def run(z):
         y = layers(z, weights)
@@ -217,7 +217,7 @@ def test_checkpoints_within_and_gradients_within(run, plain):
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("padded", [False, True])
 def test_shapes_and_dtypes_of_what_is_thrown_away_are_those_of_what_is_kept(autocast, padded):
-    """Checkpointing compares them and raises an error where they differ; so would a second pass with fewer tensors."""
+    """Checkpointing compares them, and raises an error where they differ or where the second pass saves fewer."""
     padding = torch.zeros(2, 65, dtype=torch.bool)
     padding[1, 30:] = padded
     plan = plan_of(PLAN.layout, BasisSet(3), BasisSet(6), padding_mask=padding if padded else None)
@@ -255,7 +255,7 @@ def test_tensors_thrown_away_have_the_form_of_those_that_are_saved(words):
 @pytest.mark.parametrize("use_reentrant", [None, False, True])
 @pytest.mark.parametrize("build", [lbp_wht, on_lora])
 def test_what_a_pass_keeps_is_released_with_it(build, use_reentrant):
-    """Also in the first passes, which are traced: what they leave behind would be multiplied by the steps."""
+    """The first passes, which are traced, must not keep anything either: it would add up over the steps."""
     model, kept_alive = build().train(), []
     if use_reentrant is not None:
         model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})

@@ -1,4 +1,4 @@
-"""Each way to make the backward pass cheap, under whatever else is done to a training step, on each kind of model."""
+"""Each way to make the backward pass cheap works on each kind of model, and with other changes to a training step."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from lbp_peft.tuner.patches.activation_patch import ActivationPatch
 
 
 class Convolutions(ConvMLP):
-    """With activation functions that are modules."""
+    """A model of convolutions with activation functions that are modules."""
 
     def __init__(self):
         super().__init__()
@@ -98,7 +98,7 @@ def cases():
 
 @pytest.mark.parametrize("kind, way, regime", cases())
 def test_gradients_are_near_those_of_an_input_gradient_in_full(kind, way, regime, decide):
-    """At the same rank, and in the same regime, but for compilation."""
+    """They are compared at the same rank and in the same regime, except for compilation."""
     decide(use_low_rank=True, fastest_precision="int8")
     model, x = adapted(kind, **WAYS[way])
     plain, _ = adapted(kind, **input_gradient(10 if way in ("low-rank int8", "all") else "full"))

@@ -259,7 +259,7 @@ def test_targets_are_narrowed_down(settings, expected):
 
 
 def test_layers_to_transform_without_targets_is_not_ignored():
-    """Either it narrows the default down, or it asks for target_modules."""
+    """The setting either narrows the default down or asks for target_modules."""
     try:
         names = adapted_names(get_peft_model(tiny_vit(), LBPWHTConfig(layers_to_transform=[0])))
     except ValueError as error:
@@ -286,7 +286,7 @@ def test_names_and_indices_of_nothing_are_refused(settings, message):
 
 
 def test_names_that_peft_adds_for_a_task_need_not_exist(tmp_path):
-    """PEFT names "classifier" and "score" for sequence classification, of which a model has one."""
+    """PEFT adds "classifier" and "score" for sequence classification, and a model has one of them."""
     model = get_peft_model(tiny_vit(), LBPWHTConfig(task_type="SEQ_CLS"))
     assert model.modules_to_save == {"classifier", "score"}
     model.save_pretrained(tmp_path)
@@ -397,7 +397,7 @@ def test_layers_of_other_types_are_refused_before_anything_is_changed(targets, n
 
 
 class Nested(nn.Module):
-    """As DPT's heads: one called as the other is, inside it."""
+    """A model like DPT with a head that has another head of the same name inside it."""
 
     def __init__(self):
         super().__init__()
@@ -435,7 +435,7 @@ def test_modules_to_save_that_hold_one_another_by_two_names_are_refused():
 
 
 def test_the_parts_of_a_module_are_trained_and_saved(tmp_path):
-    """What the message above says to do."""
+    """The message above recommends that."""
     model, x = Nested(), torch.randn(4, 3)
     base = copy.deepcopy(model)
     saved = ["head.head", "head.out"]
@@ -451,7 +451,7 @@ def test_the_parts_of_a_module_are_trained_and_saved(tmp_path):
 
 
 class Int8Linear(nn.Linear):
-    """Stands for a quantized layer: an integer weight, and a product of its own."""
+    """A stand-in for a quantized layer, with an integer weight and a product of its own."""
 
     def __init__(self, in_features, out_features):
         super().__init__(in_features, out_features)
@@ -563,7 +563,7 @@ assert isinstance(model.base_model.model[0], LBPWHTLinear)
 assert model.peft_config["default"].peft_type == PeftType.LBPWHT == "LBPWHT"
 """
 
-# Importing the package loads none of these, which take longer and more memory than all else of it.
+# Importing the package loads none of these, which take more time and memory than the rest of it.
 IS_LIGHT = """
 import sys
 assert not {"datasets", "pandas", "matplotlib"} & sys.modules.keys()
@@ -596,7 +596,7 @@ def test_another_method_of_the_same_name_is_refused(monkeypatch):
 
 
 def test_names_are_found_beneath_a_base_model_prefix_only():
-    """A head made of blocks is still a head."""
+    """A head that consists of blocks is still a head."""
     model = tiny_vit()
     model.classifier = nn.Sequential(*[nn.Sequential(nn.Linear(32, 32), nn.ReLU()) for _ in range(2)])
     disturb(get_peft_model(model, LBPWHTConfig()))

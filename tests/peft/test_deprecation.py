@@ -15,7 +15,7 @@ from lbp_peft import LBPWHTConfig
 
 @contextmanager
 def one_warning(*words):
-    """Exactly one DeprecationWarning, which points at this file and has all the words."""
+    """Expect exactly one DeprecationWarning, which points at this file and contains all these words."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
@@ -45,7 +45,7 @@ def test_in_a_call(old, new):
 
 
 def saved(folder, old, **more):
-    """A checkpoint as it was written when settings had their old names."""
+    """Write a checkpoint as it was written when settings had their old names."""
     model = get_peft_model(tiny_vit(), LBPWHTConfig(r=3, target_modules=["fc1"]))
     model.save_pretrained(folder)
     file = folder / "adapter_config.json"
@@ -77,7 +77,7 @@ def test_in_a_file(old, new, tmp_path):
 
 
 def test_in_a_file_with_settings_of_a_later_version(tmp_path):
-    """PEFT reads such a file a second time, without what it does not know."""
+    """PEFT reads such a file a second time, without the settings that it does not know."""
     saved(tmp_path, {"grad_input": 6}, of_a_later_version=1)
     with one_warning("grad_input_rank=6"), pytest.warns(UserWarning, match="of_a_later_version"):
         config = PeftConfig.from_pretrained(tmp_path)

@@ -62,7 +62,7 @@ def adapted(build=tiny_vit, lora=False, **settings):
 
 
 def on_both(model, x):
-    """Gradients on the GPU in float32, and on the CPU in float64."""
+    """Compute the gradients on the GPU in float32, and on the CPU in float64."""
     expected = gradients(copy.deepcopy(model).double(), x.double())
     found = gradients(model.cuda(), x.cuda())
     return {name: grad.cpu().double() for name, grad in found.items()}, expected
@@ -70,7 +70,7 @@ def on_both(model, x):
 
 @pytest.fixture(params=[False, True], ids=["plain", "kernels"])
 def with_kernels(request, monkeypatch):
-    """Both ways to project on a GPU: PyTorch's products, and the Triton kernels."""
+    """Run a test with both ways to project on a GPU: PyTorch's products and the Triton kernels."""
     from lbp_peft import kernels
 
     if request.param:
@@ -146,7 +146,7 @@ def test_checkpointing(reentrant):
 
 
 def test_training_saves_memory_and_lowers_the_loss():
-    """A sanity check on the allocator's own figure, at a size at which activations count."""
+    """This checks the allocator's own figure, at a size at which activations matter."""
     torch.manual_seed(0)
 
     def peak(model, x):

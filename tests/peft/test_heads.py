@@ -1,4 +1,4 @@
-"""Heads that were initialised at random: one warning where nothing trains them, and none anywhere else."""
+"""Heads that were initialised at random give one warning where nothing trains them, and none otherwise."""
 
 import warnings
 
@@ -14,7 +14,7 @@ from lbp_peft import LBPWHTConfig
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory):
-    """A checkpoint without a head."""
+    """Write a checkpoint without a head."""
     folder = tmp_path_factory.mktemp("backbone")
     torch.manual_seed(0)
     ViTModel(vit_config()).save_pretrained(folder)
@@ -23,7 +23,7 @@ def backbone(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A checkpoint with a head that was trained."""
+    """Write a checkpoint with a head that was trained."""
     folder = tmp_path_factory.mktemp("trained")
     tiny_vit().save_pretrained(folder)
     return folder
@@ -41,7 +41,7 @@ def lora(**settings):
 
 
 class FromTimm(nn.Module):
-    """timm starts the bias of its head at zero, PyTorch that of no other layer."""
+    """A model with a head as timm initialises it, with a bias of zero; PyTorch initialises no other bias to zero."""
 
     def __init__(self):
         super().__init__()

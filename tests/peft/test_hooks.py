@@ -1,4 +1,4 @@
-"""What others attached to layers before or after these are adapted runs as it did: hooks, replaced forward methods."""
+"""Hooks and replaced forward methods run as before, whether they were attached before or after a layer is adapted."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def adapted(base, way):
 
 
 def layer_in(model):
-    """The plain layer, adapted or not."""
+    """The plain layer in a model that is adapted or not."""
     found = model.get_submodule(next(n for n, _ in model.named_modules() if n.endswith("layers.1.attention.o_proj")))
     while hasattr(found, "base_layer"):
         found = found.base_layer
@@ -55,7 +55,7 @@ def shapes(gradients):
 
 
 def all_gradients(model):
-    """Those of the images too: where all weights are frozen there are no others."""
+    """The gradients, including those of the images: where all weights are frozen there are no others."""
     x = images().requires_grad_()
     return gradients(model, x) | {"images": x.grad}
 
@@ -107,7 +107,7 @@ CHANGES = [
 @alone_and_stacked
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_hooks_see_each_call_once(way, when):
-    """With the arguments, the results and the gradients of the plain model."""
+    """They see the arguments, the results and the gradients that they see in the plain model."""
     expected, base = [], tiny_vit()
     note_calls(layer_in(base), expected)
     x = images().requires_grad_()
@@ -139,7 +139,7 @@ def test_wrapping_does_not_change_what_a_changed_layer_puts_out(way, change):
     for mode in (True, False):
         with model.disable_adapter():
             assert torch.equal(forward(model.train(mode), images()), expected)
-        if "LoRA" not in way and "DoRA" not in way:  # which was initialised to change the output
+        if "LoRA" not in way and "DoRA" not in way:  # the adapter was initialised to change the output
             torch.testing.assert_close(forward(model.train(mode), images()), expected, rtol=0, atol=1e-6)
     outputs = [forward(model.train(mode), images()) for mode in (True, False)]
     torch.testing.assert_close(*outputs, rtol=0, atol=1e-6)
@@ -163,7 +163,7 @@ def test_gradients_of_a_changed_layer_are_exact_at_full_rank(way, change):
 
 @alone_and_stacked
 def test_the_backward_pass_stays_low_rank_under_hooks(way):
-    """The same gradients as without hooks; where the layer would have to run once more, exact ones and a warning."""
+    """Gradients equal those without hooks; layers that would have to run again have exact ones, with a warning."""
     plain, watched = adapted(tiny_vit(), way), adapted(tiny_vit(), way)
     note_calls(layer_in(watched), [])
     with warnings.catch_warnings(record=True) as caught:
@@ -297,7 +297,7 @@ def test_hooks_outlive_the_adapter():
 
 @pytest.mark.parametrize("compute", [prune_half, parametrizations.weight_norm, nn.utils.weight_norm])
 def test_merging_into_a_computed_weight_is_refused(compute):
-    """It would be computed again, and what was merged would be lost."""
+    """The weight would be computed again, and the merged values would be lost."""
     base = tiny_vit()
     compute(layer_in(base))
     model = adapted(base, "alone")

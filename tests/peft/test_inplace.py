@@ -1,4 +1,4 @@
-"""Outputs of adapted layers may be changed in place, as those of plain layers may."""
+"""Outputs of adapted layers may be changed in place, like those of plain layers."""
 
 import copy
 
@@ -16,7 +16,7 @@ from lbp_peft.ops.attention import AttentionMode, attention
 
 
 class Net(nn.Module):
-    """Blocks of an MLP with a residual, whose outputs are changed in place or copied first."""
+    """Blocks of an MLP with a residual connection, whose outputs are changed in place or copied first."""
 
     def __init__(self, change, kind="linear", images=False):
         super().__init__()

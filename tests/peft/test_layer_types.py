@@ -1,4 +1,4 @@
-"""The registry of layer types: which there are, and that one file is enough for another."""
+"""The registry of layer types has all types, and one file is enough to add another."""
 
 import pytest
 import reference
@@ -31,7 +31,7 @@ def test_each_layer_is_of_one_type_or_none(module, expected):
 
 
 class Halved(nn.Module):
-    """A layer type of somebody else's: it computes x (W / 2)^T + b."""
+    """A layer type from outside the package, which computes x (W / 2)^T + b."""
 
     def __init__(self, in_features, out_features):
         super().__init__()
@@ -43,7 +43,7 @@ class Halved(nn.Module):
 
 
 class Model(nn.Module):
-    """An 8 x 8 grid of patches through two blocks."""
+    """A model that passes an 8 x 8 grid of patches through two blocks."""
 
     def __init__(self):
         super().__init__()
@@ -61,7 +61,7 @@ class Model(nn.Module):
 
 @pytest.fixture
 def registered(monkeypatch):
-    """What the file of a new type holds."""
+    """Register a new type, as its file would."""
     monkeypatch.setattr(layer_types, "_LAYER_TYPES", list(layer_types._LAYER_TYPES))
 
     @register_layer_type("Halved", lambda module: layer_types.runs_forward_of(module, Halved))

@@ -1,4 +1,4 @@
-"""Merging into the base weights, and back out."""
+"""Adapters are merged into the base weights and unmerged, and switched."""
 
 import pytest
 import torch
@@ -127,7 +127,7 @@ def test_merging_one_after_the_other_is_merging_both():
     model.merge_adapter(adapter_names=["second"])
     assert model.get_model_status().merged_adapters == ["default", "second"]
     assert torch.equal(outputs(model, x), expected)
-    model.merge_adapter()  # both are in already: nothing happens
+    model.merge_adapter()  # both are merged already: nothing happens
     assert torch.equal(outputs(model, x), expected)
     model.unmerge_adapter()
     assert same_state(base_weights(model), base)
@@ -177,7 +177,7 @@ def test_a_safe_merge_refuses_broken_weights_and_changes_nothing(value):
     assert same_state(base_weights(model), base) and not layer.merged
     with pytest.raises(ValueError, match="NaNs detected"):
         model.merge_and_unload(safe_merge=True)
-    model.merge_adapter(safe_merge=False)  # unasked, as PEFT does it
+    model.merge_adapter(safe_merge=False)  # without being asked, as in PEFT
     assert layer.merged
 
 
@@ -249,7 +249,7 @@ def test_merging_without_weights_of_its_own_changes_nothing(case):
 @pytest.mark.parametrize("saved", [["projection"], ["patch_embeddings"], ["vit.embeddings", "classifier"]])
 @pytest.mark.parametrize("second", [False, True])
 def test_trained_modules_of_any_kind_are_merged_with_the_rest(saved, second):
-    """They need not have a weight of their own; and their copies must not keep the hooks of the original."""
+    """They need not have a weight of their own, and their copies must not keep the hooks of the original."""
     model, x = VIT.adapted(modules_to_save=saved), images()
     if second:
         model.add_adapter("second", VIT.config(modules_to_save=saved))

@@ -1,4 +1,4 @@
-"""Models whose weights accelerate keeps on the CPU or on disk, and brings to a device for each call."""
+"""accelerate keeps the weights of these models on the CPU or on disk, and loads them to a device for each call."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_training_on_an_offloaded_base(name, offload, tmp_path):
 
 @pytest.mark.parametrize("name, offload", [("LoRA", to_cpu), ("LoRA", to_disk), ("LoRA", dispatch), ("DoRA", dispatch)])
 def test_stacked_layers_that_are_offloaded_later(name, offload, tmp_path):
-    """The gradients of LoRA's own parameters go to accelerate's passing copies; that of the images tells of them."""
+    """LoRA's own gradients go to temporary copies of accelerate, so the gradients of the images are compared."""
     expected, model = adapted(name, tiny_vit()).train(), adapted(name, tiny_vit()).train()
     offload(model, tmp_path)
     found = []

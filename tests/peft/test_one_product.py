@@ -1,4 +1,4 @@
-"""A stack on LoRA whose forward pass is one product with the sum of the matrices: when, how exact, at what memory."""
+"""A stack on LoRA may run its forward pass as one product with the sum of the matrices: when, and how exactly."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def tokens(batch=2, dtype=torch.float32):
 
 
 def stack(*loras, base=None, size=0.2, dtype=torch.float32, **settings):
-    """LoRA, its adapters active together, their weights drawn at random, beneath LBP-WHT."""
+    """LBP-WHT on LoRA adapters that are active together and have random weights."""
     torch.manual_seed(0)
     loras = loras or (LoraConfig(r=4, target_modules=["lin"]),)
     model = get_peft_model(base or Tokens(dtype), loras[0], autocast_adapter_dtype=False)
@@ -110,7 +110,7 @@ def test_in_float32_one_product_is_as_exact_as_the_branches():
 
 
 def test_under_autocast_the_sum_is_made_in_float32():
-    """The update, far below the spacing of bfloat16 at the weights, is not lost on average, as it would be at once."""
+    """Updates far below the spacing of bfloat16 at the weights would be lost if the weights were rounded first."""
     x = tokens(8)
     layer = host(stack(size=1e-3))
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
@@ -166,7 +166,7 @@ def saved_bytes(model, x):
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("stacked", [True, False])
 def test_a_compiled_graph_saves_no_weights(stacked, bf16):
-    """Neither the sum nor a copy in bfloat16, which the compiler would keep from the forward pass."""
+    """It saves neither the sum nor a copy in bfloat16, which the compiler would keep from the forward pass."""
     torch.compiler.reset()
     if stacked:
         model = stack(grad_input_dtype="full")
@@ -192,7 +192,7 @@ def test_a_compiled_graph_saves_no_weights(stacked, bf16):
 
 
 def test_checkpointing_and_shared_weights():
-    """A model whose blocks share their base weights, run again in the backward pass."""
+    """The blocks of the model share their base weights and are run again in the backward pass."""
     found = []
     for checkpointing in (False, True):
         vit = tiny_vit(num_hidden_layers=2)

@@ -15,7 +15,7 @@ STEPS = 8
 
 
 def of_library(library, make):
-    """An optimiser, or a skipped test where its library is missing or does not work on this machine."""
+    """An optimiser of a library; the test is skipped where the library is missing or does not work on this machine."""
 
     def build(model):
         try:
@@ -32,7 +32,7 @@ def trained(model):
 
 
 def by_rank(model, **settings):
-    """Matrices of the adapter go to the low-rank optimiser; biases and the head are left to its plain form."""
+    """Parameter groups: the low-rank optimiser gets the matrices of the adapter, its plain form biases and the head."""
     matrices = [p for name, p in model.named_parameters() if p.requires_grad and "lbpwht_weight" in name]
     others = [p for p in trained(model) if not any(p is matrix for matrix in matrices)]
     return [{"params": others}, {"params": matrices, "rank": 4, "update_proj_gap": 4, **settings}]

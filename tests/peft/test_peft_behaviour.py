@@ -116,7 +116,7 @@ def test_unloading_gives_the_base_model_back(case):
 
 
 def test_unloading_keeps_the_trained_head():
-    """As PEFT has it: modules_to_save stay what the active adapter made of them."""
+    """As in PEFT, modules_to_save keep the weights of the active adapter."""
     model = VIT.adapted(modules_to_save=["classifier"])
     disturb(model)
     head = state_of(model.base_model.model.classifier.modules_to_save["default"])
@@ -266,7 +266,7 @@ def test_deleting_the_only_adapter_leaves_the_base(case):
     disturb(model)
     model.delete_adapter("default")
     assert not model.peft_config and not adapter_parameters(model)
-    # PEFT's wrapper itself needs an adapter; what it wraps runs on.
+    # PEFT's wrapper itself needs an adapter, but the model inside it still runs.
     inner = model.base_model
     assert torch.equal(outputs(inner, x), outputs(case.base(), x))
     # (Which kernel PyTorch takes may depend on whether the weights are trained.)
@@ -313,7 +313,7 @@ def test_half_precision_models_keep_float32_masters_and_their_outputs(case, dtyp
     losses = train(model, x)
     assert all(p.grad.dtype == p.dtype and p.grad.isfinite().all() for p in adapter_parameters(model).values())
     assert losses[-1] < losses[0]
-    # Trained: the plain model with the trained weights rounded to its dtype.
+    # After training it equals the plain model with the trained weights rounded to its dtype.
     with torch.no_grad():
         for name, layer in layers_of(model).items():
             target = plain.get_submodule(name.removeprefix("base_model.model."))
@@ -324,7 +324,7 @@ def test_half_precision_models_keep_float32_masters_and_their_outputs(case, dtyp
 
 
 def test_small_updates_survive_in_float32_masters():
-    """What they are for: a bfloat16 weight of 1 does not notice an update of 1e-3."""
+    """This is their purpose: an update of 1e-3 does not change a weight of 1 in bfloat16."""
     model = get_peft_model(tiny_vit().to(torch.bfloat16), VIT.config())
     layer = next(iter(layers_of(model).values()))
     before = layer.lbpwht_weight["default"].detach().clone()

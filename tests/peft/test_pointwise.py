@@ -1,4 +1,4 @@
-"""Convolutions with kernel 1: gradients against the float64 reference, and PEFT's behaviours."""
+"""Convolutions with kernel 1 have the gradients of the float64 reference, and behave as PEFT's layers do."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The layout report, as people read it."""
+"""The layout report says what people need to know."""
 
 import dataclasses
 

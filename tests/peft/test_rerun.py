@@ -1,4 +1,4 @@
-"""Layers that are run again in the backward pass do what they did in the forward pass, whatever happened since."""
+"""Layers that are run again in the backward pass do what they did in the forward pass, whatever happened in between."""
 
 import copy
 
@@ -63,7 +63,7 @@ def test_what_changes_after_the_forward_pass_does_not_matter(kind, change, grad_
 @pytest.mark.parametrize("grad_input", ["full", 3])
 @pytest.mark.parametrize("kind", KINDS)
 def test_frozen_weights_that_change_in_place_are_noticed(kind, grad_input):
-    """As autograd notices it in plain layers."""
+    """autograd notices it in plain layers, too."""
     plain, model = adapted(KINDS[kind], r=3, **input_gradient(grad_input))
     x, grad = problem()
     for each in (plain, model):
@@ -75,7 +75,7 @@ def test_frozen_weights_that_change_in_place_are_noticed(kind, grad_input):
 
 
 class WithGiven:
-    """A model with some of its weights replaced, and the parameters of the model."""
+    """A model that is called with some of its weights replaced."""
 
     def __init__(self, model, given):
         self.named_parameters, self.model, self.given = model.named_parameters, model, given
@@ -128,7 +128,7 @@ def test_a_scaling_that_lasts_for_the_forward_pass_only(use_dora):
 
 
 class Odd(nn.Module):
-    """Reads numbers and tensors from all sorts of attributes."""
+    """A layer that reads numbers and tensors from all kinds of attributes."""
 
     def __init__(self):
         super().__init__()

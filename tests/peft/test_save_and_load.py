@@ -1,4 +1,4 @@
-"""Checkpoints: what is written, what comes back, and what is refused."""
+"""Checkpoints: what is written, what is restored, and what is refused."""
 
 import json
 
@@ -201,7 +201,7 @@ def test_an_adapter_without_weights_is_saved_and_loaded(saved, tmp_path):
 
 
 def test_settings_come_back_from_a_checkpoint(tmp_path):
-    """The adapter trains on as it was trained: with the same bases in the same layers."""
+    """Training continues with the same bases in the same layers."""
     settings = {"r": 7, "grad_input_rank": 4, "block_size": 4, "selection": "lp_linf", "rank_pattern": {"mlp.fc2": 2}}
     model = trained(grid_size=(8, 8), num_prefix_tokens=1, **settings)
     model.save_pretrained(tmp_path)
@@ -233,7 +233,7 @@ def test_pushing_to_the_hub_sends_the_adapter(monkeypatch):
 
 
 def spoilt(folder, how):
-    """A saved adapter whose checkpoint is then edited; the name of a tensor that the message must give."""
+    """Save an adapter and edit its checkpoint; return the name of a tensor that the message must give."""
     trained().save_pretrained(folder)
     tensors = load_file(folder / WEIGHTS)
     if how == "missing":
@@ -268,7 +268,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_the_base_model_as_it_was(how, low
     assert same_state(state_of(base), state_of(tiny_vit()))
     assert torch.equal(outputs(base, images()), outputs(tiny_vit(), images()))
     assert all(p.device.type == "cpu" for p in base.parameters())
-    # It can be adapted as if nothing had been.
+    # The model can be adapted as if nothing had happened.
     assert train(get_peft_model(base, VIT.config()), images()) == train(VIT.adapted(), images())
 
 
@@ -304,7 +304,7 @@ def test_a_trained_adapter_outlives_a_bad_state_dict(how, train_base_weight, tmp
 
 
 def test_an_adapter_trained_in_its_head_alone_outlives_a_bad_state_dict(tmp_path):
-    """Its layers still hold the base weights, but it is no longer fresh."""
+    """Its layers still hold the base weights, but it has been trained."""
     spoilt(tmp_path, "missing")
     model = VIT.adapted(modules_to_save=["classifier"])
     with torch.no_grad():

@@ -12,7 +12,7 @@ from lbp_peft.projection import SeparableProjection
 
 @pytest.fixture
 def projected(monkeypatch, decide):
-    """What is projected in forward passes, in turn."""
+    """The tensors that forward passes project, in order."""
     seen, project = [], SeparableProjection.project
 
     def noted(self, tokens):
@@ -57,7 +57,7 @@ def test_with_gradient_checkpointing_too(reentrant, projected):
 
 
 class Attention(nn.Module):
-    """A product of three layers of one input. It fails on request."""
+    """A product of three layers with the same input, which fails on request."""
 
     def __init__(self, layers):
         super().__init__()
@@ -96,10 +96,10 @@ def test_layers_in_a_list_belong_to_the_module_around_it(projected):
 
 
 def test_one_input_changed_past_its_version_counter_between_two_passes(projected):
-    """As a buffer that batches are copied into by way of NumPy."""
+    """A buffer into which batches are copied through NumPy is such an input."""
     model = adapted(Blocks, grid_size=(8, 8), num_prefix_tokens=0)
     buffer, new = torch.randn(2, 64, 12), torch.randn(2, 64, 12)
-    kept = model(buffer)  # the graph lives on
+    kept = model(buffer)  # the graph stays alive
     buffer.numpy()[...] = new.numpy()
     found = of_blocks(model, buffer)
     assert kept.requires_grad

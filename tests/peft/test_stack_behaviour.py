@@ -1,4 +1,4 @@
-"""What a PEFT user does with LoRA, done with LoRA under LBP-WHT."""
+"""What a PEFT user does with LoRA works with LoRA under LBP-WHT."""
 
 import copy
 import json
@@ -114,7 +114,7 @@ def test_lora_is_trained_and_nothing_else(way):
 
 @pytest.mark.parametrize("way", WAYS)
 def test_lora_is_as_good_as_new_beneath(way):
-    """The same outputs as LoRA without LBP-WHT: in training to the bit only where its branch is kept."""
+    """Outputs equal those of LoRA without LBP-WHT, in training to the bit only where its branch is kept."""
     torch.manual_seed(0)
     lora = get_peft_model(tiny_vit(), lora_config())
     for settings in ({}, {"exact_forward": True}):
@@ -515,7 +515,7 @@ def test_weighted_adapters_on_top():
         model.add_weighted_adapter(["lbp", "default"], [0.5, 0.5], "both")
 
 
-# What the PeftModel beneath has of its own: it is no module of the model on top
+# What the PeftModel beneath has of its own, since it is not a module of the model on top
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -1,4 +1,4 @@
-"""Gradients of layers that another PEFT method adapts, with LBP-WHT on top, against float64 references."""
+"""Layers that another PEFT method adapts, with LBP-WHT on top, have the gradients of float64 references."""
 
 import copy
 import math
@@ -24,7 +24,7 @@ GRID, PREFIX = (8, 8), 1
 
 
 class Tokens(nn.Module):
-    """One linear layer, called by its own."""
+    """A model of one linear layer."""
 
     def __init__(self):
         super().__init__()
@@ -35,7 +35,7 @@ class Tokens(nn.Module):
 
 
 def adapted(*configs, grid=GRID, prefix=PREFIX, dtype=torch.float64, seed=0, **settings):
-    """The model, adapted by all of the configurations, active together, without and with LBP-WHT on top."""
+    """The model with adapters of all configurations, active together, without and with LBP-WHT on top."""
 
     def build():
         torch.manual_seed(seed)
@@ -62,7 +62,7 @@ def problem(grid=GRID, prefix=PREFIX, batch=2, dtype=torch.float64, seed=1):
 
 
 def smoothed(tokens, rank, grid=GRID, prefix=PREFIX):
-    """B^T B tokens, with dense matrices."""
+    """B^T B tokens, computed with dense matrices."""
     if rank is None:
         return tokens
     bases = reference.orthogonal_bases(grid, rank).to(tokens.dtype)
@@ -91,9 +91,9 @@ def assert_same(found, expected, tolerance=1e-10):
 
 
 def by_formula(plain, x, grad, r, r_input, grid=GRID, prefix=PREFIX, seed=7):
-    """LoRA's and DoRA's gradients, written out: exact backpropagation on the projected x and g.
+    """Compute LoRA's and DoRA's gradients by exact backpropagation on the projected x and g.
 
-    The input and what each dropout leaves of it are inputs in their own right.
+    The input and the result of each dropout are separate inputs.
     """
     layer = plain.base_model.model.lin
     base = layer.base_layer
@@ -105,7 +105,7 @@ def by_formula(plain, x, grad, r, r_input, grid=GRID, prefix=PREFIX, seed=7):
         scales[name] = F.dropout(torch.ones_like(x), p) if p else torch.ones_like(x)
 
     def formula(x, dropped, constants):
-        """constants: whether with what is added whatever the input is."""
+        """The output; with `constants`, including the terms that do not depend on the input."""
         y = x @ base.weight.T + constants * base.bias
         for name in names:
             up, down, s = layer.lora_B[name], layer.lora_A[name].weight, layer.scaling[name]
@@ -180,7 +180,7 @@ def test_on_any_grid(kind, grid, prefix):
 
 @pytest.mark.parametrize("kind", LORAS)
 def test_the_layer_run_again_gives_what_the_formulas_for_lora_give(kind, monkeypatch):
-    """Without its direct path LoRA takes that of all other methods."""
+    """Without its own path, LoRA takes that of all other methods."""
     x, grad = problem()
     for settings in ({"r": 3}, {"r": 3, "grad_input_rank": 3}, {"r": 3, "grad_input_rank": 10}):
         _, model = adapted(*LORAS[kind], **settings)
@@ -203,7 +203,7 @@ def test_full_rank_is_exact_backpropagation():
 
 
 def test_each_dropped_position_blocks_the_gradient():
-    """At the position where the only path is the branch, what was dropped gets no gradient, low-rank or not."""
+    """Where the branch is the only path, dropped values get no gradient, low-rank or not."""
     config = lora(lora_dropout=0.5)
     plain, model = adapted(config, r=3, grad_input_rank=3)
     for m in (plain, model):
@@ -258,12 +258,12 @@ FLOAT32 = {"BOFT", "C3A", "Deft", "FourierFT", "OFT", "OSF", "Psoft", "Road", "S
 def of_method(name, **settings):
     config_cls = getattr(peft, f"{name}Config")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what PEFT has to say of shapes this small
+        warnings.simplefilter("ignore")  # PEFT's warnings about shapes this small
         return adapted(config_cls(**TARGET, **METHODS.get(name, {})), **settings)
 
 
 def by_autograd(plain, x, grad, r, r_input):
-    """Differentiate the plain layer at the projected x, apart from what it adds whatever x is."""
+    """Differentiate the plain layer at the projected x, without the terms that do not depend on x."""
     parameters = {n.removeprefix("base_model.model."): p for n, p in plain.named_parameters() if p.requires_grad}
     zeros = torch.zeros_like(x)
     linear_part = (plain(smoothed(x.detach(), r)) - plain(zeros)) * smoothed(grad, r)
@@ -277,7 +277,7 @@ def by_autograd(plain, x, grad, r, r_input):
 @pytest.mark.parametrize("r_input", [None, 3, 10])
 @pytest.mark.parametrize("name", METHODS)
 def test_any_token_wise_method_gets_the_references_gradients(name, r_input):
-    dtype = torch.float32 if name == "Psoft" else torch.float64  # which is all it takes
+    dtype = torch.float32 if name == "Psoft" else torch.float64  # this is enough
     plain, model = of_method(name, r=3, **input_gradient(r_input or "full"), dtype=dtype)
     x, grad = problem(dtype=dtype)
     y, found = backward(model, x, grad)
@@ -290,7 +290,7 @@ def test_any_token_wise_method_gets_the_references_gradients(name, r_input):
     assert not layout_report(model).exact
     assert_same(found, by_autograd(plain, x, grad, 3, r_input), 2e-5 if name in FLOAT32 else 1e-9)
     assert any((found[n] - e).norm() > 1e-3 * e.norm() for n, e in exact.items() if e is not None and n != "x") or (
-        name == "Beft"  # a bias is all it trains
+        name == "Beft"  # it trains only a bias
     )
 
 
@@ -437,7 +437,7 @@ def test_a_whole_model_covers_every_linear_layer_of_the_encoder():
 
 @pytest.mark.parametrize("lora_settings", [{}, {"use_dora": True}, {"lora_dropout": 0.2}])
 def test_what_is_saved_shrinks(lora_settings):
-    given = {"grid_size": (8, 8), "num_prefix_tokens": 1}  # a layer that is called by itself cannot find out
+    given = {"grid_size": (8, 8), "num_prefix_tokens": 1}  # a layer that is called by itself cannot find its grid
     targets = {"target_modules": "all-linear", "exclude_modules": ["classifier"]}
     plain, model = pair(targets | lora_settings, r=3, **given)
     x = torch.randn(2, 65, 64, requires_grad=True)
@@ -514,7 +514,7 @@ def test_lbp_alone_is_switched_off():
 
 
 def test_a_layer_that_multiplies_in_a_way_of_its_own_beneath_lora():
-    """Stands for quantized base layers."""
+    """The layer stands for quantized base layers."""
 
     class Int8Linear(nn.Linear):
         def __init__(self, layer):

@@ -1,4 +1,4 @@
-"""The transforms of torch.func in training mode: low-rank gradients, per image too, or exact ones and one warning."""
+"""Transforms of torch.func in training mode give low-rank gradients, also per image, or exact ones and one warning."""
 
 import copy
 import warnings
@@ -34,7 +34,7 @@ def trained(model):
 
 
 def loss_of(model):
-    """By the trained weights and one or more images."""
+    """A loss as a function of the trained weights and of one or more images."""
 
     def loss(weights, x):
         x = x if x.dim() == 4 else x[None]
@@ -129,7 +129,7 @@ def test_layers_that_are_run_again_go_backward_exactly_and_say_so_once():
     assert any("torch.func" in why for why in layout_report(model).exact.values())
     summed = {n: t.sum(0) for n, t in each.items()}
     assert largest_difference(summed, found) < 1e-4
-    by_autograd(model, x)  # outside, it is low-rank as ever
+    by_autograd(model, x)  # outside, it is low-rank as before
     assert not any("torch.func" in why for why in layout_report(model).exact.values())
 
 

@@ -1,4 +1,4 @@
-"""transformers' Trainer to the last bit, with LBP-WHT and on top of LoRA; mixed precision; compiled training."""
+"""transformers' Trainer trains exactly, with LBP-WHT and on top of LoRA, in mixed precision and compiled."""
 
 import functools
 from pathlib import Path
@@ -36,7 +36,7 @@ BUILDS = pytest.mark.parametrize("build", [lbp_wht, stacked])
 
 
 class Images(torch.utils.data.Dataset):
-    """Eleven, so that the last batch of an epoch is a small one."""
+    """A data set of eleven images, so that the last batch of an epoch is smaller."""
 
     def __len__(self):
         return 11
@@ -79,7 +79,7 @@ WAYS = {
 @pytest.mark.parametrize("way", WAYS)
 @BUILDS
 def test_a_stopped_run_goes_on_to_the_same_bits(build, way, tmp_path):
-    """With dropout, a warm-up, label smoothing and a last batch that is smaller."""
+    """The run has dropout, a warm-up, label smoothing and a last batch that is smaller."""
     straight = build()
     whole = trainer(straight, tmp_path / "straight", **WAYS[way])
     whole.train()
@@ -104,7 +104,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(build, way, tmp_path):
 
 
 def test_a_resumed_run_has_the_calibrated_bases_of_its_checkpoint(tmp_path):
-    """Calibrated before steps 1 and 4, and stopped after step 4 of 6."""
+    """The run calibrates before steps 1 and 4, and is stopped after step 4 of 6."""
     batches = [{"pixel_values": images(3, seed=0), "labels": torch.arange(3)}]
 
     def run(name, *callbacks, **how):
@@ -172,7 +172,7 @@ def shorten(checkpoint):
 
 
 def unfinished(checkpoint):
-    """As a run leaves it that is killed while it saves."""
+    """Leave a checkpoint as a run does that is killed while it saves."""
     shorten(checkpoint)
     (checkpoint / MANIFEST).unlink()
 
@@ -261,7 +261,7 @@ def test_batches_of_many_sizes_are_compiled_once(build):
 def error(model, x, expected, autocast):
     with autocast:
         found = gradients(model, x)
-    for each in (found, expected):  # of k_proj's bias there is nothing but rounding
+    for each in (found, expected):  # the gradient of k_proj's bias consists of rounding errors
         for name in [n for n in each if "k_proj" in n and "bias" in n]:
             del each[name]
     return sum((found[n] - expected[n]).norm() for n in found) / sum(e.norm() for e in expected.values())

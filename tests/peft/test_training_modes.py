@@ -1,4 +1,4 @@
-"""Low-rank backpropagation under whatever else PyTorch does to a training step, and where it steps aside."""
+"""Low-rank backpropagation combines with whatever else PyTorch does in a training step, or is exact instead."""
 
 import contextlib
 import copy
@@ -34,7 +34,7 @@ def adapted(build=tiny_vit, **settings):
 
 
 def exact_gradients(model, x):
-    """What plain layers with the adapter's weights get, from autograd's own linear."""
+    """The gradients of plain layers with the adapter's weights, by autograd's own linear."""
     plain = copy.deepcopy(model)
     for layer in layers_of(plain).values():
         layer.forward = lambda x, layer=layer: F.linear(x, layer.weight, layer.bias)
@@ -236,7 +236,7 @@ def test_autocast(dtype):
     ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"))],
 )
 def test_float16_with_a_scaler(device, grad_input):
-    """Its gradients are as near to those in float32 as plain autocast's are, and a step is left out that overflows."""
+    """Gradients are as near to those in float32 as plain autocast's, and a step that overflows is left out."""
     x = images().to(device)
     model = adapted(**input_gradient(grad_input)).to(device)
     expected = gradients(model, x)
@@ -385,7 +385,7 @@ def test_without_weights_of_its_own_earlier_parameters_get_low_rank_gradients():
 
 
 def test_without_weights_of_its_own_the_input_is_not_saved():
-    given = {"grid_size": (8, 8), "num_prefix_tokens": 1}  # a layer that is called by itself cannot find out
+    given = {"grid_size": (8, 8), "num_prefix_tokens": 1}  # a layer that is called by itself cannot find its grid
     model = get_peft_model(tiny_vit(), LBPWHTConfig(train_base_weight=False, grad_input_rank=3, **given)).train()
     layer = layers_of(model)["base_model.model.vit.layers.0.mlp.fc1"]
     tokens = torch.randn(2, 65, 32, requires_grad=True)

@@ -290,7 +290,7 @@ def test_add_adapter_says_how_to_make_a_stack():
 
 @restores_modules_to_save
 def test_what_peft_saved_is_loaded_and_trained_on(tmp_path):
-    """With transformers 5.24, too, whose other methods for adapters refuse this peft."""
+    """This also works with transformers 5.24, whose other methods for adapters refuse this peft."""
     model, x = get_peft_model(tiny_vit(), config()), images()
     disturb(model)
     model.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""Checkpoints that somebody else wrote: no value in them becomes a path, code, an endless loop or an allocation."""
+"""No value in a checkpoint that somebody else wrote becomes a path, code, an endless loop or an allocation."""
 
 import json
 import re
@@ -226,6 +226,6 @@ def test_enormous_numbers_allocate_nothing_enormous(changes, checkpoint):
 
 
 def peak_memory():
-    """Of this process so far, in bytes."""
+    """The peak memory of this process so far, in bytes."""
     resource = pytest.importorskip("resource")
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -13,7 +13,7 @@ from lbp_peft import LBPWHTCallback, LBPWHTConfig, gradient_quality
 
 
 class Noisy(Dataset):
-    """Draws from the global random numbers, as augmentation does."""
+    """A data set that draws global random numbers, as augmentation does."""
 
     def __len__(self):
         return 12
@@ -64,7 +64,7 @@ def test_training_is_the_same_to_the_last_bit(tmp_path, settings):
 
 
 def test_its_values_reach_trackers_which_come_before_it(tmp_path, monkeypatch):
-    """As those of report_to do; and the trainer's own logs are what they are without it."""
+    """The trackers of report_to do so, and the trainer's own logs are the same as without it."""
 
     class Tracker(TrainerCallback):
         def __init__(self):
@@ -103,7 +103,7 @@ def test_settings_that_make_no_sense_are_refused(bad):
 
 
 def test_the_values_are_those_of_gradient_quality(tmp_path):
-    """Without dropout and at the same weights: a learning rate of 0."""
+    """There is no dropout, and a learning rate of 0 keeps the weights the same."""
     callback = LBPWHTCallback(every=4, min_cosine=0.0)
     model = get_peft_model(tiny_vit(), LBPWHTConfig(r=3, grad_input_rank=3, modules_to_save=["classifier"]))
     seen = []

@@ -40,7 +40,7 @@ def data(tmp_path):
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Few candidates, tried in this process."""
+    """Try few candidates, in this process."""
 
     def refuse(job):
         raise processes.WorkerError("it is tried here")
@@ -121,7 +121,7 @@ def test_label_maps_make_it_a_segmentation_and_one_is_enough(tmp_path):
 
 
 def test_one_image_of_each_class_is_enough(model, tmp_path):
-    """Nothing is tested, so that no image is held out; splits for testing do not matter."""
+    """Nothing is tested, so no image is held out, and splits for testing do not matter."""
     for place, name in (("train/cat", "1"), ("train/dog", "2"), ("test/bird", "3")):
         (tmp_path / "few" / place).mkdir(parents=True)
         Image.new("RGB", (40, 40), "red").save(tmp_path / "few" / place / f"{name}.png")

@@ -1,4 +1,4 @@
-"""Recommended settings: what is measured, what is chosen, and that the model is left as it was."""
+"""Recommended settings: what is measured and chosen, and that the model is not changed."""
 
 import json
 import math
@@ -225,7 +225,7 @@ def test_the_lines_of_python_prepare_the_model(found, candidate):
 
 @pytest.mark.parametrize("candidate", FEW[2:4], ids=lambda one: one.label)
 def test_cosines_are_those_of_the_same_model_gone_through_exactly(candidate, tmp_path):
-    """Against gradients in float64 of the model without LBP-WHT, of the matrices in adapted layers."""
+    """They are compared with gradients in float64 of the matrices in these layers, without LBP-WHT."""
     job = Job(tiny_vit(), batches(), None, ["classifier"], None, 1, str(tmp_path))
     exact_one = Candidate("exact", lora=candidate.lora)
     try_candidate(tiny_vit(), job, exact_one)
@@ -284,7 +284,7 @@ def test_what_takes_too_long_is_ended(monkeypatch):
 
 
 def test_steps_that_trace_the_model_are_never_timed(monkeypatch):
-    """Every step tells whether it prepared something; those whose times are used did not."""
+    """Every step tells whether it prepared something, and the timed steps did not."""
     steps: list[tuple[object, bool]] = []
 
     def told(model, *given, **settings):
@@ -318,7 +318,7 @@ def test_steps_that_trace_the_model_are_never_timed(monkeypatch):
 
 
 class Clock:
-    """Time that passes only when something is said to take time."""
+    """A clock that advances only when it is told to."""
 
     def __init__(self):
         self.now = 0.0
@@ -333,7 +333,7 @@ class Clock:
 
 @pytest.mark.parametrize(("minutes", "timed"), [(0.4, 0), (0.7, 2), (1, 3), (3, 3)])
 def test_the_time_limit_holds_with_steps_to_warm_up(monkeypatch, minutes, timed):
-    """A step of a second, and three of two seconds before it."""
+    """A step takes a second, and three steps of two seconds come before it."""
     clock = Clock()
 
     def measure(self, candidate, seconds):

@@ -1,4 +1,4 @@
-"""Kill a training run at random moments, resume it each time, and compare what comes out with an unbroken run.
+"""Kill a training run at random moments, resume it each time, and compare the results with an uninterrupted run.
 
     python tests/soak/kill_and_resume.py --kills 20
 
@@ -40,7 +40,7 @@ from common.experiment import main as run_example  # noqa: E402
 
 METHODS = ["lbp-wht:r=3", "lora+lbp-wht:r=3"]
 EVERY = 4  # updates between checkpoints
-UPDATES_PER_KILL = 24  # more than a life lasts, so that the run is not over before it was killed often enough
+UPDATES_PER_KILL = 24  # long enough that the run does not end before it was killed often enough
 
 
 @dataclass
@@ -48,9 +48,9 @@ class Life:
     """One start of the run, until it was killed or ended. Checkpoints are numbers of updates, by part of the run.
 
     Args:
-        found: Those that were there when it started.
-        wrote: Those that it added, in their order.
-        killed: When it was hit; None if it ended.
+        found: The checkpoints that existed when it started.
+        wrote: The checkpoints that it added, in order.
+        killed: When it was killed; None if it ended by itself.
     """
 
     found: dict[str, list[int]]
@@ -58,14 +58,14 @@ class Life:
     killed: str | None = None
 
     def see(self, output: Path) -> None:
-        """Note what it has added so far. Two are kept, so to look now and then is enough."""
+        """Record the checkpoints added so far. Two are kept, so it is enough to look now and then."""
         for part, numbers in numbers_of_checkpoints(output).items():
             before = [*self.found.get(part, []), *self.wrote.get(part, [])]
             if new := [number for number in numbers if number not in before]:
                 self.wrote[part] = self.wrote.get(part, []) + new
 
     def problems(self) -> list[str]:
-        """Parts that did not go on from their last checkpoint."""
+        """The parts that did not continue from their last checkpoint."""
         found = []
         for part, wrote in self.wrote.items():
             last = max(self.found.get(part, []), default=0)
@@ -74,7 +74,7 @@ class Life:
         return found
 
     def went_on(self) -> bool:
-        """Whether it added to a part that had a checkpoint."""
+        """Whether it continued a part that had a checkpoint."""
         return any(part in self.found for part in self.wrote)
 
 
@@ -84,7 +84,7 @@ def numbers_of_checkpoints(output: Path) -> dict[str, list[int]]:
 
 
 def prepare(folder: Path) -> None:
-    """A model with dropout, so that random numbers matter, and few images."""
+    """Prepare a model with dropout, so that random numbers matter, and few images."""
     model = tiny_vit()
     model.config.hidden_dropout_prob = 0.1
     EMBEDDED.save(model, folder / "model")
@@ -104,14 +104,14 @@ def arguments(folder: Path, output: Path, updates: int, processes: int) -> list[
 
 
 def in_a_process_of_its_own(function: Callable[..., None], *values: object) -> None:
-    """A process that has started threads is not to be forked any more."""
+    """Run a function in a process of its own, since a process that has started threads must not be forked."""
     process = multiprocessing.get_context("fork").Process(target=function, args=values)
     process.start()
     process.join()
 
 
 def start(flags: list[str], processes: int, log: Path) -> list[BaseProcess]:
-    """Processes as torchrun starts them; forked, since to import all anew would take most of the time."""
+    """Start processes as torchrun does, but by forking: importing everything again would take most of the time."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -149,7 +149,7 @@ def run_and_kill(
     """Start the run and kill it: on the way to its first checkpoint, while it writes one, or after that.
 
     Args:
-        update: Seconds that one takes.
+        update: The seconds that an update takes.
     """
     life, born = Life(numbers_of_checkpoints(output)), time.time()
     moment = chance.choices(["loading", "saving", "training"], [1, 3, 2])[0]
@@ -182,15 +182,15 @@ def run_and_kill(
 
 
 def is_saving(output: Path, since: float) -> bool:
-    """Whether a checkpoint was begun after this time and has not taken its name."""
+    """Whether a checkpoint was begun after this time and does not have its final name yet."""
     for new in output.glob("*/*/checkpoint.new"):
-        with contextlib.suppress(FileNotFoundError):  # it took its name just now
+        with contextlib.suppress(FileNotFoundError):  # it has just got its final name
             return new.stat().st_mtime > since
     return False
 
 
 def has_saved(output: Path, since: float) -> bool:
-    with contextlib.suppress(FileNotFoundError):  # an old one was removed just now
+    with contextlib.suppress(FileNotFoundError):  # an old one has just been removed
         return any(path.stat().st_mtime > since for path in output.glob("*/*/checkpoint-*"))
     return False
 
@@ -203,7 +203,7 @@ def wait(running: list[BaseProcess], log: Path) -> None:
 
 
 def results(output: Path) -> dict[str, object]:
-    """All that must not differ."""
+    """All results that must not differ."""
     found: dict[str, object] = {}
     for file in sorted(output.rglob("adapter_model.safetensors")):
         found[str(file.relative_to(output))] = file.read_bytes()
@@ -214,10 +214,10 @@ def results(output: Path) -> dict[str, object]:
 
 
 def trial(folder: Path, kills: int, processes: int, seed: int) -> list[Life]:
-    """Kill a run so many times, and let it end.
+    """Kill a run a given number of times, and then let it end.
 
     Returns:
-        Its lives, the last of which ended.
+        The lives of the run, the last of which ended by itself.
 
     Raises:
         SystemExit: the run failed, ended before it was killed so often, ended with another result, refused a

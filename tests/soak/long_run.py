@@ -53,7 +53,7 @@ def shared_memory() -> set[str]:
 
 
 def growth(values: list[int]) -> float:
-    """Of the last fifth over the first fifth, by their medians."""
+    """The growth from the first fifth to the last fifth, by their medians."""
     fifth = max(1, len(values) // 5)
     return statistics.median(values[-fifth:]) / statistics.median(values[:fifth]) - 1
 
@@ -69,7 +69,7 @@ def watch(folder: Path, steps: int, processes: int, method: str) -> dict[str, ob
         time.sleep(0.05)
         found = [path for path in folder.glob("run/*/*") if path.is_dir()]
         last = max((int(c.name.split("-")[1]) for run in found for c in checkpoints(run)), default=0)
-        if last > done:  # all are at the same place then: a checkpoint was just written
+        if last > done:  # all processes are at the same place then: a checkpoint has just been written
             done, segments = last, max(segments, len(shared_memory() - before))
             samples.append([sample(process) for process in watched])
     seconds = time.monotonic() - begun

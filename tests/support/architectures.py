@@ -29,9 +29,9 @@ MAPPINGS = (
 
 @dataclass(frozen=True)
 class Unrolled:
-    """A grid whose tokens are cut into units of 2 x 2, `levels` times, and put side by side by their place in a unit.
+    """A grid whose tokens are cut into units of 2 x 2, `levels` times, and ordered by their place in a unit.
 
-    Hiera (arXiv 2306.00989) does so, to pool a unit by taking the largest of neighbours along the batch's axis.
+    Hiera (arXiv 2306.00989) does so, so that it can pool a unit by a maximum over a single axis.
     """
 
     height: int
@@ -68,7 +68,7 @@ class Elsewhere:
 
     Attributes:
         height, width, before: The grid, and the tokens before it.
-        tokens: Makes (images, tokens, C) of the input.
+        tokens: A function that converts the input to (images, tokens, C).
     """
 
     height: int
@@ -98,20 +98,20 @@ class OneAfterAnother:
 
 @dataclass(frozen=True)
 class Architecture:
-    """A model of one type, small, and where the tokens of its adapted layers lie.
+    """A small model of one type, and the positions of the tokens of its adapted layers.
 
     Attributes:
-        model_type: As transformers names it.
-        task: The auto class, or the model's class, to make it with.
-        settings: Of the configuration; a dict with a "model_type" becomes a configuration itself.
+        model_type: The name that transformers gives to the type.
+        task: The auto class or the model's class that builds it.
+        settings: The settings of the configuration; a dict with a "model_type" becomes a configuration itself.
         grids: {part of a layer's name: (H, W), (H, W, tokens before), (H, W, tokens before, tokens after),
             `Unrolled`, `InWindows`, `Elsewhere` or `OneAfterAnother`; or a reason for which the layer is exact. The
             last part that occurs in a name, as a regular expression, counts. Layers on images (N, C, H, W) need none:
             they are their own grid.
-        image: (H, W).
+        image: (H, W) of the images.
         inputs: Makes the model's inputs of images (2, 3, H, W); None: they are its `pixel_values`.
         config_type: The configuration's model type, where it is not `model_type`.
-        variant: What sets it apart from others of the same type.
+        variant: What distinguishes it from others of the same type.
     """
 
     model_type: str
@@ -128,7 +128,7 @@ class Architecture:
         return self.model_type + (f", {self.variant}" if self.variant else "")
 
     def why_not_here(self) -> str:
-        """Empty where it can be built."""
+        """The reason why it cannot be built here; "" if it can."""
         if (self.config_type or self.model_type) not in CONFIG_MAPPING or not hasattr(transformers, self.task):
             return f"transformers {transformers.__version__} has no {self.model_type}"
         if self.model_type.startswith("timm_") and not is_timm_available():
@@ -138,7 +138,7 @@ class Architecture:
         return ""
 
     def build(self) -> nn.Module:
-        """Random weights, in training mode; dropout is off."""
+        """Build the model with random weights, in training mode and without dropout."""
         torch.manual_seed(0)
         config = CONFIG_MAPPING[self.config_type or self.model_type](**_with_configs(self.settings))
         config.num_labels, config.architectures = 3, []
@@ -151,7 +151,7 @@ class Architecture:
         return model.train()
 
     def batch(self) -> dict[str, Tensor]:
-        """Two images as the model's keyword arguments."""
+        """Two images, as the model's keyword arguments."""
         x = torch.randn(2, 3, *self.image, generator=torch.Generator().manual_seed(1))
         return self.inputs(x) if self.inputs else {"pixel_values": x}
 
@@ -172,7 +172,7 @@ def _with_configs(settings: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def spread(model: nn.Module) -> None:
-    """Values of the size that trained ones have: in a new model, small weights stacked let gradients vanish."""
+    """Give weights the size that trained ones have, since gradients vanish through many layers of small weights."""
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=max(parameter[0].numel(), 1) ** -0.5)
@@ -184,7 +184,7 @@ def _words(count: int, length: int = 5) -> Tensor:
     return torch.randint(3, 90, (count, length), generator=torch.Generator().manual_seed(0))
 
 
-# Settings that many share
+# Settings that many architectures share
 
 
 FLAT = {
@@ -265,7 +265,7 @@ LCNET_V4 = {
 }  # fmt: skip
 OCR = {"intraclass_block_config": OCR_BLOCK, "neck_out_channels": 32, "kernel_list": [3, 2, 2]}
 
-# Grids that many share. Images are 64 x 96 where no size is given.
+# Grids that many architectures share. Images are 64 x 96 where no size is given.
 QUERIES = "object queries"
 # Of (images * patches, frames, C), the patches of a frame.
 ONE_PATCH_OVER_TIME = Elsewhere(8, 8, 0, lambda x: x.unflatten(0, (-1, 64)).transpose(1, 2).flatten(0, 1))

@@ -1,4 +1,4 @@
-"""What is checked of an architecture, of transformers or timm: see `tests/support/architectures.py`.
+"""Checks of an architecture of transformers or timm, see `tests/support/architectures.py`.
 
 Expected grids and gradients share no code with the package: grids are those of the architecture or, of images, those
 that arrive at the layer; gradients are computed from what hooks on the plain model see, with dense bases.
@@ -32,11 +32,11 @@ LEFT_OUT = r"model\.encoder\.query_scale|model\.layer\.|model\.neck\.input_chann
 
 
 def check(architecture: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The default configuration on a small instance: outputs, grids, gradients, a training step, a checkpoint.
+    """Check the default configuration on a small instance: outputs, grids, gradients, a training step, a checkpoint.
 
     Args:
-        architecture: An `Architecture`, or what has its `build`, `batch` and `grids`.
-        tmp_path, monkeypatch: pytest's.
+        architecture: An `Architecture`, or an object with its `build`, `batch` and `grids`.
+        tmp_path, monkeypatch: pytest's fixtures.
     """
     base, batch = architecture.build(), architecture.batch()
     model = adapted(base, r=R)
@@ -62,7 +62,7 @@ def check_outputs(model, base, batch):
 
 
 def check_told(model, messages, outputs):
-    """One warning for each reason for which layers are exact, but for reasons that cost nothing; and no other."""
+    """Check that there is one warning for each reason for exact layers that costs something, and no other warning."""
     told = [message for message in messages if "exact backpropagation" in message]
     left_out = [message for message in messages if "patches of the image pass through" in message]
     assert all(re.match(LEFT_OUT, message) for message in left_out), left_out
@@ -79,7 +79,7 @@ def check_told(model, messages, outputs):
 
 
 def read_without_a_call(model, outputs):
-    """The names of the layers that were not called, but whose parameters have a gradient all the same."""
+    """The names of the layers that were not called, although their parameters have a gradient."""
     loss = sum(output.float().sum() for output in outputs if output.requires_grad)
     names = []
     for name, ran in report_of(model).items():
@@ -116,7 +116,7 @@ def check_layouts(architecture, model, record):
 
 
 def check_low_rank_gradients(architecture, model, base, batch, record):
-    """Weight gradients, computed once more from the plain model's inputs and gradients, with dense bases."""
+    """Check weight gradients against those computed from the plain model's inputs and gradients, with dense bases."""
     record.clear()
     loss(base, batch).backward()
     expected = {name: record.weight_gradient(name, architecture) for name in record.layers if record.gradients[name]}
@@ -128,7 +128,7 @@ def check_low_rank_gradients(architecture, model, base, batch, record):
 
 
 def check_gradients_at_full_rank(base, batch, monkeypatch):
-    """Through the projections themselves, not through the shortcut that skips them at full rank."""
+    """Check gradients through the projections themselves, not the shortcut that skips them at full rank."""
     num_coefficients = BasisSet.num_coefficients
 
     def one_less(basis, layout):
@@ -152,14 +152,14 @@ def check_training_step_and_checkpoint(model, base, batch, tmp_path):
     assert any(not torch.equal(model.get_parameter(name), old) for name, old in before.items())
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path, is_trainable=True).train()
-    for buffer_name, buffer in model.named_buffers():  # batch norms' statistics are no adapter's to keep
+    for buffer_name, buffer in model.named_buffers():  # an adapter does not keep the statistics of batch norms
         loaded.get_buffer(buffer_name).copy_(buffer)
     for ours, plain in zip(tensors(loaded, batch), tensors(model, batch), strict=True):
         assert torch.equal(ours, plain)
 
 
 class Record:
-    """What passes through the layers of a plain model that are adapted in another: inputs, and gradients of outputs."""
+    """Records the inputs and output gradients of those layers of a plain model that are adapted in another model."""
 
     def __init__(self, base: nn.Module, names: list[str]):
         self.layers = {name: base.get_submodule(name) for name in (n.removeprefix("base_model.model.") for n in names)}
@@ -192,7 +192,7 @@ class Record:
 
 
 def of_grid(layout, x, grad):
-    """The weight gradient of a layer whose tokens lie on one grid, or exact."""
+    """The weight gradient of a layer whose tokens lie on one grid, or the exact one."""
     if isinstance(layout, Elsewhere):
         x, grad = layout.tokens(x), layout.tokens(grad)
     if x.dim() == 4 and not isinstance(layout, str):
@@ -212,7 +212,7 @@ def of_grid(layout, x, grad):
 
 @cache
 def orthogonal_bases(grid):
-    """Those of one block serve for all blocks, put side by side."""
+    """Orthogonal bases of a grid: the bases of one block, repeated for all blocks."""
     return reference.orthogonal_bases(grid, R)
 
 
@@ -221,7 +221,7 @@ def outside(part):
 
 
 def layout_of(architecture: Any, name: str, layer: nn.Module, x: Tensor):
-    """As in `Architecture.grids`: where the tokens of x lie, or why they lie on no grid."""
+    """Where the tokens of x lie, or why they lie on no grid, as in `Architecture.grids`."""
     matching = [grid for part, grid in architecture.grids.items() if re.search(part, name)]
     if (
         x.dim() == 2 and matching and isinstance(matching[-1], (str, Elsewhere, OneAfterAnother))
@@ -239,7 +239,7 @@ def layout_of(architecture: Any, name: str, layer: nn.Module, x: Tensor):
 
 
 def sides_and_others(layout):
-    """Height, width, tokens before, tokens after."""
+    """The height, the width, and the numbers of tokens before and after a grid."""
     if isinstance(layout, Elsewhere):
         return layout.height, layout.width, layout.before, 0
     sides = (layout.height, layout.width) if isinstance(layout, (Unrolled, InWindows)) else layout
@@ -261,7 +261,7 @@ def report_of(model):
 
 
 def tensors(model, batch):
-    """All that the model puts out in floating point, in training mode."""
+    """All floating-point outputs of the model in training mode."""
     torch.manual_seed(2)
     return [t for t in leaves(model(**batch)) if t.is_floating_point()]
 
@@ -289,7 +289,7 @@ def gradients_of(model):
 
 
 def check_close(found, expected):
-    """To 1e-5 in all, and to 1e-4 for each tensor that is not negligible (key biases: softmax does not see them)."""
+    """Check that all agree to 1e-5, and each tensor to 1e-4 unless it is negligible, as that of key biases is."""
     assert found.keys() == expected.keys()
     scale = torch.stack([e.norm() for e in expected.values()]).norm()
     differences = {name: (found[name] - e).norm() for name, e in expected.items()}

@@ -10,10 +10,10 @@ from lbp_peft import heuristics
 
 
 def deciding(**answers: Any) -> AbstractContextManager:
-    """Context in which some choices are fixed, and the others are as around it.
+    """A context in which some choices are fixed, and the others are as outside it.
 
     Args:
-        answers: By method of `Heuristics`: the answer, or a function of the method's arguments.
+        answers: By name of a method of `Heuristics`, its answer or a function of its arguments.
     """
     kind = type(heuristics.active())
     return heuristics.using(type("Deciding", (kind,), {name: _method(answer) for name, answer in answers.items()})())

@@ -1,4 +1,4 @@
-"""A layer's inputs drawn at random, and how far two sets of gradients are apart."""
+"""Random inputs of a layer, and the difference between two sets of gradients."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Small models whose linear layers go by other names: convolutions with kernel 1, transformers' Conv1D."""
+"""Small models whose linear layers are convolutions with kernel 1 or transformers' Conv1D."""
 
 import torch
 import torch.nn.functional as F
@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 
 class Mixer(nn.Module):
-    """An 8 x 12 grid of patches through blocks of two layers of one kind."""
+    """A model that passes an 8 x 12 grid of patches through blocks of two layers of one kind."""
 
     def __init__(self, kind):
         super().__init__()
@@ -37,7 +37,7 @@ class Mixer(nn.Module):
 
 
 class ConvMLP(nn.Module):
-    """A hybrid's convolutional stage: depthwise mixing, then an MLP written as convolutions."""
+    """A convolutional stage as in hybrid models: depthwise mixing, then an MLP written as convolutions."""
 
     def __init__(self):
         super().__init__()

@@ -23,7 +23,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 from lbp_peft import LBPWHTConfig, LBPWHTLayer
 from lbp_peft.tuner.patches.forward_patch import PATCH_ATTR
 
-torch.set_num_threads(1)  # models this small only lose by more, and bits must not depend on the machine
+torch.set_num_threads(1)  # more threads make models this small slower, and bits must not depend on the machine
 
 
 def vit_config(**changes) -> ViTConfig:
@@ -35,10 +35,10 @@ def vit_config(**changes) -> ViTConfig:
 
 
 def tiny_vit(seed: int = 0, **changes) -> ViTForImageClassification:
-    """8 x 8 patches and [CLS]."""
+    """A small ViT with 8 x 8 patches and [CLS]."""
     torch.manual_seed(seed)
     model = ViTForImageClassification(vit_config(**changes))
-    with torch.no_grad():  # transformers starts biases at zero, which would hide that one is forgotten
+    with torch.no_grad():  # transformers initialises biases to zero, which would hide that one is forgotten
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.05)
@@ -46,7 +46,7 @@ def tiny_vit(seed: int = 0, **changes) -> ViTForImageClassification:
 
 
 class MLP(nn.Module):
-    """(N, C) inputs: no token axis, so exact backpropagation."""
+    """An MLP on inputs (N, C), which have no token axis, so its backward pass is exact."""
 
     def __init__(self):
         super().__init__()
@@ -59,7 +59,7 @@ class MLP(nn.Module):
 
 
 class ConvNet(nn.Module):
-    """Targets beside a convolution, after the tokens are gone."""
+    """A model with targets after a convolution, where there are no tokens any more."""
 
     def __init__(self):
         super().__init__()
@@ -73,7 +73,7 @@ class ConvNet(nn.Module):
 
 
 class Attention(nn.Module):
-    """Sequences without a patch grid."""
+    """An attention model on sequences without a patch grid."""
 
     def __init__(self):
         super().__init__()
@@ -86,7 +86,7 @@ class Attention(nn.Module):
 
 
 class MultiheadBlock(nn.Module):
-    """nn.MultiheadAttention reads the weight of its out_proj without calling it."""
+    """A block with nn.MultiheadAttention, which reads the weight of its out_proj without calling it."""
 
     def __init__(self):
         super().__init__()
@@ -99,7 +99,7 @@ class MultiheadBlock(nn.Module):
 
 
 class PatchMixer(nn.Module):
-    """Some targets see an 8 x 8 grid of tokens, one sees pooled features."""
+    """A model in which some targets receive an 8 x 8 grid of tokens, and one receives pooled features."""
 
     def __init__(self):
         super().__init__()
@@ -171,7 +171,7 @@ NO_GRID = "ignore:.*uses exact backpropagation"  # cases "attention" and "multih
 
 
 def outputs(model: nn.Module, x: Tensor) -> Tensor:
-    """Logits in eval mode; the mode is as before afterwards."""
+    """The logits in eval mode; the mode is restored afterwards."""
     training = model.training
     model.eval()
     with torch.no_grad():
@@ -186,7 +186,7 @@ def forward(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def disturb(model: nn.Module, adapter: str = "default", seed: int = 5, scale: float = 0.1) -> None:
-    """Stand-in for training: change all weights of an adapter."""
+    """Change all weights of an adapter, as training would."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(adapter_parameters(model, adapter).items()):
@@ -196,7 +196,7 @@ def disturb(model: nn.Module, adapter: str = "default", seed: int = 5, scale: fl
 
 
 def adapter_parameters(model: nn.Module, adapter: str = "default") -> dict[str, nn.Parameter]:
-    """Of the layers and of modules_to_save."""
+    """The parameters of an adapter, including those of modules_to_save."""
     return {
         name: parameter
         for name, parameter in model.named_parameters()
@@ -205,7 +205,7 @@ def adapter_parameters(model: nn.Module, adapter: str = "default") -> dict[str, 
 
 
 def train(model: nn.Module, x: Tensor, steps: int = 3, lr: float = 0.05) -> list[float]:
-    """Plain SGD towards fixed random logits; the losses."""
+    """Train with plain SGD towards fixed random logits; return the losses."""
     model.train()
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
     losses = []
@@ -221,7 +221,7 @@ def train(model: nn.Module, x: Tensor, steps: int = 3, lr: float = 0.05) -> list
 
 
 def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Of a fixed loss by all trainable parameters that took part."""
+    """The gradients of a fixed loss with respect to all trainable parameters that took part."""
     model.zero_grad()
     logits = forward(model, x)
     goal = torch.randn(logits.shape, generator=torch.Generator().manual_seed(9)).to(logits)
@@ -230,7 +230,7 @@ def gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 
 def largest_difference(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Relative to the norm of each, bar gradients that vanish (k_proj's bias: softmax does not see it)."""
+    """The largest difference, relative to the gradient's norm, without vanishing gradients (that of k_proj's bias)."""
     assert found.keys() == expected.keys()
     scale = max(e.norm() for e in expected.values())
     differences = [(found[n] - e).norm() / max(e.norm(), 1e-4 * scale) for n, e in expected.items()]

@@ -1,4 +1,4 @@
-"""Plans of backward passes, written briefly."""
+"""Short ways to write plans of backward passes."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from filelock import FileLock
 def on_processes(count: int, function: Callable[[], Any], folder: Path) -> list[Any]:
     """Run a function of a module on each of `count` processes that form a group (gloo), as `torchrun` starts them.
 
-    Starting processes takes seconds, so have them do as much as possible at a time.
+    Starting processes takes seconds, so let them do as much as possible at once.
 
     Returns:
         The results by rank.

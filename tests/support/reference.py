@@ -1,6 +1,6 @@
-"""The method once more, slowly and independently of the package: float64, dense matrices, one basis at a time.
+"""A slow implementation of the method, independent of the package: float64, dense matrices, one basis at a time.
 
-Shares no code with lbp_peft. Walsh functions come from the closed formula over the Gray code, cropped bases are
+It shares no code with lbp_peft. Walsh functions come from the closed formula over the Gray code, cropped bases are
 orthonormalised in two dimensions with LAPACK's QR, and reflection is PyTorch's own padding.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def walsh(order: int) -> Tensor:
-    """Row i has i sign changes; its signs count the common bits of t and the bit-reversed Gray code of i."""
+    """Walsh functions. Row i has i sign changes; signs count common bits of t and the bit-reversed Gray code of i."""
     bits = order.bit_length() - 1
     rows = []
     for i in range(order):
@@ -32,7 +32,7 @@ def pair_order(selection: str, rows: int, columns: int) -> list[tuple[int, int]]
 
 
 def cuts(side: int, block: int) -> list[tuple[int, int, int]]:
-    """(start, stop, first function value used) of the blocks along one side."""
+    """The blocks along one side, each as (start, stop, first function value used)."""
     total = math.ceil(side / block) * block
     before = math.ceil((total - side) / 2)
     pieces = []
@@ -53,7 +53,7 @@ def piece_functions(length: int, offset: int, block: int) -> Tensor:
 
 
 def orthogonal_bases(grid: tuple[int, int], r: int, block: int = 8, selection: str = "lp_l1") -> Tensor:
-    """Shape (k, H * W), orthonormal rows. Cropped two-dimensional bases, orthonormalised in their order by QR."""
+    """Orthonormal rows, shape (k, H * W): cropped two-dimensional bases, orthonormalised in their order by QR."""
     height, width = grid
     if 1 in grid:  # a sequence: as many tokens a block
         block = block * block
@@ -76,7 +76,7 @@ def orthogonal_bases(grid: tuple[int, int], r: int, block: int = 8, selection: s
 
 
 def unrolled(grid: tuple[int, int], strides: tuple[tuple[int, int], ...]) -> tuple[int, ...]:
-    """Places, row by row, of the patches in Hiera's order: those at one place of all blocks, then the next place."""
+    """The places of the patches in Hiera's order: those at one place of all blocks, then those at the next place."""
 
     def gathered(rows: list[list[int]], strides: tuple[tuple[int, int], ...]) -> list[int]:
         if not strides:
@@ -92,7 +92,7 @@ def unrolled(grid: tuple[int, int], strides: tuple[tuple[int, int], ...]) -> tup
 def orthogonal_gradients(
     x: Tensor, weight: Tensor, grad: Tensor, grid, prefix: int, r: int, r_input: int | None, **how
 ):
-    """dW and dx: exact backpropagation with x and g replaced by their orthogonal projections."""
+    """dW and dx by exact backpropagation, with x and g replaced by their orthogonal projections."""
 
     def smoothed(tokens: Tensor, rank: int) -> Tensor:
         bases = orthogonal_bases(grid, rank, **how)
@@ -105,7 +105,7 @@ def orthogonal_gradients(
 
 
 def reflect_gradients(x: Tensor, weight: Tensor, grad: Tensor, grid, prefix: int, r: int, r_input: int | None):
-    """dW and dx as the paper's code has them: pad by reflection, x by sums, g by means, crop what is lifted."""
+    """dW and dx as in the paper's code: padding by reflection, sums of x, means of g, and the lifted result cropped."""
     height, width = grid
     pad_h, pad_w = -height % 8, -width % 8
     pads = (math.ceil(pad_w / 2), pad_w // 2, math.ceil(pad_h / 2), pad_h // 2)

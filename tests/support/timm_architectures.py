@@ -1,4 +1,4 @@
-"""Families of timm, one small random instance each, and where their tokens lie; as `tests/support/architectures.py`."""
+"""Families of timm, one small random instance each, and where their tokens lie, as in `support/architectures.py`."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class TimmArchitecture:
     """A model of timm.
 
     Attributes:
-        name: As `timm.create_model` knows it.
-        settings: That make it small.
+        name: The name for `timm.create_model`.
+        settings: The settings that make it small.
         size: Height and width of the image.
-        grids: As those of `Architecture`. Layers on images (N, C, H, W) need none.
+        grids: See `Architecture`. Layers on images (N, C, H, W) need none.
     """
 
     name: str
@@ -27,7 +27,7 @@ class TimmArchitecture:
     grids: dict[str, Any] = field(default_factory=dict)
 
     def build(self) -> nn.Module:
-        """Random weights, in training mode."""
+        """Build the model with random weights, in training mode."""
         import timm
 
         torch.manual_seed(0)
@@ -36,7 +36,7 @@ class TimmArchitecture:
         return model.train()
 
     def batch(self) -> dict[str, Tensor]:
-        """Two images."""
+        """Two images, as the model's keyword arguments."""
         return {"x": torch.randn(2, 3, self.size, self.size, generator=torch.Generator().manual_seed(1))}
 
 

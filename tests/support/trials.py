@@ -1,4 +1,4 @@
-"""Training on batches that differ from process to process, and on the same batches with one process."""
+"""Trains on batches that differ from process to process, and on the same batches with one process."""
 
 import functools
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def stacked(**settings):
 
 
 def case(name, **settings):
-    exact = input_gradient("full") | {"modules_to_save": ["head"]}  # the workers have no fixture that says so
+    exact = input_gradient("full") | {"modules_to_save": ["head"]}  # the workers do not run the fixture that sets this
     return next(case for case in CASES if case.name == name).adapted(**(exact | settings))
 
 

@@ -1,6 +1,6 @@
-"""Vision-language and encoder-decoder models of transformers, one small random instance each, as `architectures.py`.
+"""Vision-language and encoder-decoder models of transformers, one small random instance each.
 
-The vision tower alone is adapted by default. Grids are written down as they follow from the architecture: the image's
+Only the vision tower is adapted by default. Grids are written down as they follow from the architecture: the image's
 size over the size of a patch, the tokens before the patches, and how patches of several images come one after another.
 """
 
@@ -40,7 +40,7 @@ def _words(count: int, length: int = 5) -> Tensor:
 
 
 def with_words(num_image_tokens: int, **others: Any) -> Callable[[Tensor], dict[str, Any]]:
-    """Inputs: each image, and a text of as many places for it and a few words."""
+    """Make inputs of images, and of texts with a few words and as many places for an image as it has tokens."""
 
     def inputs(x: Tensor) -> dict[str, Any]:
         places = torch.full((len(x), num_image_tokens), IMAGE_TOKEN)
@@ -53,13 +53,13 @@ def with_words(num_image_tokens: int, **others: Any) -> Callable[[Tensor], dict[
 
 
 def captioned(x: Tensor) -> dict[str, Any]:
-    """Inputs: images and texts that are given apart from them."""
+    """Make inputs of images, and of texts that are given separately."""
     ids = _words(len(x))
     return {"pixel_values": x, "input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
 def cut(x: Tensor) -> Tensor:
-    """Patches of 8 x 8 pixels, (N, L, pixels * channels)."""
+    """Cut images into patches of 8 x 8 pixels, shape (N, L, pixels * channels)."""
     return x.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
 
 
@@ -67,7 +67,7 @@ def cut(x: Tensor) -> Tensor:
 
 
 def in_units(height: int, width: int) -> Elsewhere:
-    """Patches of (images * H * W, C), unit by unit."""
+    """Order patches (images * H * W, C) unit by unit."""
 
     def tokens(x: Tensor) -> Tensor:
         units = x.reshape(-1, height // 2, width // 2, 2, 2, x.shape[-1])
@@ -77,7 +77,7 @@ def in_units(height: int, width: int) -> Elsewhere:
 
 
 def in_windows(height: int, width: int, window: int) -> Elsewhere:
-    """As `in_units`, and units window by window, as Qwen2.5-VL puts them; windows at the end may be smaller."""
+    """Order patches by unit and units by window, as Qwen2.5-VL does; windows at the end may be smaller."""
     of_units = torch.arange(height * width // 4).view(height // 2, width // 2)
     windows = [part for rows in of_units.split(window) for part in rows.split(window, dim=1)]
     back = torch.cat([part.flatten() for part in windows]).argsort()
@@ -91,7 +91,7 @@ def in_windows(height: int, width: int, window: int) -> Elsewhere:
 
 
 def patches_of(*sizes: tuple[int, int]) -> Callable[[Tensor], dict[str, Any]]:
-    """Inputs of a Qwen-VL: images of so many rows and columns of patches, in one text."""
+    """Make inputs of a Qwen-VL: images with these numbers of rows and columns of patches, in one text."""
 
     def inputs(_: Tensor) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(1)

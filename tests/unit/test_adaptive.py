@@ -34,7 +34,7 @@ ADAPTIVE = {"r": 3, "grad_input_basis": "adaptive", "grad_input_rank": 3}
 
 
 def problem(length=20, channels=(8, 12), batch=3, rank=None, dtype=torch.float64):
-    """x, weight and a gradient whose singular values fall by half each time, or of a rank."""
+    """x, a weight, and a gradient whose singular values are halved from one to the next, or that has a given rank."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape):
@@ -315,7 +315,7 @@ def test_a_model_trains_in_it_and_says_so():
 
 
 def exact_gradients(model, x):
-    """With the same low-rank weight gradients."""
+    """The gradients with exact input gradients and the same low-rank weight gradients."""
     exact = copy.deepcopy(model)
     for layer in layers_of(exact).values():
         layer.lbpwht_rule = {"default": exact_rule(layer.lbpwht_rule["default"])}
@@ -340,7 +340,7 @@ def test_ranks_by_layer():
 
 
 def test_layers_whose_tokens_lie_on_no_grid_have_it_too():
-    """Their weight gradients are exact."""
+    """Such layers have adaptive input gradients, and exact weight gradients."""
     torch.manual_seed(0)
     base = Attention()
     x = torch.randn(2, 40, 12, generator=torch.Generator().manual_seed(1)).requires_grad_()

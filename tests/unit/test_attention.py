@@ -1,4 +1,4 @@
-"""Attention with a backward pass of matrix products: its gradients, the cases it leaves to PyTorch, and models."""
+"""Attention with a backward pass of matrix products: gradients, the cases that are left to PyTorch, and models."""
 
 import copy
 import pickle
@@ -30,14 +30,14 @@ SHAPES = [  # N, heads, L, S, d, d_v
 
 @pytest.fixture(autouse=True)
 def multiplies_bf16(monkeypatch):
-    """Whatever the processor does."""
+    """Have the package assume instructions for bfloat16, whatever the processor has."""
     for module in (cost, attention_patch):
         monkeypatch.setattr(module, "multiplies_bf16", lambda device: True)
 
 
 @pytest.fixture
 def used(monkeypatch):
-    """Shapes of the queries whose attention went backward by products."""
+    """The shapes of the queries whose attention had a backward pass of matrix products."""
     seen, plain = [], attention._gradients
 
     def noting(query, *others):
@@ -53,7 +53,7 @@ def draw(*shape, seed=0, dtype=torch.bfloat16):
 
 
 def problem(batch, heads, queries, keys, d, d_v):
-    """Query, key and value, and the gradient of the result."""
+    """A query, a key and a value, and the gradient of the result."""
     shapes = (queries, d), (keys, d), (keys, d_v)
     tensors = [draw(batch, heads, *shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)]
     return tensors, draw(batch, heads, queries, d_v, seed=3)
@@ -87,7 +87,7 @@ def test_the_forward_pass_is_pytorchs_and_the_backward_pass_as_near_to_the_truth
 
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[3]], ids=str)
 def test_what_all_values_have_in_common_costs_no_precision(shape):
-    """It cancels. Subtracted after rounding, it would leave a tenth of the gradient wrong."""
+    """The common part cancels. If it were subtracted after rounding, a tenth of the gradient would be wrong."""
     (query, key, value), grad = problem(*shape)
     tensors = query, key, (value.detach() + 30).requires_grad_()
     found = torch.autograd.grad(attention.attention(*tensors), tensors, grad)
@@ -96,7 +96,7 @@ def test_what_all_values_have_in_common_costs_no_precision(shape):
 
 
 def test_tensors_need_not_be_contiguous():
-    """As they come from layers: (N, L, heads, d) with two axes exchanged."""
+    """Layers produce (N, L, heads, d) with two axes exchanged."""
     tensors, grad = problem(2, 3, 20, 33, 8, 8)
     turned = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (*tensors, grad)]
     expected = torch.autograd.grad(attention.attention(*tensors), tensors, grad)
@@ -198,7 +198,7 @@ def adapted(base=tiny_vit, **settings):
 
 
 def in_bf16(model):
-    """Gradients, the forward pass under autocast."""
+    """The gradients when the forward pass runs under autocast."""
     model.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):
         logits = forward(model, images())
@@ -240,7 +240,7 @@ def test_only_blocks_with_adapted_layers(used):
 
 
 class InTurn(nn.Module):
-    """As nn.Sequential, without being one."""
+    """Like nn.Sequential, without being one."""
 
     def __init__(self, *layers):
         super().__init__()
@@ -358,7 +358,7 @@ def test_it_goes_with_the_adapter(take_out, used):
 
 
 def test_the_active_adapter_decides(used):
-    """One that adapts no layer of a block leaves the block's attention alone."""
+    """An adapter that adapts no layer of a block leaves the block's attention alone."""
     model = adapted(target_modules=r".*layers\.0\..*_proj", modules_to_save=["classifier"])
     model.add_adapter("other", LBPWHTConfig(r=10, grad_input_dtype="full", target_modules=r".*layers\.1\..*_proj"))
     for name in ("default", "other"):
@@ -373,7 +373,7 @@ def test_on_lora(targets, used):
     lora = get_peft_model(tiny_vit(), LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
     model = get_peft_model(lora, LBPWHTConfig(r=10, grad_input_dtype="full", train_base_weight=False)).train()
     found = in_bf16(model)
-    # In the first block nothing before the MLP is trained by what is in "fc1".
+    # In the first block, the adapter of "fc1" trains nothing before the MLP.
     assert len(used) == (2 if "q_proj" in targets else 1)
     with exact_backward(model):
         assert cosine(found, in_bf16(model)) > 0.8

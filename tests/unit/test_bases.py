@@ -48,7 +48,7 @@ def test_ties_are_broken_as_documented():
 
 @pytest.mark.parametrize("selection", ["lp_l1", "lp_linf"])
 def test_selections_keep_simpler_functions_first(selection):
-    """What makes orthonormalising along each axis enough (see lbp_peft.bases.basis_set)."""
+    """This is why orthonormalising along each axis is enough (see lbp_peft.bases.separable)."""
     order = basis_order(selection, range(8), range(8))
     place = {pair: index for index, pair in enumerate(order)}
     assert all(place[a, b] <= place[i, j] for i, j in order for a in range(i + 1) for b in range(j + 1))

@@ -1,4 +1,4 @@
-"""Bases listed by hand and dense bases: gradients against float64, the bias too where no constant is kept."""
+"""Listed and dense bases give the gradients of float64, also for the bias where no constant function is kept."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ KINDS = {
 
 
 def whole(rows, layout):
-    """(k, L): rows over the grid extended by the tokens outside it."""
+    """Rows over the grid, extended by the tokens outside it, shape (k, L)."""
     if rows.shape[1] == layout.num_tokens:
         return rows
     eyes = (torch.eye(n, dtype=torch.float64) for n in (layout.num_prefix_tokens, layout.num_suffix_tokens))
@@ -124,7 +124,7 @@ WITH_CONSTANT = ("listed", "listed, blocks of 4", "dense, constant")
 
 
 def test_a_list_in_the_order_of_a_selection_is_that_selection():
-    """On grids with cropped blocks too."""
+    """This also holds on grids with cropped blocks."""
     pairs = [(i, j) for i, j in walsh.basis_order("lp_l1", range(8), range(8))[:6]]
     for grid in ((14, 14), (8, 8), (9, 17)):
         listed, selected = grid_bases(grid, ListedBasis(pairs)), grid_bases(grid, BasisSet(6))
@@ -162,7 +162,7 @@ def test_in_a_compiled_graph(basis):
 
 
 def test_a_model_trains_with_a_dense_basis_in_each_layer():
-    """At full rank but one it is near exact backpropagation; what is kept in the rules is all that decides."""
+    """At one below full rank it is near exact backpropagation, and only the rules decide which basis is used."""
     model = get_peft_model(tiny_vit(), LBPWHTConfig(r=10, grad_input_dtype="full")).train()
     exact = get_peft_model(tiny_vit(), LBPWHTConfig(r=64, grad_input_dtype="full")).train()
     for number, layer in enumerate(layers_of(model).values()):
@@ -226,7 +226,7 @@ def test_a_dense_basis_saves_its_matrix():
 
 
 def test_a_selection_whose_order_is_not_monotone_is_refused(monkeypatch):
-    """Cropped functions would span something else, and the constant would not come first."""
+    """Cropped functions would span another space, and the constant would not come first."""
     monkeypatch.setitem(walsh._KEYS, "high_first", lambda i, j: (-i - j,))
     with pytest.raises(ValueError, match=r"high_first.*before \(.*lower sequency"):
         grid_bases((8, 8), BasisSet(3, selection="high_first"))

@@ -1,4 +1,4 @@
-"""What is kept from one step to the next does not grow with the image sizes and adapters that were seen."""
+"""What is kept from step to step does not grow with the number of image sizes and adapters."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_threads_may_fill_it_together():
 
 @pytest.mark.parametrize("boundary", ["orthogonal", "reflect"])
 def test_matrices_of_ever_new_grids_are_dropped(boundary):
-    """Texts have all lengths and images many sizes; a matrix that was dropped is made again, with the same values."""
+    """Texts have many lengths and images many sizes; a matrix that was dropped is made again with the same values."""
     chosen, device = BasisSet(3, 4, boundary=boundary), torch.device("cpu")
     tokens = torch.randn(1, 64, 2, generator=torch.Generator().manual_seed(0))
     for strides in ((), ((2, 2),)):

@@ -1,4 +1,4 @@
-"""Bases chosen by what a layer has seen, and ranks by a budget: the mathematics, without PEFT."""
+"""The mathematics of bases chosen by what a layer has seen and of ranks by a budget, without PEFT."""
 
 import itertools
 import math
@@ -32,7 +32,7 @@ def made_of(functions, sizes, channels=5, batch=3, seed=0):
 
 
 def test_lhe_weighs_both_factors():
-    """(5, 5) has most of g and (6, 6) most of x, but only in (1, 2) and (3, 0) there is something of both."""
+    """(5, 5) carries most of g and (6, 6) most of x, but only (1, 2) and (3, 0) carry a part of both."""
     functions = [walsh_function(*pair) for pair in ((0, 0), (1, 2), (3, 0), (5, 5), (6, 6))]
     x = made_of(functions, [1, 1, 0.5, 1e-3, 10])
     g = made_of(functions, [1, 1, 0.5, 10, 1e-3], seed=1)
@@ -48,7 +48,7 @@ def test_lhe_keeps_the_constant_function_where_there_is_nothing_of_it():
 
 @pytest.mark.parametrize("grid", [(14, 14), (3, 5), (1, 100)])
 def test_the_energies_of_lhe_are_those_of_the_tokens(grid):
-    """The functions are orthonormal, and complete on any grid."""
+    """The functions are orthonormal and complete on any grid, so the energies add up to that of the tokens."""
     x = torch.randn(2, math.prod(grid), 3, dtype=torch.float64)
     energies = LowHeuristicError(4).statistic(x, grid)
     assert energies.shape == (64,)
@@ -70,7 +70,7 @@ def test_lhe_refuses_images_and_sequences_together():
 
 
 def test_the_geometric_mean_is_that_of_matrices():
-    """The only positive definite solution of X A^-1 X = B; of diagonal matrices, the means of their entries."""
+    """It is the only positive definite X with X A^-1 X = B, and has the means of the entries of diagonal matrices."""
     root = torch.randn(6, 6, dtype=torch.float64)
     a, b = root @ root.t() + torch.eye(6), torch.diag(torch.arange(1.0, 7).double())
     a, b = (6 * one / one.trace() for one in (a, b))
@@ -98,7 +98,7 @@ def test_klt_keeps_as_many_functions_as_the_walsh_basis(r, grid, kept):
 
 
 def test_tokens_without_a_gradient_do_not_count():
-    """They may be padding, and hold anything."""
+    """They may be padding, which may have any values."""
     x, g = torch.randn(2, 64, 3), torch.randn(2, 64, 4)
     g[1, 40:] = 0
     spoilt = x.clone()
@@ -131,7 +131,7 @@ def test_a_calibrated_basis_refuses_another_grid_and_names_the_remedy():
 
 @pytest.mark.parametrize("kind", ["list", "lhe", "klt"])
 def test_gradients_are_those_of_projected_tokens(kind):
-    """Against dense matrices in float64. The input gradient is exact."""
+    """They are compared with dense matrices in float64. The input gradient is exact."""
     grid, prefix = (8, 8), 1
     x, weight, bias, grad = problem(grid, prefix)
     layout = TokenLayout(grid, prefix)
@@ -157,7 +157,7 @@ def test_gradients_are_those_of_projected_tokens(kind):
 
 
 def random_options(generator):
-    """Some gradients with four options each, better and dearer from one to the next."""
+    """Some gradients with four options each, ever better and more expensive."""
     rises = torch.rand(3, 4, 3, generator=generator).cumsum(1)
     return {
         key: [Option(rank, c / 4, 10 * m, 10 * a) for rank, (c, m, a) in enumerate(rows.tolist())]

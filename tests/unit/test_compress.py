@@ -189,7 +189,7 @@ def test_copies_work_on_their_own(how):
 
 
 def test_a_copy_that_is_trained_beside_the_adapter_belongs_to_the_same_block():
-    """PEFT copies modules_to_save for each adapter, a host together with its patch."""
+    """PEFT copies modules_to_save for each adapter, and a host together with its patch."""
     settings = {"modules_to_save": ["layernorm_before"]}
     model = adapted(**settings)
     model.add_adapter("other", LBPWHTConfig(r=10, compress_activations="all", **settings))
@@ -361,7 +361,7 @@ def test_a_layer_norm_reads_only_what_it_saved():
 
 
 class OfAnotherKind(nn.RMSNorm):
-    """Its name says what it is not."""
+    """A module whose name says what it is not."""
 
     def forward(self, x):
         return super().forward(x) + x.mean(-1, keepdim=True)
@@ -401,7 +401,7 @@ def test_norms_of_another_kind_are_run_again():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_rms_norms_in_a_model_keep_8_bits(compiled):
-    """In compiled graphs too."""
+    """This also holds in compiled graphs."""
 
     class Block(nn.Module):
         def __init__(self):
@@ -440,7 +440,7 @@ def test_rms_norms_in_a_model_keep_8_bits(compiled):
 
 
 def test_functions_with_a_forward_method_of_their_own_are_left_alone():
-    """They need not work element by element, as this one does not."""
+    """They need not work element by element, and this one does not."""
 
     class Normalised(nn.GELU):
         def forward(self, x):

@@ -1,4 +1,4 @@
-"""Attention that keeps query, key and value in 8 bits, and what of all this a compiled graph keeps."""
+"""Attention that saves query, key and value in 8 bits, and what a compiled graph saves."""
 
 import pytest
 import torch
@@ -225,4 +225,4 @@ def test_compiled_graphs_keep_the_few_bits():
         found.append((y, *torch.autograd.grad(y, (x, *parameters), draw(*y.shape, seed=3, dtype=torch.float32))))
     for c, e in zip(*found, strict=True):
         assert (c - e).norm() < 0.01 * e.norm()
-    assert sizes[1] < 1.1 * sizes[0] < 2 * 64 * 64 * 4 * 1.5  # the attention alone would save as much
+    assert sizes[1] < 1.1 * sizes[0] < 2 * 64 * 64 * 4 * 1.5  # the attention alone would otherwise save as much

@@ -27,7 +27,7 @@ FLOAT, BF16 = torch.float32, torch.bfloat16
 
 @pytest.fixture
 def processor(monkeypatch):
-    """Sets what instructions the processor has."""
+    """Set which instructions the processor has."""
     return lambda found: monkeypatch.setattr(instructions, "of_cpu", lambda: found)
 
 
@@ -291,7 +291,7 @@ def test_at_full_rank_auto_is_exact(decide):
 
 
 def test_auto_compiles_without_a_break():
-    """In a process of its own, in which nothing is patched."""
+    """This runs in a process of its own, in which nothing is patched."""
     program = """
 import torch
 from lbp_peft.heuristics import active
@@ -318,7 +318,7 @@ def test_batches_of_many_sizes_need_one_graph(width):
     compiled = torch.compile(model, backend=lambda graph, _: graphs.append(graph) or graph.forward, fullgraph=True)
     for batch in (2, 3, 5):
         x = images(batch)
-        gradients(model, x)  # by now it knows its grid
+        gradients(model, x)  # its grid is known by now
         torch._dynamo.mark_dynamic(x, 0)
         compiled(pixel_values=x).logits.sum().backward()
     assert len(graphs) == 1

@@ -90,7 +90,7 @@ def test_functions_without_a_table(function):
 
 
 def test_levels_are_the_best_sixteen():
-    """Of random cuts of the values into as many runs, none is better."""
+    """No random cut of the values into as many runs is better."""
     random = np.random.default_rng(0)
     values, weights = np.sort(random.normal(size=60)), random.uniform(0.1, 1, 60)
 

@@ -1,4 +1,4 @@
-"""The Triton kernels against plain PyTorch: in Triton's interpreter on the CPU, and on a GPU where there is one.
+"""The Triton kernels equal plain PyTorch, in Triton's interpreter on the CPU and on a GPU where there is one.
 
 Triton decides at its import whether it interprets. So one test runs this file again, in a process that does; there the
 others run on the CPU.
@@ -48,7 +48,7 @@ def device(monkeypatch):
 
 @pytest.fixture
 def served(device, monkeypatch):
-    """The names of the kernels that were used, in turn."""
+    """The names of the kernels that were used, in order."""
     names = []
 
     def note(run):
@@ -192,7 +192,7 @@ def test_rounding_to_int8(dtype, bound, rotation, device, served, monkeypatch):
 
 
 def test_rounding_to_fp8(device, served, monkeypatch):
-    """Values that fp8 can hold: of others the interpreter rounds some wrongly (a mantissa that carries over)."""
+    """Values are ones that fp8 can hold; the interpreter rounds some others wrongly (a mantissa that carries over)."""
     exponents, eighths = torch.randint(-4, 8, (6, 200)), torch.randint(8, 16, (6, 200))
     rows = (eighths / 8 * 2.0**exponents * torch.randn(6, 200).sign()).to(device)
     rows[:, 7] = 448

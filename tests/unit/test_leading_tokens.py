@@ -1,4 +1,4 @@
-"""Layers whose outputs are read at the leading tokens alone go backward on these, and their gradients are the same."""
+"""Layers whose outputs are only read at the leading tokens run their backward pass on these, with equal gradients."""
 
 import pytest
 import torch
@@ -75,7 +75,7 @@ def test_a_gradient_in_any_other_token_is_seen(tokens):
 
 @pytest.mark.parametrize("stacked", [False, True])
 def test_the_last_block_of_a_model_that_is_read_at_cls(stacked, monkeypatch):
-    """Its MLP, its attention's output and its queries; keys and values are needed in full."""
+    """This concerns its MLP, its attention's output and its queries; keys and values are needed in full."""
     model = tiny_vit()
     if stacked:
         model = get_peft_model(

@@ -1,4 +1,4 @@
-"""The layer's gradients against the float64 reference, and against exact backpropagation."""
+"""The layer's gradients equal those of the float64 reference, and at full rank those of exact backpropagation."""
 
 import contextlib
 import threading
@@ -83,7 +83,7 @@ def test_other_blocks_and_selections(selection, block_size):
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("grid", [*GRIDS, (9, 17), (5, 3), (6, 10)])
 def test_full_rank_is_exact_backpropagation(grid, prefix, way):
-    """Through the projections themselves, not through the shortcut that skips them at full rank."""
+    """Gradients go through the projections themselves, not the shortcut that skips them at full rank."""
     from lbp_peft.ops.linear import _LowRankLinear, _State
 
     x, weight, bias, grad = problem(grid, prefix)
@@ -179,14 +179,14 @@ def test_nothing_is_done_for_gradients_that_are_not_needed():
 
 @pytest.fixture
 def projected(way, monkeypatch):
-    """What is projected, in turn."""
+    """The tensors that are projected, in order."""
     seen, project = [], way.project
     monkeypatch.setattr(way, "project", lambda maps, t: seen.append(t) or project(maps, t))
     return seen
 
 
 def test_query_key_and_value_share_one_projection(projected):
-    """They receive the same tensor. Another tensor, other bases, or the same tensor changed in place, do not count."""
+    """They receive the same tensor. Nothing is shared with other tensors, other bases, or after a change in place."""
     x, weight, bias, grad = problem((8, 8), 1)
     layout, hidden = TokenLayout((8, 8), 1), x * 1
     with shared_projections():
@@ -264,7 +264,7 @@ CHANGES = {
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_an_input_that_has_changed_is_projected_again(change, shared):
-    """Also where no version counter says so, from one forward pass of the module around the layers to the next."""
+    """It is so too if no version counter shows the change, from one forward pass of the owning module to the next."""
     x, weight, bias, grad = problem((8, 8), 1)
     x, new = x.detach(), torch.randn(2, 65, 6, generator=torch.Generator().manual_seed(7), dtype=x.dtype)
 
@@ -307,7 +307,7 @@ def test_an_output_may_be_changed_in_place(change, kind, grid):
         return torch.autograd.grad(y, (x, weight, *([down, up] if kind == "branches" else [])), grad.to(y.dtype))
 
     found, expected = run(change), run(lambda y: change(y.clone()))
-    bound = 1e-2 if kind == "autocast" else 1e-5  # for strides that the copy does not have
+    bound = 1e-2 if kind == "autocast" else 1e-5  # because of strides that the copy does not have
     assert all(relative(f, e) < bound for f, e in zip(found, expected, strict=True))
     assert relative(found[1], run(lambda y: y)[1]) > 0.02
 
@@ -342,7 +342,7 @@ def test_autocast_casts_as_linear_does(dtype):
 
 @pytest.mark.parametrize("for_weight", [None, BasisSet(3)])
 def test_autocast_keeps_no_copy_of_a_weight(for_weight):
-    """It would be as large as many inputs, and lasts no longer than the pass that needs it."""
+    """A copy would be as large as many inputs; it only exists during the pass that needs it."""
     x, _, bias, grad = problem((8, 8), 1, torch.float32, channels=(64, 32))
     weight = torch.nn.Parameter(torch.randn(32, 64))
     kept = []

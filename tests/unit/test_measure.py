@@ -1,4 +1,4 @@
-"""Costs, against numbers worked out by hand."""
+"""Measured costs equal numbers that were worked out by hand."""
 
 import itertools
 import time
@@ -86,7 +86,7 @@ def test_a_plain_layer_multiplies_three_times():
 @pytest.mark.parametrize("groups", [1, 4, 12])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_a_convolution_multiplies_by_its_groups(groups, transposed):
-    """Forward and for each gradient: every pixel of the smaller side, every weight."""
+    """The forward pass and each gradient multiply every pixel of the smaller side by every weight."""
     kind = nn.ConvTranspose2d if transposed else nn.Conv2d
     layer, x = kind(C_IN, 24, 2, stride=2, groups=groups), torch.randn(N, C_IN, 6, 10, requires_grad=True)
     pixels = 6 * 10 if transposed else 3 * 5
@@ -103,7 +103,7 @@ def test_a_convolution_multiplies_by_its_groups(groups, transposed):
 
 @pytest.fixture
 def project(way):
-    """What it takes to project a channel of 8 x 8 tokens on 10 bases, or to lift it."""
+    """The multiply-adds that project a channel of 8 x 8 tokens on 10 bases, or lift it."""
     if way is DenseProjection:
         return 10 * L
     return (4 * 8 * 8) + (4 * 4 * 8)  # along the rows of the grid, then along its columns, on 4 functions each
@@ -128,7 +128,7 @@ WAYS_TO_GO_ON = ["full", 10, "int8", (10, "int8"), "bf16"]
 
 @pytest.mark.parametrize("grad_input", WAYS_TO_GO_ON)
 def test_a_first_layer_does_nothing_for_an_input_gradient(grad_input, project):
-    """Neither g W nor lifting: with those of the weight and the bias all products are accounted for."""
+    """It computes neither g W nor a lifting: the products for the weight and the bias are all that are counted."""
     y = one_layer(r=10, **input_gradient(grad_input))(tokens().detach())
     with multiply_adds() as back:
         y.backward(torch.randn_like(y))
@@ -216,7 +216,7 @@ def test_a_low_rank_step_of_a_model_is_cheaper():
 
 
 class Normed(nn.Module):
-    """Batch norm's buffers and dropout around a ViT."""
+    """A model with batch norm's buffers and dropout around a ViT."""
 
     def __init__(self, **settings):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The plan of a backward pass: all operations take the same one, and it cannot be changed."""
+"""All operations take the same plan of a backward pass, and it cannot be changed."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_bases_need_a_layout(changes):
 
 
 def test_an_input_gradient_of_another_kind_takes_one_class():
-    """Here: the mean over all tokens only."""
+    """This one keeps only the mean over all tokens."""
 
     @dataclass(frozen=True)
     class OfMeans(InputGradient):

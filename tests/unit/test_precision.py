@@ -1,4 +1,4 @@
-"""Input gradients whose product g W is rounded: the arithmetic, what is kept of W, and the layers that use it."""
+"""Input gradients whose product g W is rounded: the arithmetic, the copies of W that are kept, and the layers."""
 
 import copy
 import gc
@@ -28,7 +28,7 @@ def draw(*shape, seed=0, dtype=torch.float32):
 
 
 def quantized(matrix, dtype, dim):
-    """In the format of 8 bits whose values have a dtype."""
+    """Quantize in the 8-bit format whose values have a given dtype."""
     return FORMATS["int8" if dtype == torch.int8 else "fp8"].quantize(matrix, dim)
 
 
@@ -37,7 +37,7 @@ def relative(found, expected):
 
 
 def by_hand(g, weight):
-    """In integers, with numpy; g (M, K) and the weight (K, N) in float64."""
+    """Compute g (M, K) times the weight (K, N), both float64, in integers with NumPy."""
 
     def integers(matrix, axis):
         step = np.abs(matrix).max(axis, keepdims=True) / 127
@@ -116,7 +116,7 @@ def test_fp8_needs_a_device_that_has_it():
 
 @pytest.mark.parametrize("rows, inner, columns", [(32, 64, 16), (5, 40, 24), (33, 7, 50), (1, 16, 1)])
 def test_fp8_products_of_any_size(rows, inner, columns, monkeypatch):
-    """GPUs take multiples of 16, and the right factor column by column."""
+    """GPUs accept only multiples of 16, and the right factor column by column."""
     plain = torch._scaled_mm
 
     def checked(a, b, **settings):
@@ -139,7 +139,7 @@ def test_fp8_products_of_any_size(rows, inner, columns, monkeypatch):
 
 
 def of_few_bits(*shape, dtype):
-    """Multiples of 1/128 up to 1, in each row and column: no dtype loses bits of them near its smallest normal."""
+    """Multiples of 1/128 up to 1 in each row and column: no dtype loses their bits near its smallest normal number."""
     matrix = (draw(*shape) * 40).round().clamp(-127, 127) / 128
     matrix[:, 0] = matrix[0] = 1
     return matrix.to(dtype)
@@ -210,7 +210,7 @@ def test_rows_of_all_scales_are_rounded_each_by_itself():
 
 
 def exactly(left, right, out=None):
-    """What `torch._int_mm` gives where it is exact: on this machine it need not be."""
+    """The result of an exact `torch._int_mm`, which it need not be on this machine."""
     found = (left.double() @ right.double()).to(torch.int32)
     return found if out is None else out.copy_(found)
 
@@ -234,7 +234,7 @@ def test_without_instructions_int8_gives_the_same_bits(inner, dtype, rotation, c
 
 
 def test_sums_of_integers_do_not_depend_on_the_order():
-    """The largest sums that float32 is trusted with."""
+    """These are the largest sums for which float32 is used."""
     terms = int8._EXACT_TERMS
     assert terms == 1040 and 127**2 * terms < 2**24
     left, right = torch.full((3, terms), 127.0), torch.full((terms, 5), -127.0)
@@ -243,7 +243,7 @@ def test_sums_of_integers_do_not_depend_on_the_order():
 
 
 class Products(TorchDispatchMode):
-    """The dtypes in which matrices were multiplied."""
+    """Records the dtypes in which matrices are multiplied."""
 
     def __init__(self):
         super().__init__()
@@ -301,7 +301,7 @@ def test_without_instructions_weight_gradients_are_multiplied_in_float32(dtype, 
 
 @pytest.fixture
 def roundings(monkeypatch):
-    """Shapes of the weights that were rounded."""
+    """The shapes of the weights that were rounded."""
     seen, plain = [], NumberFormat.quantize_weight
 
     def counting(number_format, weight, hadamard_size):
@@ -356,7 +356,7 @@ def test_rows_that_change_against_one_another_are_noticed(pattern):
     lambda data: data.neg_(),
 ])  # fmt: skip
 def test_a_change_past_the_version_counter_is_noticed(change):
-    """As PEFT's merging and some optimisers make."""
+    """PEFT's merging and some optimisers make such changes."""
     g, weight = draw(10, 16), torch.nn.Parameter(draw(16, 8, seed=1))
     with torch.no_grad():
         product(g, weight, Precision("int8"), weight)
@@ -376,7 +376,7 @@ def test_only_parameters_have_copies_kept(roundings):
 
 
 def test_what_is_merged_into_a_weight_enters_its_gradients():
-    """The weights beneath LoRA stay the same parameters, at the same place."""
+    """The weights beneath LoRA stay the same parameters at the same address."""
     settings = {"target_modules": ["q_proj", "fc1"], "lora_alpha": 64, "init_lora_weights": False}
     config = LBPWHTConfig(r=64, grad_input_dtype="int8", train_base_weight=False, stack_on=LoraConfig(r=4, **settings))
     first = get_peft_model(tiny_vit(), config).train()
@@ -439,7 +439,7 @@ BASES = {
 @pytest.mark.parametrize("dtype", [torch.float32, *NARROW])
 @pytest.mark.parametrize("kind", BASES)
 def test_without_instructions_low_rank_layers_multiply_in_float32(kind, grad_input, dtype, monkeypatch):
-    """All that they multiply in the backward pass: nothing else runs in it but what PyTorch's layers do themselves."""
+    """This holds for all products of the backward pass, except for those of PyTorch's own layers."""
     base, x = BASES[kind]
     torch.manual_seed(0)
     model = adapted(base, **input_gradient(grad_input))
@@ -513,7 +513,7 @@ NOT_ROUNDED = ("0.q_proj", "0.k_proj", "0.v_proj", "1.q_proj", "1.o_proj", "1.fc
 
 
 def test_trained_weights_are_rounded_in_each_pass_and_training_goes_on(roundings):
-    """No rounded copy is kept of them: the next step changes them, and until then it would take memory."""
+    """No rounded copy of them is kept, since the next step changes them, and the copy would take memory until then."""
     model = adapted(grad_input_dtype="int8")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
     x, labels = images(8), torch.arange(8) % 5
@@ -614,7 +614,7 @@ def test_without_instructions_a_model_under_autocast_is_one_graph(grad_input, mo
 
 
 def test_the_report_says_which_products_are_rounded():
-    """Of other methods' adapters none are: such a layer is run again as it is."""
+    """No products of other methods' adapters are rounded, since such a layer is run again as it is."""
     beneath = LoHaConfig(r=2, target_modules=["fc1"], init_weights=False)
     config = LBPWHTConfig(r=10, grad_input_dtype="int8", train_base_weight=False, stack_on=beneath)
     model = get_peft_model(tiny_vit(), config).train()
@@ -635,7 +635,7 @@ def test_the_report_says_which_products_are_rounded():
 
 
 def kept_tokens(model):
-    """dtypes of all that is kept of layers' inputs and has fewer rows than there are tokens."""
+    """The dtypes of all saved inputs of layers that have fewer rows than there are tokens."""
     kept = []
 
     def keep(tensor):
@@ -667,7 +667,7 @@ def test_a_weight_gradient_is_of_its_factors_in_bfloat16_whatever_multiplies_the
 
 
 def test_with_checkpointing_the_first_layers_weight_gradients_are_the_same_too():
-    """Without it their input gradient is not needed, and so neither is a product in low precision."""
+    """Without checkpointing their input gradient is not needed, and so neither is a product in low precision."""
     model = adapted(grad_input_dtype="int8")
     without = gradients(model, images())
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -682,7 +682,7 @@ def test_there_is_one_way_to_say_that_nothing_is_rounded():
 
 
 class Patches(nn.Module):
-    """Takes batches without images, as transformers' ViTs do not."""
+    """A model that accepts batches without images, which transformers' ViTs do not."""
 
     def __init__(self):
         super().__init__()
@@ -743,7 +743,7 @@ def swapping():
 ], ids=["alone", "compressed", "LoRA", "DoRA"])  # fmt: skip
 @pytest.mark.parametrize("grad_input", ["int8", "full"])
 def test_parameters_can_be_swapped_between_steps(settings, grad_input, swapping):
-    """Even while a loss is still at hand, whose graph remembers the parameters."""
+    """They can be swapped even while a loss exists whose graph refers to the parameters."""
     model = adapted(**input_gradient(grad_input), **settings)
     expected = gradients(model, images())
     loss = forward(model, images()).sum()
@@ -771,7 +771,7 @@ def test_a_swapped_weight_is_rounded_again(roundings, swapping):
 
 @torch.no_grad()
 def test_parameters_in_one_storage_have_a_copy_each(roundings):
-    """As sharded training lays them out."""
+    """Sharded training lays them out like this."""
     whole = draw(32, 8)
     first, second = (nn.Parameter(part) for part in whole.split(16))
     for _ in range(2):

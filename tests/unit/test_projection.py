@@ -1,4 +1,4 @@
-"""Two ways to project, axis by axis and by one matrix: they agree, and neither takes more memory than the tokens."""
+"""Projecting axis by axis and by one matrix agree, and neither takes more memory than the tokens."""
 
 import pytest
 import reference
@@ -146,7 +146,7 @@ def test_one_matrix_in_a_compiled_graph(layout, decide):
 
 
 class Made(TorchDispatchMode):
-    """Sizes of all new tensors made within, by operator."""
+    """Records the sizes of all new tensors, by operator."""
 
     def __init__(self):
         super().__init__()
@@ -169,7 +169,7 @@ class Made(TorchDispatchMode):
 
 
 def there_and_back(maps, on_images):
-    """All that a projection can do, on 40 channels."""
+    """Run all methods of a projection on 40 channels."""
     tokens = torch.randn(2, maps.layout.num_tokens, 40)
     maps.lift(maps.project(tokens))
     if on_images:
@@ -215,6 +215,6 @@ def test_contiguous_tokens_are_not_copied(precision, for_input, way, monkeypatch
     grad = torch.randn_like(y)
     with Made() as made:
         torch.autograd.grad(y, (x, weight), grad)
-    # But for bf16, whose product takes another dtype and makes one.
+    # This excludes bf16, whose product takes another dtype and makes one.
     allowed = 2 if precision == "bf16" and for_input is None else 0
     assert len([copy for copy in made.copies() if copy[1] >= x.numel()]) == allowed, made.sizes
