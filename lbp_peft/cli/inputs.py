@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from argparse import SUPPRESS
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,13 @@ _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_IN
 class InputOptions(ClassificationData, SegmentationData):
     """The options for the model, and for images or the size of random ones."""
 
+    # A program that tests has these flags too. They are taken, so that the same flags fit, and have no effect here.
+    test_files: list[str] | None = option(None, SUPPRESS)
+    test_split: str | None = option(None, SUPPRESS)
+    held_out: float = option(0.2, SUPPRESS)
+    test_images: int | None = option(None, SUPPRESS)
+    train_images: int | None = option(None, SUPPRESS)
+    train_images_per_class: int | None = option(None, SUPPRESS)
     random_images: list[int] | None = option(
         None, "Random images of this size in place of data: the side of a square, or height and width. (default: none)"
     )
@@ -146,7 +154,11 @@ def _source(options: InputOptions) -> tuple[Source | None, str | None]:
 
 
 def _is_of_timm(name: str) -> bool:
-    if Path(name).expanduser().exists() or importlib.util.find_spec("timm") is None:
+    if Path(name).expanduser().exists():
+        return False
+    if importlib.util.find_spec("timm") is None:
+        if "/" not in name:
+            say(f"There is no folder {name} here, and timm, which has models by such names, is not installed.")
         return False
     import timm
 
@@ -202,6 +214,7 @@ def _of_transformers(options: InputOptions, source: Source | None, task: str) ->
     if options.random_weights or is_empty:
         if is_empty and not options.random_weights:
             say(f"{path} holds no weights, only a configuration: random weights are used.")
+            options.random_weights = True
         set_seed(0)
         for key, value in class_names(names).items():
             if key != "num_labels":

@@ -70,6 +70,8 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit(in_one_line(error)) from None
     except ValueError as error:
         raise SystemExit(f"{options.model}: {in_one_line(error)}") from None
+    if made_up := [name for name in ("weights", "images") if getattr(options, f"random_{name}")]:
+        found.notes.append(f"The {' and the '.join(made_up)} are random, so the cosines say little about yours.")
     print(found)
     written = write(found, options, inputs, folder)
     print(f"\nMeasured in {found.seconds:.0f} s. Written to {folder}: {', '.join(written)}.")

@@ -45,7 +45,7 @@ class Bounds:
         """Read bounds as a user writes them.
 
         Args:
-            memory: "6GiB", "800 MB", "0.6x" (of full fine-tuning), or bytes.
+            memory: "6GiB", "800 MB", "0.6x" (of full fine-tuning), or a number of bytes. Text needs a unit.
             step_time: "0.8x" (of full fine-tuning), "900ms", "1.2s", or seconds.
             min_cosine: From 0 to 1.
 
@@ -92,13 +92,13 @@ def _memory(given: str | float) -> tuple[float, bool]:
         return _positive(float(given), given, "memory"), False
     if (ratio := _ratio(given)) is not None:
         return _positive(ratio, given, "memory"), True
-    match = re.fullmatch(r"(\d*\.?\d+)\s*([KMGT]?I?)B?", given.strip().upper())
-    if not match or match[2] not in _BYTES:
+    match = re.fullmatch(r"(\d*\.?\d+)\s*([KMGT]I?B?|B)", given.strip().upper())
+    if not match:
         raise ValueError(
             f"memory must be a size such as 6GiB or 800MB, or a share of full fine-tuning's, such as 0.6x, got "
             f"{given!r}."
         )
-    return _positive(float(match[1]) * _BYTES[match[2]], given, "memory"), False
+    return _positive(float(match[1]) * _BYTES[match[2].rstrip("B")], given, "memory"), False
 
 
 def _time(given: str | float) -> tuple[float, bool]:

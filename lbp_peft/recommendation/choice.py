@@ -11,6 +11,7 @@ from .trial import Trial
 
 _NEGLIGIBLE = 0.03  # the relative difference in step time or peak between two runs of the same program
 _SAME_COSINE = 0.005
+LORA_INSTEAD = "to choose among its settings, give --lora (in Python, lora=True)"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ def choose(trials: Sequence[Trial], bounds: Bounds, reference: Reference) -> tup
 
     Memory or step time is minimised, whichever has no bound, or their product if neither has one. If both have one, the
     setting with the best gradients is chosen. Among settings that differ by a few percent only, the one with the best
-    gradients is chosen.
+    gradients is chosen, and full fine-tuning or LoRA by itself rather than what gains nothing over it.
 
     Args:
         trials: The trials of the settings. Failed ones are skipped.
@@ -74,22 +75,33 @@ def choose(trials: Sequence[Trial], bounds: Bounds, reference: Reference) -> tup
     # If the cosine is optimised, all differences count, since they are small.
     margin = _SAME_COSINE if bounds.memory and bounds.step_time else _NEGLIGIBLE * least
     equal = [trial for trial in within if price(trial) <= least + margin]
-    return max(equal, key=lambda trial: (_cosine(trial), -trial.seconds * trial.peak_bytes)), rule
+    best = max(equal, key=lambda trial: (_cosine(trial), -trial.seconds * trial.peak_bytes))
+    return next((exact for exact in within if _is_as_good(exact, best, reference)), best), rule
+
+
+def _is_as_good(exact: Trial, best: Trial, reference: Reference) -> bool:
+    """Whether full fine-tuning or LoRA takes as little time and as little memory as the best setting."""
+    negligible = 1 + _NEGLIGIBLE
+    return (
+        exact in (reference.full, reference.lora)
+        and exact.seconds <= negligible * best.seconds
+        and exact.peak_bytes <= negligible * best.peak_bytes
+    )
 
 
 def price_of(bounds: Bounds) -> tuple[Callable[[Trial], float], str]:
     """The quantity that is minimised, and the rule in words."""
-    cosine = f"a gradient cosine of at least {bounds.least_cosine:g}"
-    memory = "a peak memory within the budget"
+    good = f"a gradient cosine of at least {bounds.least_cosine:g}"
+    within = "of the measured settings that keep within"
     if bounds.memory and bounds.step_time:
-        return lambda trial: -_cosine(trial), "the best gradients of those within both budgets"
+        return lambda trial: -_cosine(trial), f"the best gradients {within} the memory and the step time"
     if bounds.memory:
-        return lambda trial: trial.seconds, f"the shortest step of those with {memory} and {cosine}"
+        return lambda trial: trial.seconds, f"the shortest step {within} the memory and have {good}"
     if bounds.step_time:
-        return lambda trial: trial.peak_bytes, f"the least memory of those within the step time and with {cosine}"
+        return lambda trial: trial.peak_bytes, f"the least peak memory {within} the step time and have {good}"
     return (
         lambda trial: trial.seconds * trial.peak_bytes,
-        f"the least product of step time and peak memory of those with {cosine}",
+        f"the least product of step time and peak memory of the measured settings that have {good}",
     )
 
 
@@ -155,30 +167,41 @@ def verdict(chosen: Trial, is_lora: bool, rule: str, reference: Reference, devic
     Args:
         is_alone: Whether no setting of LBP-WHT could be measured.
     """
-    exact = reference.of(is_lora)
+    exact, here = reference.of(is_lora), f"on this {device_in_words(device)}"
     if exact is None:
-        return f"{chosen.label}: {rule}. {'LoRA' if is_lora else 'Full fine-tuning'} could not be measured here."
-    if chosen.label == exact.label and is_alone:
-        return f"Of what could be measured on this {device} {exact.label} has {rule}."
+        return f"It has {rule}. {'LoRA' if is_lora else 'Full fine-tuning'}, to compare it with, could not be measured."
     if chosen.label == exact.label:
-        return (
-            f"Nothing that was tried is better on this {device} by that rule: {rule}. Keep {exact.label}, without "
-            "LBP-WHT."
-        )
+        return f"It has {rule}." + ("" if is_alone else f" So LBP-WHT gains nothing {here}: keep {exact.label}.")
     time, memory = chosen.seconds / exact.seconds, chosen.peak_bytes / exact.peak_bytes
     gained = [*_gain(time, "of the step time"), *_gain(memory, "of the peak memory")]
     lost = [*_loss(time, "longer steps"), *_loss(memory, "more memory")]
-    if not gained:
-        return f"On this {device} {chosen.label} gains nothing over {exact.label}, in time or memory: keep that."
-    equal = "" if lost else "" if len(gained) == 2 else _equal(time, exact.label)
     at = f", at {' and '.join(lost)}" if lost else ""
-    quality = f" Its gradients have a cosine of {chosen.cosine:.2f} with the exact ones." if chosen.cosine else ""
+    if not gained:
+        return f"It has {rule}. But {here} it gains nothing over {exact.label} in time or memory{at}."
+    equal = "" if lost or len(gained) == 2 else _equal(time, exact.label)
     gain = f"what you gain over {exact.label} is {' and '.join(gained)}{at}"
     other = reference.lora
     hint = ""
     if not is_lora and other is not None and other.seconds < chosen.seconds and other.peak_bytes < chosen.peak_bytes:
-        hint = f" {other.label}, which trains fewer weights, takes less of both: --lora chooses among its settings."
-    return f"It has {rule}. On this {device} {equal}{gain}.{quality}{hint}"
+        hint = f" {other.label}, which trains fewer weights, takes less of both: {LORA_INSTEAD}."
+    return f"It has {rule}. O{here[1:]} {equal}{gain}.{_quality(chosen)}{hint}"
+
+
+def device_in_words(device: str) -> str:
+    """A device of PyTorch, such as "cuda:0", as people call it."""
+    kind = device.partition(":")[0]
+    return {"cpu": "CPU", "cuda": "GPU"}.get(kind, kind)
+
+
+def _quality(chosen: Trial) -> str:
+    """A sentence about the gradients of a setting; "" if they were not compared."""
+    if chosen.cosine is None:
+        return ""
+    if not chosen.adapted_layers:
+        return " Its gradients are exact."
+    if not chosen.low_rank_layers:
+        return " None of its layers has a low-rank backward pass in this model: the gain has other causes."
+    return f" Its gradients have a cosine of {chosen.cosine:.2f} with the exact ones."
 
 
 def _equal(time: float, exact: str) -> str:

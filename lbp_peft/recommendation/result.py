@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import textwrap
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from torch import nn
 from ..environment import environment
 from .bounds import Bounds, BudgetError
 from .candidates import LORA, Candidate
-from .choice import Reference, choose, verdict
-from .trial import Trial
+from .choice import LORA_INSTEAD, Reference, choose, verdict
+from .trial import NO_TIME, TOO_LONG, Trial
 
 WIDTH = 100
 _MOST_NAMED = 4  # of the settings left out for one reason
@@ -74,10 +75,26 @@ class Recommendation:
             except BudgetError:
                 chosen, rule = choose(own, self.bounds, self.reference)
         except BudgetError as error:
-            raise BudgetError(f"{untried}{error}", self.table) from None
+            raise BudgetError(f"{untried}{error}{self._remedies(lora)}", self.table) from None
         self.setting = self.candidates[chosen.label]
         self.config = self.setting.config(model, self.heads)
-        self.reason = untried + verdict(chosen, lora, rule, self.reference, self.device, is_alone=bool(untried))
+        reason = verdict(chosen, lora, rule, self.reference, self.device, is_alone=bool(untried))
+        self.reason = f"{reason} {untried}".strip()
+
+    def _remedies(self, lora: bool) -> str:
+        """What may help where nothing keeps within the bounds: more time, or LoRA."""
+        text = ""
+        own = [label for label, one in self.candidates.items() if one.lora is lora]
+        late = sum(self.left_out.get(label) == NO_TIME for label in own)
+        late += sum(label in self.trials and self.trials[label].failure == TOO_LONG for label in own)
+        if late:
+            text = f" There was no time for {late} other settings: give more minutes to try them."
+        if not lora:
+            others = [trial for label, trial in self.trials.items() if self.candidates[label].lora]
+            with suppress(ValueError):
+                found, _ = choose(others, self.bounds, self.reference)
+                text += f" {found.label}, which trains fewer weights, keeps within the bounds: {LORA_INSTEAD}."
+        return text
 
     def _why_untried(self, lora: bool) -> str:
         """A sentence for the case that no setting with LBP-WHT could be measured; else ""."""
@@ -163,13 +180,16 @@ class Recommendation:
 
     def _layers(self) -> str:
         """How many layers LBP-WHT does not go through exactly, where that is not all of them; else ""."""
-        found = {(one.low_rank_layers, one.adapted_layers) for one in self.trials.values() if one.adapted_layers}
-        low, adapted = max(found, default=(0, 0))
-        if low == adapted:
+        adapted = max((one.adapted_layers for one in self.trials.values()), default=0)
+        low = sorted({one.low_rank_layers for one in self.trials.values() if one.adapted_layers})
+        if not low or low[0] == adapted:
             return ""
+        number = f"{low[0] or 'none'} of {adapted} layers"
+        if len(low) > 1:
+            number = f"{low[0]} to {low[-1]} of {adapted} layers, depending on the setting"
         return (
-            f"LBP-WHT has a low-rank backward pass in {low or 'none'} of {adapted} layers, and an exact one in the "
-            "others: `lbp-peft report` says why."
+            f"LBP-WHT has a low-rank backward pass in {number}, and an exact one in the others: `lbp-peft report` says "
+            "why."
         )
 
     def _any(self, name: str, value: bool) -> bool:
@@ -243,19 +263,19 @@ class Recommendation:
             lines += ["# Train the model as it is: full fine-tuning, without an adapter."]
         elif isinstance(config, LoraConfig):
             lines = ["from peft import LoraConfig, get_peft_model", "", *lines]
-            lines += [f"model = get_peft_model(model, LoraConfig({_arguments(_of_lora(config))}))"]
+            lines += _adaptation("model", "model", "LoraConfig", _of_lora(config))
         else:
             settings: dict[str, Any] = dict(self.setting.lbp_wht or {})
             lines = ["from peft import LoraConfig, get_peft_model", "from lbp_peft import LBPWHTConfig", "", *lines]
             if self.setting.lora:
                 beneath = next(iter(config.stack_on.values()))
-                lines += [f"lora = get_peft_model(model, LoraConfig({_arguments(_of_lora(beneath))}))"]
+                lines += _adaptation("lora", "model", "LoraConfig", _of_lora(beneath))
                 settings["train_base_weight"] = False
-                lines += [f"model = get_peft_model(lora, LBPWHTConfig({_arguments(settings)}))"]
+                lines += _adaptation("model", "lora", "LBPWHTConfig", settings)
             else:
                 lines[0] = "from peft import get_peft_model"
                 settings |= {"modules_to_save": self.heads} if self.heads else {}
-                lines += [f"model = get_peft_model(model, LBPWHTConfig({_arguments(settings)}))"]
+                lines += _adaptation("model", "model", "LBPWHTConfig", settings)
         if self.setting.compiled:
             lines += ["model.compile()"]
         return "\n".join(lines)
@@ -374,10 +394,19 @@ def _of_lora(config: Any) -> dict[str, Any]:
     return shown | ({"modules_to_save": list(config.modules_to_save)} if config.modules_to_save else {})
 
 
-def _arguments(settings: dict[str, Any]) -> str:
-    return ", ".join(
+def _adaptation(result: str, model: str, kind: str, settings: dict[str, Any]) -> list[str]:
+    """Lines of Python, not too long, that put an adapter on a model."""
+    arguments = [
         f"{name}={json.dumps(value) if isinstance(value, (str, list)) else value}" for name, value in settings.items()
+    ]
+    line = f"{result} = get_peft_model({model}, {kind}({', '.join(arguments)}))"
+    if len(line) <= WIDTH:
+        return [line]
+    indented = (
+        textwrap.fill(f"{argument},", WIDTH, initial_indent=" " * 4, subsequent_indent=" " * 8, break_on_hyphens=False)
+        for argument in arguments
     )
+    return [f"config = {kind}(", *indented, ")", f"{result} = get_peft_model({model}, config)"]
 
 
 def _plain(value: Any) -> Any:

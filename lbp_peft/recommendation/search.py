@@ -25,14 +25,13 @@ from ..measure.warming_up import warmed_up
 from ..tuner.validation.names import did_you_mean, unmatched_modules_to_save
 from .bounds import Bounds
 from .candidates import CANDIDATES, KINDS, SETTINGS, Candidate, checkpointing_call, compiled, in_order, sharing_copy
-from .choice import Reference, choose, in_the_running, price_of
+from .choice import Reference, choose, device_in_words, in_the_running, price_of
 from .processes import Apart, Here, WorkerError
 from .result import Recommendation
-from .trial import TOO_LONG, UNEXPECTED, Job, Trial
+from .trial import NO_TIME, TOO_LONG, UNEXPECTED, Job, Trial
 
 _FOR_TRIALS = 0.65  # the share of the time; the rest is for rounds in which the best candidates take turns
 _MOST_TIMED, _FEWEST_ROUNDS, _MOST_ROUNDS = 6, 2, 7
-_NO_TIME = "no time"
 
 
 def recommend(
@@ -110,8 +109,8 @@ def _slow_precision(job: Job) -> str:
     if dtype is None or product_dtype(dtype, device_of(job.model)) == dtype:
         return ""
     return (
-        f"This {device_of(job.model).type} has no instructions for products in {job.precision}, so that mixed "
-        "precision makes steps many times longer than float32 does. Leave it out here."
+        f"This {device_in_words(device_of(job.model).type)} has no instructions for products in {job.precision}, so "
+        "that mixed precision makes steps many times longer than float32 does. Leave it out here."
     )
 
 
@@ -185,7 +184,7 @@ class _Search:
             began = time.monotonic()
             # One setting of each kind is tried as long as there is time, so that there is a comparison.
             if number and (began > self.end or (number >= KINDS and began + longest > self._until(until))):
-                self.left_out[candidate.label] = _NO_TIME
+                self.left_out[candidate.label] = NO_TIME
                 continue
             if why := self._needless(candidate):
                 self.left_out[candidate.label] = why
@@ -261,18 +260,16 @@ class _Search:
             warnings.simplefilter("ignore")
             for trial in self._worth_timing():
                 room -= max(trial.peak_bytes - self.libraries, 0)
-                seconds = trial.seconds + sum(one.seconds for one in chosen)
-                # For the first two, one round is better than none; further ones are not worth a round of the others.
-                needed = trial.warm_up_seconds + (_FEWEST_ROUNDS if len(chosen) >= 2 else 1) * seconds
-                is_late = time.monotonic() + needed > self.end
+                rounds = _FEWEST_ROUNDS * (trial.seconds + sum(one.seconds for one in chosen))
+                is_late = time.monotonic() + trial.warm_up_seconds + rounds > self.end
                 if is_late or (len(chosen) >= 3 and room < 0):
                     break
                 chosen.append(trial)
                 runs.append(self._warm_step(self.candidates[trial.label]))
             if len(chosen) < 2:
                 return
-            rounds = self._rounds(sum(trial.seconds for trial in chosen))
-            bar = tqdm(rounds, desc="step times", total=_MOST_ROUNDS, leave=False, disable=not self.progress)
+            turns = self._rounds(sum(trial.seconds for trial in chosen))
+            bar = tqdm(turns, desc="step times", total=_MOST_ROUNDS, leave=False, disable=not self.progress)
             times = interleaved(runs, bar)
         if not times[0]:
             return
@@ -316,11 +313,13 @@ class _Search:
         return over, price_of(bounds)[0](trial)
 
     def _rounds(self, seconds: float) -> Iterable[int]:
-        """The rounds that the time allows, of so many seconds each."""
+        """The rounds that the time allows. Each takes so many seconds, or as long as the longest one so far."""
         for number in range(_MOST_ROUNDS):
-            if time.monotonic() + seconds > self.end:
+            began = time.monotonic()
+            if began + seconds > self.end:
                 return
             yield number
+            seconds = max(seconds, time.monotonic() - began)
 
     def _warm_step(self, candidate: Candidate) -> Callable[[], float]:
         """A function that runs a training step and returns its time, after steps that trace and compile the model."""

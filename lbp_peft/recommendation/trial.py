@@ -24,7 +24,7 @@ from ..tuner.report import layout_report
 from .candidates import Candidate, NotApplicableError
 
 SEED = 0
-OUT_OF_MEMORY, TOO_LONG = "out of memory", "takes longer than the time that was left"
+OUT_OF_MEMORY, TOO_LONG, NO_TIME = "out of memory", "takes longer than the time that was left", "no time"
 UNEXPECTED = "cannot be trained: "  # the beginning of other failures
 _LORA_NOISE = 1e-3
 

@@ -13,7 +13,7 @@ from PIL import Image
 from transformers import SegformerConfig
 
 import lbp_peft
-from lbp_peft.cli import COMMANDS, main
+from lbp_peft.cli import COMMANDS, inputs, main
 from lbp_peft.cli.inputs import InputOptions, load_inputs
 from lbp_peft.loading.options import Parser
 from lbp_peft.recommendation import CANDIDATES, processes, search
@@ -72,6 +72,7 @@ def test_each_command_has_help(command, capsys):
     with pytest.raises(SystemExit) as stop:
         run(command, "--help")
     text = capsys.readouterr().out
+    assert "test_images" not in text  # which has no effect here
     assert stop.value.code == 0 and "--random_images" in text and max(map(len, text.splitlines())) <= 100
 
 
@@ -86,6 +87,7 @@ def test_recommend_writes_what_the_examples_read(model, data, quick, tmp_path, c
         "--output", tmp_path / "out")  # fmt: skip
     text = capsys.readouterr().out
     assert "Recommended: " in text and "holds no weights" in text
+    assert "The weights are random, so the cosines say little about yours." in text
     record = json.loads((tmp_path / "out" / "recommendation.json").read_text())
     assert record["recommended"] in text and (tmp_path / "out" / "recommendation.png").exists()
     settings = yaml.safe_load((tmp_path / "out" / "recommendation.yaml").read_text())
@@ -98,6 +100,12 @@ def test_report_shows_layouts_and_the_quality_of_gradients(model, capsys):
     run("report", "--model", model, "--random-images", 32, "--settings", "r=3", "grad_input_dtype=full", "--verbose")
     text = capsys.readouterr().out
     assert text.count("vit.layers.0.mlp.fc1") >= 1 and "gradient cosine" in text and "12 of 12 adapted layers" in text
+
+
+def test_without_timm_its_names_are_looked_for_on_the_hub_and_the_user_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(inputs.importlib.util, "find_spec", lambda name: None)
+    assert not inputs._is_of_timm("resnet18") and "timm, which has models by such names" in capsys.readouterr().out
+    assert not inputs._is_of_timm("facebook/dinov2-base") and not capsys.readouterr().out
 
 
 def test_a_setting_that_does_not_exist_is_named(model, capsys):
@@ -115,9 +123,9 @@ def test_label_maps_make_it_a_segmentation_and_one_is_enough(tmp_path):
     options = InputOptions(
         model=str(tmp_path / "model"), dataset=str(tmp_path / "data"), image_size=[64], batch_size=2, device="cpu"
     )
-    inputs = load_inputs(options)
-    assert inputs.task == "segmentation" and inputs.batches[0]["labels"].shape == (2, 64, 64)
-    assert torch.isfinite(inputs.model(**inputs.batches[0]).loss)
+    loaded = load_inputs(options)
+    assert loaded.task == "segmentation" and loaded.batches[0]["labels"].shape == (2, 64, 64)
+    assert torch.isfinite(loaded.model(**loaded.batches[0]).loss)
 
 
 def test_one_image_of_each_class_is_enough(model, tmp_path):
@@ -125,8 +133,8 @@ def test_one_image_of_each_class_is_enough(model, tmp_path):
     for place, name in (("train/cat", "1"), ("train/dog", "2"), ("test/bird", "3")):
         (tmp_path / "few" / place).mkdir(parents=True)
         Image.new("RGB", (40, 40), "red").save(tmp_path / "few" / place / f"{name}.png")
-    inputs = load_inputs(InputOptions(model=str(model), dataset=str(tmp_path / "few"), batch_size=4, device="cpu"))
-    assert sorted(set(inputs.batches[0]["labels"].tolist())) == [1, 2] and len(inputs.batches[0]["labels"]) == 4
+    loaded = load_inputs(InputOptions(model=str(model), dataset=str(tmp_path / "few"), batch_size=4, device="cpu"))
+    assert sorted(set(loaded.batches[0]["labels"].tolist())) == [1, 2] and len(loaded.batches[0]["labels"]) == 4
 
 
 def test_names_of_timm_are_models():
@@ -134,8 +142,8 @@ def test_names_of_timm_are_models():
     options = InputOptions(
         model="test_vit", random_weights=True, random_images=[160], batch_size=2, mixed_precision="no", device="cpu"
     )
-    inputs = load_inputs(options)
-    assert torch.isfinite(inputs.loss_fn(inputs.model, inputs.batches[0]))
+    loaded = load_inputs(options)
+    assert torch.isfinite(loaded.loss_fn(loaded.model, loaded.batches[0]))
 
 
 @pytest.mark.parametrize(

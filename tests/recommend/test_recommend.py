@@ -23,7 +23,7 @@ from lbp_peft.recommendation import CANDIDATES, Bounds, Candidate, processes, se
 from lbp_peft.recommendation.candidates import in_order
 from lbp_peft.recommendation.choice import Reference, choose, in_the_running, verdict
 from lbp_peft.recommendation.result import WIDTH, pareto_front
-from lbp_peft.recommendation.trial import Job, Trial, plain_name, try_candidate
+from lbp_peft.recommendation.trial import NO_TIME, Job, Trial, plain_name, try_candidate
 
 LOW_RANK = Candidate("low-rank", {"r": 3, "grad_input_rank": 3})
 FEW = (
@@ -49,7 +49,15 @@ REFERENCE = Reference(FULL, LORA)
 
 @pytest.mark.parametrize(
     ("memory", "expected"),
-    [("6GiB", 6 * 2**30), ("800 MB", 8e8), ("1.5g", 1.5e9), (12345, 12345.0), ("0.6x", 600.0), (None, math.inf)],
+    [
+        ("6GiB", 6 * 2**30),
+        ("800 MB", 8e8),
+        ("1.5g", 1.5e9),
+        ("9 B", 9.0),
+        (12, 12.0),
+        ("0.6x", 600.0),
+        (None, math.inf),
+    ],
 )
 def test_memory_is_read_as_users_write_it(memory, expected):
     assert Bounds.parse(memory=memory).most_memory(1000.0) == expected
@@ -68,6 +76,7 @@ def test_step_times_are_read_as_users_write_them(time, expected):
         {"memory": "lots"},
         {"memory": "0x"},
         {"memory": "6QB"},
+        {"memory": "6"},  # GiB or bytes?
         {"step_time": "soon"},
         {"step_time": -1.0},
         {"min_cosine": 2},
@@ -132,16 +141,23 @@ def test_without_exact_gradients_good_enough_the_best_cosine_is_told():
 
 
 def test_where_nothing_helps_the_verdict_says_so():
-    same = trial("same", 995, 0.99, 0.9)
-    assert "gains nothing over full" in verdict(same, False, "rule", REFERENCE, "cpu")
-    assert "Keep full" in verdict(FULL, False, "rule", REFERENCE, "cpu")
+    same = trial("same", 975, 0.975, 0.9)  # the product is less by 5 %, but neither factor is by more than noise
+    assert choose([FULL, same], Bounds(), REFERENCE)[0] is FULL
+    assert choose([FULL, same], Bounds.parse(memory="0.98x"), REFERENCE)[0] is same
+    assert "on this CPU it gains nothing over full" in verdict(same, False, "rule", REFERENCE, "cpu")
+    assert "gains nothing on this GPU: keep full" in verdict(FULL, False, "rule", REFERENCE, "cuda:0")
     small = trial("small", 552, 0.9, 0.9)
     assert "LoRA is as fast; what you gain over LoRA is 31 % of the peak memory." in verdict(
         small, True, "rule", REFERENCE, "cpu"
     )
     slow = trial("slow", 500, 1.5, 0.9)
     assert "50 % of the peak memory, at 50 % longer steps" in verdict(slow, False, "rule", REFERENCE, "cpu")
-    assert verdict(FULL, False, "rule", REFERENCE, "cpu", is_alone=True).startswith("Of what could be measured")
+    assert verdict(FULL, False, "rule", REFERENCE, "cpu", is_alone=True) == "It has rule."
+    assert "Its gradients are exact." in verdict(slow, False, "rule", REFERENCE, "cpu")
+    narrow = trial("narrow", 500, 1.0, 1.0, adapted_layers=12)
+    assert "None of its layers" in verdict(narrow, False, "rule", REFERENCE, "cpu")
+    low = trial("low", 500, 1.0, 0.9, adapted_layers=12, low_rank_layers=8)
+    assert "a cosine of 0.90 with the exact ones" in verdict(low, False, "rule", REFERENCE, "cpu")
 
 
 def test_what_another_beats_in_everything_is_not_timed():
@@ -221,6 +237,7 @@ def test_the_lines_of_python_prepare_the_model(found, candidate):
     expected = candidate.applied(tiny_vit(), found.heads)
     assert trained == {name for name, parameter in expected.named_parameters() if parameter.requires_grad}
     assert names["model"].train()(**batches()[0]).loss.requires_grad
+    assert max(map(len, chosen.python.splitlines())) <= WIDTH
 
 
 @pytest.mark.parametrize("candidate", FEW[2:4], ids=lambda one: one.label)
@@ -273,7 +290,22 @@ def test_without_a_setting_of_lbp_wht_the_result_says_so(monkeypatch):
     result.candidates["exact"] = LOW_RANK
     assert "low-rank backward pass in none of 12 layers" in result.table
     assert result.setting is FEW[0]
-    assert result.reason.startswith("No setting of LBP-WHT could be measured (") and "better" not in result.reason
+    assert "No setting of LBP-WHT could be measured (" in result.reason and "gains nothing" not in result.reason
+
+
+def test_where_nothing_keeps_within_the_bounds_more_time_or_lora_may_help(found):
+    full, lora = trial("full fine-tuning", 1000), trial("LoRA", 500)
+    asked = replace(
+        found,
+        trials={one.label: one for one in (full, lora)},
+        reference=Reference(full, lora),
+        bounds=Bounds.parse(memory="0.6x"),
+        left_out={"low-rank": NO_TIME},
+    )
+    with pytest.raises(BudgetError, match=r"The least is 1000 MiB.* no time for 1 other .* LoRA, .* --lora"):
+        asked.choose(tiny_vit(), lora=False)
+    low = [trial(label, low_rank_layers=low, adapted_layers=12) for label, low in (("low-rank", 8), ("LoRA", 12))]
+    assert "in 8 to 12 of 12 layers" in replace(found, trials={one.label: one for one in low}).table
 
 
 def test_what_takes_too_long_is_ended(monkeypatch):
