@@ -43,14 +43,14 @@ class Method:
     checkpointing: bool = False
 
     def adapt(self, model: PreTrainedModel, options: Options) -> PreTrainedModel | PeftModel:
+        if self.config is not None:
+            model = get_peft_model(model, self.config(head_modules(model, options)))
         if self.checkpointing or options.gradient_checkpointing:
             try:
                 enable_checkpointing(model)
             except NotApplicableError as error:
                 raise SystemExit(f"--gradient_checkpointing: {error}") from None
-        if self.config is None:
-            return model
-        return get_peft_model(model, self.config(head_modules(model, options)))
+        return model
 
     def save(self, model: PreTrainedModel | PeftModel, folder: Path) -> dict[str, PreTrainedModel | PeftModel]:
         """Write the [`parts`] of the trained model into folders of this one, named like them; return the parts."""

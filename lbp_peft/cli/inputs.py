@@ -30,7 +30,13 @@ from ..loading.models import class_names, forward_arguments, readable
 from ..loading.options import as_size, option
 from ..loading.places import local_folder
 from ..loading.preprocessing import Preprocessor
-from ..loading.segmentation import SegmentationData, label_map, load_segmentation, load_segmentation_model
+from ..loading.segmentation import (
+    SegmentationData,
+    label_map,
+    leave_out_of_loss,
+    load_segmentation,
+    load_segmentation_model,
+)
 from ..loading.storedimages import opened, why_unreadable
 from ..loading.terminal import cause_of, say
 from ..loading.views import View
@@ -43,7 +49,7 @@ _WEIGHTS = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_IN
 class InputOptions(ClassificationData, SegmentationData):
     """The options for the model, and for images or the size of random ones."""
 
-    # A program that tests has these flags too. They are taken, so that the same flags fit, and have no effect here.
+    # Flags of the programs that train and test, which have no effect on what is measured.
     test_files: list[str] | None = option(None, SUPPRESS)
     test_split: str | None = option(None, SUPPRESS)
     held_out: float = option(0.2, SUPPRESS)
@@ -219,6 +225,7 @@ def _of_transformers(options: InputOptions, source: Source | None, task: str) ->
         for key, value in class_names(names).items():
             if key != "num_labels":
                 setattr(config, key, value)
+        leave_out_of_loss(options.ignore_index, config)
         with readable(path):
             model: PreTrainedModel = auto_model.from_config(config)
     else:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from ..loading.classification import ClassificationData
 from ..loading.options import option, parse
+from ..loading.segmentation import SegmentationData
 from ..loading.terminal import in_one_line
 from ..recommendation import Bounds, BudgetError, Recommendation, recommend
 from .inputs import InputOptions, Inputs, load_inputs
@@ -43,6 +45,9 @@ class RecommendOptions(InputOptions):
         Bounds.parse(self.memory, self.step_time, self.min_cosine)
         if not self.minutes > 0:
             raise ValueError(f"--minutes must be above 0, not {self.minutes}")
+
+
+_DEFAULTS = RecommendOptions()
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -80,15 +85,13 @@ def main(arguments: Sequence[str]) -> None:
 def write(found: Recommendation, options: RecommendOptions, inputs: Inputs, folder: Path) -> list[str]:
     """Write the JSON, the YAML and the figure; return their names, or in place of the figure what it needs."""
     found.to_json(folder / "recommendation.json")
-    settings: dict[str, Any] = {
-        "model": options.model,
-        "dataset": options.dataset,
-        "train_files": options.train_files,
-        "image_size": list(inputs.size),
-        "batch_size": options.batch_size,
-        "head_modules": options.head_modules,
-    }
-    lines = [f"{name}: {json.dumps(value)}" for name, value in settings.items() if value is not None]
+    of_data = fields(SegmentationData if inputs.task == "segmentation" else ClassificationData)
+    given: dict[str, Any] = {field.name: getattr(options, field.name) for field in of_data}
+    settings = {name: value for name, value in given.items() if value != getattr(_DEFAULTS, name)}
+    settings |= {"image_size": list(inputs.size), "batch_size": options.batch_size}
+    if options.head_modules is not None:
+        settings["head_modules"] = options.head_modules
+    lines = [f"{name}: {json.dumps(value)}" for name, value in settings.items()]
     text = "\n".join(
         [f"# {line}" for line in (f"Recommended by lbp-peft: {found.chosen.label}",)] + lines + [found.yaml]
     )

@@ -9,7 +9,14 @@ import numpy as np
 import torch
 from datasets import Dataset, Image
 from PIL import Image as PILImage
-from transformers import AutoConfig, PreTrainedModel, UperNetConfig, UperNetForSemanticSegmentation, set_seed
+from transformers import (
+    AutoConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+    set_seed,
+)
 
 from .datasources import (
     Source,
@@ -81,10 +88,15 @@ def load_segmentation_model(
         model: PreTrainedModel = upernet(path, names, seed)
     else:
         model = load_model(auto_model, path, names, seed)
-    for name in ("semantic_loss_ignore_index", "loss_ignore_index"):
-        if hasattr(model.config, name):
-            setattr(model.config, name, options.ignore_index)
+    leave_out_of_loss(options.ignore_index, model.config)
     return model
+
+
+def leave_out_of_loss(ignore_index: int, config: PretrainedConfig) -> None:
+    """Have the loss of a model with this configuration leave out what the index marks."""
+    for name in ("semantic_loss_ignore_index", "loss_ignore_index"):
+        if hasattr(config, name):
+            setattr(config, name, ignore_index)
 
 
 def label_map(mask: PILImage.Image, options: SegmentationData) -> PILImage.Image:

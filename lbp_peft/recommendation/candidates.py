@@ -75,13 +75,13 @@ class Candidate:
         """
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            if self.checkpointing:
-                enable_checkpointing(model)
             try:
                 config = self.config(model, heads)
                 adapted = model if config is None else get_peft_model(model, config)
             except ValueError as error:
                 raise NotApplicableError(str(error)) from error
+            if self.checkpointing:  # not before: PEFT would then have the embeddings' output require a gradient
+                enable_checkpointing(adapted)
             if self.compiled:
                 adapted.compile()
         return adapted

@@ -255,27 +255,26 @@ class Recommendation:
     def python(self) -> str:
         """Python code that prepares the model as recommended."""
         assert self.setting is not None
-        lines = []
-        if self.setting.checkpointing:
-            lines += [f"model.{self.checkpointing_call}"]
         config: Any = self.config
         if config is None:
-            lines += ["# Train the model as it is: full fine-tuning, without an adapter."]
+            lines = ["# Train the model as it is: full fine-tuning, without an adapter."]
         elif isinstance(config, LoraConfig):
-            lines = ["from peft import LoraConfig, get_peft_model", "", *lines]
+            lines = ["from peft import LoraConfig, get_peft_model", ""]
             lines += _adaptation("model", "model", "LoraConfig", _of_lora(config))
         else:
             settings: dict[str, Any] = dict(self.setting.lbp_wht or {})
-            lines = ["from peft import LoraConfig, get_peft_model", "from lbp_peft import LBPWHTConfig", "", *lines]
+            imported = "LoraConfig, get_peft_model" if self.setting.lora else "get_peft_model"
+            lines = [f"from peft import {imported}", "from lbp_peft import LBPWHTConfig", ""]
             if self.setting.lora:
                 beneath = next(iter(config.stack_on.values()))
                 lines += _adaptation("lora", "model", "LoraConfig", _of_lora(beneath))
                 settings["train_base_weight"] = False
                 lines += _adaptation("model", "lora", "LBPWHTConfig", settings)
             else:
-                lines[0] = "from peft import get_peft_model"
                 settings |= {"modules_to_save": self.heads} if self.heads else {}
                 lines += _adaptation("model", "model", "LBPWHTConfig", settings)
+        if self.setting.checkpointing:
+            lines += [f"model.{self.checkpointing_call}"]
         if self.setting.compiled:
             lines += ["model.compile()"]
         return "\n".join(lines)

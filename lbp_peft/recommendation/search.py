@@ -195,8 +195,8 @@ class _Search:
                 raise ValueError(f"The model {trial.failure}")
             if trial.failure == TOO_LONG and number == 0:
                 raise ValueError(
-                    f"A training step of {candidate.label} takes longer than the {self.minutes:g} minutes that are "
-                    f"given. Give more minutes, or smaller batches. {self.slow}".strip()
+                    f"A few training steps of {candidate.label} take longer than the given {self.minutes:g} min. Give "
+                    f"more time, or smaller batches. {self.slow}".strip()
                 )
             longest = max(0.7 * longest, time.monotonic() - began)
         if not any(not trial.failure for trial in self.trials.values()):

@@ -84,7 +84,7 @@ def test_it_is_installed_and_needs_nothing_of_the_examples():
 
 def test_recommend_writes_what_the_examples_read(model, data, quick, tmp_path, capsys):
     run("recommend", "--model", model, "--dataset", data, "--batch-size", 4, "--minutes", 0.02, "--min-cosine", 0,
-        "--output", tmp_path / "out")  # fmt: skip
+        "--skip-broken", "--output", tmp_path / "out")  # fmt: skip
     text = capsys.readouterr().out
     assert "Recommended: " in text and "holds no weights" in text
     assert "The weights are random, so the cosines say little about yours." in text
@@ -92,6 +92,7 @@ def test_recommend_writes_what_the_examples_read(model, data, quick, tmp_path, c
     assert record["recommended"] in text and (tmp_path / "out" / "recommendation.png").exists()
     settings = yaml.safe_load((tmp_path / "out" / "recommendation.yaml").read_text())
     assert settings["batch_size"] == 4 and settings["dataset"] == str(data)
+    assert settings["skip_broken"] and "image_column" not in settings
     parser = Parser(Options)
     assert parser.options(parser.flags_of(tmp_path / "out" / "recommendation.yaml")).model == str(model)
 
@@ -119,10 +120,13 @@ def test_label_maps_make_it_a_segmentation_and_one_is_enough(tmp_path):
     config.save_pretrained(tmp_path / "model")
     for kind, mode, size in (("images", "RGB", (40, 30)), ("masks", "L", (40, 30))):
         (tmp_path / "data" / kind).mkdir(parents=True)
-        Image.new(mode, size, 1).save(tmp_path / "data" / kind / "1.png")
+        image = Image.new(mode, size, 1)
+        image.paste(9, (0, 0, 20, 20))  # in maps, of no class
+        image.save(tmp_path / "data" / kind / "1.png")
     options = InputOptions(
-        model=str(tmp_path / "model"), dataset=str(tmp_path / "data"), image_size=[64], batch_size=2, device="cpu"
-    )
+        model=str(tmp_path / "model"), dataset=str(tmp_path / "data"), image_size=[64], batch_size=2, device="cpu",
+        ignore_index=9,
+    )  # fmt: skip
     loaded = load_inputs(options)
     assert loaded.task == "segmentation" and loaded.batches[0]["labels"].shape == (2, 64, 64)
     assert torch.isfinite(loaded.model(**loaded.batches[0]).loss)

@@ -12,7 +12,12 @@ from common.options import Options
 from models import images, same_state, state_of, tiny_vit
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import SegformerConfig, SegformerForSemanticSegmentation
+from transformers import (
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    Swinv2Config,
+    Swinv2ForImageClassification,
+)
 
 import lbp_peft
 from lbp_peft import BudgetError, LBPWHTConfig
@@ -20,7 +25,7 @@ from lbp_peft.measure.steps import timed_step
 from lbp_peft.measure.timing import interleaved
 from lbp_peft.measure.warming_up import preparations
 from lbp_peft.recommendation import CANDIDATES, Bounds, Candidate, processes, search, worker
-from lbp_peft.recommendation.candidates import in_order
+from lbp_peft.recommendation.candidates import in_order, with_checkpointing
 from lbp_peft.recommendation.choice import Reference, choose, in_the_running, verdict
 from lbp_peft.recommendation.result import WIDTH, pareto_front
 from lbp_peft.recommendation.trial import NO_TIME, Job, Trial, plain_name, try_candidate
@@ -240,6 +245,25 @@ def test_the_lines_of_python_prepare_the_model(found, candidate):
     assert max(map(len, chosen.python.splitlines())) <= WIDTH
 
 
+@pytest.mark.parametrize("candidate", FEW[:4], ids=lambda one: one.label)
+def test_checkpointing_goes_with_all_in_a_model_whose_embeddings_return_a_tuple(candidate, found):
+    """As SwinV2's do; PEFT takes them for one tensor where checkpointing is on before it adapts the model."""
+
+    def swin():
+        torch.manual_seed(0)
+        sizes = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "depths": [2], "num_heads": [2], "window_size": 4}
+        return Swinv2ForImageClassification(Swinv2Config(**sizes, num_labels=5))
+
+    changed = with_checkpointing(candidate)
+    chosen = replace(found, setting=changed, config=changed.config(swin(), found.heads))
+    names = {"model": swin()}
+    exec(chosen.python, names)
+    for model in (changed.applied(swin(), found.heads), names["model"]):
+        model.train()(**batches()[0]).loss.backward()
+        assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+        assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+
+
 @pytest.mark.parametrize("candidate", FEW[2:4], ids=lambda one: one.label)
 def test_cosines_are_those_of_the_same_model_gone_through_exactly(candidate, tmp_path):
     """They are compared with gradients in float64 of the matrices in these layers, without LBP-WHT."""
@@ -311,7 +335,7 @@ def test_where_nothing_keeps_within_the_bounds_more_time_or_lora_may_help(found)
 def test_what_takes_too_long_is_ended(monkeypatch):
     worker = "import time; print('{\"libraries\": 0}', flush=True); time.sleep(600)"
     monkeypatch.setattr(processes.Apart, "_command", lambda self: [sys.executable, "-c", worker])
-    with pytest.raises(ValueError, match="takes longer than the 0.01 minutes"):
+    with pytest.raises(ValueError, match="longer than the given 0.01 min"):
         lbp_peft.recommend(tiny_vit(), batches(), minutes=0.01)
 
 
