@@ -50,7 +50,10 @@ def check(architecture: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def check_outputs(model, base, batch):
-    """Bit for bit. Which parameters are trained is the same in both: torch.matmul folds batches by that."""
+    """Check that the outputs are equal bit for bit.
+
+    The same parameters are trained in both models, since torch.matmul folds batches depending on that.
+    """
     for name, parameter in base.named_parameters():
         parameter.requires_grad_(f"base_model.model.{name.rpartition('.')[0]}" in layers_of(model))
     with warnings.catch_warnings(record=True) as caught:
