@@ -108,7 +108,7 @@ def start(tracer: PositionTracer, inputs: dict[str, Any], merge_size: int = 1) -
         if tensor.is_floating_point():
             positions = positions_of_images(name, tensor, sizes, merge_size)
             if positions is not None and positions.numel():  # a model may join images of several inputs in one sequence
-                count = int(number_of(positions.flatten()[-1])) + 1
+                count = int(number_of(positions[(-1,) * positions.dim()])) + 1
                 positions, num_images = moved_to(positions, num_images), num_images + count
         text_shape = _text_shape(name, tensor)
         if positions is None and text_shape is not None:

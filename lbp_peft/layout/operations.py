@@ -18,10 +18,12 @@ from .positions import (
     LOST,
     NOWHERE,
     compact,
+    joined,
     merged,
     mixed,
     place_in_image,
     resampled,
+    same_places,
     sampled,
     source_of,
 )
@@ -156,10 +158,20 @@ _moves(
     *_names("""
         permute transpose swapaxes swapdims movedim moveaxis t adjoint squeeze unsqueeze flatten unflatten reshape
         ravel view_as reshape_as expand expand_as broadcast_to repeat tile repeat_interleave narrow select diagonal
-        roll flip fliplr flipud rot90 chunk split split_with_sizes tensor_split unbind hsplit vsplit unfold tril
-        triu
+        rot90 chunk split split_with_sizes tensor_split unbind hsplit vsplit unfold tril triu
     """)
 )
+
+
+@rule("roll", "flip", "fliplr", "flipud")
+def _moved_along_axes(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Nothing moves along axes along which positions are expanded."""
+    positions, name = tracer.positions(x), tracer.current_name
+    if positions is None or not _are_fixed((args, kwargs), tracer):
+        return None
+    is_flattened = name == "roll" and kwargs.get("dims", args[1] if len(args) > 1 else ()) in ((), [], None)
+    small = positions if is_flattened else compact(positions)
+    return getattr(Tensor, name)(small, *args, **kwargs).expand(positions.shape)
 
 
 @rule("view")
@@ -179,8 +191,11 @@ def _transpose_all(tracer: Any, x: Tensor) -> Any:
 @rule("cat", "concat", "concatenate", "hstack", "vstack", "dstack", "stack", "column_stack", "row_stack")
 def _cat(tracer: Any, tensors: Any, *args: Any, **kwargs: Any) -> Any:
     given = {key: value for key, value in kwargs.items() if key != "out"}
-    name = "cat" if tracer.current_name.startswith("conc") else tracer.current_name
-    return getattr(torch, name)([_or_nowhere(tracer, t) for t in tensors], *args, **given)
+    positions, name = [_or_nowhere(tracer, t) for t in tensors], tracer.current_name
+    axis = args[0] if args else given.get("dim", given.get("axis", 0))
+    if name == "stack":
+        return joined([p.unsqueeze(axis) for p in positions], axis)
+    return joined(positions, axis) if name.startswith(("cat", "conc")) else getattr(torch, name)(positions)
 
 
 def _or_nowhere(tracer: Any, x: Tensor) -> Tensor:
@@ -194,9 +209,15 @@ def _or_nowhere(tracer: Any, x: Tensor) -> Tensor:
 @rule("pad")
 def _pad(tracer: Any, x: Tensor, pad: Any, mode: str = "constant", value: Any = None) -> Any:
     positions = tracer.positions(x)
+    num_padded = len(pad) // 2
+    for axis in range(positions.dim() - num_padded):
+        if positions.shape[axis] > 1 and positions.stride(axis) == 0:
+            positions = positions.narrow(axis, 0, 1)
     if mode == "constant":
-        return F.pad(positions, tuple(pad), value=NOWHERE)
-    return _by_index(positions, lambda index: F.pad(index, tuple(pad), mode=mode))
+        padded = F.pad(positions, tuple(pad), value=NOWHERE)
+    else:
+        padded = _by_index(positions, lambda index: F.pad(index, tuple(pad), mode=mode))
+    return padded.expand(*x.shape[: x.dim() - num_padded], *padded.shape[x.dim() - num_padded :])
 
 
 def _by_index(positions: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
@@ -288,12 +309,8 @@ def _num_consumed(part: Any) -> int:
 
 def _same_along(positions: Tensor, axes: list[int]) -> bool:
     """Whether elements that differ in these axes only have the same place, though perhaps in different images."""
-    places = place_in_image(positions)
-    for axis in axes:
-        small = compact(places)
-        if small.shape[axis] > 1 and not bool((small == small.narrow(axis, 0, 1)).all()):
-            return False
-    return True
+    small = place_in_image(compact(positions))
+    return all(small.shape[axis] <= 1 or bool((small == small.narrow(axis, 0, 1)).all()) for axis in axes)
 
 
 @rule("__setitem__")
@@ -303,15 +320,11 @@ def _setitem(tracer: Any, x: Tensor, index: Any, value: Any) -> Any:
         return positions
     new = _or_nowhere(tracer, value)
     picked = _picked_axes(index, x.dim(), tracer)
-    if picked and not (_same_along(positions, picked) and _same_as(positions[index], new)):
+    if picked and not (_same_along(positions, picked) and same_places(positions[index], new)):
         return None if bool((compact(new) >= 0).any()) else positions
     positions = positions.clone()
     positions[index] = new.to(positions.device)
     return positions
-
-
-def _same_as(a: Tensor, b: Tensor) -> bool:
-    return bool((place_in_image(a) == place_in_image(b)).all())
 
 
 @rule("index_select", "take_along_dim", "gather")

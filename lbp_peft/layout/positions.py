@@ -5,8 +5,9 @@ the shape of the tensor it describes, so any operation that moves data (reshape,
 applied to the positions unchanged. Rows and columns are counted in quarters of a pixel,
 so that upsampled feature maps have positions of their own.
 
-Tensors of positions are mostly expanded views, since all channels of a token have the same position; expanding takes no
-memory.
+Tensors of positions are mostly expanded views, since all channels of a token have the same position. Expanding takes no
+memory, and functions of positions work on what is not expanded ([`compact`]). An operation that copies its input also
+copies what was expanded, so its result is [`condensed`].
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ LOST = -2
 FIRST_TEXT = 8
 
 _UNITS_PER_PIXEL = 4
+# Tensors of fewer elements are not condensed, which would take longer than it saves.
+_FEW = 2**14
 _BITS = 20
 _MASK = 2**_BITS - 1
 
@@ -40,7 +43,10 @@ def encode(source: int, image: Tensor, row: Tensor, column: Tensor) -> Tensor:
 
 def moved_to(positions: Tensor, first: int) -> Tensor:
     """Positions in images that are numbered from another number on."""
-    return torch.where(positions < 0, positions, positions + (first << 2 * _BITS)) if first else positions
+    if first == 0:
+        return positions
+    small = compact(positions)
+    return torch.where(small < 0, small, small + (first << 2 * _BITS)).expand(positions.shape)
 
 
 def image_of(positions: Tensor) -> Tensor:
@@ -89,6 +95,46 @@ def compact(positions: Tensor) -> Tensor:
     return positions
 
 
+def condensed(positions: Tensor) -> Tensor:
+    """The same positions, expanded along each axis along which they do not vary."""
+    small = compact(positions)
+    if small.numel() < _FEW:
+        return positions
+    for axis, size in enumerate(small.shape):
+        first, last = small.narrow(axis, 0, 1), small.narrow(axis, -1, 1)
+        if size > 1 and torch.equal(first, last) and bool((small == first).all()):
+            small = first
+    return positions if small.shape == compact(positions).shape else small.clone().expand(positions.shape)
+
+
+def equal(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of positions have the same shape and elements."""
+    return a is b or (a.shape == b.shape and bool((compact(a) == compact(b)).all()))
+
+
+def same_places(a: Tensor, b: Tensor) -> bool:
+    """Whether positions that can be broadcast to each other have the same places, though perhaps in other images."""
+    return bool((place_in_image(compact(a)) == place_in_image(compact(b))).all())
+
+
+def joined(several: list[Tensor], axis: int) -> Tensor:
+    """Positions of what `torch.cat` makes of tensors with these positions."""
+    first = several[0]
+    if any(p.dim() != first.dim() for p in several):  # `torch.cat` skips empty vectors
+        return torch.cat(several, axis)
+    axis %= first.dim()
+    shape = list(first.shape)
+    shape[axis] = sum(p.shape[axis] for p in several)
+    if all(p.shape[axis] == 1 or (p.shape[axis] > 1 and p.stride(axis) == 0) for p in several):
+        ones = [p.narrow(axis, 0, 1) for p in several]
+        if all(equal(p, ones[0]) for p in ones):
+            return ones[0].expand(shape)
+    for d, size in enumerate(first.shape):
+        if d != axis and size > 1 and all(p.stride(d) == 0 for p in several):
+            several = [p.narrow(d, 0, 1) for p in several]
+    return torch.cat(several, axis).expand(shape)
+
+
 def mixed(positions: Tensor, axis: int) -> Tensor:
     """Positions of mixtures of all elements along an axis, which has size 1 afterwards.
 
@@ -107,6 +153,7 @@ def mixed(positions: Tensor, axis: int) -> Tensor:
     first = positions.narrow(axis, 0, 1)
     if bool((positions == first).all()):
         return first.expand(shape)
+    positions = _without_repetitions(positions, axis)
     known = positions >= 0
     far = 2**62
 
@@ -125,6 +172,16 @@ def mixed(positions: Tensor, axis: int) -> Tensor:
     return result.expand(shape)
 
 
+def _without_repetitions(positions: Tensor, axis: int) -> Tensor:
+    """The positions without those that equal the ones before them along an axis."""
+    size, axis = positions.shape[axis], axis % positions.dim()
+    differ = positions.narrow(axis, 1, size - 1) != positions.narrow(axis, 0, size - 1)
+    others = [d for d in range(positions.dim()) if d != axis]
+    begins = differ.any(others) if others else differ
+    kept = torch.cat((begins.new_ones(1), begins)).nonzero().flatten()
+    return positions if len(kept) == size else positions.index_select(axis, kept)
+
+
 def merged(operands: list[Tensor], shape: torch.Size) -> Tensor:
     """Positions of an element-wise function of several operands with known positions, in the shape of its result.
 
@@ -138,7 +195,7 @@ def merged(operands: list[Tensor], shape: torch.Size) -> Tensor:
     if not whole:
         expanded = [p.expand(shape) for p in operands]
         return (
-            expanded[0] if all(_equal(p, expanded[0]) for p in expanded) else expanded[0].new_tensor(LOST).expand(shape)
+            expanded[0] if all(equal(p, expanded[0]) for p in expanded) else expanded[0].new_tensor(LOST).expand(shape)
         )
     result = whole[0].expand(shape)
     for other in whole[1:]:
@@ -149,10 +206,6 @@ def merged(operands: list[Tensor], shape: torch.Size) -> Tensor:
 def _covers(positions: Tensor, shape: torch.Size) -> bool:
     sizes = [1] * (len(shape) - positions.dim()) + list(positions.shape)
     return all(size == full for size, full in zip(sizes, shape, strict=True))
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a is b or bool((compact(a) == compact(b)).all())
 
 
 def _merged_pair(a: Tensor, b: Tensor) -> Tensor:
@@ -193,21 +246,24 @@ def _step(positions: Tensor) -> int:
 
 def sampled(positions: Tensor, axis: int, places: Tensor) -> Tensor:
     """The positions at the given indices along an axis; indices out of range are clamped."""
-    places = places.clamp(0, positions.shape[axis] - 1)
+    shape = list(positions.shape)
+    shape[axis] = len(places)
     if positions.stride(axis) == 0:
-        return positions.narrow(axis, 0, 1).expand(
-            [len(places) if a == axis % positions.dim() else n for a, n in enumerate(positions.shape)]
-        )
-    return _on_compact(positions, axis, lambda p: p.index_select(axis, places.to(positions.device)))
+        return positions.narrow(axis, 0, 1).expand(shape)
+    places = places.clamp(0, positions.shape[axis] - 1).to(positions.device)
+    return compact(positions).index_select(axis, places).expand(shape)
 
 
 def resampled(positions: Tensor, axis: int, size: int) -> Tensor:
     """The positions after an axis is resized: a sample of them if it shrinks, linear interpolation if it grows."""
     old = positions.shape[axis]
-    if old == size or old == 1:
+    if old == size or old == 1 or positions.stride(axis) == 0:
         return sampled(positions, axis, torch.zeros(size, dtype=torch.int64) if old == 1 else torch.arange(size))
     if size < old:
         return sampled(positions, axis, torch.arange(size) * old // size + (old // size - 1) // 2)
+    shape = list(positions.shape)
+    shape[axis] = size
+    positions = compact(positions)
     scaled = torch.arange(size) * old  # in units of 1 / size
     left = (scaled // size).clamp(max=old - 2)
     a, b = sampled(positions, axis, left), sampled(positions, axis, left + 1)
@@ -216,16 +272,4 @@ def resampled(positions: Tensor, axis: int, size: int) -> Tensor:
     nearest = sampled(positions, axis, scaled // size)
     row, column = (of(a) + (of(b) - of(a)) * rest // size for of in (row_of, column_of))
     between = (image_of(a) << 2 * _BITS) + (row << _BITS) + column
-    return torch.where((a >= 0) & (b >= 0) & (image_of(a) == image_of(b)), between, nearest)
-
-
-def _on_compact(positions: Tensor, axis: int, function: object) -> Tensor:
-    """Apply a function along one axis without the expansion of the other axes, and expand the result again."""
-    shape = list(positions.shape)
-    small = positions
-    for d in range(positions.dim()):
-        if d != axis % positions.dim() and small.shape[d] > 1 and small.stride(d) == 0:
-            small = small.narrow(d, 0, 1)
-    result = function(small)  # type: ignore[operator]
-    shape[axis] = result.shape[axis]
-    return result.expand(shape)
+    return torch.where((a >= 0) & (b >= 0) & (image_of(a) == image_of(b)), between, nearest).expand(shape)

@@ -29,7 +29,7 @@ from .operations import (
     SPATIAL,
     name_of,
 )
-from .positions import FIRST_TEXT, LOST, compact
+from .positions import FIRST_TEXT, LOST, compact, condensed, equal
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class PositionTracer(TorchFunctionMode):
         """What shares the memory of a tensor whose elements have moved is not known any more."""
         after = self._trails[tensor]
         old, new = None if before is None else before.positions, after.positions
-        if old is not None and new is not None and (old is new or torch.equal(old, new)):
+        if old is not None and new is not None and equal(old, new):
             return
         for other in self._sharing_memory(tensor, self._trails):
             self._trails[other] = Trail(None, after.origins, after.lost_by or "a change in place")
@@ -227,10 +227,10 @@ class PositionTracer(TorchFunctionMode):
         self.current_name = name
         if not in_transform():
             with torch.no_grad():
-                return rule(self, *args, **kwargs)
+                return _condensed(rule(self, *args, **kwargs))
         with outside_transforms(), torch.no_grad():
             try:
-                return rule(self, *args, **kwargs)
+                return _condensed(rule(self, *args, **kwargs))
             except RuntimeError:  # an index that belongs to the transform cannot be read
                 return None
 
@@ -276,6 +276,13 @@ class PositionTracer(TorchFunctionMode):
                 continue
             self._trails[output] = Trail(p, origins, name if newly_lost else lost_by, is_certain, of_mask)
             self._constants.pop(output, None)
+
+
+def _condensed(found: Any) -> Any:
+    """What a rule has found, with all positions condensed."""
+    if isinstance(found, Tensor):
+        return condensed(found)
+    return [_condensed(one) for one in found] if isinstance(found, (tuple, list)) else found
 
 
 def _one_step_on(trails: list[Trail]) -> dict[int, Origin]:

@@ -20,6 +20,7 @@ import transformers
 from models import images, largest_difference, layers_of, tiny_vit
 from peft import get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lbp_peft import LBPWHTConfig, exact_backward, layout_report, verify_layout
@@ -932,6 +933,13 @@ OPERATIONS = {
     "attention": (lambda x: _attend(x)[1, 13:15, 0], [(1, 1), (1, 2)]),
     "transposed attention": (lambda x: _attend(x, by_hand=True)[1, 13:15, 0], [(1, 1), (1, 2)]),
     "in place through a view": (lambda x: _in_place(x)[1, 0, 1, :2], [(1, 0), (1, 1)]),
+    "joined along channels": (lambda x: torch.cat((x, x.mean(1, keepdim=True)), 1)[1, 2:, 4, 0], [(4, 0), (4, 0)]),
+    "joined along rows": (lambda x: torch.cat((x[:, :, 6:], x), -2)[1, 0, 1:3, 0], [(7, 0), (0, 0)]),
+    "stacked last": (lambda x: torch.stack((x, x.flip(-2)), -1)[1, 0, 0, 3], [(0, 3), (7, 3)]),
+    "rolled": (lambda x: x.roll((1, 2), (1, 3))[1, 0, 4, 1:3], [(4, 11), (4, 0)]),
+    "rolled flat": (lambda x: x.roll(1)[1, 1, 0, :2], [(7, 11), (0, 0)]),
+    "flipped": (lambda x: x.flip(1, 3)[1, 0, 4, :1], [(4, 11)]),
+    "reflected": (lambda x: nn.functional.pad(x, (2, 0, 0, 0), mode="reflect")[1, 0, 4, :3], [(4, 2), (4, 1), (4, 0)]),
     "stacked and unbound": (lambda x: torch.stack((x, x), 2).unbind(2)[1][1, 0, 4, :1], [(4, 0)]),
     "complex": (lambda x: torch.view_as_complex(x.unflatten(3, (6, 2)))[1, 0, 4, :2], [(4, 0), (4, 2)]),
 }  # fmt: skip
@@ -962,6 +970,62 @@ def test_operations(name):
     positions, _ = traced(operation)
     assert rows_and_columns(positions) == expected
     assert {int(number_of(p)) for p in positions.flatten()} == {1}
+
+
+class LargestPositions(TorchDispatchMode):
+    """Notes the largest memory of a tensor of integers, in elements."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and result.dtype == torch.int64:
+            self.largest = max(self.largest, result.untyped_storage().nbytes() // 8)
+        return result
+
+
+COPYING = {
+    # Operations that make a new tensor of images (2, 64, 32, 32), all channels of which have the same positions.
+    "joined along rows": lambda x: torch.cat((torch.zeros(2, 64, 1, 32), x), 2),
+    "joined along channels": lambda x: torch.cat((x, x.mean(1, keepdim=True), x), 1),
+    "stacked": lambda x: torch.stack((x, x.flip(2)), 1),
+    "rolled": lambda x: x.roll(1, 2),
+    "padded": lambda x: nn.functional.pad(x, (1, 1, 1, 1)),
+    "reflected": lambda x: nn.functional.pad(x, (1, 1, 1, 1), mode="reflect"),
+    "resized": lambda x: nn.functional.interpolate(x, scale_factor=2, mode="bilinear"),
+    "picked by an index": lambda x: x.unsqueeze(1)[:, 0],
+}
+
+
+@pytest.mark.parametrize("name", COPYING)
+def test_positions_that_do_not_vary_along_channels_take_no_memory_for_each(name):
+    with LargestPositions() as noted:
+        positions, _ = traced(COPYING[name], (2, 64, 32, 32))
+    assert bool((positions >= 0).any())
+    assert noted.largest <= 4 * 2 * 34 * 34
+
+
+@pytest.mark.parametrize("name", ["repeated", "written"])
+def test_positions_are_condensed_after_operations_that_copy_them(name):
+    def written(x):
+        y = torch.zeros_like(x)
+        y[:, :, 1:] = x[:, :, 1:]
+        return y
+
+    operation = {"repeated": lambda x: x.repeat(1, 2, 1, 1), "written": written}[name]
+    positions, _ = traced(operation, (2, 64, 32, 32))
+    assert bool((positions >= 0).any())
+    assert positions.untyped_storage().nbytes() == 8 * 2 * 32 * 32
+
+
+def test_a_mixture_of_many_channels_is_that_of_those_that_differ():
+    def joined(x):
+        return torch.cat((x, x.roll((1, 1), (2, 3))), 1)
+
+    expected, _ = traced(lambda x: conv(joined(x), torch.ones(1, 6, 1, 1)))
+    x = torch.zeros(2, 64, 8, 12)
+    found, _ = traced(lambda x: conv(joined(x), torch.ones(1, 128, 1, 1)), tuple(x.shape))
+    assert torch.equal(found, expected)
 
 
 UNKNOWN = {
