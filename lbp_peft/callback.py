@@ -119,7 +119,7 @@ class LBPWHTCallback(TrainerCallback):
         return torch.autocast(device.type, dtype, enabled=bool(args.fp16 or args.bf16))
 
 
-def _is_a(kind: type, value: Any) -> bool:
+def _is_a(kind: type, value: object) -> bool:
     return isinstance(value, kind) and not isinstance(value, bool)
 
 

@@ -7,7 +7,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import Any, TypeGuard
+from typing import TypeGuard
 
 from torch import nn
 
@@ -117,7 +117,7 @@ def _takes(module: nn.Module, *names: str) -> bool:
 
 
 @cache
-def _parameters(function: Callable[..., Any]) -> frozenset[str]:
+def _parameters(function: Callable[..., object]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 

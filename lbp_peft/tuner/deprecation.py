@@ -14,9 +14,12 @@ from collections.abc import Callable
 from dataclasses import is_dataclass
 from numbers import Integral
 from types import FrameType
-from typing import Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from .validation.patterns import show
+
+if TYPE_CHECKING:
+    from .config import LBPWHTConfig
 
 _Class = TypeVar("_Class", bound=type)
 # Packages through which a user's call or file reaches the configuration: a warning points at their caller.
@@ -31,11 +34,11 @@ class _OldName(NamedTuple):
         restore: From a configuration to the old value.
     """
 
-    convert: Callable[[Any], dict[str, Any]]
-    restore: Callable[[Any], Any]
+    convert: Callable[[object], dict[str, object]]
+    restore: Callable[[LBPWHTConfig], object]
 
 
-def _split(grad_input: Any) -> dict[str, Any]:
+def _split(grad_input: object) -> dict[str, object]:
     if isinstance(grad_input, str):
         return {"grad_input_rank": None, "grad_input_dtype": grad_input}
     if isinstance(grad_input, Integral) and not isinstance(grad_input, bool):
@@ -48,7 +51,7 @@ def _split(grad_input: Any) -> dict[str, Any]:
     )
 
 
-def _join(config: Any) -> Any:
+def _join(config: LBPWHTConfig) -> object:
     rank, dtype = config.grad_input_rank, config.grad_input_dtype
     if rank is None:
         return dtype
@@ -72,7 +75,7 @@ def accept_old_names(cls: _Class) -> _Class:
     @functools.wraps(generated)
     def initialize(self: Any, *args: Any, **settings: Any) -> None:
         old = {name: settings.pop(name) for name in _OLD_NAMES if name in settings}
-        new: dict[str, Any] = {}
+        new: dict[str, object] = {}
         for name, value in old.items():
             converted = _OLD_NAMES[name].convert(value)
             if both := sorted(converted.keys() & _given(settings, sys._getframe(1))):
@@ -95,7 +98,7 @@ def accept_old_names(cls: _Class) -> _Class:
     return cls
 
 
-def _given(settings: dict[str, Any], caller: FrameType) -> set[str]:
+def _given(settings: dict[str, object], caller: FrameType) -> set[str]:
     """The settings that the user gave. `dataclasses.replace` passes the values of the original for all others."""
     if caller.f_globals.get("__name__") != "dataclasses":
         return set(settings)
@@ -106,12 +109,12 @@ def _given(settings: dict[str, Any], caller: FrameType) -> set[str]:
 
 
 def _attribute(name: str, old_name: _OldName) -> property:
-    def read(config: Any) -> Any:
+    def read(config: LBPWHTConfig) -> object:
         value = old_name.restore(config)
         warn_of_deprecation(_in_words([name], old_name.convert(value)))
         return value
 
-    def write(config: Any, value: Any) -> None:
+    def write(config: LBPWHTConfig, value: object) -> None:
         new = old_name.convert(value)
         for setting, converted in new.items():
             setattr(config, setting, converted)
@@ -120,7 +123,7 @@ def _attribute(name: str, old_name: _OldName) -> property:
     return property(read, write)
 
 
-def _in_words(old: list[str], new: dict[str, Any]) -> str:
+def _in_words(old: list[str], new: dict[str, object]) -> str:
     # A default need not be written.
     needed = {name: value for name, value in new.items() if value is not None and (value != "auto" or len(new) == 1)}
     spelled = ", ".join(f"{name}={show(value)}" for name, value in (needed or new).items())

@@ -6,7 +6,7 @@ import copy
 import itertools
 from collections import Counter
 from collections.abc import Mapping
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, _maybe_include_all_linear_layers
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
@@ -19,7 +19,7 @@ from ..layer_types import layer_type_of
 from ..layout import LayoutFinder
 from ..ops.adaptive import AdaptiveBasis
 from ..ops.plan import ExactProduct, FixedBasis, InputGradient
-from .config import LBPWHTConfig
+from .config import LBPWHTConfig, Pairs, Selection
 from .layers.base import LBPWHTLayer
 from .layers.calling import has_own_forward, onloaded
 from .layers.linear import LBPWHTLinear
@@ -121,7 +121,7 @@ def create_and_replace(
         num_suffix_tokens=config.num_suffix_tokens,
         chosen_by=weight_basis if isinstance(weight_basis, CalibratedSelection) else None,
     )
-    base: Any = target.get_base_layer() if isinstance(target, LBPWHTLinear) else target
+    base = target.get_base_layer() if isinstance(target, LBPWHTLinear) else target
     is_needed = id(getattr(base, "weight", None)) in tuner._needed_elsewhere and config.base_weights != DROPPED
     base_weights = RESIDENT if is_needed else config.base_weights
     inside = getattr(target, PATCH_ATTR, None)
@@ -156,7 +156,7 @@ def _of_layer(patterns: Mapping[str, _Setting], default: _Setting, name: str) ->
     return patterns.get(get_pattern_key(list(patterns), name), default)
 
 
-def _input_gradient(config: LBPWHTConfig, rank: int | None, selection: Any) -> InputGradient:
+def _input_gradient(config: LBPWHTConfig, rank: int | None, selection: Selection | Pairs) -> InputGradient:
     """The way to compute the input gradient of a layer with this `grad_input_rank` and selection."""
     basis, precision = config.input_basis(rank, selection), config.input_precision(rank)
     if rank is None or basis is None:

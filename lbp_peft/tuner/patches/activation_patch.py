@@ -89,7 +89,7 @@ class ActivationPatch(BlockPatch):
     def _look_up(self, host: nn.Module) -> tuple[tuple, DerivativeTable | None]:
         if self._names is None:
             return (), None
-        plain_class: Any = getattr(type(host), "plain_class", type(host))
+        plain_class: type[nn.Module] = getattr(type(host), "plain_class", type(host))
         settings = tuple(getattr(host, name) for name in self._names)
         key = (plain_class, self._names, settings)
         if key not in _tables:
@@ -104,7 +104,7 @@ class ActivationPatch(BlockPatch):
 _tables: BoundedCache[tuple, DerivativeTable | None] = BoundedCache(64)
 
 
-def _table_of(plain_class: Any, host: nn.Module) -> DerivativeTable | None:
+def _table_of(plain_class: type[nn.Module], host: nn.Module) -> DerivativeTable | None:
     try:
         with torch.autocast("cpu", enabled=False):
             return derivative_table(lambda x: plain_class.forward(host, x))
@@ -157,7 +157,7 @@ class _RMSNorm:
 
 def _rms_norm_of(host: nn.Module) -> _RMSNorm | None:
     """How a norm works, if it is an RMS norm over the last axis: found by trying it out, since classes differ."""
-    plain_class: Any = getattr(type(host), "plain_class", type(host))
+    plain_class: type[nn.Module] = getattr(type(host), "plain_class", type(host))
     names = [name for name in ("variance_epsilon", "eps") if hasattr(host, name)]
     weight = host._parameters.get("weight")
     if plain_class is nn.LayerNorm or len(names) != 1 or set(host._parameters) - {"weight"}:

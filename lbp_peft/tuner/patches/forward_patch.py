@@ -30,7 +30,7 @@ class ForwardPatch:
 def attach(host: Any, patch: ForwardPatch) -> None:
     """Have a module's forward pass run by a patch."""
     setattr(host, PATCH_ATTR, patch)
-    plain_class: Any = type(host)
+    plain_class: type = type(host)
     host.__class__ = _patched_class(plain_class)
     if "_old_forward" in vars(host):  # accelerate's wrapper of the forward method calls this
         host._old_forward = type(host).forward.__get__(host)
@@ -45,7 +45,7 @@ def detach(host: Any) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _patched_class(plain_class: Any) -> Any:
+def _patched_class(plain_class: type) -> type[nn.Module]:
     """A subclass whose forward method runs the patch. Copies and pickles of its instances refer to the plain class."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -58,7 +58,7 @@ def _patched_class(plain_class: Any) -> Any:
     return type(plain_class.__name__, (plain_class,), attributes | {"__module__": plain_class.__module__})
 
 
-def _new_patched(plain_class: Any) -> Any:
+def _new_patched(plain_class: type) -> nn.Module:
     cls = _patched_class(plain_class)
     return cls.__new__(cls)
 

@@ -163,12 +163,12 @@ def _adapters_in_use(host: object) -> tuple[str, ...]:
     return tuple(str(getattr(host, name, None)) for name in names)
 
 
-def _call_parts(layer: LBPWHTStacked, host: Any, x: Tensor, linears: list[Any], plan: BackwardPlan) -> Tensor:
+def _call_parts(layer: LBPWHTStacked, host: Any, x: Tensor, linears: list[nn.Linear], plan: BackwardPlan) -> Tensor:
     """The host's own forward pass, in which each linear part has a low-rank backward pass of its own."""
     base = linears[0]
     plan_of_factor = plan.with_precision(FULL)
 
-    def forward(part: Any, z: Tensor) -> Tensor:
+    def forward(part: nn.Linear, z: Tensor) -> Tensor:
         if z.shape[:-1] != x.shape[:-1]:  # a hook has changed the shape of the tokens
             return F.linear(z, part.weight, part.bias)
         part_plan = plan if part is base else plan_of_factor
@@ -185,9 +185,9 @@ def _call_parts(layer: LBPWHTStacked, host: Any, x: Tensor, linears: list[Any], 
 class _LoraParts(NamedTuple):
     """The modules of one active adapter of a LoRA layer."""
 
-    down: Any
-    up: Any
-    dropout: Any
+    down: nn.Linear
+    up: nn.Linear
+    dropout: nn.Module
     scaling: float
 
 
