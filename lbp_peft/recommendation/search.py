@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import statistics
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-import psutil
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
@@ -18,20 +16,18 @@ from tqdm.auto import tqdm
 
 from ..head import head_modules
 from ..instructions import product_dtype
-from ..measure.steps import idle_optimiser, timed_step
-from ..measure.timing import interleaved, ratios
-from ..measure.undisturbed import LossFunction, device_of, to_device, undisturbed
-from ..measure.warming_up import warmed_up
+from ..measure.undisturbed import LossFunction, device_of, to_device
 from ..tuner.validation.names import did_you_mean, unmatched_modules_to_save
 from .bounds import Bounds
-from .candidates import CANDIDATES, KINDS, SETTINGS, Candidate, checkpointing_call, compiled, in_order, sharing_copy
+from .candidates import CANDIDATES, KINDS, SETTINGS, Candidate, checkpointing_call, compiled, in_order
 from .choice import Reference, choose, device_in_words, in_the_running, price_of
 from .processes import Apart, Here, WorkerError
 from .result import Recommendation
 from .trial import NO_TIME, TOO_LONG, UNEXPECTED, Job, Trial
+from .turns import time_in_turns
 
 _FOR_TRIALS = 0.65  # the share of the time; the rest is for rounds in which the best candidates take turns
-_MOST_TIMED, _FEWEST_ROUNDS, _MOST_ROUNDS = 6, 2, 7
+_MOST_TIMED = 6
 
 
 def recommend(
@@ -249,41 +245,12 @@ class _Search:
         return Reference(full, lora)
 
     def _take_turns(self) -> None:
-        """Time the best candidates, full fine-tuning and LoRA in turns."""
-        device = device_of(self.job.model)
-        room = 0.5 * psutil.virtual_memory().available
-        if device.type == "cuda":
-            room = 0.8 * torch.cuda.mem_get_info(device)[0]
-        chosen: list[Trial] = []
-        runs: list[Callable[[], float]] = []
-        with warnings.catch_warnings(), undisturbed(self.job.model):
-            warnings.simplefilter("ignore")
-            for trial in self._worth_timing():
-                room -= max(trial.peak_bytes - self.libraries, 0)
-                rounds = _FEWEST_ROUNDS * (trial.seconds + sum(one.seconds for one in chosen))
-                is_late = time.monotonic() + trial.warm_up_seconds + rounds > self.end
-                if is_late or (len(chosen) >= 3 and room < 0):
-                    break
-                chosen.append(trial)
-                runs.append(self._warm_step(self.candidates[trial.label]))
-            if len(chosen) < 2:
-                return
-            turns = self._rounds(sum(trial.seconds for trial in chosen))
-            bar = tqdm(turns, desc="step times", total=_MOST_ROUNDS, leave=False, disable=not self.progress)
-            times = interleaved(runs, bar)
-        if not times[0]:
-            return
-        scales = []
-        for trial, seconds in zip(chosen, times, strict=True):
-            typical = statistics.median(seconds)
-            scales.append(typical / trial.seconds)
-            trial.seconds, trial.is_timed = typical, True
-        # The median of each round's ratio to the first program varies less than the ratio of medians.
-        for trial, seconds in zip(chosen[1:], times[1:], strict=True):
-            trial.seconds = chosen[0].seconds * statistics.median(ratios(seconds, times[0]))
+        """Time the candidates that matter in turns, and correct the single steps of the others accordingly."""
+        chosen = [(self.candidates[trial.label], trial) for trial in self._worth_timing()]
+        scale = time_in_turns(self.job, chosen, self.libraries, self.end, self.progress)
         for trial in self.trials.values():
             if not trial.failure and not trial.is_timed:
-                trial.seconds *= statistics.median(scales)
+                trial.seconds *= scale
 
     def _worth_timing(self) -> list[Trial]:
         """The trials whose time decides what is recommended, the most important ones first."""
@@ -311,27 +278,6 @@ class _Search:
         over = trial.peak_bytes > bounds.most_memory(reference.full_bytes)
         over = over or trial.seconds > bounds.most_seconds(reference.full_seconds)
         return over, price_of(bounds)[0](trial)
-
-    def _rounds(self, seconds: float) -> Iterable[int]:
-        """The rounds that the time allows. Each takes so many seconds, or as long as the longest one so far."""
-        for number in range(_MOST_ROUNDS):
-            began = time.monotonic()
-            if began + seconds > self.end:
-                return
-            yield number
-            seconds = max(seconds, time.monotonic() - began)
-
-    def _warm_step(self, candidate: Candidate) -> Callable[[], float]:
-        """A function that runs a training step and returns its time, after steps that trace and compile the model."""
-        model = candidate.applied(sharing_copy(self.job.model), self.job.heads).train()
-        optimiser = idle_optimiser([parameter for parameter in model.parameters() if parameter.requires_grad])
-        batch = self.job.batches[0]
-
-        def step() -> float:
-            return sum(timed_step(model, batch, self.job.loss, optimiser))
-
-        warmed_up(model, step)
-        return step
 
     def _recommended(self, seconds: float) -> Recommendation:
         device = device_of(self.job.model)

@@ -24,7 +24,7 @@ from lbp_peft import BudgetError, LBPWHTConfig
 from lbp_peft.measure.steps import timed_step
 from lbp_peft.measure.timing import interleaved
 from lbp_peft.measure.warming_up import preparations
-from lbp_peft.recommendation import CANDIDATES, Bounds, Candidate, processes, search, worker
+from lbp_peft.recommendation import CANDIDATES, Bounds, Candidate, processes, search, turns, worker
 from lbp_peft.recommendation.candidates import in_order, with_checkpointing
 from lbp_peft.recommendation.choice import Reference, choose, in_the_running, verdict
 from lbp_peft.recommendation.result import WIDTH, pareto_front
@@ -360,10 +360,13 @@ def test_steps_that_trace_the_model_are_never_timed(monkeypatch):
     monkeypatch.setattr(search, "Apart", lambda job: (_ for _ in ()).throw(processes.WorkerError("no")))
     monkeypatch.setattr(processes.Here, "measure", lambda self, one, seconds: trial(one.label, seconds=0.01))
     monkeypatch.setattr("lbp_peft.recommendation.trial.timed_step", told)
-    monkeypatch.setattr(search, "timed_step", told)
-    monkeypatch.setattr(search, "interleaved", rounds)
-    compressed = Candidate("compressed", {"r": 3, "compress_activations": "all"})
-    result = lbp_peft.recommend(tiny_vit(), batches(), candidates=(FEW[0], FEW[1], compressed), minutes=5)
+    monkeypatch.setattr(turns, "timed_step", told)
+    monkeypatch.setattr(turns, "interleaved", rounds)
+    compressed = Candidate("compressed", {"r": 3, "compress_activations": "all", "base_weights": "dropped"})
+    model = tiny_vit()
+    before = state_of(model)
+    result = lbp_peft.recommend(model, batches(), candidates=(FEW[0], FEW[1], compressed), minutes=5)
+    assert same_state(state_of(model), before)
     assert sum(one.is_timed for one in result.trials.values()) == 3
     assert len(in_rounds) == 6 and not any(prepared for _, prepared in in_rounds)
 
@@ -395,14 +398,15 @@ def test_the_time_limit_holds_with_steps_to_warm_up(monkeypatch, minutes, timed)
     def measure(self, candidate, seconds):
         return trial(candidate.label, seconds=clock.takes(1.0), warm_up_seconds=clock.takes(6.0))
 
-    def warm(self, candidate):
+    def warm(job, candidate):
         clock.takes(6.0)
         return lambda: clock.takes(1.0)
 
     monkeypatch.setattr(search, "time", clock)
+    monkeypatch.setattr(turns, "time", clock)
     monkeypatch.setattr(search, "Apart", lambda job: (_ for _ in ()).throw(processes.WorkerError("no")))
     monkeypatch.setattr(processes.Here, "measure", measure)
-    monkeypatch.setattr(search._Search, "_warm_step", warm)
+    monkeypatch.setattr(turns, "_warm_step", warm)
     result = lbp_peft.recommend(tiny_vit(), batches(), candidates=FEW[:3], minutes=minutes)
     assert clock.now <= 60 * minutes
     assert sum(one.is_timed for one in result.trials.values()) == timed
