@@ -27,7 +27,8 @@ from lbp_peft.measure.warming_up import preparations
 from lbp_peft.recommendation import CANDIDATES, Bounds, Candidate, processes, search, turns, worker
 from lbp_peft.recommendation.candidates import in_order, with_checkpointing
 from lbp_peft.recommendation.choice import Reference, choose, in_the_running, verdict
-from lbp_peft.recommendation.result import WIDTH, pareto_front
+from lbp_peft.recommendation.figure import pareto_front
+from lbp_peft.recommendation.table import WIDTH
 from lbp_peft.recommendation.trial import NO_TIME, Job, Trial, plain_name, try_candidate
 
 LOW_RANK = Candidate("low-rank", {"r": 3, "grad_input_rank": 3})
