@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -101,6 +101,18 @@ class _State:
     fingerprint: Callable[[], Hashable]
     fingerprint_of_forward: Hashable
 
+    @property
+    def num_inputs(self) -> int:
+        """The number of inputs of the layer's parameters: x, and the output of each dropout for it."""
+        return 1 + len(self.dropouts)
+
+
+class _Needs(NamedTuple):
+    """Which gradients are needed: for x and the output of each dropout, and for each of the layer's tensors."""
+
+    inputs: Sequence[bool]
+    tensors: Sequence[bool]
+
 
 class _LowRankLayer(torch.autograd.Function):
     """Returns y. Arguments: state, y, x, the output of each dropout for x, all tensors of the layer."""
@@ -114,11 +126,10 @@ class _LowRankLayer(torch.autograd.Function):
         state: _State
         state, _, *tensors = inputs
         ctx.state = state
-        split = 1 + len(state.dropouts)
-        xs, held = tensors[:split], tensors[split:]
+        xs, held = tensors[: state.num_inputs], tensors[state.num_inputs :]
         ctx.shapes = [z.shape for z in xs]
         ctx.dtypes = [z.dtype for z in xs]
-        trains = any(ctx.needs_input_grad[2 + split :])
+        trains = any(_needed(ctx).tensors)
         xs_hat: list[Tensor | None] = [None] * len(xs)
         if trains:
             of_dtypes = [state.weight_projection and state.weight_projection.of_dtype(z.dtype) for z in xs]
@@ -131,33 +142,42 @@ class _LowRankLayer(torch.autograd.Function):
         second_order = torch.is_grad_enabled()
         with backward_pass():
             gradients = _gradients(ctx, grads[0])
-        grad_y = grads[0] if ctx.needs_input_grad[1] else None
+        _, needs_y, *_ = ctx.needs_input_grad
+        grad_y = grads[0] if needs_y else None
         return None, grad_y, *(once_differentiable(gradients, grads[0]) if second_order else gradients)
 
 
-def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    state: _State = ctx.state
+def _needed(ctx: Any) -> _Needs:
+    """Which gradients are needed, according to the context that autograd keeps of a call."""
+    _, _, *needed = ctx.needs_input_grad
+    num_inputs = ctx.state.num_inputs
+    return _Needs(needed[:num_inputs], needed[num_inputs:])
+
+
+def _check_unchanged(state: _State) -> None:
+    """Raise RuntimeError if the layer is not the one of the forward pass any more."""
     if state.fingerprint() != state.fingerprint_of_forward:
         raise RuntimeError(
             f"A layer changed between its forward and its backward pass, from {state.fingerprint_of_forward} to "
             f"{state.fingerprint()}: low-rank backpropagation has to run it again as it was. Call backward before "
             "switching or merging."
         )
-    num_inputs = 1 + len(state.dropouts)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
+    """The gradients of x, of the output of each dropout, and of the layer's tensors; None where none is needed."""
+    state: _State = ctx.state
+    _check_unchanged(state)
+    needs = _needed(ctx)
     saved = ctx.saved_tensors  # read once: gradient checkpointing returns each tensor a single time
-    held = saved[num_inputs:]
-    xs_hat: list[Any] = [
-        z if z is None else state.plan.from_saved(z, dtype)
-        for z, dtype in zip(saved[:num_inputs], ctx.dtypes, strict=True)
-    ]
-    needed = ctx.needs_input_grad[2:]
-    trained = needed[num_inputs:]
+    saved_xs, held = saved[: state.num_inputs], saved[state.num_inputs :]
     g = as_tokens(grad, state.plan.layout)
-    input_grads: list[Tensor | None] = [None] * num_inputs
-    trained_grads: list[Tensor | None] = [None] * len(trained)
+    input_grads: list[Tensor | None] = [None] * len(needs.inputs)
+    tensor_grads: list[Tensor | None] = [None] * len(needs.tensors)
     input_projection: Any = state.input_projection
-    needs_inputs = input_projection is not None and any(needed[:num_inputs])
-    if any(trained):
+    needs_inputs = input_projection is not None and any(needs.inputs)
+    if any(needs.tensors):
+        xs_hat = [state.plan.from_saved(z, dtype) for z, dtype in zip(saved_xs, ctx.dtypes, strict=True)]
         weight_projection = state.weight_projection and state.weight_projection.of_dtype(g.dtype)
         g_hat = g if weight_projection is None else weight_projection.project_gradient(g)
         rows = g_hat.flatten(0, 1)
@@ -166,13 +186,13 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         share_basis = state.weight_projection is not None and (
             needs_inputs and input_projection.basis == state.weight_projection.basis
         )
-        row_grads, trained_grads = _differentiate(
+        row_grads, tensor_grads = _differentiate(
             state,
             [F.pad(z.flatten(0, 1), (0, 0, 0, 1)) for z in xs_hat],
             held,
             torch.cat((rows, missing.to(rows.dtype)[None])),
             inputs_too=share_basis,
-            trained=trained,
+            trained=needs.tensors,
         )
         if share_basis:
             input_grads, needs_inputs = [z[:-1].unflatten(0, g_hat.shape[:2]) for z in row_grads], False
@@ -191,10 +211,10 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
             return z if input_projection is None else input_projection.of_dtype(z.dtype).lift(z)
 
         input_grads = [
-            from_tokens(lifted(z), shape, state.plan.layout) if need and z is not None else None
-            for z, shape, need in zip(input_grads, ctx.shapes, needed, strict=False)
+            from_tokens(lifted(z), shape, state.plan.layout) if needed and z is not None else None
+            for z, shape, needed in zip(input_grads, ctx.shapes, needs.inputs, strict=True)
         ]
-    return [*input_grads, *trained_grads]
+    return [*input_grads, *tensor_grads]
 
 
 def _differentiate(
