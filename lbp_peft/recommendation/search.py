@@ -94,7 +94,9 @@ def recommend(
     if wrong := unmatched_modules_to_save(model, heads, None):
         raise ValueError(f"The model has no module {wrong[0]!r} to train in full.{did_you_mean(model, wrong[0])}")
     job = Job(model, to_device(first, device), loss_fn, heads, mixed_precision, torch.get_num_threads(), "")
-    tried = (*candidates, *compiled(tuple(SETTINGS))) if compile else tuple(candidates)
+    tried = tuple(candidates)
+    if compile:  # those of each kind early, since the user asks for them
+        tried = (*tried[:KINDS], *compiled(tried[:KINDS]), *tried[KINDS:], *compiled(SETTINGS[KINDS:]))
     search = _Search(job, tried, bounds, lora, time.monotonic() + 60 * minutes, minutes, progress)
     return search.run()
 
@@ -174,19 +176,20 @@ class _Search:
     def _try_all(self, measure: Callable[[Candidate, float], Trial]) -> None:
         start = time.monotonic()
         until = start + _FOR_TRIALS * (self.end - start)
-        longest = 0.0
+        longest = {False: 0.0, True: 0.0}  # the duration of a trial, by whether the model is compiled
         bar = tqdm(self.candidates.values(), desc="memory and gradients", leave=False, disable=not self.progress)
         for number, candidate in enumerate(bar):
             began = time.monotonic()
             # One setting of each kind is tried as long as there is time, so that there is a comparison.
-            if number and (began > self.end or (number >= KINDS and began + longest > self._until(until))):
+            end = self.end if number < KINDS else self._until(until)
+            if number and (began if number < KINDS else began + longest[candidate.compiled]) > end:
                 self.left_out[candidate.label] = NO_TIME
                 continue
             if why := self._needless(candidate):
                 self.left_out[candidate.label] = why
                 continue
             bar.set_postfix_str(candidate.label)
-            trial = self.trials[candidate.label] = measure(candidate, self.end - began)
+            trial = self.trials[candidate.label] = measure(candidate, end - began)
             if trial.failure.startswith(UNEXPECTED) and number == 0:
                 raise ValueError(f"The model {trial.failure}")
             if trial.failure == TOO_LONG and number == 0:
@@ -194,7 +197,7 @@ class _Search:
                     f"A few training steps of {candidate.label} take longer than the given {self.minutes:g} min. Give "
                     f"more time, or smaller batches. {self.slow}".strip()
                 )
-            longest = max(0.7 * longest, time.monotonic() - began)
+            longest[candidate.compiled] = max(0.7 * longest[candidate.compiled], time.monotonic() - began)
         if not any(not trial.failure for trial in self.trials.values()):
             raise ValueError("; ".join(f"{label}: {trial.failure}" for label, trial in self.trials.items()))
 

@@ -377,6 +377,22 @@ def test_steps_that_trace_the_model_are_never_timed(monkeypatch):
     assert steps[0][1] and not steps[-1][1]
 
 
+def test_compiled_settings_are_tried_early_and_do_not_keep_others_from_being_tried(monkeypatch):
+    clock, tried = Clock(), []
+
+    def measure(self, candidate, seconds):
+        tried.append(candidate.label)
+        return trial(candidate.label, seconds=clock.takes(min(100.0 if candidate.compiled else 1.0, seconds)))
+
+    monkeypatch.setattr(search, "time", clock)
+    monkeypatch.setattr(search, "time_in_turns", lambda *_: 1.0)
+    monkeypatch.setattr(search, "Apart", lambda job: (_ for _ in ()).throw(processes.WorkerError("no")))
+    monkeypatch.setattr(processes.Here, "measure", measure)
+    lbp_peft.recommend(tiny_vit(), batches(), minutes=3, compile=True)
+    assert tried[:5] == [*(one.label for one in CANDIDATES[:4]), "full fine-tuning + compile"]
+    assert len(tried) > 10 and clock.now <= 0.65 * 180
+
+
 class Clock:
     """A clock that advances only when it is told to."""
 
