@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .operation_names import names_in
 from .positions import (
     FIRST_TEXT,
     LOST,
@@ -29,78 +30,6 @@ from .positions import (
 )
 
 RULES: dict[str, Callable[..., Any]] = {}
-
-
-def _names(text: str) -> list[str]:
-    return text.split()
-
-
-def name_of(function: Any) -> str:
-    """The plain name of an operation: "add" for `torch.add`, `Tensor.add_`, `Tensor.__iadd__` and `Tensor.__radd__`."""
-    if function in _SPECIAL:
-        return _SPECIAL[function]
-    name = getattr(function, "__name__", "")
-    return _PLAIN_NAMES.get(name, name if name.startswith("__") else name.rstrip("_").lstrip("_"))
-
-
-_SPECIAL: dict[Any, str] = {
-    getattr(Tensor, name).__get__: plain
-    for name, plain in {"T": "t_all", "mT": "adjoint", "mH": "adjoint", "H": "adjoint", "data": "clone"}.items()
-}
-_SPECIAL |= {F.unfold: "im2col", F.fold: "col2im"}  # `Tensor.unfold` is something else
-_PLAIN_NAMES = {
-    f"__{prefix}{name}__": plain
-    for name, plain in {
-        "add": "add", "sub": "sub", "mul": "mul", "truediv": "div", "floordiv": "floor_divide", "mod": "remainder",
-        "pow": "pow", "matmul": "matmul", "and": "bitwise_and", "or": "bitwise_or", "xor": "bitwise_xor",
-    }.items()
-    for prefix in ("", "i", "r")
-} | {"__neg__": "neg", "__invert__": "bitwise_not", "__abs__": "abs", "__eq__": "eq", "__ne__": "ne", "__lt__": "lt",
-     "__le__": "le", "__gt__": "gt", "__ge__": "ge"}  # fmt: skip
-
-# Operations that read only the shape, dtype and device of a tensor argument.
-FILLED = frozenset(
-    _names("zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty empty_strided")
-)
-# Operations that create tensors without random numbers, though perhaps from numbers that Python code chose: see
-# `dependencies.py`.
-DATA_INDEPENDENT = FILLED | frozenset(
-    _names("""
-        arange zeros ones full eye empty linspace logspace range tril_indices triu_indices hann_window scalar_tensor
-        tensor as_tensor asarray from_numpy new_tensor
-    """)
-)
-RANDOM = frozenset(
-    _names("""
-        rand randn randint randperm normal bernoulli multinomial poisson rand_like randn_like randint_like uniform
-        random exponential geometric cauchy log_normal gumbel_softmax rrelu dropout
-        dropout1d dropout2d dropout3d alpha_dropout feature_dropout
-    """)
-)
-
-# Models call these in training, to clamp values that have overflowed.
-FINITENESS = frozenset(_names("isfinite isinf isnan"))
-
-# Operations by which Python code reads values of a tensor, on which its next operations may then depend.
-READING = frozenset(
-    _names("""
-        item tolist __bool__ __int__ __float__ __complex__ __index__ __contains__ numpy __array__ equal allclose
-        is_nonzero
-    """)
-)
-
-
-# Operations that tell channels from rows and columns: (N, C, H, W).
-SPATIAL = frozenset(
-    _names("""
-        conv1d conv2d conv3d conv_transpose2d max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d im2col
-        interpolate pixel_unshuffle pixel_shuffle batch_norm instance_norm group_norm
-    """)
-)
-
-
-# Operations that mix channels by a layer's weight. The first of them makes tokens of the pixels of patches.
-MIXING = frozenset(_names("conv1d conv2d conv3d linear matmul mm bmm addmm baddbmm einsum"))
 
 
 def rule(*names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -155,7 +84,7 @@ def _run(function: Callable[..., Any], positions: Tensor | None, args: tuple, kw
 
 
 _moves(
-    *_names("""
+    *names_in("""
         permute transpose swapaxes swapdims movedim moveaxis t adjoint squeeze unsqueeze flatten unflatten reshape
         ravel view_as reshape_as expand expand_as broadcast_to repeat tile repeat_interleave narrow select diagonal
         rot90 chunk split split_with_sizes tensor_split unbind hsplit vsplit unfold tril triu
@@ -382,7 +311,7 @@ def _element_wise(tracer: Any, *args: Any, **kwargs: Any) -> Any:
     return merged(operands, shape)
 
 
-for _name in _names("""
+for _name in names_in("""
     add sub rsub mul div true_divide divide multiply subtract floor_divide remainder fmod pow float_power neg abs
     exp exp2 expm1 log log1p log2 log10 sqrt rsqrt square reciprocal sin cos tan tanh sinh cosh asin acos atan atan2
     sigmoid logsigmoid erf erfc erfinv sign sgn round floor ceil trunc frac clamp clip clamp_min clamp_max maximum
@@ -407,7 +336,7 @@ def _where(tracer: Any, condition: Tensor, *args: Any, **kwargs: Any) -> Any:
     return _element_wise(tracer, condition, *args, **kwargs) if tensors else None
 
 
-for _name in _names("""
+for _name in names_in("""
     relu relu6 gelu silu mish softplus elu celu selu leaky_relu prelu hardswish hardsigmoid hardtanh hardshrink
     softshrink tanhshrink softsign threshold dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout
     feature_alpha_dropout softmax log_softmax softmin normalize layer_norm rms_norm group_norm batch_norm
@@ -463,7 +392,7 @@ def _reduced(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     return [positions]
 
 
-for _name in _names("""
+for _name in names_in("""
     mean sum amax amin max min prod std var logsumexp norm vector_norm any all median nanmean nansum
 """):
     RULES[_name] = _reduced

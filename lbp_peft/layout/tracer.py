@@ -17,18 +17,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..transforms import in_transform, outside_transforms
 from .dependencies import version_of
-from .operations import (
-    DATA_INDEPENDENT,
-    FILLED,
-    FINITENESS,
-    MIXING,
-    RANDOM,
-    READING,
-    RULES,
-    RULES_BY_RESULT,
-    SPATIAL,
-    name_of,
-)
+from .operation_names import DATA_INDEPENDENT, FILLED, FINITENESS, MIXING, RANDOM, READING, SPATIAL, name_of
+from .operations import RULES, RULES_BY_RESULT
 from .positions import FIRST_TEXT, LOST, compact, condensed, equal
 
 
