@@ -78,7 +78,7 @@ class InputOptions(ClassificationData, SegmentationData):
         if not self.model:
             raise ValueError("give --model, a hub id, a local folder or a name of timm's")
         if sum(map(bool, (self.dataset, self.train_files, self.random_images))) != 1:
-            raise ValueError("give --dataset, --train_files or --random_images, one of them")
+            raise ValueError("give exactly one of --dataset, --train_files and --random_images")
 
     @property
     def names_inputs(self) -> bool:

@@ -200,7 +200,10 @@ def _quality(chosen: Trial) -> str:
     if not chosen.adapted_layers:
         return " Its gradients are exact."
     if not chosen.low_rank_layers:
-        return " None of its layers has a low-rank backward pass in this model: the gain has other causes."
+        return (
+            " None of its layers has a low-rank backward pass in this model, so the gain is that of training fewer "
+            "weights, or of checkpointing or compression."
+        )
     return f" Its gradients have a cosine of {chosen.cosine:.2f} with the exact ones."
 
 

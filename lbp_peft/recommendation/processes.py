@@ -128,7 +128,7 @@ class Apart:
             self._process.stdin.flush()
             trial = Trial(**self._answer())
         except (WorkerError, BrokenPipeError):
-            why = TOO_LONG if is_late.is_set() else "its process ended, as for lack of memory"
+            why = TOO_LONG if is_late.is_set() else "its process ended, perhaps for lack of memory"
             self._stop()  # the next candidate gets another one
             return Trial(candidate.label, failure=why)
         finally:

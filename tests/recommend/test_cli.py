@@ -180,7 +180,7 @@ def test_mistakes_end_in_one_line(model, data, quick, tmp_path, flags, message):
     [
         (["--memory", "much"], "memory must be a size"),
         (["--minutes", "0"], "--minutes must be above 0"),
-        (["--dataset", "x", "--random-images", "32"], "one of them"),
+        (["--dataset", "x", "--random-images", "32"], "exactly one of"),
         (["--random_image", "32"], "did you mean --random_images?"),
         ([], "give --model"),
     ],
