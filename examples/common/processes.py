@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, broadcast_object_list
+from accelerate.utils import DistributedType, broadcast_object_list, send_to_device
 from torch import nn
 
 from .options import Options
@@ -102,7 +102,7 @@ def freeze_unused(model: nn.Module, batch: dict[str, torch.Tensor]) -> list[str]
     """
     trained = model.training
     model.eval()
-    loss = model(**batch).loss
+    loss = model(**send_to_device(batch, next(model.parameters()).device)).loss
     model.train(trained)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)

@@ -155,6 +155,11 @@ def test_what_the_loss_never_depends_on_is_frozen():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_the_batch_may_be_elsewhere_than_the_model():
+    """A batch comes from the loader on the CPU; the model may be on a GPU already."""
+    assert processes.freeze_unused(tiny_vit().to("meta"), batch()) == []
+
+
 def test_nothing_is_frozen_where_all_is_used():
     model = tiny_vit()
     assert processes.freeze_unused(model, batch()) == []
