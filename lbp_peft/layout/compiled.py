@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from .finder import LayoutFinder
     from .records import LayoutRecord
 
-FINDERS: weakref.WeakValueDictionary[int, LayoutFinder] = weakref.WeakValueDictionary()
+FINDERS: weakref.WeakValueDictionary[str, LayoutFinder] = weakref.WeakValueDictionary()
 # The arguments that each finder's model is compiled for: tensors as (shape without batch, dtype), others unchanged.
-_inputs: dict[int, dict[str, Any]] = {}
+_inputs: dict[str, dict[str, Any]] = {}
 _BATCH = 2
 
 
-def note_inputs(key: int, args: tuple, kwargs: dict[str, Any]) -> None:
+def note_inputs(key: str, args: tuple, kwargs: dict[str, Any]) -> None:
     """Record the arguments with which the model is called while the compiler traces it."""
     _forget_inputs(key)
     for index, value in enumerate(args):
@@ -35,7 +35,7 @@ def note_inputs(key: int, args: tuple, kwargs: dict[str, Any]) -> None:
         _note(key, name, value)
 
 
-def _note(key: int, name: str, value: object) -> None:
+def _note(key: str, name: str, value: object) -> None:
     if isinstance(value, Tensor):
         _note_tensor(key, name, value.dtype, *(int(n) for n in value.shape[1:]))
     elif value is None or isinstance(value, (bool, int, float, str)):
@@ -43,24 +43,24 @@ def _note(key: int, name: str, value: object) -> None:
 
 
 @torch.compiler.assume_constant_result
-def _forget_inputs(key: int) -> int:
+def _forget_inputs(key: str) -> int:
     _inputs[key] = {}
     return 0
 
 
 @torch.compiler.assume_constant_result
-def _note_tensor(key: int, name: str, dtype: torch.dtype, *shape: int) -> int:
+def _note_tensor(key: str, name: str, dtype: torch.dtype, *shape: int) -> int:
     _inputs[key][name] = (shape, dtype)
     return 0
 
 
 @torch.compiler.assume_constant_result
-def _note_value(key: int, name: str, value: object) -> int:
+def _note_value(key: str, name: str, value: object) -> int:
     _inputs[key][name] = value
     return 0
 
 
-def record(key: int, name: str, x: Tensor, channels_axis: int, layouts: str) -> LayoutRecord:
+def record(key: str, name: str, x: Tensor, channels_axis: int, layouts: str) -> LayoutRecord:
     """The record of the input of a layer.
 
     Args:
@@ -83,7 +83,7 @@ def record(key: int, name: str, x: Tensor, channels_axis: int, layouts: str) -> 
 
 
 @torch.compiler.assume_constant_result
-def _plain_record(key: int, name: str, layouts: str, *shape: int) -> tuple:
+def _plain_record(key: str, name: str, layouts: str, *shape: int) -> tuple:
     """The layout of a layer's inputs of a shape (N, ...) as plain values, if exactly one is known."""
     finder, inputs = FINDERS[key], _inputs.get(key, {})
     found = _found(finder, name, shape, inputs)

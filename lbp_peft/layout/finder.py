@@ -93,7 +93,7 @@ class LayoutFinder:
         self._state = ModelState(ignored=_is_own)
         # One pass for each distinct trace, setting and mask, for layers whose own pass cannot be found.
         self._kinds: list[ForwardPass] = []
-        self.key = next(_keys)
+        self.key = f"finder {next(_keys)}"  # the compiler takes a number that differs between models for a dynamic one
         compiled.FINDERS[self.key] = self
 
     def __getstate__(self) -> dict[str, Any]:

@@ -74,10 +74,11 @@ def input_to_save(x: Tensor, projection: Projection | None, plan: BackwardPlan, 
     if in_transform():
         with tracked_by_transforms():
             return projection.project(as_tokens(x, layout)).to(x.dtype)
-    source, last = x if source is None else source, _shared.last
-    # The compiler finds common expressions itself. Inference tensors have no version counter, and tensors of other
-    # classes, such as a tracer's, no address.
-    if last is None or must_be_functional() or source.is_inference() or type(source) is not Tensor:
+    source = x if source is None else source
+    # The compiler finds common expressions itself, and that of torch 2.11 cannot read what is shared. Inference tensors
+    # have no version counter, and tensors of other classes, such as a tracer's, no address.
+    last = None if must_be_functional() else _shared.last
+    if last is None or source.is_inference() or type(source) is not Tensor:
         return plan.to_saved(projection.project(as_tokens(x, layout)))
     identity = source._version, source.data_ptr(), source.shape, source.stride()
     key = (
