@@ -410,7 +410,8 @@ def low_rank_linear(
     source = x
     tensors: list[Any] = [x, weight, bias]
     for branch in branches:
-        tensors += _BranchTensors(branch.x, branch.down, branch.up, branch.bias)
+        # torch.compile of torch 2.11 cannot add a named tuple to a list.
+        tensors += [*_BranchTensors(branch.x, branch.down, branch.up, branch.bias)]
     tensors, cast_weight = cast_as_autocast_would(weight, tensors)
     dtype = tensors[0].dtype
     state = _State(
