@@ -87,15 +87,17 @@ class _LowRankPointwise(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.state, x, weight, _ = inputs
+        state: _State
+        state, x, weight, _ = inputs
+        _, needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.state = state
         ctx.weight_dtype = weight.dtype
         ctx.is_tracked = in_transform()
-        state: _State = ctx.state
         with tracked_by_transforms():
-            x_hat = _rows(x, state.weight_projection) if ctx.needs_input_grad[2] else None
+            x_hat = _rows(x, state.weight_projection) if needs_weight else None
         if x_hat is not None and state.weight_projection is not None:
             x_hat = x_hat.to(state.plan.saved_dtype(x_hat.dtype)) if in_transform() else state.plan.to_saved(x_hat)
-        ctx.save_for_backward(x_hat, weight if ctx.needs_input_grad[1] else None)
+        ctx.save_for_backward(x_hat, weight if needs_x else None)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -105,42 +107,43 @@ class _LowRankPointwise(torch.autograd.Function):
         return None, *(once_differentiable(gradients, grads[0], ctx.is_tracked) if second_order else gradients)
 
 
-def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
-    x_hat, weight = ctx.saved_tensors
+def _gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
+    """The gradients of x, weight and bias; None where none is needed."""
     state: _State = ctx.state
-    weight_projection, input_projection = state.weight_projection, state.input_projection
+    saved_x, weight = ctx.saved_tensors
     _, needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-    precision = precision_now(state.plan.precision)
-    gradients: list[Tensor | None] = [None, None, None]
-    g_hat: Tensor | None = None
+    grad_x = grad_weight = grad_bias = g_hat = None
     if needs_weight:
-        g_hat = _rows(grad, weight_projection, is_gradient=True)
-        x_hat = state.plan.from_saved(x_hat, grad.dtype)
-        gradients[1] = weight_grad(g_hat, x_hat).unflatten(1, (-1, *[1] * (grad.dim() - 2))).to(ctx.weight_dtype)
+        g_hat = _rows(grad_y, state.weight_projection, is_gradient=True)
+        matrix_grad = weight_grad(g_hat, state.plan.from_saved(saved_x, grad_y.dtype))
+        grad_weight = matrix_grad.unflatten(1, (-1, *[1] * (grad_y.dim() - 2))).to(ctx.weight_dtype)
     if needs_x:
-        if precision == FULL:
-            weight = weight_in_backward(weight, (), (), grad)
-        matrix = weight.flatten(1)
-        if input_projection is None and precision != FULL:
-            rows = product(_rows(grad, None), matrix, precision, state.source)
-            gradients[0] = rows.transpose(1, 2).unflatten(2, grad.shape[2:])
-        elif input_projection is None:
-            gradients[0] = _convolution(grad)(grad, weight.to(grad.dtype).transpose(0, 1))
-        else:
-            lifting: Lifting | None
-            if g_hat is not None and weight_projection and input_projection.basis == weight_projection.basis:
-                lifting = weight_projection
-            else:
-                lifting, g_hat = input_projection.fit_image(grad)
-            rows = product(g_hat, matrix, precision, state.source)
-            if lifting is not None and grad.dim() == 4:
-                gradients[0] = lifting.lift_image(rows)
-            else:
-                tokens = rows if lifting is None else lifting.lift(rows)
-                gradients[0] = tokens.transpose(1, 2).unflatten(2, grad.shape[2:])
+        grad_x = _input_grad(state, weight, grad_y, g_hat)
     if needs_bias:
-        gradients[2] = grad.sum((0, *range(2, grad.dim())))
-    return gradients
+        grad_bias = grad_y.sum((0, *range(2, grad_y.dim())))
+    return [grad_x, grad_weight, grad_bias]
+
+
+def _input_grad(state: _State, weight: Tensor, grad_y: Tensor, g_hat: Tensor | None) -> Tensor:
+    """The gradient of x, from that of y and, if it is known, its projection for the weight gradient."""
+    weight_projection, input_projection = state.weight_projection, state.input_projection
+    precision = precision_now(state.plan.precision)
+    if precision == FULL:
+        weight = weight_in_backward(weight, (), (), grad_y)
+    if input_projection is None and precision == FULL:
+        return _convolution(grad_y)(grad_y, weight.to(grad_y.dtype).transpose(0, 1))
+    lifting: Lifting | None
+    if input_projection is None:
+        lifting, g_hat = None, _rows(grad_y, None)
+    elif g_hat is not None and weight_projection and input_projection.basis == weight_projection.basis:
+        lifting = weight_projection
+    else:
+        lifting, g_hat = input_projection.fit_image(grad_y)
+    coefficients = product(g_hat, weight.flatten(1), precision, state.source)
+    if lifting is not None and grad_y.dim() == 4:
+        return lifting.lift_image(coefficients)
+    tokens = coefficients if lifting is None else lifting.lift(coefficients)
+    return tokens.transpose(1, 2).unflatten(2, grad_y.shape[2:])
 
 
 def _convolution(x: Tensor) -> Callable[..., Tensor]:
