@@ -41,5 +41,5 @@ def kept_in_groups(x: Tensor, offset: Callable[[Tensor], Tensor] | None = None) 
     """
     if saved_tensors_are_discarded():
         return empty(x, x.shape, torch.int8), empty(x, shape_of_scales(x.shape), torch.float32)
-    values, scales = rounded_in_groups(x, offset and offset(x))
+    values, scales = rounded_in_groups(x, None if offset is None else offset(x))
     return keep(values), keep(scales)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from comparing import cosine
 from models import forward, gradients, images, largest_difference, patches_of, tiny_vit
+from packaging.version import Version
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -314,6 +315,9 @@ def test_in_a_compiled_model():
     assert cosine(*found) > 0.9999
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__).release < (2, 13), reason="the compiler of torch 2.11 makes a graph for each batch size"
+)
 def test_compiled_batches_of_many_sizes_need_one_graph():
     torch._dynamo.reset()
     graphs = []
