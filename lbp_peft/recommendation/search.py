@@ -190,7 +190,7 @@ class _Search:
                 continue
             bar.set_postfix_str(candidate.label)
             # Compiling may take minutes, which are not to be those of all other candidates.
-            limit = (end - began) / 2 if candidate.compiled else end - began
+            limit = (end - began) / 2 if candidate.compiled else self.end - began
             trial = self.trials[candidate.label] = measure(candidate, limit)
             if trial.failure.startswith(UNEXPECTED) and number == 0:
                 raise ValueError(f"The model {trial.failure}")
