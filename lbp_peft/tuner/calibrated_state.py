@@ -16,7 +16,7 @@ from ..bases.calibrated import LeftOutBasis
 from ..calibration import CalibratedSelection
 from .compat.wrappers import without_wrappers
 from .layers.base import LBPWHTLayer
-from .validation.checks import refuse_checkpoint
+from .validation.checkpoint import refuse_checkpoint
 
 KEYS = ".lbpwht_basis."  # between the name of the layer and that of the tensor
 _PREFIX = "base_model.model."

@@ -30,7 +30,7 @@ from .patches.attention_patch import patch_attention
 from .patches.forward_patch import PATCH_ATTR, ForwardPatch, attach, detach
 from .stacking.layer import LBPWHTStacked
 from .stacking.stack import has_other_adapters
-from .validation.checks import (
+from .validation.modules import (
     check_base_weights_are_there,
     check_base_weights_can_be_dropped,
     check_layers,

@@ -21,8 +21,9 @@ from .layers.base import LBPWHTLayer
 from .layers.linear import LBPWHTLinear
 from .report import LayoutReport, layout_report
 from .stacking.stack import KEYS, Stack, adapter_states_restored, has_other_adapters, stack_beneath
-from .validation.checks import adapter_keys, check_modules_to_save, check_state_dict
+from .validation.checkpoint import adapter_keys, check_state_dict
 from .validation.heads import warn_of_frozen_heads
+from .validation.modules import check_modules_to_save
 from .validation.names import is_free_in_dictionaries
 from .weighted import add_weighted_adapter
 
