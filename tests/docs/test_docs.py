@@ -44,6 +44,18 @@ def test_relative_links_lead_to_a_file_and_a_heading(page):
     assert not broken
 
 
+def test_how_it_works_lists_every_module():
+    tables = re.split(r"^\| In `(lbp_peft/[\w/]*)` \|", prose(ROOT / "docs" / "how-it-works.md"), flags=re.MULTILINE)
+    listed = set()
+    for folder, table in zip(tables[1::2], tables[2::2], strict=True):
+        first_cells = re.findall(r"^\| (`.*?) \|", table.partition("\n\n")[0], flags=re.MULTILINE)
+        listed |= {ROOT / folder / name for cell in first_cells for name in re.findall(r"`([^`]+)`", cell)}
+    assert [str(path) for path in sorted(listed) if not path.exists()] == []
+    whole = {path for path in listed if path.is_dir() and not any(path in other.parents for other in listed)}
+    modules = {path for path in (ROOT / "lbp_peft").rglob("*.py") if path.name != "__init__.py"}
+    assert sorted(str(path) for path in modules - listed if not whole & set(path.parents)) == []
+
+
 def test_there_are_three_numbered_notebooks():
     assert [notebook.name[:2] for notebook in NOTEBOOKS] == ["1-", "2-", "3-"]
 
