@@ -37,8 +37,8 @@ def readable(path: str) -> Iterator[None]:
         cause = cause_of(error)
         if kind := re.search(r"Unrecognized configuration class .*?\.(\w+)Config'", cause):
             raise SystemExit(
-                f"--model {path}: transformers has no model for this task of the kind {kind[1]}; choose a checkpoint "
-                "of a vision model"
+                f"--model {path}: transformers has no {kind[1]} model for this task; choose a checkpoint of a vision "
+                "model that was made for it"
             ) from None
         if folder is None:
             raise SystemExit(

@@ -410,7 +410,7 @@ def test_models_that_cannot_be_loaded(tmp_path):
     weights.write_bytes(weights.read_bytes()[:100])
     (tmp_path / "empty").mkdir()
     for name, expected in {
-        "bert": "no model for this task of the kind Bert",
+        "bert": "no Bert model for this task",
         "broken": "this checkpoint cannot be loaded",
         "empty": "this checkpoint cannot be loaded",
         "brokn": "there is no such folder. Did you mean",
