@@ -347,7 +347,7 @@ _orders: BoundedCache[tuple, tuple[Tensor, Tensor]] = BoundedCache(64)
 def order_indices(layout: TokenLayout, device: torch.device) -> tuple[Tensor, Tensor]:
     """The indices that sort the grid's tokens row by row, and those that restore the layout's order."""
     if torch.compiler.is_compiling():  # which cannot enter the lock of the cache in torch 2.11
-        back = torch.tensor([*layout.order], device=device)
+        back = torch.tensor([*layout.order], device=device)  # type: ignore[misc]
         return back.argsort(), back
     key = (layout, device)
     order = _orders.get(key)
