@@ -5,7 +5,7 @@
 
 A first pass is traced: the positions of the pixels go through every operation of the model. A later pass compares the
 model and its inputs with those of the traced pass, and each layer looks up its layout; the time of that code is
-measured by itself, within the same passes.
+measured by itself, within the same passes. The peak is of the tensors that are allocated in a step, traced or later.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from benchmarks.tables import aligned, number
 from lbp_peft import LBPWHTConfig
 from lbp_peft.environment import environment, in_words, write_record
 from lbp_peft.layout import LayoutFinder
+from lbp_peft.measure.memory import allocated
 from lbp_peft.measure.timing import interleaved, now, quartiles, ratios
 
 # The methods of a finder that run in each forward pass.
@@ -56,7 +57,7 @@ def time_of_look_ups() -> Iterator[list[float]]:
 
 
 def measured(name: str, kind: Model, options: argparse.Namespace) -> dict[str, Any]:
-    """Times in ms as quartiles, and ratios of times in the same round."""
+    """Times in ms as quartiles, ratios of times in the same round, and peaks of single steps in MiB."""
     size = tuple(options.image_size) if options.image_size else kind.size
     model = get_peft_model(kind.build(size), LBPWHTConfig(r=options.r)).to(options.device).train()
     batch = {key: value.to(options.device) for key, value in kind.batch(options.batch_size, size).items()}
@@ -75,6 +76,12 @@ def measured(name: str, kind: Model, options: argparse.Namespace) -> dict[str, A
         return sum(seconds), 0.0
 
     traced(), later()
+    peaks = {}
+    for run in (traced, later):
+        model.zero_grad()
+        with allocated(torch.device(options.device)) as memory:
+            run()
+        peaks[run] = memory.peak / 2**20
     first, following, look_ups = interleaved((traced, later, looking_up), range(options.rounds))
     forward, whole = ([times[part] for times in following] for part in (0, 1))
     return {
@@ -85,6 +92,8 @@ def measured(name: str, kind: Model, options: argparse.Namespace) -> dict[str, A
         "traced_forward_ratio": quartiles(ratios([times[0] for times in first], forward)),
         "traced_step_ratio": quartiles(ratios([times[1] for times in first], whole)),
         "look_ups_of_step": quartiles(ratios([time for time, _ in look_ups], whole)),
+        "peak_mib": peaks[later],
+        "traced_peak_mib": peaks[traced],
     }
 
 
@@ -103,7 +112,8 @@ def _in_ms(seconds: list[float]) -> list[float]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    header = ["model", "forward ms", "step ms", "traced / forward", "traced step / step", "look-ups ms", "of step %"]
+    of_times = ["forward ms", "step ms", "traced / forward", "traced step / step", "look-ups ms", "of step %"]
+    header = ["model", *of_times, "peak MiB", "traced peak MiB"]
     return aligned(
         header,
         [
@@ -112,6 +122,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 *(number(row[name][1], 1) for name in ("forward_ms", "step_ms")),
                 *(number(row[name][1], 2) for name in ("traced_forward_ratio", "traced_step_ratio", "look_ups_ms")),
                 number(100 * row["look_ups_of_step"][1], 2),
+                *(number(row[name], 0) for name in ("peak_mib", "traced_peak_mib")),
             ]
             for row in rows
         ],

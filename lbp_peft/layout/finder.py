@@ -209,6 +209,8 @@ class LayoutFinder:
         inputs = named_inputs(module, args, kwargs)
         padding_masks = _padding_masks(inputs)
         has_padding = None if in_transform() else tuple(bool(mask.any()) for mask in padding_masks.values())
+        # The state is that before the pass. If the pass changes it, the next one is traced as well, since its code may
+        # choose otherwise; transformers changes it once, with the first loss (`config.problem_type`) or hidden states.
         key = (id(module), self._state.key(module), signature(inputs), has_padding)
         trace = self._traces.get(key)
         if trace is not None and trace.is_valid and trace.depends_on.hold(module, self._state):

@@ -317,6 +317,7 @@ def test_tracing_cost(tmp_path, capsys, monkeypatch):
     tracing_cost.main([*small, "--output", str(output)])
     (row,) = json.loads(output.read_text())["rows"]
     assert row["traced_forward_ratio"][1] > 1 > row["look_ups_of_step"][1] > 0
+    assert 0 < row["peak_mib"] <= row["traced_peak_mib"] < 2 * row["peak_mib"]
     assert "traced / forward" in capsys.readouterr().out
 
 
