@@ -243,7 +243,8 @@ def _read_grid(rows: np.ndarray) -> _Grid:
             ordered = part[:, np.argsort(order)]
             if (shape := _grid_of(ordered)) is not None:
                 return _Grid(shape, *ends, TokenOrder(order.tolist()), _spacing(ordered), source)
-            why = "several of its tokens lie at the same place"
+            if (np.diff(ordered & 2**40 - 1, axis=1) == 0).any():
+                why = "several of its tokens lie at the same place"
         elif (shape := _grid_of(part, rotated=True)) is not None:  # windows that were shifted over the border
             return _Grid(shape, *ends, None, _spacing(part), source)
         else:

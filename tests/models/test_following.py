@@ -237,6 +237,11 @@ def test_what_is_not_known_is_exact_with_one_warning(name):
         assert largest_difference(low, gradients(model, images())) == 0
 
 
+def test_the_warning_tells_tokens_at_the_same_place():
+    with pytest.warns(UserWarning, match="several of its tokens lie at the same place"):
+        adapted(Net(lambda tokens: tokens[:, [0, *range(63)]]))(images())
+
+
 def test_the_warning_names_the_operation_that_lost_the_tokens():
     model = adapted(Net(lambda t: torch.fft.fft(t, dim=1).real))
     with pytest.warns(UserWarning, match="blocks.0.fc .*positions were lost in 'fft_fft'"):
@@ -880,7 +885,7 @@ def test_a_traced_pass_leaves_nothing_behind(monkeypatch):
         for _ in range(2):
             model = adapted(Net(lambda tokens: tokens[:, 1:]))  # one patch is missing
             model.blocks[0]["fc"].register_forward_hook(lambda _, args, y: seen.extend(map(weakref.ref, (*args, y))))
-            with pytest.warns(UserWarning, match="uses exact backpropagation"):
+            with pytest.warns(UserWarning, match="its tokens do not form a grid"):
                 model(images()).sum().backward()
             assert [reference() for reference in seen] == [None] * 3
             seen.clear()
