@@ -147,14 +147,14 @@ METHODS = {
     "lora-fa": Method("LoRA-FA", lora_fa, scale=10, ranks=(8, 16)),
     "velora": Method("VeLoRA", velora, scale=10, ranks=(8, 16)),
     "side-tuning": Method("side tuning", side_tuning, scale=10, ranks=(64, 128)),
-    "lbp-wht": Method("LBP-WHT, exact input gradients", lbp_wht, ranks=(10, 21)),
-    "lbp-wht-adaptive": Method("LBP-WHT r=10, adaptive input gradients", adaptive, ranks=(24, 16)),
-    "lora+lbp-wht": Method("LoRA r=8 + LBP-WHT", lora_with_lbp_wht, scale=10, ranks=(10, 21)),
-    **{f"lp_l1-{n}": Method(f"LBP-WHT, paper's LP_L1-{n}", partial(paper, n=n)) for n in (2, 4, 6, 8)},
+    "lbp-wht": Method("LBP-WHT, exact dx", lbp_wht, ranks=(10, 21)),
+    "lbp-wht-adaptive": Method("LBP-WHT, adaptive dx", adaptive, ranks=(24, 16)),
+    "lora+lbp-wht": Method("LoRA + LBP-WHT", lora_with_lbp_wht, scale=10, ranks=(10, 21)),
+    **{f"lp_l1-{n}": Method(f"LBP-WHT, LP_L1-{n} (paper)", partial(paper, n=n)) for n in (2, 4, 6, 8)},
     # Remedies where the paper's setting loses accuracy
-    "lp_l1-4-late-exact": Method("LP_L1-4, exact input gradients in the second half", partial(paper_late_exact, n=4)),
-    "lp_l1-2+norms": Method("LP_L1-2, norms trained", partial(paper_with_norms, n=2)),
-    "lp_l1-4+norms": Method("LP_L1-4, norms trained", partial(paper_with_norms, n=4)),
+    "lp_l1-4-late-exact": Method("LBP-WHT, LP_L1-4, late layers with exact dx", partial(paper_late_exact, n=4)),
+    "lp_l1-2+norms": Method("LBP-WHT, LP_L1-2, norms trained", partial(paper_with_norms, n=2)),
+    "lp_l1-4+norms": Method("LBP-WHT, LP_L1-4, norms trained", partial(paper_with_norms, n=4)),
 }
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from paper.methods import METHODS
 from paper.pareto import Point, draw_pareto
 from paper.records import COSTS, Experiment, experiments, records_of
 
@@ -45,6 +46,11 @@ class Row:
     cost: dict[str, Any]
 
     @property
+    def label(self) -> str:
+        """The name of the method in tables; that of the record if the method is gone."""
+        return METHODS[self.method].label if self.method in METHODS else str(self.record["label"])
+
+    @property
     def mean(self) -> float | None:
         """The mean of the scores; None if no seed was tested."""
         return statistics.mean(self.scores) if self.scores else None
@@ -59,7 +65,7 @@ class Row:
         step = self.cost.get("step_ms")
         reference = exact.cost.get("step_ms") if exact else None
         return [
-            record["label"],
+            self.label,
             f"{config['learning_rate']:g}",
             "" if config["rank"] is None else str(config["rank"]),
             str(len(self.trials)),
@@ -122,7 +128,13 @@ def points(rows: list[Row]) -> dict[str, list[Point]]:
 
 
 def _point(row: Row, cost: float) -> Point:
-    return Point(row.record["label"], cost, 100 * (row.mean or 0), 100 * (row.deviation or 0))
+    return Point(row.label, cost, 100 * (row.mean or 0), 100 * (row.deviation or 0))
+
+
+def _title(config: dict[str, Any]) -> str:
+    data = config["dataset"] or "/".join(Path(file).parent.name for file in config["train_files"] or ())
+    images = f", {config['train_images']} images" if config["train_images"] else ""
+    return f"{config['model']}, {config['protocol']} protocol, {data}{images}"
 
 
 def with_table(text: str, name: str, content: str) -> str:
@@ -149,7 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
         if figures:
             figures.mkdir(parents=True, exist_ok=True)
             name = f"paper-{experiment.name}.png"
-            draw_pareto(figures / name, points(rows), f"{rows[0].record['metric']} %", experiment.name)
+            draw_pareto(figures / name, points(rows), f"{rows[0].record['metric']} %", _title(rows[0].record["config"]))
         if options.docs:
             page = options.docs / "paper.md"
             page.write_text(with_table(page.read_text(), experiment.name, content))
