@@ -47,7 +47,7 @@ def step_times(bench: Bench, methods: list[str], rounds: int) -> dict[str, Any]:
     for model in built.values():
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         steps.append(partial(timed_step, model, batch, loss_of_output, idle_optimiser(trained)))
-    interleaved(steps, range(1))  # the first step of each allocates and recognises layouts
+    interleaved(steps, range(2))  # these allocate, and recognise layouts
     times = [[sum(parts) for parts in own] for own in interleaved(steps, range(rounds))]
     return {
         name: {
