@@ -87,7 +87,7 @@ _moves(
     *names_in("""
         permute transpose swapaxes swapdims movedim moveaxis t adjoint squeeze unsqueeze flatten unflatten reshape
         ravel view_as reshape_as expand expand_as broadcast_to repeat tile repeat_interleave narrow select diagonal
-        rot90 chunk split split_with_sizes tensor_split unbind hsplit vsplit unfold tril triu
+        rot90 chunk split split_with_sizes tensor_split unbind hsplit vsplit unfold
     """)
 )
 
@@ -341,7 +341,7 @@ for _name in names_in("""
     softshrink tanhshrink softsign threshold dropout dropout1d dropout2d dropout3d alpha_dropout feature_dropout
     feature_alpha_dropout softmax log_softmax softmin normalize layer_norm rms_norm group_norm batch_norm
     instance_norm native_layer_norm local_response_norm to type float half bfloat16 double long int bool contiguous
-    clone detach cpu cuda type_as requires_grad alias resolve_conj resolve_neg conj positive pin_memory
+    clone detach cpu cuda type_as requires_grad alias resolve_conj resolve_neg conj positive pin_memory tril triu
 """):
     RULES[_name] = _like_the_first
 

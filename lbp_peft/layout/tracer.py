@@ -183,8 +183,10 @@ class PositionTracer(TorchFunctionMode):
         if layer and self._on_layer is not None and isinstance(result, Tensor):
             with self.paused():
                 self._on_layer(layer, next(t for t in given if t in self._trails), result)
-        if result is given[0] or name == "__set__":
+        if result is given[0] or name in ("__set__", "__setitem__"):
             self._note_change_in_place(given[0], before)
+        for tensor in _tensors_in(kwargs.get("out")):
+            self._note_change_in_place(tensor, None)
         return result
 
     def _note_reading(self, name: str, tensors: list[Tensor]) -> None:
@@ -196,12 +198,14 @@ class PositionTracer(TorchFunctionMode):
 
     def _note_change_in_place(self, tensor: Tensor, before: Trail | None) -> None:
         """What shares the memory of a tensor whose elements have moved is not known any more."""
-        after = self._trails[tensor]
+        after = self._trails.get(tensor, Trail(None))
         old, new = None if before is None else before.positions, after.positions
         if old is not None and new is not None and equal(old, new):
             return
-        for other in self._sharing_memory(tensor, self._trails):
-            self._trails[other] = Trail(None, after.origins, after.lost_by or "a change in place")
+        for tensors in (self._trails, self._constants):
+            for other in self._sharing_memory(tensor, tensors):
+                self._trails[other] = Trail(None, after.origins, after.lost_by or "a change in place")
+                self._constants.pop(other, None)
 
     def _forget_constants(self, tensor: Tensor) -> None:
         for other in [tensor, *self._sharing_memory(tensor, self._constants)]:
@@ -325,7 +329,7 @@ def _caller() -> str:
 
 def _address(tensor: Tensor) -> int | None:
     try:
-        return tensor.untyped_storage().data_ptr()
+        return tensor.untyped_storage().data_ptr() or None  # zero for tensors that are empty or on the meta device
     except (NotImplementedError, RuntimeError):  # wrappers of torch.func have none
         return None
 

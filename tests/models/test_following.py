@@ -210,7 +210,26 @@ def gated(tokens):
     return shuffled_by_data(tokens) * tokens.mean(2, keepdim=True)
 
 
+def changed_under_a_view(tokens, write):
+    """A view that was taken before the tokens were written in another order, in the same memory."""
+    other = tokens.detach().clone()
+    view = other[:]
+    write(other, tokens.detach()[:, FIXED])
+    return view + tokens.mean()
+
+
+def by_an_index_written_in_part(tokens):
+    order = torch.zeros(SIDE**2, dtype=torch.long)
+    order[:].copy_(tokens[0, :, 0].argsort())
+    return tokens[:, order]
+
+
 LOST = {
+    "written under a view": lambda: Net(partial(changed_under_a_view, write=lambda x, y: x.__setitem__(..., y))),
+    "an output argument that has a view": lambda: Net(
+        partial(changed_under_a_view, write=lambda x, y: torch.mul(y, 1, out=x))
+    ),
+    "by an index that a view has changed": lambda: Net(by_an_index_written_in_part),
     "shuffled, times a gate in order": lambda: Net(gated),
     "a mixer's features": Mixer,
     "shuffled by their values": lambda: Net(shuffled_by_data),
@@ -936,7 +955,8 @@ OPERATIONS = {
     "written into a new tensor": (lambda x: _written(x)[1, 0, 0, 1:4], [(0, 1), (0, 2), (0, 3)]),
     "einsum": (lambda x: torch.einsum("nchw,dc->nhwd", x, torch.ones(5, 3))[1, 2, 3, :1], [(2, 3)]),
     "attention": (lambda x: _attend(x)[1, 13:15, 0], [(1, 1), (1, 2)]),
-    "transposed attention": (lambda x: _attend(x, by_hand=True)[1, 13:15, 0], [(1, 1), (1, 2)]),
+    "transposed attention": (lambda x: _attend(x, by_hand=torch.clone)[1, 13:15, 0], [(1, 1), (1, 2)]),
+    "causal attention": (lambda x: _attend(x, by_hand=torch.tril)[1, 13:15, 0], [(1, 1), (1, 2)]),
     "in place through a view": (lambda x: _in_place(x)[1, 0, 1, :2], [(1, 0), (1, 1)]),
     "joined along channels": (lambda x: torch.cat((x, x.mean(1, keepdim=True)), 1)[1, 2:, 4, 0], [(4, 0), (4, 0)]),
     "joined along rows": (lambda x: torch.cat((x[:, :, 6:], x), -2)[1, 0, 1:3, 0], [(7, 0), (0, 0)]),
@@ -962,10 +982,10 @@ def _in_place(x):
     return y.mul_(2)
 
 
-def _attend(x, by_hand=False):
+def _attend(x, by_hand=None):
     tokens = x.flatten(2).transpose(1, 2)
-    if by_hand:
-        return (tokens @ tokens.transpose(1, 2)).softmax(-1) @ tokens
+    if by_hand is not None:
+        return by_hand((tokens @ tokens.transpose(1, 2)).softmax(-1)) @ tokens
     return nn.functional.scaled_dot_product_attention(tokens[:, None], tokens[:, None], tokens[:, None])[:, 0]
 
 
