@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -167,15 +169,15 @@ class PositionTracer(TorchFunctionMode):
                     self._constants[tensor] = made_of
             return result
         has_positions = kwargs.get("out") is None and any(trail.positions is not None for trail in trails)
-        positions = None
+        positions, rule_args, rule_kwargs = None, *_with_input_first(args, kwargs)
         if has_positions and name in RULES:  # before the operation, which may change its arguments in place
-            positions = self._apply(RULES[name], name, *args, **kwargs)
+            positions = self._apply(RULES[name], name, *rule_args, **rule_kwargs)
         before = self._trails.get(given[0])
         result = function(*args, **kwargs)
         if name == "__set__":  # x.data = y
             positions = self.positions(given[-1])
         if has_positions and name in RULES_BY_RESULT:
-            positions = self._apply(RULES_BY_RESULT[name], name, result, *args, **kwargs)
+            positions = self._apply(RULES_BY_RESULT[name], name, result, *rule_args, **rule_kwargs)
         layers = self._layers(name, given)
         self.applied.update(layers)
         layer = layers[0] if layers and name in MIXING else ""
@@ -219,6 +221,10 @@ class PositionTracer(TorchFunctionMode):
 
     def _apply(self, rule: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         self.current_name = name
+        try:
+            _signature(rule).bind(self, *args, **kwargs)
+        except TypeError:  # the rule does not know one of the keywords
+            return None
         if not in_transform():
             with torch.no_grad():
                 return _condensed(rule(self, *args, **kwargs))
@@ -270,6 +276,16 @@ class PositionTracer(TorchFunctionMode):
                 continue
             self._trails[output] = Trail(p, origins, name if newly_lost else lost_by, is_certain, of_mask)
             self._constants.pop(output, None)
+
+
+_signature = cache(inspect.signature)
+
+
+def _with_input_first(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of an operation, its first one by place though it was given by name: `torch.flatten(input=x)`."""
+    if args or "input" not in kwargs:
+        return args, kwargs
+    return (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
 
 
 def _condensed(found: Any) -> Any:

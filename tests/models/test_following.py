@@ -225,6 +225,7 @@ def by_an_index_written_in_part(tokens):
 
 
 LOST = {
+    "a factor by name": lambda: Net(lambda t: torch.matmul(input=t, other=torch.eye(16))),
     "written under a view": lambda: Net(partial(changed_under_a_view, write=lambda x, y: x.__setitem__(..., y))),
     "an output argument that has a view": lambda: Net(
         partial(changed_under_a_view, write=lambda x, y: torch.mul(y, 1, out=x))
@@ -962,6 +963,8 @@ OPERATIONS = {
     "joined along rows": (lambda x: torch.cat((x[:, :, 6:], x), -2)[1, 0, 1:3, 0], [(7, 0), (0, 0)]),
     "stacked last": (lambda x: torch.stack((x, x.flip(-2)), -1)[1, 0, 0, 3], [(0, 3), (7, 3)]),
     "rolled": (lambda x: x.roll((1, 2), (1, 3))[1, 0, 4, 1:3], [(4, 11), (4, 0)]),
+    "by name": (lambda x: torch.roll(shifts=1, dims=3, input=torch.mul(input=x, other=2))[1, 1, 0, :2], [
+        (0, 11), (0, 0)]),
     "rolled flat": (lambda x: x.roll(1)[1, 1, 0, :2], [(7, 11), (0, 0)]),
     "flipped": (lambda x: x.flip(1, 3)[1, 0, 4, :1], [(4, 11)]),
     "reflected": (lambda x: nn.functional.pad(x, (2, 0, 0, 0), mode="reflect")[1, 0, 4, :3], [(4, 2), (4, 1), (4, 0)]),
