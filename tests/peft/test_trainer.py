@@ -126,7 +126,7 @@ def test_a_resumed_run_has_the_calibrated_bases_of_its_checkpoint(tmp_path):
     assert found == bases and same_state(resumed, state) and not same_state(stopped, state)
     with pytest.raises(ValueError, match="every must be"):
         CalibrationCallback(batches, every=0)
-    with pytest.raises(ValueError, match="again and again"):
+    with pytest.raises(ValueError, match="run again in each calibration"):
         CalibrationCallback(iter(batches))
 
 
