@@ -31,6 +31,7 @@ from .methods import Method
 from .models import AdaptedPart, Backbone, adapted_part, load_timm
 from .recipe import TABLES
 from .search import Setting
+from .warm_up import exact_at_first
 
 # Options that results depend on; they are kept with each record.
 _OF_RESULT = (
@@ -130,13 +131,16 @@ class Bench:
             scored: The images that are scored after the last epoch, `validation` or `test`.
 
         Returns:
-            The record of the run. Its score is that after the last epoch.
+            The record of the run. Its score is that after the last epoch, its counts are those of a step of LBP-WHT
+            also where the first steps are exact.
         """
         set_seed(seed)
         model, part = self.adapted(method, setting.rank, seed)
         loaders = self.data.loaders(seed, scored)
         batch = send_to_device(next(iter(loaders[0])), self.accelerator.device)
         counts = self.counts(model, part, batch)
+        if method.exact_passes:
+            exact_at_first(model, method.exact_passes)
         label, rate = f"{method.label}, {setting.learning_rate:g}", setting.learning_rate
         run = Run(
             label, Path(), self.options.epochs, rate, seed, part.heads, self.options.head_learning_rate,

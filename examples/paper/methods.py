@@ -34,12 +34,14 @@ class Method:
             given model. It raises `NotAvailable` if the method does not support the model.
         scale: The learning rate at which the search begins, relative to that of the recipe.
         ranks: The ranks to try, the default first.
+        exact_passes: The number of training passes that begin a run with exact backpropagation.
     """
 
     label: str
     build: Callable[[nn.Module, AdaptedPart, int | None], nn.Module]
     scale: float = 1.0
     ranks: tuple[int, ...] = ()
+    exact_passes: int = 0
 
 
 def head_only(model: nn.Module, part: AdaptedPart, rank: int | None) -> nn.Module:
@@ -112,12 +114,30 @@ def paper_late_exact(model: nn.Module, part: AdaptedPart, rank: int | None, n: i
     return lbp_wht(model, part, r, grad_input_rank=r, grad_input_rank_pattern=late)
 
 
-def paper_with_norms(model: nn.Module, part: AdaptedPart, rank: int | None, n: int) -> nn.Module:
-    """The paper's setting, with the affine parameters of the norms in the adapted part trained too."""
+def paper_by_depth(model: nn.Module, part: AdaptedPart, rank: int | None, *n: int) -> nn.Module:
+    """The paper's setting with a rank for each section of the layers, the first section first.
+
+    The sections have equally many layers. A layer near the input receives a gradient that many layers have disturbed
+    and whose energy is spread over more coefficients, so that it may need a higher rank than one near the head.
+    """
+    ranks = [k * (k + 1) // 2 for k in n]
+    section = {re.escape(name): ranks[index * len(n) // len(part.targets)] for index, name in enumerate(part.targets)}
+    return lbp_wht(
+        model, part, ranks[0], rank_pattern=section, grad_input_rank=ranks[0], grad_input_rank_pattern=section
+    )
+
+
+def with_norms(
+    model: nn.Module,
+    part: AdaptedPart,
+    rank: int | None,
+    build: Callable[[nn.Module, AdaptedPart, int | None], nn.Module],
+) -> nn.Module:
+    """Another method, with the affine parameters of the norms in the adapted part trained too."""
     if not part.norms:
         raise NotAvailable("no norm lies in the adapted part")
     parameters = [parameter for name in part.norms for parameter in model.get_submodule(name).parameters()]
-    adapted = paper(model, part, rank, n)
+    adapted = build(model, part, rank)
     for parameter in parameters:
         parameter.requires_grad = True
     return adapted
@@ -153,8 +173,11 @@ METHODS = {
     **{f"lp_l1-{n}": Method(f"LBP-WHT, LP_L1-{n} (paper)", partial(paper, n=n)) for n in (2, 4, 6, 8)},
     # Remedies where the paper's setting loses accuracy
     "lp_l1-4-late-exact": Method("LBP-WHT, LP_L1-4, late layers with exact dx", partial(paper_late_exact, n=4)),
-    "lp_l1-2+norms": Method("LBP-WHT, LP_L1-2, norms trained", partial(paper_with_norms, n=2)),
-    "lp_l1-4+norms": Method("LBP-WHT, LP_L1-4, norms trained", partial(paper_with_norms, n=4)),
+    "lp_l1-4-warm-up": Method("LBP-WHT, LP_L1-4, the first 40 steps exact", partial(paper, n=4), exact_passes=40),
+    "lp_l1-6-4-2": Method("LBP-WHT, LP_L1-6, -4, -2 by depth", lambda *given: paper_by_depth(*given, 6, 4, 2)),
+    "lp_l1-2+norms": Method("LBP-WHT, LP_L1-2, norms trained", partial(with_norms, build=partial(paper, n=2))),
+    "lp_l1-4+norms": Method("LBP-WHT, LP_L1-4, norms trained", partial(with_norms, build=partial(paper, n=4))),
+    "full+norms": Method("exact backpropagation, norms trained", partial(with_norms, build=full)),
 }
 
 
