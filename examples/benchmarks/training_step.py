@@ -183,27 +183,51 @@ def warm_up(device: str) -> None:
 
 
 def measured(steps: dict[str, Step], rounds: int, minutes: float) -> list[dict[str, Any]]:
-    """One row a method: counts, the times of all rounds, and their quartiles [first, median, third]."""
+    """One row a method, see [`compared`]."""
     gc.freeze()  # searching the libraries' and models' many objects for garbage would take longer than small steps
     counts = {method: step.counted() for method, step in tqdm(steps.items(), desc="memory", leave=False)}
     taking_turns = tqdm(rounds_within(minutes, rounds), desc="rounds", total=rounds, leave=False)
     times = interleaved([step.timed for step in steps.values()], taking_turns)
-    wholes = {method: [sum(pair) for pair in own] for method, own in zip(steps, times, strict=True)}
-    rows = []
-    for method, own in zip(steps, times, strict=True):
-        row: dict[str, Any] = {"method": method, **asdict(counts[method])}
-        for name, seconds in zip(("forward", "backward"), zip(*own, strict=True), strict=True):
-            row[f"{name}_ms"] = [1e3 * value for value in quartiles(seconds)]
-        row["optimizer_ms"] = [1e3 * value for value in quartiles(steps[method].optimizer_seconds(len(own)))]
-        row["cosine"] = steps[method].cosine(method, steps)
-        row["step_ms"] = [1e3 * value for value in quartiles(wholes[method])]
-        for key, reference, _ in REFERENCES:
-            if reference in steps:
-                row[f"step_over_{key}"] = quartiles(ratios(wholes[method], wholes[reference]))
-                for memory in ("saved", "peak"):
-                    name = f"{memory}_mib"
-                    row[f"{memory}_over_{key}"] = getattr(counts[method], name) / getattr(counts[reference], name)
-        rows.append({**row, "rounds_ms": [[1e3 * value for value in pair] for pair in own]})
+    rows = [
+        row(method, counts[method], step.cosine(method, steps), own, step.optimizer_seconds(len(own)))
+        for (method, step), own in zip(steps.items(), times, strict=True)
+    ]
+    return compared(rows)
+
+
+def row(
+    method: str, counts: Counts, cosine: float | None, times: list[tuple[float, float]], optimizer: list[float]
+) -> dict[str, Any]:
+    """What was measured of one method: counts, the times of all rounds, and their quartiles [first, median, third].
+
+    Args:
+        method: The method.
+        counts: What does not vary.
+        cosine: See [`Step.cosine`].
+        times: Seconds of forward and backward pass in each round.
+        optimizer: Seconds of the optimiser's steps.
+    """
+    result: dict[str, Any] = {"method": method, **asdict(counts)}
+    for name, seconds in zip(("forward", "backward"), zip(*times, strict=True), strict=True):
+        result[f"{name}_ms"] = [1e3 * value for value in quartiles(seconds)]
+    result["optimizer_ms"] = [1e3 * value for value in quartiles(optimizer)]
+    result["cosine"] = cosine
+    result["step_ms"] = [1e3 * value for value in quartiles([sum(pair) for pair in times])]
+    result["rounds_ms"] = [[1e3 * value for value in pair] for pair in times]
+    return result
+
+
+def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows with the ratios to the methods of `REFERENCES` that are among them."""
+    by_method = {row["method"]: row for row in rows}
+    for key, method, _ in REFERENCES:
+        if (reference := by_method.get(method)) is None:
+            continue
+        for row in rows:
+            own, other = ([sum(pair) for pair in one["rounds_ms"]] for one in (row, reference))
+            row[f"step_over_{key}"] = quartiles(ratios(own, other))
+            for memory in ("saved", "peak"):
+                row[f"{memory}_over_{key}"] = row[f"{memory}_mib"] / reference[f"{memory}_mib"]
     return rows
 
 
@@ -225,9 +249,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     return aligned(header, lines)
 
 
-def parsed(arguments: list[str] | None) -> argparse.Namespace:
+def parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        allow_abbrev=False, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=MODELS, default="vit-b")
     parser.add_argument("--methods", nargs="+", metavar="METHOD", default=default_methods())
@@ -239,36 +263,52 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of the CPU (default: as PyTorch chooses)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, help="JSON file, the figure beside it (default: in runs/benchmarks)")
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def completed(options: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options with what depends on the model and the precision."""
     sides = options.image_size or MODELS[options.model].size
     if len(sides) > 2:
         parser.error("--image-size takes one side, or height and width")
     options.image_size = (sides[0], sides[-1])
-    for method in options.methods:
-        try:
-            words(method)
-        except ValueError as error:
-            parser.error(str(error))
     if options.output is None:
         precision = "bf16" if options.bf16 else "float32"
         options.output = Path("runs", "benchmarks", f"{options.model}-{precision}.json")
     return options
 
 
+def check_methods(methods: list[str], parser: argparse.ArgumentParser) -> None:
+    for method in methods:
+        try:
+            words(method)
+        except ValueError as error:
+            parser.error(str(error))
+
+
 def main(arguments: list[str] | None = None) -> None:
-    options = parsed(arguments)
+    of_command_line = parser(__doc__)
+    options = completed(of_command_line.parse_args(arguments), of_command_line)
+    check_methods(options.methods, of_command_line)
     if options.threads:
         torch.set_num_threads(options.threads)
     where = environment()
-    height, width = options.image_size
-    precision = "bf16 autocast" if options.bf16 else "float32"
-    title = f"{options.model}, {height} x {width} px, batch {options.batch_size}, {precision}, {options.device}"
-    print(in_words(where), title, sep="\n")
+    print(in_words(where), title(options), sep="\n")
     warm_up(options.device)
     steps = prepared(options)
     if not steps:
         raise SystemExit("None of the methods can be had.")
-    rows = measured(steps, options.rounds, options.minutes)
+    report(measured(steps, options.rounds, options.minutes), where, options)
+
+
+def title(options: argparse.Namespace) -> str:
+    height, width = options.image_size
+    precision = "bf16 autocast" if options.bf16 else "float32"
+    return f"{options.model}, {height} x {width} px, batch {options.batch_size}, {precision}, {options.device}"
+
+
+def report(rows: list[dict[str, Any]], where: dict[str, Any], options: argparse.Namespace) -> None:
+    """Print the table, write the record, and draw the figure beside it."""
     print(table(rows))
     write_record(options.output, where, vars(options), rows=rows)
     print(f"written to {options.output}", end="")
@@ -278,7 +318,7 @@ def main(arguments: list[str] | None = None) -> None:
         print('; the figure needs matplotlib: pip install ".[examples]"')
     else:
         figure = options.output.with_suffix(".png")
-        draw_steps(figure, rows, title)
+        draw_steps(figure, rows, title(options))
         print(f" and {figure.name}")
 
 

@@ -17,6 +17,7 @@ from benchmarks import (
     projections,
     roofline,
     single_layers,
+    steps_by_process,
     summed_weights,
     tracing_cost,
     training_step,
@@ -176,6 +177,25 @@ def test_training_step(tmp_path, capsys, monkeypatch):
         assert rows[leaner]["saved_over_full"] < 0.9
     assert rows["lora-fa"]["saved_mib"] < rows["lora-all"]["saved_mib"]
     assert rows["full+checkpointing"]["backward_gmacs"] > full["backward_gmacs"]
+
+
+def test_steps_by_process(tmp_path, capsys):
+    output = tmp_path / "steps.json"
+    small = ["--model", "vit-s", "--image-size", "32", "--batch-size", "1", "--rounds", "2", "--device", "cpu"]
+    methods = ["full", "lbp-wht:r=3,grad_input_rank=3", "lbp-wht:r=3,nonsense=1"]
+    with pytest.raises(SystemExit):
+        steps_by_process.main([*small, "--methods", "full+nonsense"])
+    with pytest.raises(SystemExit):
+        steps_by_process.main([*small, "--methods", "full+cuda-graph"])
+    steps_by_process.main([*small, "--threads", "1", "--at-once", "2", "--output", str(output), "--methods", *methods])
+
+    printed = capsys.readouterr().out
+    assert "left out lbp-wht:r=3,nonsense=1: " in printed
+    full, low_rank = json.loads(output.read_text())["rows"]
+    assert [full["method"], low_rank["method"]] == methods[:2]
+    assert len(low_rank["rounds_ms"]) == 2 and low_rank["step_over_full"][0] > 0
+    assert full["cosine"] == 1 and low_rank["cosine"] < 1
+    assert low_rank["backward_gmacs"] < full["backward_gmacs"]
 
 
 @pytest.mark.parametrize("flags", [[], ["--cpu-time"]])
