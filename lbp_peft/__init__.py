@@ -33,6 +33,7 @@ from .tuner.layers.linear import LBPWHTLinear
 from .tuner.model import LBPWHTModel
 from .tuner.report import LayoutReport, exact_backward, layout_report
 from .tuner.verify import LayoutCheck, verify_layout
+from .warm_up_callback import ExactWarmUpCallback
 
 __version__ = "0.1.0"  # the only place; pyproject.toml reads it from here
 
@@ -49,6 +50,7 @@ __all__ = [
     "Candidate",
     "DenseBasis",
     "ExactProduct",
+    "ExactWarmUpCallback",
     "FixedBasis",
     "GradientQuality",
     "GridMismatchError",

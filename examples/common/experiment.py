@@ -147,7 +147,7 @@ class Experiment:
         label = method.label if len(self.options.seeds) == 1 else f"{method.label}, seed {seed}"
         run = Run(
             label, folder, self.options.epochs, method.learning_rate, seed, heads, self.options.head_learning_rate,
-            self.remaining,
+            self.options.exact_steps, self.remaining,
         )  # fmt: skip
         confusion = Confusion()
         model, history = train(self.accelerator, self.task, model, loaders, run, self.options, confusion)

@@ -19,7 +19,11 @@ OWN_LIMITS: Limits = [
             "gradient_accumulation_steps", "checkpoint_every", "timing_rounds", "patience",
         ),
     ),
-    ("at least 0", lambda value: value >= 0 and math.isfinite(value), ("workers", "warmup_steps", "weight_decay")),
+    (
+        "at least 0",
+        lambda value: value >= 0 and math.isfinite(value),
+        ("workers", "warmup_steps", "exact_steps", "weight_decay"),
+    ),
     ("from 0 to 4294967295", lambda value: 0 <= value < 2**32, ("seeds",)),
     (
         "a number above 0",
@@ -112,6 +116,7 @@ class Options(DataOptions):
     scheduler: str = option("cosine", "Learning-rate schedule, as `transformers.get_scheduler` names it.")
     warmup_ratio: float = option(0.1, "Part of the updates over which the learning rate rises to its peak.")
     warmup_steps: int | None = option(None, "The same in updates; overrides it. (default: --warmup_ratio says)")
+    exact_steps: int = option(0, "LBP-WHT: updates at the start with exact backpropagation.")
     weight_decay: float = option(0.01, "Weight decay of AdamW.")
     max_grad_norm: float | None = option(None, "Clip the norm of the gradient at this value. (default: no clipping)")
     mixed_precision: Literal["no", "bf16", "fp16"] | None = option(

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import get_scheduler
 
+from lbp_peft import exact_backward
 from lbp_peft.loading.terminal import cause_of
 
 from .augmentation import loss_of
@@ -45,6 +46,7 @@ class Run:
         learning_rate: The peak learning rate.
         seed: The seed of the random numbers for a batch.
         heads: The names of the modules of the head, for `head_learning_rate`.
+        exact_steps: The number of updates at the start with exact backpropagation in the place of LBP-WHT.
         head_learning_rate: The peak learning rate of the head; None: that of all other weights.
         remaining: The estimate of the time that this run and the later ones take.
         scores_last_only: Whether to score test images after the last epoch only, which is faster.
@@ -57,6 +59,7 @@ class Run:
     seed: int = 0
     heads: Sequence[str] = ()
     head_learning_rate: float | None = None
+    exact_steps: int = 0
     remaining: Remaining = field(default_factory=lambda: Remaining(runs=1))
     scores_last_only: bool = False
 
@@ -132,7 +135,8 @@ def train(
 
     def step(batch: dict[str, torch.Tensor]) -> float:
         with accelerator.accumulate(model):
-            loss = loss_of(model, batch)
+            with exact_backward(model) if progress.updates < run.exact_steps else nullcontext():
+                loss = loss_of(model, batch)
             accelerator.backward(loss)
             if accelerator.sync_gradients and options.max_grad_norm:
                 # The parameters of the prepared model, since sharding has replaced `weights`.

@@ -31,7 +31,6 @@ from .methods import Method
 from .models import AdaptedPart, Backbone, adapted_part, load_timm
 from .recipe import TABLES
 from .search import Setting
-from .warm_up import exact_at_first
 
 # Options that results depend on; they are kept with each record.
 _OF_RESULT = (
@@ -139,12 +138,10 @@ class Bench:
         loaders = self.data.loaders(seed, scored)
         batch = send_to_device(next(iter(loaders[0])), self.accelerator.device)
         counts = self.counts(model, part, batch)
-        if method.exact_passes:
-            exact_at_first(model, method.exact_passes)
         label, rate = f"{method.label}, {setting.learning_rate:g}", setting.learning_rate
         run = Run(
             label, Path(), self.options.epochs, rate, seed, part.heads, self.options.head_learning_rate,
-            scores_last_only=True,
+            method.exact_steps, scores_last_only=True,
         )  # fmt: skip
         machine, start = environment(), time.perf_counter()
         with peak_memory(self.accelerator.device) as peak:

@@ -34,14 +34,14 @@ class Method:
             given model. It raises `NotAvailable` if the method does not support the model.
         scale: The learning rate at which the search begins, relative to that of the recipe.
         ranks: The ranks to try, the default first.
-        exact_passes: The number of training passes that begin a run with exact backpropagation.
+        exact_steps: The number of steps at the start of a run with exact backpropagation.
     """
 
     label: str
     build: Callable[[nn.Module, AdaptedPart, int | None], nn.Module]
     scale: float = 1.0
     ranks: tuple[int, ...] = ()
-    exact_passes: int = 0
+    exact_steps: int = 0
 
 
 def head_only(model: nn.Module, part: AdaptedPart, rank: int | None) -> nn.Module:
@@ -173,7 +173,7 @@ METHODS = {
     **{f"lp_l1-{n}": Method(f"LBP-WHT, LP_L1-{n} (paper)", partial(paper, n=n)) for n in (2, 4, 6, 8)},
     # Remedies where the paper's setting loses accuracy
     "lp_l1-4-late-exact": Method("LBP-WHT, LP_L1-4, late layers with exact dx", partial(paper_late_exact, n=4)),
-    "lp_l1-4-warm-up": Method("LBP-WHT, LP_L1-4, the first 40 steps exact", partial(paper, n=4), exact_passes=40),
+    "lp_l1-4-warm-up": Method("LBP-WHT, LP_L1-4, the first 40 steps exact", partial(paper, n=4), exact_steps=40),
     "lp_l1-6-4-2": Method("LBP-WHT, LP_L1-6, -4, -2 by depth", lambda *given: paper_by_depth(*given, 6, 4, 2)),
     "lp_l1-2+norms": Method("LBP-WHT, LP_L1-2, norms trained", partial(with_norms, build=partial(paper, n=2))),
     "lp_l1-4+norms": Method("LBP-WHT, LP_L1-4, norms trained", partial(with_norms, build=partial(paper, n=4))),

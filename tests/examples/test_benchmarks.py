@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -26,6 +25,7 @@ from benchmarks.floors import Rates, Work, measure_rates
 from benchmarks.methods import NotAvailable, adapted, default_methods, words
 from benchmarks.models import MODELS, Model
 from models import tiny_vit
+from processes import environment_of
 from torch import nn
 
 from lbp_peft.bases.grids import TokenLayout
@@ -246,7 +246,7 @@ def test_rates_are_those_of_the_device():
 
 def test_the_programs_find_their_modules_from_any_folder(tmp_path):
     command = [sys.executable, str(BENCHMARKS / "training_step.py"), "--help"]
-    here = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent.parent)}  # this checkout, installed or not
+    here = environment_of(BENCHMARKS.parent.parent)
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=here, timeout=120)
     assert done.returncode == 0 and "--methods" in done.stdout, done.stderr[-2000:]
 

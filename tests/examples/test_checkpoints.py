@@ -266,7 +266,8 @@ def test_files_are_replaced_whole(tmp_path, monkeypatch):
 def test_a_killed_run_ends_as_an_unbroken_one(tmp_path):
     pytest.importorskip("sklearn", reason="the example's digits need scikit-learn")
     done = subprocess.run(
-        [sys.executable, str(TRIAL), "--kills", "2"], capture_output=True, text=True, timeout=300
+        [sys.executable, str(TRIAL), "--kills", "2"], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},  # two processes cannot share a GPU
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     assert "2 processes, 2 kills: the adapters and records are the same" in done.stdout

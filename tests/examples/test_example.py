@@ -1,12 +1,12 @@
 """A small run of the example program trains, resumes, reloads and reports."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from processes import environment_of
 
 PROGRAM = Path(__file__).parents[2] / "examples" / "image_classification.py"
 SMALL = [
@@ -20,7 +20,7 @@ pytest.importorskip("sklearn", reason="the example's digits need scikit-learn")
 def run(*arguments, output):
     """Run the program as a user does: in a process of its own, from a folder outside the repository."""
     command = [sys.executable, str(PROGRAM), *SMALL, "--output", str(output), *arguments]
-    here = {**os.environ, "PYTHONPATH": str(PROGRAM.parent.parent)}  # this checkout, installed or not
+    here = environment_of(PROGRAM.parent.parent)
     return subprocess.run(command, capture_output=True, text=True, cwd=output.parent, env=here, timeout=300)
 
 

@@ -30,9 +30,7 @@ from paper.models import BACKBONES, AdaptedPart, Backbone, adapted_part, load_ti
 from paper.pareto import Point, front
 from paper.recipe import RECIPES, recipe
 from paper.search import Setting, Trial, best, next_setting
-from paper.warm_up import exact_at_first
 
-from lbp_peft import exact_backward
 from lbp_peft.ops.plan import ExactProduct
 from lbp_peft.tuner.layers.linear import LBPWHTLinear
 
@@ -287,31 +285,6 @@ def test_the_head_has_a_learning_rate_of_its_own_and_scores_do_not_depend_on_the
         ranks = [config.rank_pattern[re.escape(name)] for config in configs.values() for name in part.targets]
         assert ranks == [21, 21, 10, 10, 3, 3]
         assert all(config.grad_input_rank_pattern == config.rank_pattern for config in configs.values())
-
-
-def test_the_first_training_passes_are_exact_and_the_later_ones_are_not():
-    torch.manual_seed(0)
-    model = ViTForImageClassification(vit_config())
-    method = METHODS["lp_l1-4-warm-up"]
-    assert method.exact_passes == 40
-    model = method.build(model, adapted_part(model, r"layers\.1\."), None).train()
-    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
-
-    def gradients():
-        model.zero_grad()
-        model(**batch).loss.backward()
-        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-
-    low_rank = gradients()
-    with exact_backward(model):
-        exact = gradients()
-    exact_at_first(model, 2)
-    model.eval()
-    model(**batch)  # does not count
-    model.train()
-    for expected in (exact, exact, low_rank, low_rank):
-        torch.testing.assert_close(gradients(), expected)
-    assert any(not torch.allclose(one, other) for one, other in zip(exact, low_rank, strict=True))
 
 
 def test_a_head_alone_takes_the_learning_rate_of_the_run():

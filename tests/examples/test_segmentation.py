@@ -4,7 +4,6 @@ The grids expected here follow from the architectures: image size over patch siz
 """
 
 import json
-import os
 import re
 import subprocess
 import sys
@@ -16,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from peft import LoraConfig, PeftModel, get_peft_model
 from PIL import Image
+from processes import environment_of
 from torch import nn
 from transformers import (
     BeitConfig,
@@ -358,7 +358,7 @@ def test_the_program_with_a_model_and_a_folder_of_its_own(tmp_path):
         "--learning_rate", "1e-3", "--output", str(output),
     ]  # fmt: skip
     here = {
-        **os.environ, "PYTHONPATH": str(PROGRAM.parent.parent), "HF_DATASETS_CACHE": str(tmp_path / "cache"),
+        **environment_of(PROGRAM.parent.parent), "HF_DATASETS_CACHE": str(tmp_path / "cache"),
         "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=here, timeout=300)

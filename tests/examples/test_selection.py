@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from models import images, same_state, state_of, tiny_vit
 from torch import nn
 from torch.nn import functional as F
@@ -52,6 +53,7 @@ def options_for(folder, **changes):
 
 
 def accelerator():
+    AcceleratorState._reset_state(reset_partial_state=True)  # another test may have used a GPU
     return Accelerator(cpu=True, step_scheduler_with_optimizer=False)
 
 
@@ -264,6 +266,21 @@ def test_averaged_weights_are_tested_and_returned(model_folder, source):
         assert training.test(accelerator(), task, model, loader, options) == pytest.approx(record[-1]["score"])
         weights[decay] = state_of(model), [epoch["loss"] for epoch in record]
     assert weights[None][1] == weights[0.5][1] and not same_state(weights[None][0], weights[0.5][0])
+
+
+def test_the_first_updates_can_be_exact(model_folder, source):
+    task, losses = Classification(), []
+    for exact_steps in (0, 4, 12):  # of twelve, four in an epoch
+        options = options_for(model_folder, methods=["lbp-wht:r=3"], exact_steps=exact_steps)
+        run = experiment.Experiment(task, options, accelerator(), source)
+        (method,) = chosen_methods(options)
+        of_run = training.Run("", model_folder / "run", 3, 1e-2, exact_steps=options.exact_steps)
+        model = method.adapt(run.base(0), options)
+        _, record = training.train(run.accelerator, task, model, run.loaders(0), of_run, options)
+        losses.append([epoch["loss"] for epoch in record])
+    none, one_epoch, all_epochs = losses
+    assert one_epoch[0] == all_epochs[0] != none[0]
+    assert one_epoch[2] != all_epochs[2]
 
 
 def test_the_best_weights_come_with_the_statistics_of_batch_norms():

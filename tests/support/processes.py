@@ -66,3 +66,9 @@ def _process(rank: int, count: int, port: int, function: Callable[[], Any], fold
     torch.save(function(), Path(folder) / f"{rank}.pt")
     if torch.distributed.is_initialized():  # an example program leaves the group at its end
         torch.distributed.destroy_process_group()
+
+
+def environment_of(checkout: Path) -> dict[str, str]:
+    """The environment of a program that is to import this checkout, installed or not, and whatever the tests import."""
+    paths = [str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}

@@ -161,6 +161,9 @@ def test_it_is_left_to_pytorch_too_where_products_are_not_faster_or_nothing_goes
     assert type(attention.attention(*tensors).grad_fn).__name__ != name
 
 
+@pytest.mark.skipif(
+    Version(torch.__version__).release < (2, 13), reason="PyTorch 2.11 divides by zero for empty tensors and ends"
+)
 @pytest.mark.parametrize("shape", [(0, 2, 5, 4), (2, 0, 5, 4), (2, 2, 0, 4)])
 def test_there_may_be_nothing_to_attend_to(shape):
     tensors = [draw(*shape).requires_grad_() for _ in range(3)]
