@@ -22,7 +22,8 @@ from .layer_types import LayerType, register_layer_type
 from .layout import GridMismatchError
 from .measure.gradients import GradientQuality, gradient_quality
 from .ops.adaptive import AdaptiveBasis
-from .ops.linear import Branch, low_rank_linear
+from .ops.branches import Branch
+from .ops.linear import low_rank_linear
 from .ops.plan import BackwardPlan, ExactProduct, FixedBasis, InputGradient
 from .recommendation import BudgetError, Candidate, Recommendation, recommend
 from .recommendation.ranks import RankAllocation, allocate_ranks

@@ -54,7 +54,7 @@ def low_rank_pointwise_conv(
     if in_forward_mode():
         return _convolution(x)(x, weight, bias)
     source = source_of_weight(weight, parameter, plan.precision)
-    (x, weight, bias), cast_weight = cast_as_autocast_would(weight, [x, weight, bias])
+    x, weight, (bias,), cast_weight = cast_as_autocast_would(x, weight, [bias])
     if x.dim() == 4:
         plan = replace(plan, layout=TokenLayout((x.shape[2], x.shape[3])))
     state = _State(

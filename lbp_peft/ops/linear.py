@@ -28,7 +28,7 @@ import math
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,32 +42,14 @@ from ..formats.weight_cache import Origin
 from ..projection import Projection
 from ..transforms import backward_pass, in_dispatch_mode, in_forward_mode, in_transform, must_be_functional
 from .autocast import cast_as_autocast_would
+from .branches import Branch, BranchNeeds, BranchTensors, SavedBranch, factors, grouped
 from .checkpointing import only_saved_tensors_matter
-from .leading_tokens import leading_tokens_with_gradient
+from .leading_tokens import LeadingTokens, leading_tokens_with_gradient
 from .once_differentiable import once_differentiable
 from .plan import BackwardPlan, InputProjection, Lifting
 from .saved_input import input_to_save
 from .summed_weight import summed_weight, sums_weight, weight_in_backward
 from .tokens import as_tokens, from_tokens, sum_of_tokens
-
-
-@dataclass(frozen=True)
-class Branch:
-    """A low-rank update beside the weight, as LoRA's: y += scaling * ((x down^T) up^T + bias).
-
-    Attributes:
-        down: Shape (r, C_in).
-        up: Shape (C_out, r).
-        bias: Shape (C_out,), or None.
-        scaling: A factor.
-        x: The input of the branch, if it is not that of the layer itself: for instance the input after dropout.
-    """
-
-    down: Tensor
-    up: Tensor
-    bias: Tensor | None = None
-    scaling: float = 1.0
-    x: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -95,64 +77,29 @@ class _State:
     sums_weight: bool = False
 
 
-class _BranchTensors(NamedTuple):
-    """The tensors of a [`Branch`] as arguments of [`_LowRankLinear`], or the gradients of these."""
-
-    x: Tensor | None
-    down: Tensor
-    up: Tensor
-    bias: Tensor | None
-
-
-class _BranchNeeds(NamedTuple):
-    """Which of a branch's tensors need a gradient."""
-
-    x: bool
-    down: bool
-    up: bool
-    bias: bool
-
-
 class _Needs(NamedTuple):
     """Which arguments of [`_LowRankLinear`] need a gradient."""
 
     x: bool
     weight: bool
     bias: bool
-    branches: list[_BranchNeeds]
-
-
-class _SavedBranch(NamedTuple):
-    """What is saved of a branch. Its factors are only read where a gradient needs them, and are None otherwise.
-
-    Attributes:
-        x_hat: The projection of the branch's own input; None if it is not needed, or if the branch has no such input.
-        down: See [`Branch`].
-        up: See [`Branch`].
-    """
-
-    x_hat: Tensor | None
-    down: Tensor
-    up: Tensor
-
-
-_Group = TypeVar("_Group", _BranchTensors, _BranchNeeds, _SavedBranch)
+    branches: list[BranchNeeds]
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """Arguments: state, x, weight, bias, then the tensors of each branch in the order of [`_BranchTensors`]."""
+    """Arguments: state, x, weight, bias, then the tensors of each branch in the order of [`BranchTensors`]."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(state: _State, x: Tensor, weight: Tensor, bias: Tensor | None, *of_branches: Tensor | None) -> Tensor:
         dtype = weight.dtype if state.cast_weight is None else state.cast_weight
-        branches = _grouped(of_branches, _BranchTensors)
+        branches = grouped(of_branches, BranchTensors)
         if state.sums_weight:
             for branch, scaling in zip(branches, state.scalings, strict=True):
                 if branch.bias is not None:
                     bias = branch.bias * scaling if bias is None else bias + branch.bias * scaling
-            return F.linear(x, summed_weight(weight, _factors(branches), state.scalings, dtype), bias).detach()
+            return F.linear(x, summed_weight(weight, factors(branches), state.scalings, dtype), bias).detach()
         y = F.linear(x, weight.to(dtype), bias)
         # Selective checkpointing, a dispatch mode, keeps results of products and refuses changes in place.
         must_keep = in_transform() or in_dispatch_mode()
@@ -165,7 +112,7 @@ class _LowRankLinear(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         state: _State
         state, x, weight, _, *of_branches = inputs
-        branches, needs = _grouped(of_branches, _BranchTensors), _needed(ctx)
+        branches, needs = grouped(of_branches, BranchTensors), _needed(ctx)
         ctx.state = state
         ctx.weight_dtype = weight.dtype
         ctx.is_tracked = in_transform()
@@ -243,7 +190,7 @@ class _WithValues(torch.autograd.Function):
 def _needed(ctx: Any) -> _Needs:
     """Which arguments need a gradient, according to the context that autograd keeps of a call."""
     _, x, weight, bias, *of_branches = ctx.needs_input_grad
-    return _Needs(x, weight, bias, _grouped(of_branches, _BranchNeeds))
+    return _Needs(x, weight, bias, grouped(of_branches, BranchNeeds))
 
 
 def _gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
@@ -251,9 +198,9 @@ def _gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
     state: _State = ctx.state
     plan, needs = state.plan, _needed(ctx)
     saved_x, weight, *of_branches = ctx.saved_tensors
-    branches = _grouped(of_branches, _SavedBranch)
-    weight_projection: Any = state.weight_projection
-    input_projection: Any = state.input_projection
+    branches = grouped(of_branches, SavedBranch)
+    weight_projection: Projection | LeadingTokens | None = state.weight_projection
+    input_projection: InputProjection | LeadingTokens | None = state.input_projection
     precision = precision_now(plan.precision)
     g = as_tokens(grad_y, plan.layout)
     leading = leading_tokens_with_gradient(g, plan)
@@ -266,31 +213,40 @@ def _gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
         return plan.from_saved(rows if leading is None else leading.project_gradient(rows), grad_y.dtype)
 
     # The gradients of weights and biases
-    x_hat: Any = None if saved_x is None else restored(saved_x)
-    g_hat: Any = None
-    grad_bias: Any = None
+    x_hat: Tensor | None = None if saved_x is None else restored(saved_x)
+    g_hat: Tensor | None = None
+    grad_weight: Tensor | None = None
+    grad_bias: Tensor | None = None
     if needs.weight or any(needed.down or needed.up for needed in needs.branches):
         g_hat = weight_projection.project_gradient(g) if weight_projection else g
     if needs.bias or any(needed.bias for needed in needs.branches):
         grad_bias = sum_of_tokens(g, g_hat, weight_projection)
-    grad_weight = weight_grad(g_hat, x_hat).to(ctx.weight_dtype) if needs.weight else None
-    grads_of_branches = []
+    if needs.weight:
+        assert g_hat is not None and x_hat is not None  # x is saved if the weight is trained
+        grad_weight = weight_grad(g_hat, x_hat).to(ctx.weight_dtype)
+    grads_of_branches: list[tuple[Tensor | None, ...]] = []
     for branch, needed, scaling in zip(branches, needs.branches, state.scalings, strict=True):
-        z_hat = x_hat if branch.x_hat is None else restored(branch.x_hat)
-        grad_down = weight_grad(g_hat @ branch.up, z_hat) * scaling if needed.down else None
-        grad_up = weight_grad(g_hat, z_hat.to(branch.down.dtype) @ branch.down.t()) * scaling if needed.up else None
-        grads_of_branches.append((grad_down, grad_up, grad_bias * scaling if needed.bias else None))
+        grad_down, grad_up = None, None
+        if needed.down or needed.up:
+            z_hat = x_hat if branch.x_hat is None else restored(branch.x_hat)
+            assert (
+                g_hat is not None and z_hat is not None
+            )  # x or the branch's own input is saved if a factor is trained
+            grad_down, grad_up = _factor_grads(g_hat, z_hat, branch, needed, scaling)
+        grad_branch_bias = grad_bias * scaling if grad_bias is not None and needed.bias else None
+        grads_of_branches.append((grad_down, grad_up, grad_branch_bias))
 
     # The gradients of inputs
     grad_x: Tensor | None = None
     grads_of_own_x: list[Tensor | None] = [None] * len(branches)
     if needs.x or any(needed.x for needed in needs.branches):
+        lifting: Lifting | LeadingTokens | None
         if input_projection is None:
             lifting, g_hat = None, g
         elif g_hat is None or weight_projection is None or input_projection.basis != weight_projection.basis:
             lifting, g_hat = input_projection.fit(g)
         else:
-            lifting = input_projection  # g is projected already
+            lifting = weight_projection  # g has been projected on the same basis already
         coefficients, of_own_x = _input_coefficients(
             state, needs, branches, ctx.have_own_x, g_hat=g_hat, weight=weight, precision=precision
         )
@@ -303,10 +259,28 @@ def _gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
     return gradients
 
 
+def _factor_grads(
+    g_hat: Tensor, z_hat: Tensor, branch: SavedBranch, needed: BranchNeeds, scaling: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of a branch's factors, dA = s (g^ B)^T z^ and dB = s g^^T (z^ A^T); None where none is needed.
+
+    Args:
+        g_hat: The projected gradient of the outputs, shape (N, k, C_out).
+        z_hat: The projected input of the branch, shape (N, k, C_in).
+        branch: The factors A and B.
+        needed: Which of them need a gradient.
+        scaling: s.
+    """
+    down, up = branch.down, branch.up
+    grad_down = weight_grad(g_hat @ up, z_hat) * scaling if needed.down else None
+    grad_up = weight_grad(g_hat, z_hat.to(down.dtype) @ down.t()) * scaling if needed.up else None
+    return grad_down, grad_up
+
+
 def _input_coefficients(
     state: _State,
     needs: _Needs,
-    branches: list[_SavedBranch],
+    branches: list[SavedBranch],
     have_own_x: list[bool],
     *,
     g_hat: Tensor,
@@ -318,7 +292,7 @@ def _input_coefficients(
     They are g^ W and s (g^ B) A, of shape (N, k, C_in), computed from `g_hat` of shape (N, k, C_out).
     """
     if needs.x and _sums_weight_again(state, precision, g_hat, weight):  # no branch then has an input of its own
-        summed = weight_in_backward(weight, _factors(branches), state.scalings, g_hat)
+        summed = weight_in_backward(weight, factors(branches), state.scalings, g_hat)
         return product(g_hat, summed, precision), [None] * len(branches)
     of_x: Tensor | None = None
     if needs.x:
@@ -344,19 +318,11 @@ def _sums_weight_again(state: _State, precision: Precision, g_hat: Tensor, weigh
     return heuristics.active().sum_weights(num_images * g_hat.shape[1], *weight.shape)
 
 
-def _grouped(items: Sequence[Any], kind: type[_Group]) -> list[_Group]:
-    """Split a flat sequence, which holds the fields of one tuple after another, into these tuples."""
-    size = len(kind._fields)
-    return [kind(*items[start : start + size]) for start in range(0, len(items), size)]
-
-
-def _factors(branches: Sequence[_BranchTensors | _SavedBranch]) -> list[Tensor]:
-    """A_1, B_1, A_2, B_2, ..., as [`summed_weight`] takes them."""
-    return [factor for branch in branches for factor in (branch.down, branch.up)]
-
-
 def _lifted(
-    coefficients: Tensor | None, lifting: Lifting | None, grad_y: Tensor, layout: TokenLayout | None
+    coefficients: Tensor | None,
+    lifting: Lifting | LeadingTokens | None,
+    grad_y: Tensor,
+    layout: TokenLayout | None,
 ) -> Tensor | None:
     """The gradient of an input from its coefficients, with the leading axes of the output's gradient."""
     if coefficients is None:
@@ -407,40 +373,40 @@ def low_rank_linear(
     """
     if in_forward_mode():
         return _plain(x, weight, bias, branches)
-    source = x
-    tensors: list[Any] = [x, weight, bias]
+    original_x, original_weight = x, weight
+    others = [bias]
     for branch in branches:
         # torch.compile of torch 2.11 cannot add a named tuple to a list.
-        tensors += [*_BranchTensors(branch.x, branch.down, branch.up, branch.bias)]
-    tensors, cast_weight = cast_as_autocast_would(weight, tensors)
-    dtype = tensors[0].dtype
+        others += [*BranchTensors(branch.x, branch.down, branch.up, branch.bias)]
+    x, weight, others, cast_weight = cast_as_autocast_would(x, weight, others)
     state = _State(
         plan=plan,
-        weight_projection=plan.weight_projection(dtype, x.device),
-        input_projection=plan.input_projection(dtype, x.device),
+        weight_projection=plan.weight_projection(x.dtype, x.device),
+        input_projection=plan.input_projection(x.dtype, x.device),
         scalings=tuple(branch.scaling for branch in branches),
         cast_weight=cast_weight,
-        source=None if must_be_functional() else source_of_weight(weight, parameter, plan.precision),
-        source_of_x=(lambda: None) if must_be_functional() else weakref.ref(source),
-        sums_weight=not exact_forward and _sums_weight(tensors, branches, plan),
+        source=None if must_be_functional() else source_of_weight(original_weight, parameter, plan.precision),
+        source_of_x=(lambda: None) if must_be_functional() else weakref.ref(original_x),
+        sums_weight=not exact_forward and _sums_weight(x, weight, others[1:], plan),
     )
     if only_saved_tensors_matter():
-        place = _SavedFirst.apply(state, *tensors)
+        place = _SavedFirst.apply(state, x, weight, *others)
         with torch.no_grad():
-            values = _LowRankLinear.forward(state, *tensors)
+            values = _LowRankLinear.forward(state, x, weight, *others)
         return _WithValues.apply(place, values)
     function = _LowRankLinear if must_be_functional() else _EagerLowRankLinear
-    return function.apply(state, *tensors)
+    return function.apply(state, x, weight, *others)
 
 
-def _sums_weight(tensors: list[Any], branches: Sequence[Branch], plan: BackwardPlan) -> bool:
-    x, weight, _, *of_branches = tensors
+def _sums_weight(x: Tensor, weight: Tensor, of_branches: Sequence[Tensor | None], plan: BackwardPlan) -> bool:
+    """Whether y is one product with the sum of the weight and the branches."""
+    branches = grouped(of_branches, BranchTensors)
     if not branches or any(branch.x is not None for branch in branches):
         return False
     num_rows = math.prod(x.shape[:-1])
     if torch.compiler.is_compiling() and plan.layout is not None:  # a graph has to serve batches of all sizes
         num_rows = heuristics.USUAL_BATCH * plan.layout.num_tokens
-    return sums_weight(x, weight, _factors(_grouped(of_branches, _BranchTensors)), num_rows)
+    return sums_weight(x, weight, factors(branches), num_rows)
 
 
 def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch]) -> Tensor:

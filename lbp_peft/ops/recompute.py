@@ -27,7 +27,7 @@ from ..transforms import backward_pass
 from .dropout import active_dropouts, forwards_replaced, random_state_restored
 from .layer_state import LayerRecord, same_autocast, to_save
 from .once_differentiable import once_differentiable
-from .plan import BackwardPlan, InputProjection
+from .plan import BackwardPlan, InputProjection, Lifting
 from .saved_input import input_to_save
 from .tokens import as_tokens, from_tokens, sum_of_tokens
 
@@ -174,8 +174,8 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     g = as_tokens(grad, state.plan.layout)
     input_grads: list[Tensor | None] = [None] * len(needs.inputs)
     tensor_grads: list[Tensor | None] = [None] * len(needs.tensors)
-    input_projection: Any = state.input_projection
-    needs_inputs = input_projection is not None and any(needs.inputs)
+    input_projection = state.input_projection if any(needs.inputs) else None
+    lifting: Lifting | None = None
     if any(needs.tensors):
         xs_hat = [state.plan.from_saved(z, dtype) for z, dtype in zip(saved_xs, ctx.dtypes, strict=True)]
         weight_projection = state.weight_projection and state.weight_projection.of_dtype(g.dtype)
@@ -183,8 +183,10 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         rows = g_hat.flatten(0, 1)
         sum_dtype = torch.promote_types(rows.dtype, torch.float32)
         missing = sum_of_tokens(g, g_hat, weight_projection).to(sum_dtype) - rows.sum(0, dtype=sum_dtype)
-        share_basis = state.weight_projection is not None and (
-            needs_inputs and input_projection.basis == state.weight_projection.basis
+        share_basis = (
+            weight_projection is not None
+            and input_projection is not None
+            and input_projection.basis == weight_projection.basis
         )
         row_grads, tensor_grads = _differentiate(
             state,
@@ -195,9 +197,10 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
             trained=needs.tensors,
         )
         if share_basis:
-            input_grads, needs_inputs = [z[:-1].unflatten(0, g_hat.shape[:2]) for z in row_grads], False
-    if needs_inputs:  # the layer is affine: its derivative is the same at any x
-        input_projection, g_hat = input_projection.of_dtype(g.dtype).fit(g)
+            input_grads = [z[:-1].unflatten(0, g_hat.shape[:2]) for z in row_grads]
+            lifting, input_projection = weight_projection, None
+    if input_projection is not None:  # the layer is affine: its derivative is the same at any x
+        lifting, g_hat = input_projection.of_dtype(g.dtype).fit(g)
         rows = g_hat.flatten(0, 1)
         zeros = [
             rows.new_zeros(len(rows), shape[-1], dtype=dtype)
@@ -205,15 +208,14 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         ]
         row_grads, _ = _differentiate(state, zeros, held, rows, inputs_too=True, trained=[False] * len(held))
         input_grads = [z.unflatten(0, g_hat.shape[:2]) for z in row_grads]
-    if state.input_projection is not None:
 
-        def lifted(z: Tensor) -> Tensor:
-            return z if input_projection is None else input_projection.of_dtype(z.dtype).lift(z)
+    def lifted(z: Tensor) -> Tensor:
+        return z if lifting is None else lifting.of_dtype(z.dtype).lift(z)
 
-        input_grads = [
-            from_tokens(lifted(z), shape, state.plan.layout) if needed and z is not None else None
-            for z, shape, needed in zip(input_grads, ctx.shapes, needs.inputs, strict=True)
-        ]
+    input_grads = [
+        from_tokens(lifted(z), shape, state.plan.layout) if needed and z is not None else None
+        for z, shape, needed in zip(input_grads, ctx.shapes, needs.inputs, strict=True)
+    ]
     return [*input_grads, *tensor_grads]
 
 

@@ -12,7 +12,6 @@ itself of 16 bits would swallow small updates, and is never summed.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +59,7 @@ def weight_in_backward(weight: Tensor, factors: Sequence[Tensor], scalings: Sequ
     return summed_weight(weight, factors, scalings, grad.dtype)
 
 
-def sums_weight(x: Tensor, weight: Any, factors: Sequence[Any], num_rows: int) -> bool:
+def sums_weight(x: Tensor, weight: Tensor, factors: Sequence[Tensor], num_rows: int) -> bool:
     """Whether the forward pass of a layer with low-rank updates should be one product.
 
     Args:

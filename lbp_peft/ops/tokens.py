@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..bases.grids import TokenLayout
 from ..projection import Projection
+from .leading_tokens import LeadingTokens
 
 
 def as_tokens(x: Tensor, layout: TokenLayout | None = None) -> Tensor:
@@ -31,7 +32,7 @@ def _images_first(num_axes: int, layout: TokenLayout) -> list[int]:
     return [*(axis for axis in range(num_axes) if axis not in axes), *axes]
 
 
-def sum_of_tokens(g: Tensor, g_hat: Tensor | None, projection: Projection | None) -> Tensor:
+def sum_of_tokens(g: Tensor, g_hat: Tensor | None, projection: Projection | LeadingTokens | None) -> Tensor:
     """The gradient of a bias: the sum of g over images and tokens, shape (C,).
 
     Args:

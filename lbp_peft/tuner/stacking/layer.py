@@ -17,7 +17,8 @@ from ...bases.grids import TokenLayout
 from ...formats.products import FULL
 from ...layer_types import is_plain_linear, layer_type_of
 from ...layout import LayoutFinder
-from ...ops.linear import Branch, low_rank_linear
+from ...ops.branches import Branch
+from ...ops.linear import low_rank_linear
 from ...ops.plan import BackwardPlan, ExactProduct
 from ...ops.recompute import low_rank_layer
 from ..layers.base import LBPWHTLayer, check_image_layout
