@@ -41,6 +41,24 @@ class _Exact(NamedTuple):
     remedy: str | None = None
 
 
+class _Call(NamedTuple):
+    """A call of a layer: all that the plan of its backward pass depends on.
+
+    Attributes:
+        x: The layer's input.
+        base: The layer whose weight is multiplied.
+        trains_weight: Whether the gradient of a weight is needed.
+        rule: The settings of the active adapter.
+        record: What is known about the positions of the input's tokens.
+    """
+
+    x: Tensor
+    base: nn.Module
+    trains_weight: bool
+    rule: BackwardRule
+    record: LayoutRecord
+
+
 class _MadePlan(NamedTuple):
     """A plan that a layer keeps for its next calls: making a plan takes longer than a small product."""
 
@@ -84,65 +102,67 @@ class BackwardPlanner(BackwardRecorder):
 
     # The plan
 
-    def _plan(self, x: Tensor, base: nn.Module, train_weight: bool, rule: BackwardRule) -> BackwardPlan | None:
+    def _plan(self, x: Tensor, base: nn.Module, trains_weight: bool, rule: BackwardRule) -> BackwardPlan | None:
         """The plan of the backward pass; None if it has to be exact, or if a low-rank one gains nothing.
 
         Args:
             x: The layer's input.
             base: The layer whose weight is multiplied.
-            train_weight: Whether the gradient of a weight is needed.
+            trains_weight: Whether the gradient of a weight is needed.
             rule: The settings of the active adapter.
         """
         record = self.finder.record(self.layer_name, x, self._channels_axis(x))
+        call = _Call(x, base, trains_weight, rule, record)
         if torch.compiler.is_compiling():
-            return self._plan_or_reason(x, base, train_weight, rule, record)
+            return self._plan_or_reason(call)
         if record.text or in_transform():  # the plan depends on the attention mask of the pass, or on the transform
-            return self._make_plan(x, base, train_weight, rule, record).plan
-        # The key has everything that a plan depends on. Rules and records are immutable, and the entry keeps them
-        # alive, so that their ids are not used again.
-        key = (
-            x.shape, x.dtype, x.device, x.requires_grad, dtype_of_layer(x), self._channels_axis(x),
-            train_weight, self._trains_whole_weight(base), self._shape_of_weight(base), id(rule), id(record),
-            heuristics.active(),
-        )  # fmt: skip
+            return self._make_plan(call).plan
+        key = self._key(call)
         made = self._plans.get(key)
         if made is None:
-            made = self._plans[key] = self._make_plan(x, base, train_weight, rule, record)
+            made = self._plans[key] = self._make_plan(call)
         elif self.last_backward is not made.ran:
             self.last_backward = made.ran
         return made.plan
 
-    def _make_plan(
-        self, x: Tensor, base: nn.Module, train_weight: bool, rule: BackwardRule, record: LayoutRecord
-    ) -> _MadePlan:
-        """Make a plan, with the warnings and the record that go with it."""
-        self._warn_of_slow_dtype(x)
-        plan = self._plan_or_reason(x, base, train_weight, rule, record)
-        if (ran := self.last_backward) is not None:
-            self.last_backward = replace(ran, known_by=source_of_layout(record, rule, ran))
-        return _MadePlan(plan, self.last_backward, rule, record)
+    def _key(self, call: _Call) -> Hashable:
+        """Everything that the plan of a call depends on, as the key of the plans that are kept.
 
-    def _plan_or_reason(
-        self, x: Tensor, base: nn.Module, train_weight: bool, rule: BackwardRule, record: LayoutRecord
-    ) -> BackwardPlan | None:
+        Rules and records are immutable. The kept plans hold references to them, so that their ids are not used again.
+        """
+        x, base = call.x, call.base
+        return (
+            x.shape, x.dtype, x.device, x.requires_grad, dtype_of_layer(x), self._channels_axis(x), call.trains_weight,
+            self._trains_whole_weight(base), self._shape_of_weight(base), id(call.rule), id(call.record),
+            heuristics.active(),
+        )  # fmt: skip
+
+    def _make_plan(self, call: _Call) -> _MadePlan:
+        """Make a plan, with the warnings and the record that go with it."""
+        self._warn_of_slow_dtype(call.x)
+        plan = self._plan_or_reason(call)
+        if (ran := self.last_backward) is not None:
+            self.last_backward = replace(ran, known_by=source_of_layout(call.record, call.rule, ran))
+        return _MadePlan(plan, self.last_backward, call.rule, call.record)
+
+    def _plan_or_reason(self, call: _Call) -> BackwardPlan | None:
         """The plan; None after recording why the backward pass is exact."""
-        decision = self._decide(x, base, train_weight, rule, record)
+        decision = self._decide(call)
         if isinstance(decision, BackwardPlan):
-            self._note_plan(x, decision)
+            self._note_plan(call.x, decision)
             return decision
         if decision.remedy is None:
-            self._note_exact(x, decision.why, decision.layout)
+            self._note_exact(call.x, decision.why, decision.layout)
         else:
-            self._fall_back(x, decision.why, decision.remedy, cause=decision.why)
+            self._fall_back(call.x, decision.why, decision.remedy, cause=decision.why)
         return None
 
-    def _decide(
-        self, x: Tensor, base: nn.Module, train_weight: bool, rule: BackwardRule, record: LayoutRecord
-    ) -> BackwardPlan | _Exact:
+    def _decide(self, call: _Call) -> BackwardPlan | _Exact:
         """The plan, or the reason for exact backpropagation."""
+        x, rule = call.x, call.rule
         # Within vmap, requires_grad does not tell whether an outer transform differentiates a tensor.
-        train_weight, needs_x_grad = (needed or in_transform() for needed in (train_weight, x.requires_grad))
-        weight_basis = rule.weight_basis if train_weight else None
+        trains_weight, needs_x_grad = (needed or in_transform() for needed in (call.trains_weight, x.requires_grad))
+        weight_basis = rule.weight_basis if trains_weight else None
         # The first layer needs no input gradient. It has the precision of the other layers nevertheless: its input is
         # saved accordingly, and under gradient checkpointing it does compute an input gradient.
         input_gradient = rule.input_gradient if needs_x_grad else ExactProduct(precision=rule.input_gradient.precision)
@@ -150,14 +170,14 @@ class BackwardPlanner(BackwardRecorder):
             return _Exact("its weight is not trained and its input gradient is to be exact or is not needed")
         if why := self._why_no_tokens(x):
             return _Exact(why)
-        input_gradient = self._adaptive_if_faster(x, base, input_gradient)
+        input_gradient = self._adaptive_if_faster(call, input_gradient)
         if weight_basis is None and input_gradient.is_exact:
             return _Exact(TOO_NARROW)
         without_layout = BackwardPlan(input_gradient=input_gradient)
         if weight_basis is None and not input_gradient.uses_layout:
-            return self._with_chosen_precision(x, base, without_layout)
+            return self._with_chosen_precision(call, without_layout)
         try:
-            plan = self._plan_with_layout(x, rule, record, weight_basis, input_gradient)
+            plan = self._plan_with_layout(call, weight_basis, input_gradient)
         except NothingToGainError as error:
             return _Exact(error.why)
         except LayoutError as error:
@@ -165,11 +185,11 @@ class BackwardPlanner(BackwardRecorder):
                 return _Exact(error.why, remedy=error.remedy)
             if weight_basis is not None:
                 self._fall_back(x, error.why, error.remedy, cause=error.why, instead="computes exact weight gradients")
-            return self._with_chosen_precision(x, base, without_layout)
+            return self._with_chosen_precision(call, without_layout)
         precision = plan.precision.name if needs_x_grad else "full"
         if precision in ("full", AUTO) and min(self._num_rows(x, plan)) == self._num_tokens(x, plan.layout):
             return _Exact("it would keep as many rows as there are tokens", plan.layout)
-        return self._with_chosen_precision(x, base, plan)
+        return self._with_chosen_precision(call, plan)
 
     def _why_no_tokens(self, x: Tensor) -> str:
         """The reason why an input has no tokens to project; "" if it has."""
@@ -179,38 +199,34 @@ class BackwardPlanner(BackwardRecorder):
             return "its input has a single token"
         return ""
 
-    def _adaptive_if_faster(self, x: Tensor, base: nn.Module, input_gradient: InputGradient) -> InputGradient:
+    def _adaptive_if_faster(self, call: _Call, input_gradient: InputGradient) -> InputGradient:
         """The same input gradient, or an exact product if an adaptive basis would be slower than that."""
+        x = call.x
         if not isinstance(input_gradient, AdaptiveBasis) or x.dim() < 3:
             return input_gradient
-        out_features, in_features = self._num_features_of(x, base)
+        out_features, in_features = self._num_features_of(call)
         num_tokens = max(num_tokens_of(self._shape_of_tokens(x)), 1)
         if heuristics.active().use_adaptive_basis(num_tokens, input_gradient.rank, out_features, in_features):
             return input_gradient
         return ExactProduct(precision=input_gradient.precision)
 
-    def _plan_with_layout(
-        self,
-        x: Tensor,
-        rule: BackwardRule,
-        record: LayoutRecord,
-        weight_basis: Basis | None,
-        input_gradient: InputGradient,
-    ) -> BackwardPlan:
+    def _plan_with_layout(self, call: _Call, weight_basis: Basis | None, input_gradient: InputGradient) -> BackwardPlan:
         """The plan for tokens whose layout is known, in the precision of the rule.
 
         Raises:
             LayoutError: it is not known or not supported, or a basis does not exist for it.
         """
-        layout, padding_mask = self._layout(x, record, rule)
-        plan = BackwardPlan(layout, weight_basis, input_gradient, padding_mask, "projection" in rule.compress)
-        self._num_rows(x, plan)  # raises LayoutError if a basis does not exist for the layout
+        layout, padding_mask = self._layout(call)
+        saves_8_bits = "projection" in call.rule.compress
+        plan = BackwardPlan(layout, weight_basis, input_gradient, padding_mask, saves_8_bits)
+        self._num_rows(call.x, plan)  # raises LayoutError if a basis does not exist for the layout
         return plan
 
-    def _with_chosen_precision(self, x: Tensor, base: nn.Module, plan: BackwardPlan) -> BackwardPlan | _Exact:
+    def _with_chosen_precision(self, call: _Call, plan: BackwardPlan) -> BackwardPlan | _Exact:
         """The plan, with the number format that is fastest for this shape if its precision is "auto"."""
+        x = call.x
         if plan.precision.name == AUTO:
-            chosen = self._with_fastest_precision(x, base, plan)
+            chosen = self._with_fastest_precision(call, plan)
             if isinstance(chosen, _Exact):
                 return chosen
             plan = chosen
@@ -218,17 +234,18 @@ class BackwardPlanner(BackwardRecorder):
             return _Exact("nothing is faster than exact backpropagation here", plan.layout)
         return plan
 
-    def _with_fastest_precision(self, x: Tensor, base: nn.Module, plan: BackwardPlan) -> BackwardPlan | _Exact:
-        """[`_with_chosen_precision`] for "auto"."""
+    def _with_fastest_precision(self, call: _Call, plan: BackwardPlan) -> BackwardPlan | _Exact:
+        """[`_with_chosen_precision`] for a plan whose precision is "auto"."""
+        x = call.x
         shape, dtype = self._shape_of_tokens(x), dtype_of_layer(x)
-        features = self._num_features_of(x, base)
+        features = self._num_features_of(call)
         num_tokens = self._num_tokens(x, plan.layout)
         weight_rows, input_rows = self._num_rows(x, plan)
         num_images = heuristics.USUAL_BATCH if torch.compiler.is_compiling() else math.prod(shape[:-1]) // num_tokens
         if weight_rows < num_tokens:
             # If only factors are trained, low-rank gradients save the memory of x rather than time: they are used
             # wherever they would be faster in float32.
-            assumed_dtype = dtype if self._trains_whole_weight(base) else torch.float32
+            assumed_dtype = dtype if self._trains_whole_weight(call.base) else torch.float32
             on_images = x.dim() == 4 and shape != x.shape
             if not heuristics.active().use_low_rank(
                 num_images, num_tokens, weight_rows, *features, assumed_dtype, x.device, on_images
@@ -238,10 +255,10 @@ class BackwardPlanner(BackwardRecorder):
         name = heuristics.active().fastest_precision(num_images * input_rows, *features, dtype, x.device)
         return plan.with_precision(replace(plan.precision, name=name))
 
-    def _num_features_of(self, x: Tensor, base: nn.Module) -> tuple[int, int]:
+    def _num_features_of(self, call: _Call) -> tuple[int, int]:
         """C_out and C_in."""
-        in_features = int(self._shape_of_tokens(x)[-1])
-        return self._shape_of_weight(base).numel() // in_features, in_features
+        in_features = int(self._shape_of_tokens(call.x)[-1])
+        return self._shape_of_weight(call.base).numel() // in_features, in_features
 
     def _num_rows(self, x: Tensor, plan: BackwardPlan) -> tuple[int, int]:
         """k of the L tokens for the gradient of the weight and for that of the input."""
@@ -259,16 +276,17 @@ class BackwardPlanner(BackwardRecorder):
 
     # The layout of the tokens
 
-    def _layout(self, x: Tensor, record: LayoutRecord, rule: BackwardRule) -> tuple[TokenLayout, Tensor | None]:
+    def _layout(self, call: _Call) -> tuple[TokenLayout, Tensor | None]:
         """The layout of the input's tokens, and their padding mask (N, L).
 
         Raises:
             LayoutError: the layout is not known or not supported.
         """
+        x, record, rule = call.x, call.record, call.rule
         if record.layout is None and not record.is_surprising and rule.grid_size is None:
             raise NothingToGainError("its input has no token axis" if x.dim() == 2 else record.why_unknown, "")
         if rule.grid_size is not None and not record.text and x.dim() > 2:
-            return self._given_layout(x, record, rule), None
+            return self._given_layout(call), None
         if record.layout is None:
             raise LayoutError(record.why_unknown, record.remedy)
         if not record.text:
@@ -276,9 +294,10 @@ class BackwardPlanner(BackwardRecorder):
         self._check_layout(x, record.layout)
         return record.layout, self.finder.padding_mask(self.layer_name, record, x)
 
-    def _given_layout(self, x: Tensor, record: LayoutRecord, rule: BackwardRule) -> TokenLayout:
+    def _given_layout(self, call: _Call) -> TokenLayout:
         """The layout that the configuration gives, checked against the input."""
-        shape, grid = self._shape_of_tokens(x), rule.grid_size
+        rule = call.rule
+        shape, grid = self._shape_of_tokens(call.x), rule.grid_size
         assert grid is not None
         if len(shape) == 4 and tuple(shape[1:3]) != grid:
             raise GridMismatchError(
@@ -287,7 +306,7 @@ class BackwardPlanner(BackwardRecorder):
             )
         if len(shape) == 4:
             return TokenLayout(grid)
-        return given_layout(int(shape[1]), record, grid, rule.num_prefix_tokens, rule.num_suffix_tokens)
+        return given_layout(int(shape[1]), call.record, grid, rule.num_prefix_tokens, rule.num_suffix_tokens)
 
 
 def _check_given(layout: TokenLayout, rule: BackwardRule) -> None:
