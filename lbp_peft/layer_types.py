@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeGuard, TypeVar
+from typing import TypeGuard, TypeVar
 
 from torch import nn
 
@@ -75,13 +75,19 @@ def described_layer_types() -> str:
     return ", ".join([*others, f"and {last}"]) if others else last
 
 
+def plain_class_of(module: nn.Module) -> type[nn.Module]:
+    """The class of a module. If LBP-WHT has patched its forward method, this is the class that it had before."""
+    cls: type[nn.Module] = getattr(type(module), "plain_class", type(module))
+    return cls
+
+
 def runs_forward_of(module: nn.Module, *classes: type[_Module]) -> TypeGuard[_Module]:
     """Whether a module is of one of these classes, or of a subclass of it that does not override its forward method."""
-    cls: Any = getattr(type(module), "plain_class", type(module))  # LBP-WHT may have patched the forward method
-    return isinstance(module, classes) and cls.forward in [plain.forward for plain in classes]
+    return isinstance(module, classes) and plain_class_of(module).forward in [plain.forward for plain in classes]
 
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether a module computes x W^T + b the way `nn.Linear` does."""
-    cls = getattr(type(module), "plain_class", type(module))  # written out, since every call of a layer needs it
+    # This is `plain_class_of`, written out, since every call of a layer needs it.
+    cls = getattr(type(module), "plain_class", type(module))
     return isinstance(module, nn.Linear) and cls.forward is nn.Linear.forward

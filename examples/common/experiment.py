@@ -123,7 +123,7 @@ class Experiment:
                 raise SystemExit(f"{method.label}: {cause_of(error)}{advice}") from None
             trained = trainable_parameters(model)
             total += 4 * trained * len(method.parts(model)) * len(self.options.seeds)
-            # All weights. Trained ones count again for two moments of the optimizer, the best and the average weights.
+            # All weights. Trained ones count again for two moments of the optimiser, the best and the average weights.
             kept = 2 + self.options.needs_validation + bool(self.options.ema_decay)
             # The checkpoint that is being written is in addition to those that are kept.
             largest = max(largest, 4 * (frozen + kept * trained) * (KEPT + 1))

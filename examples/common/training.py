@@ -66,7 +66,7 @@ class Run:
 
 @dataclass
 class Progress:
-    """The progress of training: the contents of a checkpoint other than model, optimizer and random states."""
+    """The progress of training: the contents of a checkpoint other than model, optimiser and random states."""
 
     epoch: int = 0
     batch: int = 0
@@ -83,7 +83,7 @@ class Progress:
 
 
 def parameter_groups(model: nn.Module, run: Run) -> list[dict[str, Any]]:
-    """The trained parameters in groups for the optimizer: the head is one of its own if it has its own learning rate.
+    """The trained parameters in groups for the optimiser: the head is one of its own if it has its own learning rate.
 
     If nothing but the head is trained, the learning rate of the run is meant for it.
     """
@@ -221,7 +221,7 @@ def write_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress,
 
 
 def check_scheduler(options: Options) -> None:
-    """Check the schedule by building it for an optimizer that is not used.
+    """Check the schedule by building it for an optimiser that is not used.
 
     Raises:
         ValueError: transformers has no such schedule.

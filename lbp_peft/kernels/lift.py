@@ -99,6 +99,6 @@ def _(coefficients: Tensor, *plain: Any) -> Tensor:
 
 
 @register_flop_formula(torch.ops.lbp_peft.lift)
-def _flops(coefficients_shape: torch.Size, *plain: Any, out_shape: Any = None, **_: Any) -> int:
+def _flops(coefficients_shape: torch.Size, *plain: Any, out_shape: object = None, **_: object) -> int:
     table = blocks.synthesis(*blocks.described(*plain), torch.float32, torch.device("cpu"))
     return 2 * coefficients_shape[0] * table.multiply_adds * coefficients_shape[2]

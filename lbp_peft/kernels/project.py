@@ -98,6 +98,6 @@ def _(tokens: Tensor, *plain: Any) -> Tensor:
 
 
 @register_flop_formula(torch.ops.lbp_peft.project)
-def _flops(tokens_shape: torch.Size, *plain: Any, out_shape: Any = None, **_: Any) -> int:
+def _flops(tokens_shape: torch.Size, *plain: Any, out_shape: object = None, **_: object) -> int:
     table = blocks.analysis(*blocks.described(*plain), torch.float32, torch.device("cpu"))
     return 2 * tokens_shape[0] * table.multiply_adds * tokens_shape[2]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
 
 import torch
 import triton
@@ -109,5 +108,7 @@ def _(rows: Tensor, hadamard_size: int, dtype: torch.dtype) -> tuple[Tensor, Ten
 
 
 @register_flop_formula(torch.ops.lbp_peft.quantize_rows)
-def _flops(rows_shape: torch.Size, hadamard_size: int, dtype: torch.dtype, *, out_shape: Any = None, **_: Any) -> int:
+def _flops(
+    rows_shape: torch.Size, hadamard_size: int, dtype: torch.dtype, *, out_shape: object = None, **_: object
+) -> int:
     return 2 * rows_shape[0] * rows_shape[1] * hadamard_size if hadamard_size > 1 else 0

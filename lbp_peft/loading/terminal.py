@@ -6,8 +6,7 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import torch
 from tqdm.auto import tqdm
@@ -68,11 +67,11 @@ def _first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def _printer() -> Any:
+def _printer() -> Callable[..., None]:
     """A replacement for `warnings.showwarning` that prints each message once, and above the progress bar."""
     shown = set()
 
-    def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
+    def show(message: Warning | str, category: type[Warning], *_: object) -> None:
         text = in_one_line(message)
         if text not in shown and _first_process():
             shown.add(text)

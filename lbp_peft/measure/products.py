@@ -40,17 +40,19 @@ def multiply_adds() -> Iterator[MultiplyAdds]:
     result.total = counter.get_total_flops() // 2
 
 
-def _of_product(left: torch.Size, right: torch.Size, *args: Any, **kwargs: Any) -> int:
+def _of_product(left: torch.Size, right: torch.Size, *args: object, **kwargs: object) -> int:
     """The FLOPs of a product (M, K) x (K, N)."""
     return 2 * math.prod(left) * right[1]
 
 
-def _of_product_added_in_place(to: torch.Size, left: torch.Size, right: torch.Size, *args: Any, **kwargs: Any) -> int:
+def _of_product_added_in_place(
+    to: torch.Size, left: torch.Size, right: torch.Size, *args: object, **kwargs: object
+) -> int:
     return _of_product(left, right)
 
 
 def _of_convolution_backward(
-    grad_shape: torch.Size, x_shape: torch.Size, weight_shape: torch.Size, *args: Any, **kwargs: Any
+    grad_shape: torch.Size, x_shape: torch.Size, weight_shape: torch.Size, *args: Any, **kwargs: object
 ) -> int:
     """Count the multiply-adds of the forward pass for each gradient.
 
@@ -62,7 +64,7 @@ def _of_convolution_backward(
     return 2 * x_shape[0] * pixels * math.prod(weight_shape) * sum(output_mask[:2])
 
 
-def _of_attention(query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any) -> int:
+def _of_attention(query: torch.Size, key: torch.Size, value: torch.Size, *args: object, **kwargs: object) -> int:
     """The FLOPs of q k^T and softmax(q k^T) v, of shapes (N, heads, L, d), (N, heads, M, d) and (N, heads, M, e).
 
     A causal mask saves nothing, as in PyTorch's formulas for other kinds of fused attention.
@@ -71,7 +73,7 @@ def _of_attention(query: torch.Size, key: torch.Size, value: torch.Size, *args: 
 
 
 def _of_attention_backward(
-    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *args: Any, **kwargs: Any
+    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *args: object, **kwargs: object
 ) -> int:
     """Count two products for each of the forward pass, and q k^T again, since it was not saved."""
     scores = math.prod(query[:-1]) * key[-2]

@@ -1,13 +1,13 @@
 """An input gradient in a basis that is fitted to each image's own gradient, in the backward pass.
 
 Fixed Walsh functions approximate g = dLoss/dy badly where its energy is concentrated in a few irregular patterns over
-the tokens, such as those that attention makes. A basis found from g itself has no such weakness. A randomized range
+the tokens, such as those that attention makes. A basis found from g itself has no such weakness. A randomised range
 finder (Halko, Martinsson and Tropp, SIAM Review 53, 2011, section 4.5) approximates the k leading left singular vectors
 of g, shape (L, C_out), in a few products with k columns. For each image, with S (k, L) fixed random signs:
 
     Z = S g             (k, C_out)    a sketch of the features that occur
     Y = Z g^T           (k, L)        their patterns over the tokens: half a power iteration
-    Q = orth(Y)         (k, L)        orthonormal rows, by Cholesky's factorization of Y Y^T
+    Q = orth(Y)         (k, L)        orthonormal rows, by Cholesky's factorisation of Y Y^T
     dx = Q^T ((Q g) W)  (L, C_in)     in place of g W
 
 The third of these products, Q g, is needed in any case. These are 3 L k C_out + k C_out C_in + L k C_in multiply-adds
@@ -252,7 +252,7 @@ def _patterns_of(sketch: Tensor, g: Tensor) -> Tensor:
 
 
 def orthonormal_rows(matrices: Tensor) -> Tensor:
-    """Orthonormal rows with the same span, by Cholesky's factorization of the Gram matrix (Cholesky QR).
+    """Orthonormal rows with the same span, by Cholesky's factorisation of the Gram matrix (Cholesky QR).
 
     In float64, except on devices without it, since the Gram matrix has the square of the condition number. Where a
     matrix has a rank below k, the superfluous rows come out shorter than 1, down to 0. As a projection, Q^T Q never

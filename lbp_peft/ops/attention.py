@@ -48,7 +48,9 @@ class AttentionMode(TorchFunctionMode):
         super().__init__()
         self.attention = attention
 
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, function: Callable[..., Any], types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if function is F.scaled_dot_product_attention:
             self.was_called = True
             return self.attention(*args, **kwargs or {})

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,7 @@ def active_dropouts(layer: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def forwards_replaced(modules: list[nn.Module], forward: Callable[[Any, Tensor], Tensor]) -> Iterator[None]:
+def forwards_replaced(modules: list[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
     """Within the block, the modules call `forward(module, input)` in place of their own forward methods."""
     with ExitStack() as stack:
         for module in modules:
@@ -27,7 +26,7 @@ def forwards_replaced(modules: list[nn.Module], forward: Callable[[Any, Tensor],
         yield
 
 
-def _set_back(module: nn.Module, before: dict[str, Any]) -> None:
+def _set_back(module: nn.Module, before: dict[str, object]) -> None:
     if "forward" in before:
         vars(module)["forward"] = before["forward"]
     else:

@@ -183,7 +183,7 @@ def gathered_from_processes(own: Value) -> list[Value]:
     """What each process of `torch.distributed` passes, by rank; all have to call it. Without processes, one's own."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return [own]
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    gathered: list[Value] = [own] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, own)
     return gathered
 

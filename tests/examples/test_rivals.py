@@ -16,7 +16,7 @@ from benchmarks.rivals.hot import HOT, PER_IMAGE, PER_TOKEN
 from benchmarks.rivals.instant import INSTANT
 from benchmarks.rivals.linear import RivalLinear, square_grid
 from benchmarks.rivals.lowmemory_bp import MSLayerNorm, ReGELU2
-from benchmarks.rivals.rounding import lowest_sequencies, restored, rounded
+from benchmarks.rivals.rounding import dequantize, lowest_sequencies, quantize
 from datasets import Dataset, Features, Image
 from models import tiny_vit
 from PIL import Image as PILImage
@@ -119,7 +119,7 @@ def test_hosvd_keeps_the_share_of_the_energy():
     assert 0.7 * x.square().sum() <= core.square().sum() < x.square().sum()  # each axis loses at most a tenth
 
 
-def test_instant_calibrates_anew_after_so_many_passes(layer):
+def test_instant_calibrates_again_after_so_many_passes(layer):
     rule = INSTANT(every=2)
     module, (x, g) = RivalLinear(layer, rule), inputs()
     seen = []
@@ -154,13 +154,13 @@ def test_gradient_filtering_is_lbp_with_constant_bases(layer):
 def test_stochastic_rounding_has_the_right_mean_and_the_nearest_the_least_error():
     torch.manual_seed(0)
     x = torch.randn(1, 40, 5, dtype=torch.float64)
-    mean = torch.stack([restored(*rounded(x, 4, (1, 2), stochastic=True)) for _ in range(400)]).mean(0)
-    values, scales = rounded(x, 4, (1, 2))
+    mean = torch.stack([dequantize(*quantize(x, 4, (1, 2), stochastic=True)) for _ in range(400)]).mean(0)
+    values, scales = quantize(x, 4, (1, 2))
     assert (mean - x).abs().max() < 5 * scales.item() / 2 / 400**0.5
-    assert (restored(values, scales) - x).abs().max() <= scales.item() / 2 and values.abs().max() == 7
+    assert (dequantize(values, scales) - x).abs().max() <= scales.item() / 2 and values.abs().max() == 7
 
 
-def test_all_sequencies_of_filled_up_blocks_keep_inner_products():
+def test_all_sequencies_of_padded_blocks_keep_inner_products():
     x, g = inputs()
     for prefix in (0, 1):
         torch.testing.assert_close(
@@ -246,7 +246,7 @@ def test_what_does_not_fit_is_said():
         adapted(tiny_vit(), "lora-all+hlq", [])
     with pytest.raises(NotAvailable, match="neither a GELU nor"):
         adapted(nn.Sequential(nn.Linear(2, 2)), "lowmemory-bp", [])
-    with pytest.raises(ValueError, match="no square grid"):
+    with pytest.raises(ValueError, match="not a square grid"):
         square_grid(60)
     with pytest.raises(ValueError, match=r"\(B, L, C\)"):
         RivalLinear(nn.Linear(2, 2), HLQ()).train()(torch.ones(3, 2))

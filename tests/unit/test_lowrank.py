@@ -13,8 +13,8 @@ from plans import plan_of
 from lbp_peft import BackwardPlan, BasisSet, TokenLayout, instructions, low_rank_linear
 from lbp_peft.formats.products import Precision
 from lbp_peft.instructions import Instructions
-from lbp_peft.ops.conv1x1 import low_rank_pointwise_conv
 from lbp_peft.ops.branches import Branch
+from lbp_peft.ops.conv1x1 import low_rank_pointwise_conv
 from lbp_peft.ops.saved_input import shared_projections
 
 GRIDS = [(8, 8), (16, 16), (14, 14), (7, 7), (4, 12), (24, 32)]

@@ -1,10 +1,11 @@
-"""Other methods that make the backward pass cheaper or smaller, to measure LBP-WHT against; no part of the package.
+"""Other methods that save time or memory in the backward pass, for comparisons. They are not a part of the package.
 
-Each file holds one method as its paper describes it, and says what it keeps, what it approximates and where it differs
-from the paper. The forward pass of all of them is exact. They are written for these comparisons: short rather than
-fast, on linear layers with inputs (B, L, C). Low-precision products are computed in float32 on rounded values.
+Each file implements one method as its paper describes it, and says what the method keeps, what it approximates and
+where the implementation differs from the paper. The forward pass of all methods is exact. The code is written for these
+comparisons: it is short rather than fast, and adapts linear layers with inputs (B, L, C). Products in low precision are
+computed in float32 from quantized values.
 
-To add one that changes linear layers, write a [`BackwardRule`] (see linear.py) and name it in `RIVALS`.
+To add a method that changes linear layers, write a [`GradientRule`] (see linear.py) and add it to `RIVALS`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from .instant import INSTANT
 from .linear import with_rule
 from .lowmemory_bp import with_low_memory_functions
 
-# From a model, and settings by name, to the model; ValueError or TypeError: the model or a setting does not fit.
+# Each function takes a model, and settings by name, and returns the changed model. It raises ValueError or TypeError if
+# the model or a setting does not suit the method.
 RIVALS: dict[str, Callable[..., nn.Module]] = {
     "hosvd": with_rule(HOSVD),
     "hlq": with_rule(HLQ),

@@ -3,17 +3,17 @@
 Source: L.-T. Nguyen, A. Quelennec, E. Tartaglione, S. Tardieu, V.-T. Nguyen, "Activation Map Compression through Tensor
 Decomposition for Deep Learning", NeurIPS 2024 (arXiv 2411.06346).
 
-Kept, in place of x (B, L, C): a core S (r1, r2, r3) and orthonormal factors U1 (B, r1), U2 (L, r2), U3 (C, r3), the
-leading left singular vectors of the three unfoldings of x. Along each axis, the ranks are the smallest whose squared
-singular values make up the share `energy` of all.
+In place of x (B, L, C), the method keeps a core S (r1, r2, r3) and orthonormal factors U1 (B, r1), U2 (L, r2),
+U3 (C, r3), which are the leading left singular vectors of the three unfoldings of x. The rank along each axis is the
+smallest at which the squared singular values make up the share `energy` of their sum.
 
-Exact: the forward pass, dx, db. Approximated: dW, which is that of x projected onto the three subspaces, computed
+The forward pass, dx and db are exact. dW is the weight gradient of x projected onto the three subspaces. It is computed
 without building x again.
 
-Differs from the paper: it has convolutions with four axes, this has linear layers with three. The singular vectors are
-found as eigenvectors of an unfolding's Gram matrix, or where that is larger than the other side, of the triangle of
-its QR decomposition; both give the same subspace. The order of contraction in the backward pass is ours: tokens,
-images, channels.
+The paper adapts convolutions, whose inputs have four axes; the inputs of linear layers here have three. The singular
+vectors are found as eigenvectors of an unfolding's Gram matrix. If that is larger than the unfolding's other side, they
+are found from the triangle of its QR decomposition, which gives the same subspace. The order of contraction in the
+backward pass (tokens, images, channels) is our choice.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .linear import BackwardRule
+from .linear import GradientRule
 
 
-class HOSVD(BackwardRule):
-    """
+class HOSVD(GradientRule):
+    """Keeps a truncated higher-order SVD of the input.
+
     Args:
-        energy: Share of the energy that each axis keeps, above 0 and at most 1, where everything is kept.
+        energy: The share of the energy that is kept along each axis, above 0 and at most 1. At 1, everything is kept.
     """
 
     def __init__(self, energy: float = 0.9):
@@ -45,23 +46,23 @@ class HOSVD(BackwardRule):
 
     def grad_weight(self, g: Tensor, kept: list[Tensor]) -> Tensor:
         core, images, tokens, channels = kept
-        small = tokens.T @ g  # (B, r2, C_out)
-        small = (images.T @ small.flatten(1)).unflatten(1, small.shape[1:])
-        return small.flatten(0, 1).T @ core.flatten(0, 1) @ channels.T
+        g_hat = tokens.T @ g  # (B, r2, C_out)
+        g_hat = (images.T @ g_hat.flatten(1)).unflatten(1, g_hat.shape[1:])
+        return g_hat.flatten(0, 1).T @ core.flatten(0, 1) @ channels.T
 
 
 def leading_vectors(matrix: Tensor, energy: float) -> Tensor:
-    """(M, N) -> the left singular vectors (M, r) that hold the share of the energy; all min(M, N) at a share of 1."""
+    """The left singular vectors (M, r) of a matrix (M, N) that keep a share of its energy; at a share of 1, all."""
     rows, columns = matrix.shape
-    basis, small = torch.linalg.qr(matrix) if rows > columns else (None, matrix)
-    squares, vectors = torch.linalg.eigh(small @ small.T)
+    basis, triangle = torch.linalg.qr(matrix) if rows > columns else (None, matrix)
+    squares, vectors = torch.linalg.eigh(triangle @ triangle.T)
     squares, vectors = squares.flip(0).clamp(min=0), vectors.flip(1)
     vectors = vectors[:, : rank_for(squares, energy)]
     return vectors if basis is None else basis @ vectors
 
 
 def rank_for(energies: Tensor, share: float) -> int:
-    """How many of the energies, in descending order, make up the share of their sum; at a share of 1 all."""
+    """The number of energies, in descending order, that make up a share of their sum; at a share of 1, all of them."""
     if share >= 1:
         return len(energies)
     reached = energies.cumsum(0) >= share * energies.sum()

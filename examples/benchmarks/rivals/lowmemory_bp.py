@@ -3,18 +3,18 @@
 Source: Y. Yang, Y. Shi, C. Wang, X. Zhen, Y. Shi, J. Xu, "Reducing Fine-Tuning Memory Overhead by Approximate and
 Memory-Sharing Backpropagation", ICML 2024 (arXiv 2406.16282), and the coefficients of its published code.
 
-ReGELU2: the forward pass is GELU's. The derivative is taken to be that of a sum of three ReLUs, a step function
-sum_i a_i [x > c_i] with 4 values; which of them is kept in 2 bits, four values in a byte. Approximated: the gradient of
-the activation.
+ReGELU2 has the forward pass of GELU. As its derivative, it takes that of a sum of three ReLUs: a step function
+sum_i a_i [x > c_i] with 4 values. For each element, 2 bits say which of them it is: four elements take one byte.
+The gradient of the activation is an approximation.
 
-MS-LayerNorm: the gradient is written in the normalised output, which the next linear layer keeps anyway, so the norm
-adds 1 / standard deviation alone. Exact, to round-off.
+MS-LayerNorm computes its gradient from the normalised output, which the next linear layer keeps in any case, so that
+the norm itself keeps nothing but 1 / standard deviation. Its gradient is exact up to rounding.
 
-Differs from the paper: it merges a norm's weight and bias into the next linear layers and does not train them apart. So
-that any model can be measured as it is, they stay here, and the normalised values are found from the output y as
-(y - bias) / weight. A norm with a weight whose magnitude is below a hundredth of the largest is left as it is. Nothing
-is saved where no layer keeps the output, such as with frozen linear layers, for which the paper's norm costs as much
-as this one: one tensor. ReSiLU2 and RMSNorm are left out.
+The paper merges a norm's weight and bias into the next linear layers, and does not train them by themselves. Here they
+stay, so that any model can be measured as it is, and the normalised values are computed from the output y as
+(y - bias) / weight. A norm is left as it is if a weight's magnitude is below a hundredth of the largest one. Nothing is
+saved where no layer keeps the output, as with frozen linear layers; there the paper's norm takes as much memory as this
+one, which is one tensor. ReSiLU2 and RMSNorm are not implemented.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from transformers.activations import GELUActivation
 
 A = (-0.04922261, 1.09796321, -0.04874060)
 C = (-3.18588100, -0.00117882, 3.19083261)
-LEAST_WEIGHT = 0.01  # of the largest
+LEAST_WEIGHT = 0.01  # as a share of the largest weight
 
 
 class _ReGELU2(torch.autograd.Function):
@@ -49,6 +49,8 @@ class _ReGELU2(torch.autograd.Function):
 
 
 class ReGELU2(nn.Module):
+    """GELU, with a step function for its derivative."""
+
     def forward(self, x: Tensor) -> Tensor:
         return _ReGELU2.apply(x)
 
@@ -65,11 +67,11 @@ class _MSLayerNorm(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         y, factor, weight, bias = ctx.saved_tensors
         normalised = (y - bias) / weight
-        turned = g * weight
-        means = turned.mean(-1, keepdim=True), (turned * normalised).mean(-1, keepdim=True)
+        g_scaled = g * weight
+        means = g_scaled.mean(-1, keepdim=True), (g_scaled * normalised).mean(-1, keepdim=True)
         leading = tuple(range(g.dim() - 1))
         return (
-            (turned - means[0] - normalised * means[1]) * factor,
+            (g_scaled - means[0] - normalised * means[1]) * factor,
             (g * normalised).sum(leading) if ctx.needs_input_grad[1] else None,
             g.sum(leading) if ctx.needs_input_grad[2] else None,
             None,
@@ -77,7 +79,7 @@ class _MSLayerNorm(torch.autograd.Function):
 
 
 class MSLayerNorm(nn.LayerNorm):
-    """A layer norm over the last axis that takes over another's weight and bias."""
+    """A layer norm over the last axis, with the weight and bias of another one."""
 
     def __init__(self, norm: nn.LayerNorm):
         super().__init__(norm.normalized_shape, norm.eps, device="meta")
@@ -88,7 +90,7 @@ class MSLayerNorm(nn.LayerNorm):
 
 
 def with_low_memory_functions(model: nn.Module) -> nn.Module:
-    """All GELUs and layer norms of the model replaced.
+    """Replace all GELUs and layer norms of a model.
 
     Raises:
         ValueError: the model has none.

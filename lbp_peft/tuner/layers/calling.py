@@ -16,6 +16,8 @@ from accelerate.hooks import AlignDevicesHook, SequentialHook
 from torch import Tensor, nn
 from torch.nn.modules import module as module_hooks
 
+from ...layer_types import plain_class_of
+
 _before_all, _after_all = module_hooks._global_forward_pre_hooks, module_hooks._global_forward_hooks
 _before_all_backward, _after_all_backward = module_hooks._global_backward_pre_hooks, module_hooks._global_backward_hooks
 # DeepSpeed's hooks only gather parameters, which reading the parameters does too. PyTorch's own global hooks, such as
@@ -56,8 +58,7 @@ def has_own_forward(module: nn.Module) -> bool:
     forward = attributes.get("_old_forward") or attributes.get("forward")
     if forward is None or isinstance(forward, _StandIn):
         return False
-    cls = getattr(type(module), "plain_class", type(module))
-    return getattr(forward, "__func__", None) not in (type(module).forward, cls.forward)
+    return getattr(forward, "__func__", None) not in (type(module).forward, plain_class_of(module).forward)
 
 
 def has_to_be_called(module: nn.Module) -> bool:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ...layout import LayoutFinder
 from .storage import FileStamp, in_host_memory, in_own_file, release_pages
@@ -223,7 +224,7 @@ class _AtEndOfBackward:
     It does not do so earlier, since the pass may go through parts of the graph in which the base weight was used.
     """
 
-    handle: Any = None
+    handle: RemovableHandle
 
     def __init__(self, layer: Callable[[], WaitingBaseWeight | None]):
         self.layer = layer

@@ -14,7 +14,7 @@ from transformers.activations import ACT2CLS
 
 from ...bounded import BoundedCache
 from ...formats.derivatives import DerivativeTable, derivative_table
-from ...layer_types import runs_forward_of
+from ...layer_types import plain_class_of, runs_forward_of
 from ...ops.activation import compressed_layer
 from ...ops.elementwise import elementwise_function
 from ...ops.layer_norm import compressed_layer_norm
@@ -23,7 +23,7 @@ from ...transforms import in_forward_mode, in_transform
 from ..layers.calling import parts_are_watched
 from ..layers.rule import BackwardRule
 from .block_patch import BlockPatch, attach_to_block_module, blocks_with_layers
-from .forward_patch import PATCH_ATTR, UnpatchedForward
+from .forward_patch import PATCH_ATTR, UnpatchedForward, plain_forward
 
 _ACTIVATIONS = (
     nn.CELU, nn.ELU, nn.GELU, nn.Hardswish, nn.LeakyReLU, nn.Mish, nn.PReLU, nn.ReLU, nn.ReLU6, nn.SELU, nn.SiLU,
@@ -53,7 +53,7 @@ class ActivationPatch(BlockPatch):
 
     def run(self, host: Any, *args: Any, **kwargs: Any) -> Tensor:
         """The host's forward pass."""
-        plain = type(host).plain_class.forward
+        plain = plain_forward(host)
         if kwargs or len(args) != 1 or in_transform() or in_forward_mode() or not args[0].requires_grad:
             return plain(host, *args, **kwargs)
         (x,) = args
@@ -89,7 +89,7 @@ class ActivationPatch(BlockPatch):
     def _look_up(self, host: nn.Module) -> tuple[tuple, DerivativeTable | None]:
         if self._names is None:
             return (), None
-        plain_class: type[nn.Module] = getattr(type(host), "plain_class", type(host))
+        plain_class = plain_class_of(host)
         settings = tuple(getattr(host, name) for name in self._names)
         key = (plain_class, self._names, settings)
         if key not in _tables:
@@ -127,7 +127,7 @@ _OF_ALL_MODULES = {*vars(nn.Module()), PATCH_ATTR, "forward", "_old_forward", "_
 
 def _is_plain_layer_norm(host: Any, x: Tensor) -> bool:
     """Whether the host is PyTorch's layer norm over channels, and neither autocast nor its dtypes add a cast."""
-    if type(host).plain_class is not nn.LayerNorm or len(host.normalized_shape) != 1:
+    if plain_class_of(host) is not nn.LayerNorm or len(host.normalized_shape) != 1:
         return False
     if host.weight is not None and host.weight.dtype != x.dtype:
         return False
@@ -157,7 +157,7 @@ class _RMSNorm:
 
 def _rms_norm_of(host: nn.Module) -> _RMSNorm | None:
     """How a norm works, if it is an RMS norm over the last axis: found by trying it out, since classes differ."""
-    plain_class: type[nn.Module] = getattr(type(host), "plain_class", type(host))
+    plain_class = plain_class_of(host)
     names = [name for name in ("variance_epsilon", "eps") if hasattr(host, name)]
     weight = host._parameters.get("weight")
     if plain_class is nn.LayerNorm or len(names) != 1 or set(host._parameters) - {"weight"}:

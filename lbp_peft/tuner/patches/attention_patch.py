@@ -20,7 +20,7 @@ from ...ops.saved_input import shared_projections
 from ..layers.base import LBPWHTLayer
 from ..stacking.layer import LBPWHTStacked
 from .block_patch import BlockPatch, attach_to_block_module, blocks_with_layers
-from .forward_patch import PATCH_ATTR, ForwardPatch
+from .forward_patch import PATCH_ATTR, ForwardPatch, plain_forward
 
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
@@ -43,7 +43,7 @@ class AttentionPatch(BlockPatch):
             return self._attend(host, args, kwargs)
 
     def _attend(self, host: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
-        plain = type(host).plain_class.forward
+        plain = plain_forward(host)
         x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         implementation = getattr(getattr(host, "config", None), "_attn_implementation", None)
         if x is None or self._without_attention == (implementation,):

@@ -1,16 +1,28 @@
 """A patch of one module's forward method that keeps the module's name, weights and type.
 
-The module's class is swapped for a subclass with another forward method, and the patch is kept in an attribute of the
-module. PEFT offers no hook for that: a wrapper would change the names in the state dict, and an attribute `forward`
-would be lost when the module is copied or pickled.
+The `__class__` of the module is set to a subclass of its own class, whose forward method calls the patch. The patch is
+an attribute of the module. For an `nn.Linear`, the subclass amounts to
+
+    class Linear(nn.Linear):
+        plain_class = nn.Linear
+
+        def forward(self, *args, **kwargs):
+            return self.low_rank_backward.run(self, *args, **kwargs)
+
+PEFT offers no hook for this, and the two usual ways fail: a module that wraps the other one would change the names in
+the state dict, and a function that is assigned to `module.forward` would go on calling the original module in shallow
+copies of it, such as the replicas of `nn.DataParallel`.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+
+from ...layer_types import plain_class_of
 
 PATCH_ATTR = "low_rank_backward"
 
@@ -37,11 +49,17 @@ def attach(host: Any, patch: ForwardPatch) -> None:
 
 
 def detach(host: Any) -> None:
-    """Remove the patch of a module."""
-    host.__class__ = type(host).plain_class
+    """Remove the patch of a module, which has its own class and forward method again."""
+    host.__class__ = plain_class_of(host)
     if "_old_forward" in vars(host):
         host._old_forward = type(host).forward.__get__(host)
     delattr(host, PATCH_ATTR)
+
+
+def plain_forward(host: nn.Module) -> Callable[..., Any]:
+    """The forward method of a patched module's own class: a function of the module and its inputs."""
+    forward: Callable[..., Any] = plain_class_of(host).forward
+    return forward
 
 
 @functools.lru_cache(maxsize=256)
@@ -71,5 +89,4 @@ class UnpatchedForward(nn.Module):
         self.host = host
 
     def forward(self, x: Tensor) -> Tensor:
-        host: Any = self.host
-        return type(host).plain_class.forward(host, x)
+        return plain_forward(self.host)(self.host, x)

@@ -33,7 +33,7 @@ from ..layers.calling import (
     parts_are_watched,
 )
 from ..layers.rule import BackwardRule
-from ..patches.forward_patch import ForwardPatch, UnpatchedForward
+from ..patches.forward_patch import ForwardPatch, UnpatchedForward, plain_forward
 
 
 class LBPWHTStacked(nn.Module, ForwardPatch, LBPWHTLayer):
@@ -76,7 +76,7 @@ class LBPWHTStacked(nn.Module, ForwardPatch, LBPWHTLayer):
 
     def run(self, host: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The host's forward pass."""
-        plain = type(host).plain_class.forward
+        plain = plain_forward(host)
         base = self._base_layer(host)
         layer_type = layer_type_of(base)
         self._on_images = layer_type is not None and layer_type.channels_axis == 1
@@ -90,7 +90,9 @@ class LBPWHTStacked(nn.Module, ForwardPatch, LBPWHTLayer):
         if plan is None:
             return plain(host, x)
         parts = None if self._on_images else _lora_parts(host, x)
-        if parts is not None and (base is host or not _have_to_be_called(base, parts, x)):
+        if parts is None:
+            return self._run_as_a_whole(host, x, plan)
+        if base is host or not _have_to_be_called(base, parts, x):
             branches = _branches(host, x, parts)
             return self._as_one_operation(
                 x,
@@ -98,18 +100,17 @@ class LBPWHTStacked(nn.Module, ForwardPatch, LBPWHTLayer):
                     x, base.weight, base.bias, plan=plan, branches=branches, exact_forward=rule.exact_forward
                 ),
             )
-        if parts is not None:
-            linears = [base, *(part for lora_parts in parts for part in (lora_parts.down, lora_parts.up))]
-            if any(part.weight.is_meta and not is_offloaded(part) for part in linears):
-                raise RuntimeError(
-                    f"The adapter in {self.layer_name} has no values and cannot be trained, since the base model was "
-                    "offloaded before it was adapted. Do not offload the model for training; for inference, adapt it "
-                    "first."
-                )
-            if not any(has_own_forward(part) for part in linears):
-                return eagerly(_call_parts, self, host, x, linears, plan)
-        recompute_plan = self._in_full_precision(x, plan)
-        if recompute_plan is None:
+        linears = [base, *(part for lora_parts in parts for part in (lora_parts.down, lora_parts.up))]
+        self._check_values(linears)
+        if any(has_own_forward(part) for part in linears):
+            return self._run_as_a_whole(host, x, plan)
+        return eagerly(_call_parts, self, host, x, linears, plan)
+
+    def _run_as_a_whole(self, host: Any, x: Tensor, plan: BackwardPlan) -> Tensor:
+        """The host's forward pass. Its backward pass runs the host again, on few rows."""
+        plain = plain_forward(host)
+        full_plan = self._in_full_precision(x, plan)
+        if full_plan is None:
             return plain(host, x)
         if parts_are_watched(host):
             self._fall_back(x, *WATCHED, cause=WATCHED[0])
@@ -121,10 +122,19 @@ class LBPWHTStacked(nn.Module, ForwardPatch, LBPWHTLayer):
             return plain(host, x)
 
         def run() -> Tensor:
-            y = low_rank_layer(layer, tokens, plan=recompute_plan, fingerprint=fingerprint)
+            y = low_rank_layer(layer, tokens, plan=full_plan, fingerprint=fingerprint)
             return y.movedim(-1, 1) if self._on_images else y
 
         return self._as_one_operation(x, run)
+
+    def _check_values(self, linears: list[nn.Linear]) -> None:
+        """Raise RuntimeError if a part of the host has no values."""
+        if any(part.weight.is_meta and not is_offloaded(part) for part in linears):
+            raise RuntimeError(
+                f"The adapter in {self.layer_name} has no values and cannot be trained, since the base model was "
+                "offloaded before it was adapted. Do not offload the model for training; for inference, adapt it "
+                "first."
+            )
 
     def _trains_whole_weight(self, base: Any) -> bool:
         return bool(base.weight.requires_grad)
@@ -180,7 +190,8 @@ def _call_parts(layer: LBPWHTStacked, host: Any, x: Tensor, linears: list[nn.Lin
     with ExitStack() as stack:
         for part in linears:
             stack.enter_context(forward_replaced(part, functools.partial(forward, part)))
-        return type(host).plain_class.forward(host, x)
+        output: Tensor = plain_forward(host)(host, x)
+        return output
 
 
 class _LoraParts(NamedTuple):
@@ -199,7 +210,7 @@ def _lora_parts(host: Any, x: Tensor) -> list[_LoraParts] | None:
     """
     if is_plain_linear(host):
         return []
-    if type(host).plain_class.forward is not lora.Linear.forward or not is_plain_linear(host.base_layer):
+    if plain_forward(host) is not lora.Linear.forward or not is_plain_linear(host.base_layer):
         return None
     if host.disable_adapters:
         return None if host.merged else []
