@@ -1,4 +1,4 @@
-"""Which layers make up the encoder of a model, told from its structure rather than from names."""
+"""Which layers make up the encoder of a model, determined from its structure rather than from names."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def encoder_linears(model: nn.Module) -> list[str]:
     """Names of the linear layers, and the convolutions that are like them, inside the encoder's blocks.
 
     Blocks are the members of an `nn.ModuleList`, or the like members of an `nn.Sequential`. A head, a pooler or an
-    embedding stands outside them. Where a transformers model says which part of it is the base model, only that part is
+    embedding is outside them. Where a transformers model says which part of it is the base model, only that part is
     searched. The blocks of a text tower, which embeds words and not patches, do not count, nor do those of decoders and
     heads, nor projectors to another width, nor layers that work on coordinates instead of features. In a model of
     images and words, only the blocks of the vision tower count, or, if it has none, the blocks that both pass through.

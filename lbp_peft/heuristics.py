@@ -1,8 +1,8 @@
 """The choice of what is fastest for a layer, by its shape and the [`lbp_peft.instructions`] of the device.
 
 Nothing is timed while training: a run has to give the same bits when it is repeated. The constants of CPUs were read
-off `examples/benchmarks/single_layers.py` and `projections.py`, see docs/results; those of GPUs were worked out from
-the rates on data sheets and are not measured. Times are in multiply-adds of float32.
+off `examples/benchmarks/single_layers.py` and `projections.py`, see docs/results; those of GPUs were calculated from
+the rates on data sheets, and were not measured. Times are in multiply-adds of float32.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Heuristics:
         Args:
             kept: k, the multiply-adds for each value that is projected. Axis by axis these are few, and the time is
                 that of reading and writing the values several times.
-            dtype, device: Of the tokens.
+            dtype, device: The dtype and the device of the tokens.
         """
         if device.type == "cuda":
             return kept <= (40 if dtype.itemsize >= 4 else 160)
@@ -130,7 +130,7 @@ class Heuristics:
         Args:
             kept: k, the coefficients of each image.
             num_tokens: L, the tokens of each image.
-            dtype, device: Of the tokens.
+            dtype, device: The dtype and the device of the tokens.
         """
         fits = 32 < kept <= 50 and num_tokens <= 300
         return fits and device.type == "cpu" and dtype == torch.bfloat16 and multiplies_bf16(device)
@@ -140,7 +140,7 @@ class Heuristics:
 
         Args:
             keys: The number of keys. With more of them, the matrices outgrow the cache.
-            dtype, device: Of query, key and value.
+            dtype, device: The dtype and the device of query, key and value.
         """
         return device.type == "cpu" and dtype == torch.bfloat16 and keys <= 600 and multiplies_bf16(device)
 

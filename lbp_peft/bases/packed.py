@@ -28,12 +28,12 @@ class PackedLayout(TokenLayout):
 
     @property
     def num_outside(self) -> int:
-        """Tokens before and after the grids."""
+        """The number of tokens before and after the grids."""
         return sum(part.num_outside for part in self.parts)
 
     @property
     def num_tokens(self) -> int:
-        """The tokens of all grids."""
+        """The number of tokens of all grids."""
         return sum(part.num_tokens for part in self.parts)
 
     @property

@@ -1,8 +1,8 @@
 """Walsh functions, and the order of two-dimensional ones.
 
-The i-th Walsh function of order n is a vector of n signs with exactly i sign changes (its *sequency*, the square-wave
-cousin of frequency). A two-dimensional basis (i, j) is the outer product of the i-th function down the rows and the
-j-th along the columns.
+The i-th Walsh function of order n is a vector of n signs with exactly i sign changes (its *sequency*, which
+is to square waves what frequency is to sines). A two-dimensional basis (i, j) is the outer product of the i-th function
+down the rows and the j-th along the columns.
 """
 
 from __future__ import annotations

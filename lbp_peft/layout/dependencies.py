@@ -60,7 +60,7 @@ class Dependencies:
 
 
 def version_of(tensor: Tensor) -> int:
-    """Changes whenever the tensor is changed in place."""
+    """A value that changes whenever the tensor is changed in place."""
     return 0 if tensor.is_inference() else tensor._version
 
 
@@ -328,7 +328,7 @@ class _Snapshot:
             self.described[key] = tuple(found)
 
 
-# Code that has no global variables that users change.
+# The global variables of these packages are not changed by users.
 _LIBRARIES = (
     "builtins", "torch", "torchvision", "transformers", "timm", "peft", "accelerate", "numpy", "einops", _OWN,
 )  # fmt: skip
@@ -338,7 +338,7 @@ _WATCHED_GLOBALS = (bool, int, float, str, list, dict, tuple, set, deque, np.nda
 
 
 def _is_users(value: object) -> bool:
-    """Whether a value is a function, or an object of a class, of code other than libraries'."""
+    """Whether a value is a function, or an object of a class, of the user's own code and not of a library."""
     module = value.__module__ if isinstance(value, types.FunctionType) else type(value).__module__
     package = (module or "").partition(".")[0]
     return package not in _LIBRARIES and package not in sys.stdlib_module_names
@@ -368,7 +368,7 @@ def _contents(cell: Any) -> Any:
 
 
 def described(value: object) -> Hashable:
-    """A key of an argument that is no tensor, so that equal arguments have equal keys."""
+    """A key of an argument that is not a tensor, so that equal arguments have equal keys."""
     return _Describer()._describe(value, 0)
 
 

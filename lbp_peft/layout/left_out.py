@@ -1,4 +1,4 @@
-"""Finds the layers that patches pass through, on the way from adapted layer to adapted layer, without being adapted."""
+"""Finds layers that are not adapted although patches pass through them between adapted layers."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class PassedLayer:
 class PassedLayers:
     """The layers of one traced forward pass that patches of an image pass through without being adapted.
 
-    Those before the first adapted layer are embeddings, and those after the last one heads or decoders, so neither
-    count.
+    Layers before the first adapted layer are embeddings, and layers after the last one belong to heads or decoders.
+    Neither of them count.
 
     Attributes:
         others: The axis of the channels in the input of each layer that could be adapted but is not, by name.
@@ -61,7 +61,7 @@ class PassedLayers:
 
 
 def without_projections(layers: list[PassedLayer]) -> list[str]:
-    """The names of layers, without single ones and those that map patches to another width with their siblings."""
+    """The names of layers, without projections: single layers, and siblings that map patches to another width."""
     siblings: dict[str, list[PassedLayer]] = {}
     for layer in layers:
         siblings.setdefault(layer.name.rpartition(".")[0], []).append(layer)

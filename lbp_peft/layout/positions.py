@@ -2,8 +2,8 @@
 
 A position encodes the input, the image (or text) of the batch, and the row and column in it. A tensor of positions has
 the shape of the tensor it describes, so any operation that moves data (reshape, permute, cat, roll, slices, ...) can be
-applied to the positions unchanged. Rows and columns are counted in quarters of a pixel,
-so that upsampled feature maps have positions of their own.
+applied to the positions unchanged. Rows and columns are counted in quarters of a pixel, so that upsampled feature maps
+have positions of their own.
 
 Tensors of positions are mostly expanded views, since all channels of a token have the same position. Expanding takes no
 memory, and functions of positions work on what is not expanded ([`compact`]). An operation that copies its input also

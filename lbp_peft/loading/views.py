@@ -16,7 +16,7 @@ class View:
     mirrored: bool = False
 
     def of(self, image: Image.Image, size: tuple[int, int], resampling: Image.Resampling) -> Image.Image:
-        """What it shows of an image, resized to (height, width)."""
+        """The part of an image in this box, resized to (height, width)."""
         if self.mirrored:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         return image.resize((size[1], size[0]), resampling, box=self.box)

@@ -10,16 +10,16 @@ of g, shape (L, C_out), in a few products with k columns. For each image, with S
     Q = orth(Y)         (k, L)        orthonormal rows, by Cholesky's factorisation of Y Y^T
     dx = Q^T ((Q g) W)  (L, C_in)     in place of g W
 
-The third of these products, Q g, is needed in any case. These are 3 L k C_out + k C_out C_in + L k C_in multiply-adds
-in place of L C_out C_in. Q has orthonormal rows, so dx is the exact input gradient of the nearest gradient in their
-span. With k at least the rank of g that is g itself, and dx is exact.
+The third product, Q g, is needed with any basis. Together, the products take 3 L k C_out + k C_out C_in + L k C_in
+multiply-adds, instead of L C_out C_in. Q has orthonormal rows, so dx is the exact input gradient of the nearest
+gradient in their span. If k is at least the rank of g, that is g itself, and dx is exact.
 
 From one layer to the next the leading patterns change little, because most of the gradient passes along the residual
 connections. Within one backward pass of autograd, the Q of the previous layer is therefore added to S: the span is then
-nearer to the leading patterns of g, and successive layers, which keep and lose the same patterns, compound less error.
-[`sign_matrix`] gives the same S for all images, layers and steps, and the order of the layers in a backward pass is
-always the same, so a run can be repeated to the bit. Gradient checkpointing changes nothing, unless it is PyTorch's
-reentrant one, which makes a backward pass of its own of each block.
+nearer to the leading patterns of g, and since successive layers keep and lose the same patterns, their errors add up
+less. [`sign_matrix`] gives the same S for all images, layers and steps, and the order of the layers in a backward pass
+is always the same, so a run can be repeated to the bit. Gradient checkpointing changes nothing, except for PyTorch's
+reentrant variant, which runs a backward pass of its own for each block.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ _LENGTH_OF_SIGNS = 0.1
 class AdaptiveBasis(InputGradient):
     """dx = Q^T ((Q g) W), where Q is fitted to the gradient g of each image.
 
-    No layout is needed. Where it is known, tokens outside the grid ([CLS], registers) and padding are left out of the
-    fit: the former get an exact input gradient, the latter none.
+    The layout need not be known. If it is, tokens outside the grid ([CLS], registers) and padding are left out of the
+    fit. The input gradients of tokens outside the grid are exact, and those of padding are zero.
 
     Images of several sizes that are packed into one sequence have exact input gradients.
 
     Attributes:
-        rank: k, the number of rows of Q for each image. Where it is not below the number of tokens that are fitted, dx
-            is exact.
-        energy: Share of the squared norm of g that is to be kept, above 0 and at most 1. If the Q of the
-            previous layer in the backward pass keeps it in all images of a batch, that Q is used and none is fitted.
-            Rows that are not needed for it in any image are left out of the product with W. None: a Q is always fitted,
-            and all k rows are used.
+        rank: k, the number of rows of Q for each image. If it is at least the number of tokens that are fitted, dx is
+            exact.
+        energy: The share of the squared norm of g that is to be kept, above 0 and at most 1. If the Q of the previous
+            layer in the backward pass keeps this share in all images of a batch, that Q is used and none is fitted.
+            Rows that no image needs for this share are left out of the product with W. None: a Q is always fitted, and
+            all k rows are used.
     """
 
     rank: int
@@ -318,7 +318,7 @@ def sign_matrix(rows: int, columns: int, dtype: torch.dtype, device: torch.devic
 
 
 def _make_signs(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One bit of a hash of each entry's row and column. The state of a random generator would have to be restored."""
+    """Signs from one bit of a hash of each entry's row and column, so that no random generator has to be restored."""
     row = torch.arange(rows, device=device)[:, None]
     column = torch.arange(columns, device=device)[None, :]
     bits = _scrambled(_scrambled(row + 1) + column)
@@ -328,7 +328,7 @@ def _make_signs(rows: int, columns: int, dtype: torch.dtype, device: torch.devic
 def _scrambled(values: Tensor) -> Tensor:
     """A bijection of the integers below 2**32 in which every bit of the result depends on all bits of the input.
 
-    Multiplications by odd numbers and shifts in turn; int64 tensors.
+    It alternates multiplications by odd numbers and shifts. Argument and result are int64 tensors.
     """
     mask = 0xFFFFFFFF
     values = values & mask

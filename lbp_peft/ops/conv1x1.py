@@ -1,6 +1,7 @@
 """The low-rank layer on images: a convolution with kernel 1 multiplies every pixel's channels by one matrix.
 
-The mathematics is that of [`lbp_peft.ops.linear`], with pixels for tokens. Only the channels come first.
+The mathematics is the same as in [`lbp_peft.ops.linear`], with pixels as tokens. The only difference is that the
+channels come first.
 """
 
 from __future__ import annotations
@@ -79,6 +80,8 @@ class _State:
 
 
 class _LowRankPointwise(torch.autograd.Function):
+    """Arguments: state, x, weight, bias."""
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -125,7 +128,14 @@ def _gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
 
 
 def _input_grad(state: _State, weight: Tensor, grad_y: Tensor, g_hat: Tensor | None) -> Tensor:
-    """The gradient of x, from that of y and, if it is known, its projection for the weight gradient."""
+    """The gradient of x.
+
+    Args:
+        state: See [`_State`].
+        weight: The weight.
+        grad_y: The gradient of y.
+        g_hat: Its projection for the weight gradient; None: it was not computed.
+    """
     weight_projection, input_projection = state.weight_projection, state.input_projection
     precision = precision_now(state.plan.precision)
     if precision == FULL:

@@ -35,7 +35,7 @@ class LeadingTokens:
         return tokens[:, : self.number]
 
     def fit(self, tokens: Tensor) -> tuple[LeadingTokens, Tensor]:
-        """Itself, and [`project_gradient`]."""
+        """This projection, and the coefficients of a gradient: (N, L, C) -> (N, p, C)."""
         return self, self.project_gradient(tokens)
 
     def sum(self, coefficients: Tensor) -> Tensor:
@@ -52,12 +52,13 @@ class LeadingTokens:
 def leading_tokens_with_gradient(g: Tensor, plan: BackwardPlan) -> LeadingTokens | None:
     """The tokens before the grid, if the gradient of the outputs is exactly zero in all others; None if it is not.
 
-    Only on CPUs: elsewhere the program would have to wait for the device. A compiled graph cannot depend on values.
+    This is checked on CPUs only: elsewhere, the program would have to wait for the device. It is not checked in
+    compiled graphs, which cannot depend on values.
 
     Args:
         g: Shape (N, L, C_out).
-        plan: The plan of the layer. Where it has no layout, only the first token is left out of the comparison. The
-            tokens before the grid must be among the coefficients of the weight gradient's basis as they are.
+        plan: The plan of the layer. If it has no layout, all tokens but the first are compared with zero. The basis of
+            the weight gradient must keep the tokens before the grid as they are.
     """
     if must_be_functional() or type(g) is not Tensor or g.device.type != "cpu" or g.numel() == 0:
         return None

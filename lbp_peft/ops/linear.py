@@ -14,10 +14,10 @@ A low-rank update beside the weight (LoRA, arXiv 2106.09685), y += s (x A^T) B^T
                  dB = s sum_n g^_n^T (x^_n A^T)
                  dx = P^T (g^ W + s (g^ B) A)
 
-Where that is faster, y and dx are each one product with the sum W + s B A, see [`lbp_peft.ops.summed_weight`]. The bits
-of y are then not LoRA's own.
+Where it is faster, y and dx are each computed in one product with the sum W + s B A, see
+[`lbp_peft.ops.summed_weight`]. The bits of y then differ from LoRA's own.
 
-Where g is zero in all but the tokens before the grid, products are those of these tokens alone, see
+Where g is zero in all tokens but those before the grid, only these tokens are multiplied, see
 [`lbp_peft.ops.leading_tokens`].
 """
 
@@ -140,7 +140,7 @@ class _LowRankLinear(torch.autograd.Function):
 
 
 class _EagerLowRankLinear(_LowRankLinear):
-    """The same outside of `torch.func` and `torch.compile`.
+    """[`_LowRankLinear`] outside of `torch.func` and `torch.compile`.
 
     PyTorch binds the arguments of a function with a `setup_context` to its signature in every call, which takes longer
     than everything else that a call does in Python. Only transforms of `torch.func` need that method.
@@ -311,7 +311,7 @@ def _input_coefficients(
 
 
 def _sums_weight_again(state: _State, precision: Precision, g_hat: Tensor, weight: Tensor) -> bool:
-    """Whether the input gradient is one product too. It is not where a rounded copy of the weight alone is kept."""
+    """Whether the input gradient is one product too. It is not if a quantized copy of the weight alone is kept."""
     if not state.sums_weight or number_format(precision.name).caches_weight(g_hat.device):
         return False
     num_images = heuristics.USUAL_BATCH if torch.compiler.is_compiling() else g_hat.shape[0]
@@ -348,15 +348,15 @@ def low_rank_linear(
         weight: Shape (C_out, C_in).
         bias: Shape (C_out,). Its gradient is always exact.
         plan: How the backward pass is run, see [`BackwardPlan`].
-        branches: Low-rank updates beside the weight, added in turn. The gradients of `down` and `up` are computed from
-            the same projections as that of the weight.
+        branches: Low-rank updates beside the weight, added one after another. The gradients of `down` and `up` are
+            computed from the same projections as the gradient of the weight.
         parameter: The parameter that `weight` is a transpose or a cast of, if it is not a parameter itself. Its copy in
             int8 is kept for as long as the parameter does not change.
-        exact_forward: Whether the output with branches is that of a sum of products, bit for bit, and never that of one
+        exact_forward: Whether the output with branches is always a sum of several products, bit for bit, and never one
             product with the sum of the matrices.
 
     Under autocast, the tensors are cast as `F.linear` casts them. The reverse-mode transforms of `torch.func` (grad,
-    vjp, jacrev) and vmap see the same gradients, but for the product with the weight, which is in full precision. In
+    vjp, jacrev) and vmap see the same gradients, except that the product with the weight is in full precision. In
     forward mode (jvp, jacfwd, hessian) everything is exact.
 
     Returns:

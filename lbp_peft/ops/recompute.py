@@ -47,8 +47,8 @@ def low_rank_layer(
         x: Shape (N, L, C_in), or (N, H, W, C_in) with L = H W.
         plan: How the backward pass is run, see [`BackwardPlan`]. Its basis of the weight gradient serves all trained
             parameters of the layer. Its number format is not used: the layer multiplies in its own.
-        fingerprint: Returns what identifies changes of the layer that its tensors' version counters do not record, such
-            as merging an adapter.
+        fingerprint: Returns a value that is another one after changes of the layer that its tensors' version counters
+            do not record, such as merging an adapter.
 
     Dropout of the input is respected: the parameters see what it left of x, and no gradient passes through what it
     dropped.
@@ -68,7 +68,7 @@ def low_rank_layer(
     dropouts = active_dropouts(layer)
     dropped: list[Tensor] = []
     if input_projection is None:
-        # Autograd's own way through the layer, its parameters held fixed, is exact and saves no input.
+        # Plain autograd through the layer, with its parameters held fixed, is exact and saves no input.
         with forwards_replaced(dropouts, lambda module, z: _noted(F.dropout(z, module.p), dropped)):
             fixed = {name: p.detach() for name, p in parameters.items()}
             y = functional_call(layer, fixed, (x,))
@@ -155,7 +155,7 @@ def _needed(ctx: Any) -> _Needs:
 
 
 def _check_unchanged(state: _State) -> None:
-    """Raise RuntimeError if the layer is not the one of the forward pass any more."""
+    """Raise RuntimeError if the layer has changed since the forward pass."""
     if state.fingerprint() != state.fingerprint_of_forward:
         raise RuntimeError(
             f"A layer changed between its forward and its backward pass, from {state.fingerprint_of_forward} to "
@@ -238,7 +238,8 @@ def _differentiate(
         trained: For each of the tensors, whether its gradient is wanted.
 
     Returns:
-        The gradients of xs, none if not wanted, and those of the tensors, None for each that is not.
+        The gradients of xs, an empty list if they are not wanted; and one gradient for each of the tensors, None where
+        it is not wanted.
     """
     with torch.enable_grad(), state.autocast(), random_state_restored(grad.device):
         inputs = [z.detach().requires_grad_(inputs_too)[None] for z in xs]

@@ -5,8 +5,8 @@ layer's output several times, which takes a tenth of a layer's forward pass or m
 r C_in C_out multiply-adds, whatever the number of tokens. RunLoRA (arXiv 2312.03415) chooses between such ways by their
 cost, and so does [`lbp_peft.heuristics.Heuristics.sum_weights`]. The sum is not kept: the backward pass makes it again.
 
-The sum is made in float32 or float64. Under autocast it is rounded once, as the weight alone would be. A weight that is
-itself of 16 bits would swallow small updates, and is never summed.
+The sum is computed in float32 or float64. Under autocast it is rounded once, as the weight alone would be. If the
+weight itself has 16 bits, nothing is summed, since small updates would be lost in the rounding.
 """
 
 from __future__ import annotations
