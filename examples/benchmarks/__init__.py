@@ -1,1 +1,1 @@
-"""What a training step costs: programs that measure it, and what they share."""
+"""Programs that measure what a training step costs, and the code that they share."""

@@ -1,4 +1,5 @@
-"""Multiply-adds of one image's backward pass through EfficientFormer-L1, by exact backpropagation, LoRA and LBP-WHT.
+"""Counts the multiply-adds of one image's backward pass through EfficientFormer-L1, by exact backpropagation, LoRA and
+LBP-WHT.
 
     pip install ".[timm]"
     python examples/benchmarks/backward_cost.py
@@ -36,7 +37,7 @@ METHODS = ("exact", "LoRA", "LBP-WHT, paper", "LBP-WHT, grad_input_dtype=full")
 
 
 def backward_macs(model: nn.Module, images: torch.Tensor, check: bool = False) -> int:
-    """Multiply-adds of the backward pass, by the package's counter; an exact model's can be checked."""
+    """The multiply-adds of the backward pass, by the package's counter; those of an exact model can be checked."""
     with _BackwardByHand() as by_hand:
         logits = model(images)
     loss = sum(part.square().sum() for part in (logits if isinstance(logits, tuple) else [logits]))
@@ -52,9 +53,10 @@ def backward_macs(model: nn.Module, images: torch.Tensor, check: bool = False) -
 
 
 class _BackwardByHand(TorchFunctionMode):
-    """Multiply-adds of the backward pass that PyTorch's counter gets wrong, from the shapes of the forward calls.
+    """Counts the multiply-adds of the backward pass that PyTorch's counter gets wrong, from the shapes of forward
+    calls.
 
-    It ignores the groups of convolutions, and not every version knows the fused attention of CPUs.
+    That counter ignores the groups of convolutions, and not every version knows the fused attention of CPUs.
     """
 
     operators = (

@@ -4,10 +4,10 @@
     python examples/benchmarks/calibration.py --model google/vit-base-patch16-224-in21k --dataset my_images/
 
 The head is trained first, on frozen features, since the gradients of a random head say little. Then the bases are
-calibrated on some batches, and the gradients of all adapted weights are compared on others, the input gradients being
-exact. A block's cosine is the mean over its layers and the batches. "lhe-x", "lhe-g", "klt-x" and "klt-g" weigh one
-factor of the weight gradient alone, the inputs or the gradients of the outputs. Last, ranks are allocated at the memory
-that one rank for all layers takes, and compared with that.
+calibrated on some batches, and the gradients of all adapted weights are compared on other batches, with exact input
+gradients. A block's cosine is the mean over its layers and the batches. "lhe-x", "lhe-g", "klt-x" and "klt-g" weigh one
+factor of the weight gradient alone, the inputs or the gradients of the outputs. Finally, ranks are allocated at the
+memory that one rank for all layers takes, and compared with that rank.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ ALONE = {"x": "inputs", "g": "gradients"}
 
 @dataclass
 class CalibrationOptions(ClassificationData):
-    """The data is named as for the example programs; all images are drawn from what is to be trained on."""
+    """The options. Data is named as in the example programs; all images are drawn from the training images."""
 
     batch_size: int = option(32, "Images in a batch.")
     head_batches: int = option(12, "Batches that the head is trained on.")
@@ -69,7 +69,7 @@ class CalibrationOptions(ClassificationData):
 
 
 def train_head(model: nn.Module, names: list[str], batches: list[dict[str, Any]], steps: int = 300) -> float:
-    """Train the head on what it receives from the frozen model; the last loss."""
+    """Train the head on what it receives from the frozen model, and return the last loss."""
     if len(names) != 1 or not isinstance(head := model.get_submodule(names[0]), nn.Linear):
         raise SystemExit(
             f"--head-modules: to be trained on frozen features, the head must be one linear layer: {names}"
@@ -95,7 +95,7 @@ Gradients = dict[str, Tensor]
 
 
 def gradients(model: nn.Module, batch: dict[str, Any]) -> Gradients:
-    """Of each adapted weight, by the name of its layer."""
+    """The gradient of each adapted weight, by the name of its layer."""
     model.zero_grad()
     model.train()(**batch).loss.backward()
     return {layer.layer_name: layer.lbpwht_weight["default"].grad.clone() for layer in layers_of(model)}
@@ -118,7 +118,7 @@ def set_bases(model: nn.Module, bases: dict[str, Basis]) -> None:
 
 
 def by_one_factor(seen: TokenStatistics, factor: str) -> TokenStatistics:
-    """Statistics by which bases are chosen as if both factors were this one: "x", "g", or "" for both as they are."""
+    """The statistics, changed so that bases are chosen by one factor alone, "x" or "g"; "": unchanged."""
     if not factor:
         return seen
     own = getattr(seen, ALONE[factor])
@@ -126,7 +126,7 @@ def by_one_factor(seen: TokenStatistics, factor: str) -> TokenStatistics:
 
 
 def by_block(values: list[tuple[str, float]]) -> list[float]:
-    """The mean of each block; a block's number is the first one in the names of its layers."""
+    """The mean over each block. The number of a block is the first number in the names of its layers."""
     blocks: dict[int, list[float]] = {}
     for name, value in values:
         blocks.setdefault(int(re.findall(r"\.(\d+)\.", name)[0]), []).append(value)
@@ -157,7 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
         exact = [gradients(model, batch) for batch in for_test]
 
     def compare(model: nn.Module) -> tuple[list[float], float]:
-        """The cosine of each block, and the lowest of a layer."""
+        """The cosine of each block, and the lowest cosine of any layer."""
         found = [gradients(model, batch) for batch in for_test]
         values = {
             name: statistics.fmean(

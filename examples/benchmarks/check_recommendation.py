@@ -5,9 +5,9 @@
         --model vit-b/ --random-images 224
 
 It loads the same model and the same batches, trains with AdamW, and compares the step time (the median, after two steps
-to warm up) and the peak memory with the recommendation: on a CPU the resident set, which another process reads every
-five milliseconds; on a GPU what PyTorch's allocator has handed out. It ends with exit status 1 where the peak exceeds
-the budget, or what was predicted if there was no budget, by more than 5 %.
+to warm up) and the peak memory with the recommendation. On a CPU, the peak is that of the resident set, which another
+process reads every five milliseconds; on a GPU, it is the most that PyTorch's allocator handed out. The exit status is
+1 if the peak exceeds the budget, or the prediction if there was no budget, by more than 5 %.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def watched(child: subprocess.Popen[str]) -> int:
-    """The largest resident set of a process, until it ends."""
+    """The largest resident set of a process, which is watched until it ends."""
     process, peak = psutil.Process(child.pid), 0
     while child.poll() is None:
         try:
@@ -94,7 +94,7 @@ def watched(child: subprocess.Popen[str]) -> int:
 
 
 def train(options: CheckOptions, label: str, precision: str) -> None:
-    """Train, and print the step time and, of a GPU, the peak memory, as JSON."""
+    """Train, and print as JSON the step time and, on a GPU, the peak memory."""
     candidates = {one.label: one for one in (*CANDIDATES, *compiled(SETTINGS))}
     candidate: Candidate = candidates[label]
     inputs = load_inputs(options)

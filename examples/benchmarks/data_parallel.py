@@ -1,9 +1,9 @@
-"""Time and traffic of a data-parallel step on CPU processes, beside what docs/scaling.md predicts.
+"""Measures the time and traffic of a data-parallel step on CPU processes, beside the predictions of docs/scaling.md.
 
     python examples/benchmarks/data_parallel.py
 
-Each process has one thread. Measured alone, a step without exchange and the exchange of as many bytes add up to the
-prediction; PyTorch overlaps the two, so a step may take less. The traffic is counted in the exchange itself.
+Each process has one thread. The prediction is the sum of a step without exchange and an exchange of as many bytes, each
+measured by itself. PyTorch overlaps the two, so a step may take less. The traffic is counted in the exchange itself.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def count(sent, bucket):  # PyTorch refuses annotations that are strings
 
 
 def milliseconds(action: Callable[[], object]) -> float:
-    """Of the slowest process."""
+    """The milliseconds of the slowest process."""
     dist.barrier()
     start = time.perf_counter()
     action()

@@ -1,4 +1,4 @@
-"""The figure beside the table: time, saved activations and peak memory of every method."""
+"""Draws the figure beside the table: time, saved activations and peak memory of every method."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FORWARD, BACKWARD, SAVED, WEIGHTS, OF_STEP = "#56B4E9", "#0072B2", "#009E73", "#
 
 
 def draw_steps(path: Path, rows: list[dict[str, Any]], title: str) -> None:
-    """One line a method, three panels. Ratios to full fine-tuning are written beside the bars, if it was measured."""
+    """Draw three panels with a bar for each method, and its ratio to full fine-tuning if that was measured."""
     figure, (time, saved, peak) = plt.subplots(
         1, 3, figsize=(15, 1.9 + 0.36 * len(rows)), sharey=True, width_ratios=[1.3, 1, 1], layout="constrained"
     )

@@ -1,4 +1,4 @@
-"""How short a computation can be on a machine: what it multiplies, what it moves, and the rates of both, measured."""
+"""The least time that a computation can take on a machine, from its work and the measured rates of the machine."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ PRECISIONS = {"float32": torch.float32, "bf16": torch.bfloat16, "int8": torch.in
 
 @dataclass(frozen=True)
 class Rates:
-    """What the machine does in a second at its best.
+    """The highest rates of the machine, per second.
 
     Attributes:
-        multiply_adds: In matrix products, by precision; a precision that the device lacks is missing.
-        bytes: Read and written, in main memory.
+        multiply_adds: The multiply-adds of matrix products, by precision; a precision that the device lacks is missing.
+        bytes: The bytes read and written in main memory.
     """
 
     multiply_adds: dict[str, float]
@@ -28,18 +28,18 @@ class Rates:
 
 @dataclass(frozen=True)
 class Work:
-    """What a computation cannot do without.
+    """The work that a computation has to do in any case.
 
     Attributes:
-        multiply_adds: In matrix products, by precision.
-        bytes: Everything read or written once.
+        multiply_adds: The multiply-adds of its matrix products, by precision.
+        bytes: The bytes that it reads or writes, each counted once.
     """
 
     multiply_adds: dict[str, int]
     bytes: int
 
     def seconds(self, rates: Rates) -> tuple[float, float] | None:
-        """Of multiplying, and of moving; None if the device lacks a precision."""
+        """The seconds for the multiply-adds and for the bytes; None if the device lacks a precision."""
         if not self.multiply_adds.keys() <= rates.multiply_adds.keys():
             return None
         multiplying = sum(count / rates.multiply_adds[precision] for precision, count in self.multiply_adds.items())
@@ -47,11 +47,11 @@ class Work:
 
 
 def measure_rates(device: torch.device, side: int | None = None, mib: int = 512) -> Rates:
-    """The best of several runs each.
+    """Measure the rates of a machine: the best of several runs each.
 
     Args:
-        side: Of the square matrices that are multiplied; None: large enough to keep the device busy.
-        mib: MiB that are copied.
+        side: The side of the square matrices that are multiplied; None: large enough to keep the device busy.
+        mib: The MiB that are copied.
     """
     side = side or (8192 if device.type == "cuda" else 1536)
     products = {}
@@ -69,7 +69,7 @@ def measure_rates(device: torch.device, side: int | None = None, mib: int = 512)
 
 
 def _best(run: Callable[[], object], times: int = 7) -> float:
-    """Seconds of the fastest run; the first, which may set something up, does not count."""
+    """The seconds of the fastest run. The first run does not count, since it may set something up."""
     run()
     seconds = []
     for _ in range(times):

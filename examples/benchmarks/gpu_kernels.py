@@ -1,10 +1,11 @@
-"""Time of each Triton kernel beside plain PyTorch, and beside the memory bandwidth. Needs a GPU, and triton.
+"""Compares the time of each Triton kernel with plain PyTorch and with the memory bandwidth. It needs a GPU and triton.
 
     python examples/benchmarks/gpu_kernels.py
     python examples/benchmarks/gpu_kernels.py --batch-size 128 --dtype float32
 
-Each kernel reads its input once and writes its output once, so the least time is those bytes over the bandwidth, which
-is measured at the start. `/ moving` is how many times that it takes; the plain path makes tensors in between as well.
+Each kernel reads its input once and writes its output once, so the least time is the number of these bytes, divided by
+the bandwidth, which is measured at the start. The column `/ moving` is the ratio to that time. The plain path also
+writes and reads intermediate tensors.
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ CALLS = 20  # in a row, so that the time to launch one is hidden as it is in a t
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two ways to the same result.
+    """Two ways to compute the same result.
 
     Attributes:
-        name: Of the kernel, with the shape of its input.
-        bytes: That the input and the output take.
-        ways: The kernel's and the plain one.
+        name: The name of the kernel, with the shape of its input.
+        bytes: The size of the input and the output.
+        ways: The kernel and the plain way.
     """
 
     name: str
@@ -90,7 +91,7 @@ def comparisons(options: argparse.Namespace) -> list[Comparison]:
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds of one call."""
+    """The seconds of one call."""
     start = now()
     for _ in range(CALLS):
         run()
@@ -98,7 +99,7 @@ def timed(run: Callable[[], object]) -> float:
 
 
 def measured(comparison: Comparison, rounds: int, bandwidth: float) -> list[dict[str, Any]]:
-    """One row a way, times in ms as quartiles."""
+    """A row for each way, with times in ms as quartiles."""
     for run in comparison.ways.values():  # the kernel is compiled and tuned at its first call
         run()
     times = interleaved([lambda run=run: timed(run) for run in comparison.ways.values()], range(rounds))

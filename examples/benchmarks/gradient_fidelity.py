@@ -1,12 +1,12 @@
-"""How near the gradients of LBP-WHT are to the exact ones: the cosine between them, on one batch of real images.
+"""Measures how close the gradients of LBP-WHT are to the exact ones, by the cosine between them, on real images.
 
     python examples/benchmarks/gradient_fidelity.py --model dinov2-small-saliency --train-files cifar100/train.parquet
     python examples/benchmarks/gradient_fidelity.py --model google/vit-base-patch16-224-in21k --dataset my_images/
 
-For each setting: the cosine over the gradients of all adapted weights together, and those of the first, the middle and
-the last block alone, the least of its layers. Settings are those of `LBPWHTConfig`, as in `r=10,grad_input_dtype=int8`;
-what examples/benchmarks/methods.py does to a model may follow, as in `r=10+compile`. A related method of
-examples/benchmarks/rivals is a setting too, as in `hosvd:energy=0.8`; what it calibrates comes from the batch itself.
+For each setting, the table has the cosine of the gradients of all adapted weights together, and the lowest cosine of a
+layer in the first, the middle and the last block. Settings are those of `LBPWHTConfig`, as in
+`r=10,grad_input_dtype=int8`. Words of examples/benchmarks/methods.py may follow, as in `r=10+compile`. A related method
+of examples/benchmarks/rivals is a setting too, as in `hosvd:energy=0.8`; it calibrates on the batch itself.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ SETTINGS = [
 
 
 def gradients(model: nn.Module, batch: dict[str, Any], plain: list[str] | None = None) -> list[Tensor]:
-    """Of each adapted weight, in the order of the layers; or of the layers of these names, which are plain ones."""
+    """The gradients of the adapted weights, in the order of the layers; or of the weights of these plain layers."""
     model.zero_grad()
     model(**batch).loss.backward()
     if plain is not None:
@@ -92,7 +92,7 @@ def least(found: list[Tensor], exact: list[Tensor]) -> float:
 
 @dataclass
 class FidelityOptions(ClassificationData):
-    """The data is named as for the example programs; the batch is drawn from what is to be trained on."""
+    """The options. Data is named as in the example programs; the batch is drawn from the training images."""
 
     images: int = option(40, "How many images the batch has.")
     settings: list[str] = option(SETTINGS, "What to measure. (default: r of 3, 10 and 21 with every precision)")
@@ -111,7 +111,7 @@ class FidelityOptions(ClassificationData):
         shared = {name: value for name, value in vars(self).items() if name in known}
         if not self.train_images_per_class:
             shared["train_images"] = min(self.train_images or self.images, self.images)
-        shared["test_images"] = 1  # none is tested on
+        shared["test_images"] = 1  # no image is used for testing
         return ClassificationOptions(**shared, batch_size=self.images, min_crop=1.0, horizontal_flip=False)
 
 

@@ -1,13 +1,13 @@
-"""Time of the input gradient alone, by basis and rank, against the exact product g W.
+"""Measures the time of the input gradient by itself, by basis and rank, against the exact product g W.
 
     python examples/benchmarks/input_gradients.py
     ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 ATEN_CPU_CAPABILITY=avx2 \
         python examples/benchmarks/input_gradients.py --threads 1 --cpu-time
 
-The ways take turns. For each, the table has the least time and the median of the ratios to the exact product within a
-round; for those in an adaptive basis also how the least time divides into finding the basis and the coefficients (fit),
-the product with the weight and lifting. The second command restricts a CPU with AVX-512 to AVX2, and counts the time
-that the process itself had a core, so that it can be used on a machine with other work.
+The ways take turns. For each of them, the table has the least time, and the median of the ratios to the exact product
+within a round. For adaptive bases, it also has the parts of the least time: finding the basis and the coefficients
+(fit), the product with the weight, and lifting. The second command restricts a CPU with AVX-512 to AVX2, and counts the
+time that the process itself had a core, so that it can be used on a machine with other work.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Timed:
         self.precision, self.grad, self.weight, self.clock = way.precision, grad, weight, clock
 
     def run(self) -> tuple[float, ...]:
-        """Seconds of each of the `PARTS`."""
+        """The seconds of each of the `PARTS`."""
         times = [self.clock()]
         fitted, coefficients = (None, self.grad) if self.projection is None else self.projection.fit(self.grad)
         times.append(self.clock())
@@ -65,7 +65,7 @@ def ways(options: argparse.Namespace) -> dict[str, InputGradient]:
 
 @torch.no_grad()
 def measured(layer: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each way, times in ms."""
+    """A row for each way, with times in ms."""
     in_features, out_features = (options.width * factor for factor in LAYERS[layer])
     layout = TokenLayout((options.grid, options.grid), 1)
     generator = torch.Generator().manual_seed(0)

@@ -3,10 +3,10 @@
     full                                   all weights are trained
     lora-all:r=16                          LoRA on all linear layers of the encoder
     full+checkpointing                     activations are computed again in the backward pass
-    lbp-wht+checkpointing:every=2          those of every second block
+    lbp-wht+checkpointing:every=2          the same in every second block only
     full+compile                           torch.compile
     lbp-wht:r=10,grad_input_dtype=int8           LBP-WHT; the settings are those of its configuration
-    lora-all+lbp-wht:r=3,grad_input_rank=3      LBP-WHT put on LoRA
+    lora-all+lbp-wht:r=3,grad_input_rank=3      LBP-WHT on top of LoRA
     lbp-wht:compress_activations=norm/activation    several words are joined by a slash
     hosvd:energy=0.8                       another method's backward pass, see examples/benchmarks/rivals
 
@@ -33,7 +33,7 @@ from lbp_peft import LBPWHTConfig
 from lbp_peft.encoder import encoder_linears
 from lbp_peft.recommendation.candidates import NotApplicableError, enable_checkpointing
 
-# Those that this version of LBP-WHT does not know are left out, see `default_methods`.
+# Settings that this version of LBP-WHT does not know are left out, see `default_methods`.
 DEFAULT_METHODS = (
     "full",
     "full+checkpointing",
@@ -66,14 +66,14 @@ Settings = dict[str, Any]
 
 
 class NotAvailable(Exception):
-    """A method cannot be had here; the message says why."""
+    """A method is not available here; the message says why."""
 
 
 def adapted(base: nn.Module, method: str, heads: list[str]) -> nn.Module:
-    """A copy of the model, made ready to be trained by a method, which trains the heads too.
+    """A copy of the model that is ready to be trained by a method, which trains the heads too.
 
-    The copy has parameters of its own on the memory of the base model's: many large models fit side by side, and no
-    step that is only measured changes a weight.
+    The parameters of the copy share the memory of the base model's parameters, so that many large models fit side by
+    side. This is safe because no step that is measured changes a weight.
 
     Raises:
         NotAvailable: the model or an installed version does not admit the method.
@@ -84,7 +84,7 @@ def adapted(base: nn.Module, method: str, heads: list[str]) -> nn.Module:
 
 
 def applied(model: nn.Module, method: str, heads: list[str]) -> nn.Module:
-    """The model itself, made ready to be trained by a method. Raises as [`adapted`] does."""
+    """The model itself, ready to be trained by a method. It raises the same errors as [`adapted`]."""
     for word, settings in words(method):
         model = WORDS[word](model, heads, settings)
     return model
@@ -110,7 +110,7 @@ def words(method: str) -> list[tuple[str, Settings]]:
 
 
 def setting(text: str) -> Any:
-    """The value of a setting: as YAML has it, or a list of words that are joined by a slash."""
+    """The value of a setting, which is written as in YAML, or as words that are joined by slashes."""
     return text.split("/") if "/" in text else yaml.safe_load(text)
 
 
@@ -120,7 +120,7 @@ def default_methods() -> list[str]:
 
 
 def compressed() -> str:
-    """The setting for as few saved activations as this version of LBP-WHT has."""
+    """The setting with the fewest saved activations in this version of LBP-WHT."""
     settings = ("all", "int8")
     return next(
         f"compress_activations={one}" for one in settings if _is_known("lbp-wht", {"compress_activations": one})
@@ -141,7 +141,7 @@ def full(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
 
 
 def checkpointing(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
-    """Checkpointing of all blocks, or of the last of every so many (`every`)."""
+    """Checkpointing of all blocks, or of the last one of every group of `every` blocks."""
     every = settings.get("every", 1)
     if set(settings) - {"every"} or not isinstance(every, int) or every < 1:
         raise NotAvailable(f"checkpointing takes every=1, 2, ..., got {settings}")
@@ -209,7 +209,7 @@ def velora(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
         raise NotAvailable(f"PEFT {peft.__version__} has no VeLoRA") from None
     try:
         return lora_all(model, heads, {"velora_config": VeloraConfig(), **settings})
-    except ValueError as error:  # it does not adapt convolutions
+    except ValueError as error:  # VeLoRA does not adapt convolutions
         raise NotAvailable(str(error)) from error
 
 

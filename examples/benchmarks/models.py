@@ -44,7 +44,7 @@ def loss_of_transformers(model: nn.Module, batch: Batch) -> Tensor:
 
 def loss_of_timm(model: nn.Module, batch: Batch) -> Tensor:
     logits = model(batch["pixel_values"])
-    heads = logits if isinstance(logits, tuple) else (logits,)  # of the classes, and of a distilled teacher
+    heads = logits if isinstance(logits, tuple) else (logits,)  # the second head imitates a teacher
     return sum((F.cross_entropy(each, batch["labels"]) for each in heads), torch.zeros((), device=heads[0].device))
 
 
@@ -53,11 +53,11 @@ class Model:
     """A model to measure.
 
     Attributes:
-        build: From (height, width) in pixels.
-        size: (height, width), if none is asked for.
-        heads: Modules that every method trains in full.
-        batch: From batch size and (height, width).
-        loss: Of the model on a batch.
+        build: A function from (height, width) in pixels to the model.
+        size: The default (height, width).
+        heads: The names of the modules that every method trains in full.
+        batch: A function from the batch size and (height, width) to a batch.
+        loss: A function from the model and a batch to the loss.
     """
 
     build: Callable[[Size], nn.Module]

@@ -1,10 +1,10 @@
-"""Everything that needs a GPU, one after the other within a time limit: the tests, the kernels, the training steps.
+"""Runs everything that needs a GPU within a time limit: the tests, the kernels and the training steps.
 
     python examples/benchmarks/on_gpu.py
     python examples/benchmarks/on_gpu.py --minutes 20 --output runs/gpu --only tests vit-b-bf16
 
-Each part is a program of its own, so that one which fails or runs out of time leaves the others alone. A part that
-would begin after the limit is left out and named at the end. Output goes to the terminal and, with the JSON records, to
+Each part is a program of its own, so that a part that fails or runs out of time does not affect the others. A part that
+would begin after the limit is skipped and named at the end. Output goes to the terminal and, with the JSON records, to
 the folder `--output`.
 """
 
@@ -37,9 +37,9 @@ class Part:
     """One program.
 
     Attributes:
-        command: After the Python interpreter.
-        seconds: After which it is stopped.
-        environment: Variables beside those of this process.
+        command: The arguments of the Python interpreter.
+        seconds: The time after which the program is stopped.
+        environment: Environment variables in addition to those of this process.
     """
 
     command: list[str]
@@ -56,7 +56,7 @@ def training_step(
 
 
 def parts(output: Path) -> dict[str, Part]:
-    """All parts by name, the most telling first."""
+    """All parts by name, the most important ones first."""
 
     def step(name: str, model: str, methods: tuple[str, ...], seconds: int, *options: str, **env: str) -> Part:
         return training_step(name, output, model, methods, seconds, *options, **env)
@@ -75,7 +75,7 @@ def parts(output: Path) -> dict[str, Part]:
 
 
 def run(name: str, part: Part, seconds: float, output: Path) -> str:
-    """Run one part with its output shown and written; how it ended, in a word."""
+    """Run one part, show and write its output, and return in a word how it ended."""
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | part.environment
     print(f"\n== {name}", flush=True)

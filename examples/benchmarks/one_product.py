@@ -1,8 +1,8 @@
-"""LoRA in which each layer is a single product with the sum of its matrices, after RunLoRA (arXiv 2312.03415).
+"""LoRA in which each layer multiplies once, by the sum of its matrices, after RunLoRA (arXiv 2312.03415).
 
     y = x (W + s B A)^T      dx = g (W + s B A)      dA = s (g B)^T x      dB = s g^T (x A^T)
 
-The sum is made anew in each pass, so that nothing is kept but the input.
+The sum is computed again in each pass, so that nothing is kept but the input.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _OneProduct(torch.autograd.Function):
 
 
 def in_one_product(model: nn.Module) -> nn.Module:
-    """The model, whose LoRA layers of one adapter without dropout compute in one product while they are trained."""
+    """Have the LoRA layers of a model, with one adapter and no dropout, compute one product while they are trained."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         (name,) = self.active_adapters

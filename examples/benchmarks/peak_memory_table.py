@@ -1,15 +1,15 @@
-"""The peak memory of training, each method in a process of its own, and the time of its step.
+"""Measures the peak memory of training, in a process of its own for each method, and the time of a step.
 
     python examples/benchmarks/peak_memory_table.py
     python examples/benchmarks/peak_memory_table.py --model vit-s --batch-sizes 8 32 --methods full lbp-wht
 
-Memory is measured over whole steps, AdamW and its state included: on a CPU the resident set of the process at its
-largest, on a GPU the most that PyTorch's allocator held. Beside it stands what libraries and tensors take at the end
-of the forward pass, counted: what is above it the backward pass works with, or the C library keeps. Environment
-variables that set its allocator, such as `MALLOC_MMAP_THRESHOLD_=262144`, matter therefore, and are recorded. Times
-are of forward and backward pass; there the methods take turns in one process, as in training_step.py. Every figure is
-written down as soon as it is there: started again with the same options, the program goes on where it was stopped. How
-methods are written: see examples/benchmarks/methods.py.
+Memory is measured over whole steps, with AdamW and its state: on a CPU it is the largest resident set of the process,
+and on a GPU the most that PyTorch's allocator held. The table also has the memory of libraries and tensors at the end
+of the forward pass, which is counted. The difference is what the backward pass works with, or what the C library keeps.
+Environment variables that set the library's allocator, such as `MALLOC_MMAP_THRESHOLD_=262144`, therefore matter, and
+are recorded. Times are those of a forward and a backward pass; for them, the methods take turns in one process, as in
+training_step.py. Every figure is written as soon as it is measured: if the program is started again with the same
+options, it continues where it was stopped. examples/benchmarks/methods.py describes how methods are written.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ _OF_MALLOC = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD", "THP_MEM_ALLOC_ENABLE")
 
 
 def peak_of_process() -> int:
-    """Bytes of the resident set of this process when it was largest.
+    """The bytes of the resident set of this process when it was largest.
 
-    Linux counts it for each program anew here, but in `getrusage` goes on from the program that started this one.
+    Linux counts this value from the start of each program, whereas `getrusage` includes the program that started this
+    one.
     """
     status = Path("/proc/self/status")
     if status.exists():
@@ -75,11 +76,11 @@ def peak_of_process() -> int:
 
 
 def tensors(options: argparse.Namespace, method: str) -> dict[str, float]:
-    """What the tensors of a method take when its forward pass ends, counted; the resident set cannot be less.
+    """The memory of a method's tensors when its forward pass ends, which is counted. The resident set is never smaller.
 
     Returns:
-        MiB of weights, trained copies and AdamW's state, which stay, and of the activations saved for each image. The
-        resident set has libraries, whatever the backward pass works with and what the C library keeps beside these.
+        The MiB of weights, trained copies and AdamW's state, which stay; and the MiB of the activations saved for each
+        image. The resident set also has libraries, what the backward pass works with, and what the C library keeps.
     """
     kind, device = MODELS[options.model], torch.device(options.device)
     torch.manual_seed(0)
@@ -103,7 +104,7 @@ def train(options: argparse.Namespace, method: str, batch_size: int) -> dict[str
     """Train for a few steps in this process.
 
     Returns:
-        Peak in MiB, and the part of it that was there before the model.
+        The peak in MiB, and the part of it that was in use before the model was built.
 
     Raises:
         NotAvailable: the model or an installed version does not admit the method.
@@ -127,7 +128,7 @@ def train(options: argparse.Namespace, method: str, batch_size: int) -> dict[str
 
 
 def take_turns(options: argparse.Namespace) -> dict[str, Any]:
-    """The times of the methods' steps: quartiles [first, median, third] and the least, in ms, and ratios to others."""
+    """The times of the methods' steps: quartiles [first, median, third] and minimum in ms, and ratios to others."""
     options.batch_size = options.batch_sizes[0]
     steps = prepared(options)
     for step in steps.values():  # tables are made, and base weights put away
@@ -149,7 +150,7 @@ def in_a_process(arguments: list[str], limit: float) -> tuple[dict[str, Any] | N
     """Run this program for one measurement.
 
     Returns:
-        Its figures, or None and why there are none.
+        The figures; or None, and the reason why there are none.
     """
     command = [sys.executable, str(Path(__file__).resolve()), *arguments]
     try:
@@ -166,7 +167,7 @@ def in_a_process(arguments: list[str], limit: float) -> tuple[dict[str, Any] | N
 
 
 def measured(options: argparse.Namespace, record: dict[str, Any], save: Callable[[], None]) -> None:
-    """Fill in what the record lacks."""
+    """Measure what is missing in the record."""
     given = ["--model", options.model, "--device", options.device, "--steps", str(options.steps)]
     given += ["--image-size", *map(str, options.image_size), *(["--bf16"] if options.bf16 else [])]
     given += ["--threads", str(options.threads)] if options.threads else []
@@ -194,7 +195,7 @@ def measured(options: argparse.Namespace, record: dict[str, Any], save: Callable
             save()
     missing = [method for method in options.methods if method not in record["times"]]
     if options.rounds and missing:
-        # All of them again: times of different runs are not compared.
+        # All methods are timed again, since times of different runs cannot be compared.
         own = [*given, "--batch-sizes", str(options.batch_sizes[0]), "--only", "times", "--methods", *options.methods]
         own += ["--rounds", str(options.rounds), "--minutes", str(options.minutes)]
         result, why = in_a_process(own, 60 * options.minutes + options.limit)
@@ -250,7 +251,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="JSON file (default: in runs/benchmarks)")
     parser.add_argument(
         "--only", choices=("peak", "times", "tensors"), help=argparse.SUPPRESS
-    )  # what a started process does
+    )  # in a process that was started for one measurement
     options = parser.parse_args(arguments)
     sides = options.image_size or MODELS[options.model].size
     if len(sides) > 2:
@@ -271,7 +272,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def resumed(options: argparse.Namespace) -> dict[str, Any]:
-    """What an earlier run with the same options has measured."""
+    """The figures that an earlier run with the same options has measured."""
     if options.output.exists():
         try:
             record: dict[str, Any] = json.loads(options.output.read_text())

@@ -1,4 +1,4 @@
-"""Time to project tokens, and to lift them back, axis by axis and by one matrix.
+"""Measures the time to project tokens and to lift them back, axis by axis and by one matrix.
 
     python examples/benchmarks/projections.py
     python examples/benchmarks/projections.py --batch-size 64 --r 3 10 21 36
@@ -32,7 +32,7 @@ CHANNELS = (384, 768, 3072)
 
 
 def timed(run: Callable[[], object]) -> float:
-    """Seconds."""
+    """The seconds of one call."""
     start = now()
     run()
     return now() - start
@@ -40,7 +40,7 @@ def timed(run: Callable[[], object]) -> float:
 
 @torch.no_grad()
 def measured(layout: TokenLayout, r: int, channels: int, dtype: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Times in ms as quartiles, of both ways and of each there and back."""
+    """The times of both ways, for projecting and for lifting, in ms as quartiles."""
     kind, device, bases = DTYPES[dtype], torch.device(options.device), BasisSet(r)
     ways = [way(layout, bases, kind, device) for way in (SeparableProjection, DenseProjection)]
     tokens = torch.randn(options.batch_size, layout.num_tokens, channels, device=device, dtype=kind)

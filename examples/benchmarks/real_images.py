@@ -1,4 +1,4 @@
-"""The set-up of benchmarks that measure gradients on real images: where the figures go, the model and its data."""
+"""Prepares benchmarks that measure gradients on real images: the file for the figures, the model and its data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def file_for_record(output: str) -> Path:
 
 
 def experiment_for(options: ClassificationOptions, *, cpu: bool = False) -> Experiment:
-    """The model and the images that options name, on an accelerator where there is one unless `cpu` is asked for."""
+    """The model and the images that the options name, on a GPU if there is one and `cpu` is not set."""
     options.model = str(local_folder(options.model, "--model") or options.model)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -1,22 +1,23 @@
-"""LBP-WHT beside related methods: gradients, memory, work and time on the same layers of the same models.
+"""Compares LBP-WHT with related methods: gradients, memory, work and time on the same layers of the same models.
 
     python examples/benchmarks/rivals_table.py fidelity --model MODEL --train-files cifar100/train.parquet
     python examples/benchmarks/rivals_table.py costs --train-files cifar100/train.parquet
     python examples/benchmarks/rivals_table.py table
 
-The first two write the records `rivals-fidelity.json` and `rivals-costs.json`; `table` prints them, and others whose
-names begin so, as the table of docs/relatives.md. The related methods are in examples/benchmarks/rivals; all weights
-are trained in each.
+The first two commands write the records `rivals-fidelity.json` and `rivals-costs.json`. `table` prints all records
+whose names begin like these, as the table of docs/relatives.md. The related methods are in examples/benchmarks/rivals.
+Each of them trains all weights.
 
-fidelity: cosines with the exact gradients on a batch of real images, of a pretrained model with a new head. Bases and
-scales that a method calibrates come from another batch. "dW" is of the weights of all linear layers of the encoder, and
-"dx" of what arrives before the first block. "One block" is the middle block with the exact x and g of each of its
-linear layers, so that no error comes from other layers; it shows the mean over the layers.
+`fidelity` measures cosines with the exact gradients, for a pretrained model with a new head and a batch of real images.
+Bases and scales that a method calibrates come from another batch. "dW" is the gradient of the weights of all linear
+layers of the encoder, and "dx" the gradient that arrives before the first block. "One block" is the middle block: each
+of its linear layers gets the exact x and g, so that no error comes from other layers, and the mean over the layers is
+shown.
 
-costs: saved activations of the forward pass, multiply-adds of the matrix products of both passes, and the time of
-steps, in which the methods take turns; calibration comes before. Weights are random. Images should be real ones, since
-the ranks of some methods depend on the data. Decompositions (HOSVD's, every step) do not count as multiply-adds; their
-time does.
+`costs` measures the saved activations of the forward pass, the multiply-adds of the matrix products of both passes, and
+the time of steps, in which the methods take turns after calibration. Weights are random. Images should be real ones,
+since the ranks of some methods depend on the data. Decompositions (those of HOSVD in every step) do not count as
+multiply-adds, but their time counts.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ RECORDS = Path("examples", "benchmarks", "results", "0.1.0")
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A method in the table: its name for people, its words, and what its paper claims."""
+    """A method in the table: the name that is shown, its words for methods.py, and what its paper claims."""
 
     name: str
     method: str
@@ -91,7 +92,7 @@ def with_heads(model: nn.Module, method: str) -> nn.Module:
 
 
 def part_named(model: nn.Module, name: str) -> nn.Module:
-    """A module by its name in the base model, whatever stands around that."""
+    """A module by its name in the base model, which may be wrapped."""
     return next(module for own, module in model.named_modules() if own == name or own.endswith(f".{name}"))
 
 
@@ -101,7 +102,7 @@ def trained_weight(layer: nn.Module) -> Tensor:
 
 @contextmanager
 def first_input(block: nn.Module) -> Iterator[list[Tensor]]:
-    """The block's input, cut off from what came before, whose gradient then is there after a backward pass."""
+    """Yields the block's input, detached from what came before. It has a gradient after the backward pass."""
     found: list[Tensor] = []
 
     def cut(_: nn.Module, args: tuple) -> tuple:
@@ -118,7 +119,7 @@ def first_input(block: nn.Module) -> Iterator[list[Tensor]]:
 def gradients(
     model: nn.Module, batch: dict[str, Tensor], linears: list[str], block: str
 ) -> tuple[list[Tensor], Tensor]:
-    """Of the linear layers' weights, and of the input of the first block."""
+    """The gradients of the linear layers' weights, and of the input of the first block."""
     model.zero_grad()
     with first_input(part_named(model, block)) as inputs:
         model(**batch).loss.backward()
@@ -128,7 +129,7 @@ def gradients(
 
 @contextmanager
 def inputs_and_outputs(model: nn.Module, names: list[str]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
-    """Of the layers of these names, in the forward passes of the block."""
+    """Yields the inputs and outputs of the layers with these names in forward passes within the block."""
     found: dict[str, tuple[Tensor, Tensor]] = {}
 
     def note(name: str, x: Tensor, y: Tensor) -> None:
@@ -146,7 +147,7 @@ def inputs_and_outputs(model: nn.Module, names: list[str]) -> Iterator[dict[str,
 
 
 def output_gradients(model: nn.Module, batch: dict[str, Tensor], names: list[str]) -> dict[str, Tensor]:
-    """g of the layers of these names."""
+    """The gradient g of the output of each of the layers with these names."""
     with inputs_and_outputs(model, names) as found:
         loss = model(**batch).loss
     return dict(zip(names, torch.autograd.grad(loss, [found[name][1] for name in names]), strict=True))
@@ -155,9 +156,9 @@ def output_gradients(model: nn.Module, batch: dict[str, Tensor], names: list[str
 def of_single_layers(
     model: nn.Module, batch: dict[str, Tensor], exact: dict[str, Tensor]
 ) -> dict[str, tuple[float, float]]:
-    """Cosines of dW and dx with the exact ones, in each layer for itself: all are given the exact g."""
+    """The cosines of dW and dx with the exact ones, for each layer by itself: every layer is given the exact g."""
     with inputs_and_outputs(model, list(exact)) as found:
-        loss = model(**batch).loss  # holds the graph
+        loss = model(**batch).loss  # a reference to the loss keeps the graph alive
     result = {}
     for name, g in exact.items():
         (x, y), weight = found[name], trained_weight(part_named(model, name))
@@ -170,7 +171,7 @@ def of_single_layers(
 
 
 def batches(given: FidelityOptions) -> tuple[nn.Module, dict[str, Tensor], dict[str, Tensor]]:
-    """The model with a new head, a batch to calibrate on and one to measure on."""
+    """The model with a new head, a batch for calibration and a batch for the measurement."""
     options = dataclasses.replace(given.for_experiment(), train_images=2 * given.images)
     experiment = experiment_for(options, cpu=True)
     calibration, batch, *_ = experiment.loaders(seed=0)[0]
@@ -180,7 +181,7 @@ def batches(given: FidelityOptions) -> tuple[nn.Module, dict[str, Tensor], dict[
 def measured_fidelity(
     base: nn.Module, calibration: dict[str, Tensor], batch: dict[str, Tensor], rows: tuple[Row, ...]
 ) -> list[dict[str, Any]]:
-    """For each method the cosines that the table shows, and those of dW and dx in each layer of the middle block."""
+    """For each method, the cosines that the table shows, and those of dW and dx in each layer of the middle block."""
     base.train()
     linears = encoder_linears(base)
     blocks = list(dict.fromkeys(re.match(r".*?\.\d+(?=\.)", name).group() for name in linears))
@@ -210,7 +211,7 @@ def measured_fidelity(
 
 
 def counted(step: Step) -> dict[str, float]:
-    step.timed()  # calibrates, and finds out where the tokens lie
+    step.timed()  # the first step calibrates, and finds the positions of the tokens
     with saved_activations(step.model) as saved, multiply_adds() as forward:
         loss = step.forward()
     with multiply_adds() as backward:
@@ -247,7 +248,7 @@ def images_from(files: list[str], count: int, size: tuple[int, int]) -> Tensor:
 
 
 def table(folder: Path) -> str:
-    """The records as a table in Markdown, with a line for what each was measured with."""
+    """The records as a table in Markdown, and for each record a line with the machine and the versions."""
     kinds = ("fidelity", "costs")
     records = {
         kind: [json.loads(file.read_text()) for file in sorted(folder.glob(f"rivals-{kind}*.json"))] for kind in kinds

@@ -1,14 +1,14 @@
-"""The roofline of a layer's training step on GPUs: operations, bytes and launches, worked out and not measured.
+"""Calculates the roofline of a layer's training step on GPUs: operations, bytes and launches. Nothing is measured.
 
     python examples/benchmarks/roofline.py
     python examples/benchmarks/roofline.py --batch-size 8 --tokens 257 --width 1024 --kept 49
 
-Each way to train a linear layer is written down as the kernels that this package and PyTorch launch in eager mode under
-bf16 autocast, with float32 weights. A kernel takes the time of its multiply-adds or that of its bytes, whichever is
-longer, with every operand read and every result written once, in memory; small ones live in the cache and are faster. A
-step takes the sum, and on the side of the CPU, the number of launches times what one takes.
+Each way to train a linear layer is described by the kernels that this package and PyTorch launch in eager mode under
+bf16 autocast, with float32 weights. A kernel takes the time of its multiply-adds or of its bytes, whichever is longer.
+Every operand is read once from memory, and every result is written there once; small tensors stay in the cache and are
+faster. A step takes the sum over its kernels on the GPU, and on the CPU the number of launches times the time of one.
 
-The rates are those of data sheets (dense, without sparsity), of which real products reach two thirds to nine tenths.
+The rates are those of data sheets (dense, without sparsity). Real products reach two thirds to nine tenths of them.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ LORA_RANK = 8
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU by its data sheet.
+    """The rates of a GPU according to its data sheet.
 
     Attributes:
-        multiply_adds: A second, of bf16 summed in float32.
-        bytes: A second, of its memory.
+        multiply_adds: Multiply-adds per second, of bf16 values summed in float32.
+        bytes: Bytes per second, from or to its memory.
     """
 
     multiply_adds: float
@@ -44,11 +44,11 @@ GPUS = {"H100 SXM": Gpu(989e12 / 2, 3.35e12), "RTX 4090": Gpu(165e12 / 2, 1.008e
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch.
+    """One launch of a kernel.
 
     Attributes:
-        bytes: Read and written.
-        multiply_adds: Of a matrix product; 0 for others.
+        bytes: The bytes that it reads and writes.
+        multiply_adds: The multiply-adds, if it is a matrix product; otherwise 0.
     """
 
     bytes: float
@@ -77,12 +77,12 @@ Kernels = tuple[list[Kernel], list[Kernel]]  # of the forward pass, and of the b
 
 
 def product(rows: int, inner: int, columns: int) -> Kernel:
-    """Of matrices (rows, inner) and (inner, columns) in bf16."""
+    """The product of matrices (rows, inner) and (inner, columns) in bf16."""
     return Kernel(2 * (rows * inner + inner * columns + rows * columns), rows * inner * columns)
 
 
 def over(elements: int, read: float, written: float) -> Kernel:
-    """Of so many bytes for each element."""
+    """A kernel that reads and writes so many bytes for each element."""
     return Kernel(elements * (read + written))
 
 
@@ -95,7 +95,7 @@ def forward(layer: Layer) -> list[Kernel]:
 
 
 def projection(layer: Layer, features: int) -> Kernel:
-    """Of the tokens of all images to k rows each, or back."""
+    """The projection of the tokens of all images to k rows each, or the lifting of these."""
     moved = 2 * layer.images * (layer.tokens + layer.kept) * features
     return Kernel(moved, layer.images * layer.kept * layer.tokens * features)
 
@@ -157,7 +157,7 @@ WAYS: dict[str, Callable[[Layer], Kernels]] = {
 
 
 def rows(layers: dict[str, list[Layer]]) -> list[list[str]]:
-    """Of the table: each way to train each group of layers, as one after the other."""
+    """The rows of the table: each way to train each group of layers, whose layers run one after another."""
     found = []
     for name, group in layers.items():
         for way, kernels in WAYS.items():

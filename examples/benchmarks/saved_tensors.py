@@ -1,11 +1,11 @@
-"""What a training step saves for its backward pass, tensor by tensor.
+"""Lists what a training step saves for its backward pass, tensor by tensor.
 
     python examples/benchmarks/saved_tensors.py
     python examples/benchmarks/saved_tensors.py --methods full lbp-wht:compress_activations=all --bf16
 
-One row for each kind of module that saves, dtype and shape of what it saves, with the size of all such tensors and
-its share of what the first method saves. A storage counts once, with the first that saves it; parameters and buffers
-do not count.
+Each row is for one class of modules, and one dtype and shape of the tensors that they save. It has the size of all such
+tensors, and their share of what the first method saves. A storage that several modules save counts once, for the first
+of them. Parameters and buffers do not count.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MIB = 2**20
 
 
 def saved_tensors(model: nn.Module, kind: Model, batch: Batch, bf16: bool) -> Counter[tuple[str, str, str]]:
-    """Bytes by the class of the module that is running, dtype and shape."""
+    """The bytes that are saved within the block, by the class of the module that is running, by dtype and by shape."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     running: list[str] = ["outside of modules"]
     seen: dict[int, torch.UntypedStorage] = {}
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
     reference = 0
     for method in options.methods:
         model = adapted(base, method, list(kind.heads)).train()
-        kind.loss(model, batch)  # where the tokens lie is found out in the first pass
+        kind.loss(model, batch)  # the first pass finds the positions of the tokens
         found = saved_tensors(model, kind, batch, options.bf16)
         total = sum(found.values())
         reference = reference or total

@@ -1,12 +1,13 @@
-"""Time of forward and backward pass through one layer, plain and with LBP-WHT, beside the least it could be.
+"""Measures forward and backward passes through one layer, with and without LBP-WHT, beside the least possible time.
 
     python examples/benchmarks/single_layers.py
     python examples/benchmarks/single_layers.py --bf16 --layers vit-b --modes plain full auto
 
-For each shape the modes take turns. `plain` is the layer without LBP-WHT; the others are number formats of the input
-gradient (`grad_input_dtype`), its ranks (`grad_input_rank`), or adaptive-16: a rank in a basis that is adapted to each
-image. The floor's two parts stand beside each time: multiply-adds over the rate of matrix products and bytes over the
-memory bandwidth, both measured at the start. How to read them: see docs/benchmarks.md.
+For each shape, the modes take turns. `plain` is the layer without LBP-WHT. The other modes are number formats of the
+input gradient (`grad_input_dtype`), its ranks (`grad_input_rank`), or adaptive-16, a rank in a basis that is adapted to
+each image. The two parts of the floor are beside each time: the multiply-adds divided by the rate of matrix products,
+and the bytes divided by the memory bandwidth. Both rates are measured at the start. docs/benchmarks.md explains how to
+read the table.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class Shape:
         prefix: p, the tokens before the grid's.
         features: (C_in, C_out).
         conv: Whether it is a convolution with kernel 1 on (N, C_in, H, W) instead of a linear layer.
-        batch: N, if none is asked for.
+        batch: The default of N.
     """
 
     layer: str
@@ -111,7 +112,7 @@ def input_gradient(mode: str) -> dict[str, Any]:
 
 
 def is_known(mode: str) -> bool:
-    """Whether it is a mode to this version of LBP-WHT."""
+    """Whether this version of LBP-WHT has this mode."""
     try:
         return mode == PLAIN or bool(LBPWHTConfig(**input_gradient(mode)))
     except ValueError:
@@ -119,7 +120,7 @@ def is_known(mode: str) -> bool:
 
 
 class Pass:
-    """Forward and backward pass through one layer, with a gradient for the input and the weight."""
+    """A forward and a backward pass through one layer, with gradients of the input and the weight."""
 
     def __init__(self, shape: Shape, mode: str, options: argparse.Namespace):
         batch, device = options.batch_size or shape.batch, torch.device(options.device)
@@ -133,7 +134,7 @@ class Pass:
         self.grad = torch.randn(of_output, device=device, dtype=dtype)
 
     def timed(self) -> float:
-        """Seconds."""
+        """The seconds of one pass."""
         touch(self.model)
         start = now()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -146,14 +147,15 @@ class Pass:
 
 
 def work(shape: Shape, mode: str, r: int, batch: int, bf16: bool, rates: Rates) -> Work:
-    """What a pass cannot do without.
+    """The work that a pass has to do in any case.
 
-    Multiply-adds are those of the three products: forward, weight gradient, input gradient. The projections count by
-    what they read and write: as Walsh transforms they are additions, and few. In the modes of low precision the small
-    product of the weight gradient counts at the fastest precision; "auto" may choose it for the input gradient too.
+    Multiply-adds are those of the three products: forward pass, weight gradient and input gradient. Of the projections,
+    only the bytes that they read and write count, since as Walsh transforms they take few additions. In the modes of
+    low precision, the small product of the weight gradient counts at the fastest precision; "auto" may choose that
+    precision for the input gradient too.
 
-    Bytes: forward reads x and W, writes y and, if it is projected, what is kept of x; backward reads the gradient of y,
-    what was kept of x, and W, and writes the gradients of x and W.
+    The forward pass reads x and W, and writes y and, if x is projected, the projection. The backward pass reads the
+    gradient of y, what was kept of x, and W, and writes the gradients of x and W.
     """
     tokens, (in_features, out_features) = shape.layout.num_tokens, shape.features
     own = "bf16" if bf16 else "float32"
@@ -170,17 +172,17 @@ def work(shape: Shape, mode: str, r: int, batch: int, bf16: bool, rates: Rates) 
     multiply_adds = dict.fromkeys((own, of_weight, of_input), 0)
     for precision, rows in ((own, tokens), (of_weight, for_weight), (of_input, for_input)):
         multiply_adds[precision] += batch * rows * in_features * out_features
-    kept = batch * for_weight * in_features * (1 if for_weight == tokens else 2)  # x itself is there, not written
+    kept = batch * for_weight * in_features * (1 if for_weight == tokens else 2)  # x itself is not written again
     activations = 2 * batch * tokens * (in_features + out_features) + kept
     weights = 3 * in_features * out_features * 4  # the parameters stay in float32
     return Work(multiply_adds, activations * (2 if bf16 else 4) + weights)
 
 
 def measured(shape: Shape, options: argparse.Namespace, rates: Rates) -> list[dict[str, Any]]:
-    """One row a mode, times in ms as quartiles [first, median, third]."""
+    """A row for each mode, with times in ms as quartiles [first, median, third]."""
     torch.manual_seed(0)
     passes = [Pass(shape, mode, options) for mode in options.modes]
-    for each in passes:  # twice: what a mode sets up at its first pass, or finds out at its second, is not measured
+    for each in passes:  # twice, so that what a mode sets up in its first or second pass is not measured
         each.timed(), each.timed()
     times = interleaved([each.timed for each in passes], range(options.rounds))
     batch = options.batch_size or shape.batch

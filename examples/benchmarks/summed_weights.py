@@ -1,10 +1,11 @@
-"""LoRA's forward pass as one product with W + s B A beside the usual branch: time, and error against float64.
+"""Compares LoRA's forward pass as one product with W + s B A with the usual branch: time, and error against float64.
 
     python examples/benchmarks/summed_weights.py
     python examples/benchmarks/summed_weights.py --rows 3152 --rank 16
 
-The update s B A is scaled to a share of the norm of W. Two errors are given, each relative to float64: that of the
-whole output, and that of what the update contributes to it, the output less that of the same layer with B = 0. Weights
+The update s B A is scaled to a share of the norm of W. The table has two errors, each relative to float64: the error of
+the whole output, and the error of the update's contribution, which is the output minus that of the same layer with
+B = 0. Weights
 are float32, float32 under bf16 autocast, or bfloat16; in the last case the package never sums them.
 """
 
@@ -40,7 +41,7 @@ def one_product(x: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> Tensor:
 
 
 def errors(rows: int, inputs: int, outputs: int, rank: int, share: float, kind: str) -> dict[str, list[float]]:
-    """Of the output and of the update's part in it, by way."""
+    """The errors of the output and of the update's contribution to it, by way."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
     x, weight, down, up = draw(rows, inputs), 0.02 * draw(outputs, inputs), draw(rank, inputs), draw(outputs, rank)
@@ -60,7 +61,7 @@ def errors(rows: int, inputs: int, outputs: int, rank: int, share: float, kind: 
 
 
 def seconds(rows: int, inputs: int, outputs: int, rank: int, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Quartiles of the ratios of each way's time to that of the layer without LoRA, in float32."""
+    """The quartiles of the ratios of each way's time to that of the layer without LoRA, in float32."""
     x, weight = torch.randn(rows, inputs, device=device), torch.randn(outputs, inputs, device=device)
     down, up = torch.randn(rank, inputs, device=device), torch.randn(outputs, rank, device=device)
 

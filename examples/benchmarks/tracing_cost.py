@@ -1,11 +1,11 @@
-"""What it costs to know where the tokens lie: a first pass with new input shapes, and the look-up in later passes.
+"""Measures what it costs to find the positions of tokens: in a first pass with new input shapes, and in later passes.
 
     python examples/benchmarks/tracing_cost.py
     python examples/benchmarks/tracing_cost.py --models segformer-b0 --batch-size 1
 
-A first pass is traced: the positions of the pixels go through every operation of the model. A later pass compares the
-model and its inputs with those of the traced pass, and each layer looks up its layout; the time of that code is
-measured by itself, within the same passes. The peak is of the tensors that are allocated in a step, traced or later.
+A first pass is traced: the positions of the pixels follow every operation of the model. A later pass compares the model
+and its inputs with those of the traced pass, and each layer looks up its layout. The time of that code is measured by
+itself, within the same passes. The peak is that of the tensors that are allocated in a step, which is traced or later.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def time_of_look_ups() -> Iterator[list[float]]:
 
 
 def measured(name: str, kind: Model, options: argparse.Namespace) -> dict[str, Any]:
-    """Times in ms as quartiles, ratios of times in the same round, and peaks of single steps in MiB."""
+    """The times in ms as quartiles, the ratios of times in the same round, and the peaks of single steps in MiB."""
     size = tuple(options.image_size) if options.image_size else kind.size
     model = get_peft_model(kind.build(size), LBPWHTConfig(r=options.r)).to(options.device).train()
     batch = {key: value.to(options.device) for key, value in kind.batch(options.batch_size, size).items()}
@@ -98,7 +98,7 @@ def measured(name: str, kind: Model, options: argparse.Namespace) -> dict[str, A
 
 
 def step(model: nn.Module, kind: Model, batch: dict[str, torch.Tensor]) -> tuple[float, float]:
-    """Seconds of a forward pass, and of it with its backward pass."""
+    """The seconds of a forward pass, and of a forward and a backward pass."""
     model.zero_grad()
     start = now()
     loss = kind.loss(model, batch)

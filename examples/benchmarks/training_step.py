@@ -1,14 +1,14 @@
-"""Time and memory of a training step, methods side by side in one process.
+"""Measures the time and memory of a training step, for several methods side by side in one process.
 
     python examples/benchmarks/training_step.py
     python examples/benchmarks/training_step.py --model vit-s --batch-size 16 --methods full lora-all lbp-wht:r=21
     python examples/benchmarks/training_step.py --model segformer-b0 --image-size 512 1024 --batch-size 1 --bf16
 
-A step is forward and backward pass on one batch. The methods take turns, round after round, so that whatever else the
-machine does meets them all; the table shows medians and, for times, medians of the ratios within a round. The time of
-the optimiser, fused AdamW, is measured apart and is not part of a step. The cosine is that of the angle between the
-gradients of all trained matrices and those of exact backpropagation, here of random weights and images. How methods are
-written: see examples/benchmarks/methods.py. How to read the figures: see docs/benchmarks.md.
+A step is a forward and a backward pass on one batch. The methods take turns, round after round, so that other work on
+the machine affects all of them. The table shows medians and, for times, medians of the ratios within a round. The time
+of the optimiser, fused AdamW, is measured separately and is not part of a step. The cosine is that of the angle between
+the gradients of all trained matrices and those of exact backpropagation, here with random weights and images.
+examples/benchmarks/methods.py describes how methods are written, and docs/benchmarks.md how to read the figures.
 """
 
 from __future__ import annotations
@@ -41,14 +41,15 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Counts:
-    """What does not vary from one step to the next.
+    """The figures that do not vary from one step to the next.
 
     Attributes:
-        saved_mib: What the forward pass keeps for the backward pass.
-        peak_mib: The most that is allocated at once, weights included.
-        weights_mib: Parameters and buffers, and what the first step leaves behind.
-        trained_mib: The trained part of the parameters. Its gradients are as large, and AdamW's state is twice that.
-        backward_gmacs: Multiply-adds of the backward pass, in 1e9.
+        saved_mib: The memory that the forward pass keeps for the backward pass.
+        peak_mib: The most memory that is allocated at once, with the weights.
+        weights_mib: The memory of parameters and buffers, and what the first step leaves behind.
+        trained_mib: The trained part of the parameters. Its gradients are as large, and AdamW's state is twice as
+            large.
+        backward_gmacs: The multiply-adds of the backward pass, in 1e9.
     """
 
     saved_mib: float
@@ -70,7 +71,7 @@ class Step:
             return self.kind.loss(self.model, self.batch)
 
     def timed(self) -> tuple[float, float]:
-        """Seconds of forward and of backward."""
+        """The seconds of the forward pass and of the backward pass."""
         touch(self.model)
         start = now()
         loss = self.forward()
@@ -81,7 +82,7 @@ class Step:
         return middle - start, end - middle
 
     def counted(self) -> Counts:
-        """Takes the first two steps: the first may leave tables and converted weights behind, the second is typical."""
+        """Run two steps, and count in the second one: the first may leave tables and converted weights behind."""
         with allocated(self.device) as first:
             with saved_activations(self.model) as saved:
                 loss = self.forward()
@@ -96,7 +97,7 @@ class Step:
         return Counts(saved.mib, (weights + second.peak) / MIB, weights / MIB, trained / MIB, backward.total / 1e9)
 
     def optimizer_seconds(self, rounds: int) -> list[float]:
-        """Seconds of each step of AdamW on the gradients of a batch. At a learning rate of 0 no weight changes."""
+        """The seconds of each step of AdamW on a batch's gradients. At a learning rate of 0, no weight changes."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.forward().backward()
         optimizer = torch.optim.AdamW(trained, lr=0.0, fused=True)
@@ -110,7 +111,7 @@ class Step:
         return seconds
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """Of all trained matrices, by name; with the same random numbers in each call."""
+        """The gradients of all trained matrices, by name, with the same random numbers in each call."""
         torch.manual_seed(0)
         self.forward().backward()
         found = {n: p.grad for n, p in self.model.named_parameters() if p.grad is not None and p.dim() > 1}
@@ -118,11 +119,11 @@ class Step:
         return found
 
     def cosine(self, method: str, others: dict[str, Step]) -> float | None:
-        """Of the angle between the gradients of all trained matrices and those of exact backpropagation.
+        """The cosine of the angle between the gradients of all trained matrices and those of exact backpropagation.
 
         Args:
-            method: Of this step.
-            others: Steps by method. That of "lora-all" tells what VeLoRA's gradients should be.
+            method: The method of this step.
+            others: The steps by method. The step of "lora-all" has the exact gradients for VeLoRA.
 
         Returns:
             None if there is nothing to compare with.
@@ -158,14 +159,14 @@ def _waiting(model: nn.Module) -> int:
 
 
 def prepared(options: argparse.Namespace) -> dict[str, Step]:
-    """The step of each method that can be had; for each other, a line that says why not."""
+    """The step of each method that is available; for each other method, a line says why it is not."""
     kind, device = MODELS[options.model], torch.device(options.device)
     torch.manual_seed(0)
     base = kind.build(options.image_size).to(device)
     batch = {name: tensor.to(device) for name, tensor in kind.batch(options.batch_size, options.image_size).items()}
     steps = {}
     for method in options.methods:
-        torch.manual_seed(0)  # so that all adapters of a kind start from the same weights
+        torch.manual_seed(0)  # so that all adapters of a method start from the same weights
         try:
             model = adapted(base, method, list(kind.heads))
         except NotAvailable as why:
@@ -176,14 +177,14 @@ def prepared(options: argparse.Namespace) -> dict[str, Step]:
 
 
 def warm_up(device: str) -> None:
-    """The workspace of a GPU's BLAS library, which it gets once, shall not count for the first method."""
+    """Have a GPU's BLAS library allocate its workspace, so that this does not count for the first method."""
     x = torch.ones(64, 64, device=device, requires_grad=True)
     for dtype in (torch.float32, torch.bfloat16):
         (x.to(dtype) @ x.to(dtype)).sum().backward()
 
 
 def measured(steps: dict[str, Step], rounds: int, minutes: float) -> list[dict[str, Any]]:
-    """One row a method, see [`compared`]."""
+    """A row for each method, see [`compared`]."""
     gc.freeze()  # searching the libraries' and models' many objects for garbage would take longer than small steps
     counts = {method: step.counted() for method, step in tqdm(steps.items(), desc="memory", leave=False)}
     taking_turns = tqdm(rounds_within(minutes, rounds), desc="rounds", total=rounds, leave=False)
@@ -198,14 +199,14 @@ def measured(steps: dict[str, Step], rounds: int, minutes: float) -> list[dict[s
 def row(
     method: str, counts: Counts, cosine: float | None, times: list[tuple[float, float]], optimizer: list[float]
 ) -> dict[str, Any]:
-    """What was measured of one method: counts, the times of all rounds, and their quartiles [first, median, third].
+    """The figures of one method: counts, the times of all rounds, and their quartiles [first, median, third].
 
     Args:
         method: The method.
-        counts: What does not vary.
+        counts: The figures that do not vary.
         cosine: See [`Step.cosine`].
-        times: Seconds of forward and backward pass in each round.
-        optimizer: Seconds of the optimiser's steps.
+        times: The seconds of the forward and the backward pass in each round.
+        optimizer: The seconds of the optimiser's steps.
     """
     result: dict[str, Any] = {"method": method, **asdict(counts)}
     for name, seconds in zip(("forward", "backward"), zip(*times, strict=True), strict=True):
@@ -267,7 +268,7 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def completed(options: argparse.Namespace, parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options with what depends on the model and the precision."""
+    """The options, completed by those that depend on the model and the precision."""
     sides = options.image_size or MODELS[options.model].size
     if len(sides) > 2:
         parser.error("--image-size takes one side, or height and width")

@@ -1,4 +1,4 @@
-"""The cost of a training step: seconds, measured in turns, and the peak memory of a process for each method."""
+"""Measures the cost of a training step: its time, in which methods take turns, and the peak memory of each method."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def step_times(bench: Bench, methods: list[str], rounds: int) -> dict[str, Any]:
     for model in built.values():
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         steps.append(partial(timed_step, model, batch, loss_of_output, idle_optimiser(trained)))
-    interleaved(steps, range(2))  # these allocate, and recognise layouts
+    interleaved(steps, range(2))  # the first steps allocate memory, and find the layouts
     times = [[sum(parts) for parts in own] for own in interleaved(steps, range(rounds))]
     return {
         name: {

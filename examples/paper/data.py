@@ -60,7 +60,7 @@ def load_source(task: Task, options: Any) -> Source:
 
 
 class ImageData:
-    """Batches of images, preprocessed and augmented anew in every epoch.
+    """Batches of images, which are preprocessed and augmented again in every epoch.
 
     Args:
         model: The model, which determines the image processor.

@@ -1,4 +1,4 @@
-"""Accuracy against cost: one panel for each kind of cost. A line joins the methods that no other beats in both."""
+"""Draws accuracy against cost, with a panel for each cost. A line joins the methods that no other beats in both."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Point(NamedTuple):
 
 
 def front(points: Sequence[Point]) -> list[Point]:
-    """The points of which no other costs at most as much and scores more, the cheapest first."""
+    """The points for which no other point costs at most as much and scores more, the cheapest first."""
     result: list[Point] = []
     for point in sorted(points, key=lambda point: (point.cost, -point.score)):
         if not result or point.score > result[-1].score:

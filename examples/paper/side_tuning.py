@@ -1,6 +1,6 @@
 """Side tuning: a small network beside the frozen backbone, trained without a backward pass through the backbone.
 
-In the spirit of ladder side-tuning (arXiv 2206.06522), on pooled features.
+The method follows the idea of ladder side-tuning (arXiv 2206.06522), with pooled features.
 """
 
 from __future__ import annotations
