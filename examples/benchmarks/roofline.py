@@ -60,7 +60,14 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Layer:
-    """Attributes: N images of L tokens, of which k are kept; features of the input and of the output."""
+    """A linear layer and its input.
+
+    Attributes:
+        images: N.
+        tokens: L, the number of tokens of each image.
+        kept: k, the number of coefficients that a projection keeps of them.
+        inputs, outputs: C_in and C_out.
+    """
 
     images: int
     tokens: int

@@ -200,7 +200,7 @@ class Options(DataOptions):
     def check_together(self) -> None:
         super().check_together()
         if self.resume and self.overwrite:
-            raise ValueError("--resume goes on with a run and --overwrite replaces it: give one of the two")
+            raise ValueError("--resume continues a run and --overwrite replaces it: give one of the two")
         if self.validation_split and not self.dataset:
             raise ValueError("--validation_split names a split of --dataset, which is not given")
         if self.validation_split and not self.needs_validation:

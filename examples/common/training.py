@@ -217,7 +217,9 @@ def write_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress,
         if accelerator.num_processes > 1 or not is_failed_write(error):
             raise
         shutil.rmtree(folder / "checkpoint.new", ignore_errors=True)
-        warnings.warn(f"No checkpoint could be written to {folder}: {cause_of(error)}. Training goes on.", stacklevel=2)
+        warnings.warn(
+            f"No checkpoint could be written to {folder}: {cause_of(error)}. Training continues.", stacklevel=2
+        )
 
 
 def check_scheduler(options: Options) -> None:

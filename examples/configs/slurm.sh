@@ -1,7 +1,7 @@
 #!/bin/bash
 # Several machines under Slurm, one launcher on each:
 #     sbatch examples/configs/slurm.sh examples/image_classification.py --model ... --output /shared/run --resume
-# With --resume a job that was stopped and queued again goes on from its last checkpoint; the first time there is none,
+# With --resume a job that was stopped and queued again continues from its last checkpoint; the first time there is none,
 # and it starts from the beginning. The output folder has to lie on a file system that all machines share.
 #SBATCH --job-name=lbp-peft
 #SBATCH --nodes=4

@@ -107,7 +107,7 @@ def paper(model: nn.Module, part: AdaptedPart, rank: int | None, n: int) -> nn.M
 def paper_late_exact(model: nn.Module, part: AdaptedPart, rank: int | None, n: int) -> nn.Module:
     """The paper's setting, but with exact input gradients in the second half of the layers.
 
-    The error of an input gradient goes on into all layers before it, so that of the last layers counts most.
+    The error of an input gradient passes to all layers before it, so the errors of the last layers matter most.
     """
     r = n * (n + 1) // 2
     late = {re.escape(name): None for name in part.targets[len(part.targets) // 2 :]}

@@ -7,7 +7,7 @@ The recipe of a data set (recipes/*.yaml) says where its images are and how to t
 examples/image_classification.py and examples/semantic_segmentation.py that a recipe may hold can be given as a flag,
 for example --train_files and --test_files for images in Parquet files of your own; --data names a folder. With
 --trials N the learning rate and the rank of each method are first searched on validation images, N trials for each.
-Every run ends in a record; --only-missing goes on after a kill. `report.py` makes tables and figures of the records.
+Every run writes a record, and --only-missing skips runs that have one. `report.py` makes tables and figures of records.
 """
 
 from __future__ import annotations

@@ -231,7 +231,7 @@ def geometric_mean(a: Tensor, b: Tensor) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _places(grid: Grid, basis: BasisSet) -> tuple[int, ...]:
-    """For each function of a full Walsh basis on a grid, in order, its place in a table of pairs of sequencies."""
+    """The place of each function of a full Walsh basis on a grid, in order, in a table of pairs of sequencies."""
     size = basis.size_along(grid)
     rows, columns = (axis_blocks(side, size, basis.boundary) for side in grid)
     return tuple(

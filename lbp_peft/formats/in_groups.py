@@ -73,7 +73,7 @@ def _rounded_by_parts(x: Tensor, offset: Tensor | None, group: int) -> tuple[Ten
 
 
 def shape_of_scales(shape: Sequence[int]) -> tuple[int, ...]:
-    """That of the scales of a tensor (..., C)."""
+    """The shape of the scales of a tensor (..., C)."""
     *rows, channels = shape
     return *rows, channels // _group(channels)
 

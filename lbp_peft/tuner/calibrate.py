@@ -20,12 +20,12 @@ from .observing import NOT_CALLED, Seen, gathered_from_processes, layers_of, obs
 
 @dataclass(frozen=True)
 class Calibration:
-    """What [`lbp_peft.calibrate`] did; print it for a summary.
+    """The result of [`lbp_peft.calibrate`]. Printed, it is a summary.
 
     Attributes:
-        bases: Name of each layer that was calibrated -> the basis that was chosen.
-        left_out: Name of each layer that was to be calibrated and could not be -> why. Their backward pass is exact.
-        num_batches: Batches that were seen, by all processes together.
+        bases: The basis that was chosen for each layer, by the layer's name.
+        left_out: The reasons why layers could not be calibrated, by the layer's name. Their backward pass is exact.
+        num_batches: The number of batches that all processes together have run.
     """
 
     bases: dict[str, Basis]
@@ -46,10 +46,10 @@ class Calibration:
 def calibrate(model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction | None = None) -> Calibration:
     """Choose the bases of all layers whose selection is "lhe" or "klt", by what they see in a few training steps.
 
-    Call it before training. It may be called again at any time, to choose the bases anew. A forward and a backward pass
-    with exact gradients are run on each batch, which takes the time and memory of a step of full fine-tuning without
-    its optimiser. Weights, gradients, buffers, modes, hooks and random numbers are left as they were. The bases are
-    saved with the adapter, and loaded with it.
+    Call it before training. It may be called again at any time, to choose the bases again. A forward and a backward
+    pass with exact gradients are run on each batch, which takes the time and memory of a step of full fine-tuning
+    without its optimiser. Weights, gradients, buffers, modes, hooks and random numbers are left as they were. The bases
+    are saved with the adapter, and loaded with it.
 
     Where `torch.distributed` is in use, as under accelerate, every process has to call it with batches of its own;
     the statistics are summed, and all processes choose the same bases. Call it before a model is sharded (FSDP,
@@ -61,12 +61,12 @@ def calibrate(model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction | 
 
     Args:
         model: A `PeftModel` with LBP-WHT, also one that is stacked on LoRA or another method; with or without DDP.
-        batches: A list or a DataLoader of the arguments of the model with its labels, or of whatever `loss_fn` takes.
-            All of it is used: a few batches are enough.
+        batches: A list or a DataLoader of batches: the arguments of the model with labels, or what `loss_fn` takes. All
+            of them are used; a few are enough.
         loss_fn: (model, batch) -> scalar loss. None: `model(**batch).loss`.
 
     Returns:
-        What was chosen, a [`Calibration`].
+        The bases that were chosen, a [`Calibration`].
 
     Raises:
         ValueError: no active adapter has such a selection, there are no batches, the gradients are not finite, no layer

@@ -44,14 +44,15 @@ class LBPWHTConfig(PeftConfig):
             gradient; `grad_input_rank` is then their number for each image (16 to 32 are useful), tokens outside the
             grid come in addition, and layers whose tokens lie on no known grid have a low-rank input gradient too.
         grad_input_energy: With grad_input_basis="adaptive", the share of the squared norm of each image's gradient that
-            is to be kept, above 0 and at most 1: of the `grad_input_rank` patterns, only as many are used as a batch
-            needs for it. None: all are used. It has no effect under `torch.compile` and in transforms of `torch.func`.
-        grad_input_dtype: Number format of the product g W in the input gradient. "full": that of g, nothing is rounded.
-            "bf16", "int8", "fp8": g and W are rounded to that format. "auto": the fastest for the device and the shape
-            of those that keep the gradient's direction, and exact backpropagation, with one warning, for layers so
-            narrow that it is faster altogether; see docs/configuration.md. Where the input gradient is low-rank,
-            "auto" means "full". Beside a product in low precision the two factors of the weight gradient are rounded
-            to bfloat16.
+            is to be kept, above 0 and at most 1: only as many of the `grad_input_rank` patterns are used as a batch
+            needs for that. None: all are used. It has no effect under `torch.compile` and in transforms of
+            `torch.func`.
+        grad_input_dtype: The number format of the product g W in the input gradient. "full": the dtype of g, so that
+            nothing is rounded. "bf16", "int8", "fp8": g and W are rounded to that format. "auto": among the formats
+            that keep the direction of the gradient, the one that is fastest for the device and the shape. Layers so
+            narrow that exact backpropagation is faster use that, with one warning; see docs/configuration.md. Where
+            the input gradient is low-rank, "auto" means "full". If this product is in low precision, the two factors
+            of the weight gradient are rounded to bfloat16.
         hadamard_size: The size of a Hadamard matrix that mixes blocks of outputs before g and W are rounded to 8 bits,
             a power of two; 0: none. It spreads outliers, and cancels in the product.
         compress_activations: What is saved in few bits for the backward pass in blocks with adapted layers: "all", or
@@ -64,17 +65,17 @@ class LBPWHTConfig(PeftConfig):
             [`lbp_peft.bases.walsh.basis_order`]. A list of pairs, such as `[(0, 0), (0, 1), (1, 0)]`: its first r, or
             all if there are fewer. "lhe" and "klt" are chosen for each layer by what it sees, in
             [`lbp_peft.calibrate`], which has to be called before training: "lhe" keeps the r Walsh functions that carry
-            most of the weight gradient, "klt" as many functions of any form. They concern the weight gradient; a
-            low-rank input gradient then has the bases of "lp_l1".
+            most of the weight gradient, and "klt" as many functions of any form. Both apply to the weight gradient
+            only; a low-rank input gradient then has the bases of "lp_l1".
         selection_pattern: Selections that differ from `selection`, by module name suffix or regular expression.
         boundary: The treatment of grids that are not a multiple of block_size. "orthogonal": a true projection, exact
-            at full rank. "reflect": that of the paper's reference code, which counts border patches twice.
+            at full rank. "reflect": padding as in the paper's reference code, which counts border patches twice.
         train_base_weight: True: the adapter is a trained copy of each target's weight and bias. False: it has no
             weights of its own and only makes the backward pass cheap.
-        exact_forward: Whether the forward pass of a LoRA that is stacked on gives LoRA's own bits. False: where that is
-            faster, and its base weight has 32 bits, its two branches are one product with the sum of their weights,
-            which is as close to the exact result. It has no effect otherwise: the forward pass of all other layers is
-            exact to the bit.
+        exact_forward: Whether the forward pass of a LoRA on which LBP-WHT is stacked gives LoRA's own bits. False: the
+            base weight and LoRA's branch are summed and multiplied in one product where that is faster and the base
+            weight has 32 bits. The result is as close to the exact one. The forward pass of all other layers is exact
+            to the bit in either case.
         base_weights: Where a target's base weight waits while the only adapter in use has a trained copy of it. "auto":
             in a file that is mapped into memory ("disk"), or for models on a GPU in the CPU's memory ("cpu").
             "resident": where it is, so that weights are held twice. "dropped": nowhere; the weight itself is trained,

@@ -22,15 +22,15 @@ from ..layout import LayoutFinder
 from .layers.base import LBPWHTLayer
 from .layers.recording import BackwardPass
 
-WIDTH = 100  # of the report as text
+WIDTH = 100  # the width of the report as text
 # Columns of the report, and what they mean.
 COLUMNS = {
     "layer": "name in the model; {0..11} stands for the layers of that name with each of these numbers",
     "grid": "rows and columns of patches that the layer's input was recognised as",
-    "outside": "tokens beside the grid, such as [CLS]; they are kept exactly",
-    "tokens": "L, of each image (or window)",
-    "dW from": "k, the rows that the gradient of the weight is computed from, in the place of L",
-    "dx from": "the same for the gradient of the input; all of L: exact but for the precision",
+    "outside": "tokens outside the grid, such as [CLS]; they are kept exactly",
+    "tokens": "L, the number of tokens of each image (or window)",
+    "dW from": "k, the number of rows that the gradient of the weight is computed from, instead of L",
+    "dx from": "the same for the gradient of the input; if it is L, that gradient is exact up to the precision",
     "dx in": "precision of the product that gives the gradient of the input",
     "found by": "the patch embedding or model input that the grid was followed from, or the setting",
     "backward": "low-rank, or exact and why",

@@ -467,7 +467,9 @@ def replaced(base):
     layer.forward = lambda x: 2 * type(layer).forward(layer, x)
 
 
-@pytest.mark.parametrize("make, why", [(tied, "another module uses"), (computed, "anew"), (replaced, "forward method")])
+@pytest.mark.parametrize(
+    "make, why", [(tied, "another module uses"), (computed, "computed again"), (replaced, "forward method")]
+)
 def test_layers_that_cannot_lose_their_weight_are_refused(make, why, adapted):
     base = tiny_vit()
     make(base)

@@ -76,7 +76,7 @@ def registered(monkeypatch):
             return super()._multiply_low_rank(x, weight / 2, bias, plan)
 
         def _parameter_of_weight(self):
-            return None  # the matrix is computed anew in each call
+            return None  # the matrix is computed again in each call
 
     return LBPWHTHalved
 

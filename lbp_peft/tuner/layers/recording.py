@@ -20,14 +20,14 @@ TOO_NARROW = "exact backpropagation is faster for so narrow a layer"
 
 @dataclass(frozen=True)
 class BackwardPass:
-    """How a layer prepared its backward pass in its last forward pass in training.
+    """A record of how a layer prepared its backward pass in its last forward pass in training.
 
     Attributes:
         num_tokens: L; 0 if the input has no token axis.
         layout: The layout of the tokens, if it is known.
         grad_weight_rows, grad_input_rows: k of the L tokens that each gradient is computed from; L: exact.
         why_exact: The reason why both are exact; "" if at least one is low-rank or in low precision.
-        precision: Precision of the product in the input gradient.
+        precision: The name of the number format of the product in the input gradient.
         known_by: The source of the layout, such as "followed from patch_embed through 14 operations", or the setting
             that gives it.
     """

@@ -17,11 +17,11 @@ class BackwardRule:
     """The settings of an adapter for the backward pass of one layer.
 
     Attributes:
-        weight_basis: Basis of the weight gradient.
+        weight_basis: The basis of the weight gradient.
         input_gradient: How the input gradient is computed. The name of its precision may be "auto".
         compress: The words of `compress_activations`, which say what is saved in few bits in the layer's block.
-        exact_forward: Whether the forward pass of adapters beneath gives the bits that their own method gives.
-        grid_size, num_prefix_tokens, num_suffix_tokens: As given in the configuration.
+        exact_forward: Whether the forward pass of a LoRA on which LBP-WHT is stacked gives LoRA's own bits.
+        grid_size, num_prefix_tokens, num_suffix_tokens: The values in the configuration.
         chosen_by: The selection by which calibration chooses the weight basis, and its placeholder before that. None:
             the basis is fixed.
     """

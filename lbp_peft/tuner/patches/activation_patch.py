@@ -36,12 +36,12 @@ class ActivationPatch(BlockPatch):
     """Has an activation function or a norm, its host, save few bits for the backward pass.
 
     Layer norms, RMS norms and elementwise functions have backward passes of their own. Other hosts save their input in
-    8 bits and are run again in the backward pass. Under `torch.compile`, those save what they save without the patch.
+    8 bits and are run again in the backward pass. Under `torch.compile`, the patch has no effect on these.
 
     Args:
         block: The block that contains the host and the adapted layers.
-        host: The module. If it is an activation function, a table of its derivative is made; if it is a norm, its kind
-            is determined.
+        host: The module. If it is an activation function, a table of its derivative is made; if it is a norm, it is
+            tested whether that is an RMS norm.
     """
 
     def __init__(self, block: nn.Module, host: nn.Module):
@@ -64,8 +64,8 @@ class ActivationPatch(BlockPatch):
         if self._rms_norm is not None and self._rms_norm.serves(host, x):
             with torch.no_grad():
                 y = plain(host, x)
-            kind = self._rms_norm
-            return compressed_rms_norm(y, x, host._parameters.get("weight"), kind.eps(host, x), kind.shift)
+            norm = self._rms_norm
+            return compressed_rms_norm(y, x, host._parameters.get("weight"), norm.eps(host, x), norm.shift)
         table = self._current_table(host) if self.word == "activation" else None
         if table is not None:
             return elementwise_function(functools.partial(plain, host), x, table)
@@ -136,11 +136,11 @@ def _is_plain_layer_norm(host: Any, x: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class _RMSNorm:
-    """How an RMS norm, of PyTorch or of a model of transformers, works.
+    """The settings of an RMS norm of PyTorch or of a model of transformers.
 
     Attributes:
         name_of_eps: The attribute with the number that it adds to the mean square.
-        shift: What it adds to its weight.
+        shift: The number that it adds to its weight.
     """
 
     name_of_eps: str
@@ -156,7 +156,7 @@ class _RMSNorm:
 
 
 def _rms_norm_of(host: nn.Module) -> _RMSNorm | None:
-    """How a norm works, if it is an RMS norm over the last axis: found by trying it out, since classes differ."""
+    """The settings of a norm, if it is an RMS norm over the last axis, found by running it, since classes differ."""
     plain_class = plain_class_of(host)
     names = [name for name in ("variance_epsilon", "eps") if hasattr(host, name)]
     weight = host._parameters.get("weight")
@@ -177,11 +177,11 @@ def _rms_norm_of(host: nn.Module) -> _RMSNorm | None:
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return None
     for shift in (0.0, 1.0):
-        kind = _RMSNorm(names[0], shift)
-        expected = x * (x.square().mean(-1, keepdim=True) + kind.eps(host, x)).rsqrt()
+        norm = _RMSNorm(names[0], shift)
+        expected = x * (x.square().mean(-1, keepdim=True) + norm.eps(host, x)).rsqrt()
         expected = expected if other is None else expected * (other + shift)
         if isinstance(found, Tensor) and found.shape == x.shape and torch.allclose(found, expected, 1e-5, 1e-6):
-            return kind
+            return norm
     return None
 
 

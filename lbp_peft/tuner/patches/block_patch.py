@@ -61,16 +61,16 @@ class BlockPatch(ForwardPatch):
         return copied
 
 
-def attach_to_block_module(host: nn.Module, kind: Callable[[nn.Module], BlockPatch], block: nn.Module) -> None:
+def attach_to_block_module(host: nn.Module, make_patch: Callable[[nn.Module], BlockPatch], block: nn.Module) -> None:
     """Patch a module of a block, if it has no patch yet.
 
     Args:
         host: The module.
-        kind: Makes the patch, for the block.
+        make_patch: Makes the patch, for the block.
         block: The block that contains the module.
     """
     if not hasattr(host, PATCH_ATTR):
-        attach(host, kind(block))
+        attach(host, make_patch(block))
     elif isinstance(patch := getattr(host, PATCH_ATTR), BlockPatch):
         patch.forget_layers()
 

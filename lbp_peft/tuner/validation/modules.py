@@ -85,7 +85,7 @@ def check_base_weights_can_be_dropped(model: nn.Module, targets: list[tuple[str,
         elif id(getattr(base, "weight", None)) in shared:
             why = "another module uses the same weight"
         elif not can_be_dropped(base):
-            why = "its weight is offloaded or computed anew in each call, or its forward method was replaced"
+            why = "its weight is offloaded or computed again in each call, or its forward method was replaced"
         if why:
             raise ValueError(
                 f'base_weights="dropped" cannot be used for {name}: {why}. Choose another base_weights, or name the '
