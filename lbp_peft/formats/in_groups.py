@@ -19,7 +19,7 @@ GROUP = 64  # channels
 _VALUES_AT_ONCE = 2**17
 
 
-def quantize_in_groups(x: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def rounded_in_groups(x: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Round a tensor to int8 with one scale for each group of 64 channels, or for all if 64 does not divide C.
 
     Args:
@@ -73,18 +73,18 @@ def _rounded_by_parts(x: Tensor, offset: Tensor | None, group: int) -> tuple[Ten
 
 
 def shape_of_scales(shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of the scales of a tensor (..., C)."""
+    """That of the scales of a tensor (..., C)."""
     *rows, channels = shape
     return *rows, channels // _group(channels)
 
 
-def dequantize_groups(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of [`quantize_in_groups`], up to half a step."""
+def restored(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of [`rounded_in_groups`], up to half a step."""
     grouped = values.unflatten(-1, (scales.shape[-1], -1))
     return (grouped * scales.unsqueeze(-1)).to(dtype).flatten(-2)
 
 
-def quantize_rows(x: Tensor) -> Tensor:
+def rows_with_scales(x: Tensor) -> Tensor:
     """Round each row of a tensor to int8, with the row's scale beside its values.
 
     The result is a single tensor, so that one tensor is saved for each input. Each row has a scale of its own, since
@@ -102,8 +102,8 @@ def quantize_rows(x: Tensor) -> Tensor:
     return torch.cat((values, (largest / 127).view(torch.int8)), dim=-1)
 
 
-def dequantize_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of [`quantize_rows`], up to half a step."""
+def restored_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of [`rows_with_scales`], up to half a step."""
     scales = rows[..., -BYTES_OF_SCALE:].contiguous().view(torch.float32)
     return (rows[..., :-BYTES_OF_SCALE] * scales).to(dtype)
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats.in_groups import dequantize_groups
+from ..formats.in_groups import restored
 from ..transforms import backward_pass
 from .kept import kept_in_groups
 from .layer_state import LayerRecord, same_autocast, to_save
@@ -64,7 +64,7 @@ class _CompressedLayer(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         state, second_order = ctx.state, torch.is_grad_enabled()
         values, scales, *held = ctx.saved_tensors
-        x = dequantize_groups(values, scales, state.dtype)
+        x = restored(values, scales, state.dtype)
         _, needs_x, *trained = ctx.needs_input_grad
         with backward_pass(), torch.enable_grad(), state.autocast():
             x.requires_grad_(needs_x)

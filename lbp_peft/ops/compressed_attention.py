@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats.in_groups import dequantize_groups
+from ..formats.in_groups import restored
 from ..instructions import multiplies_bf16
 from ..transforms import backward_pass, in_forward_mode, in_transform
 from .attention import attention, gradients_by_products
@@ -136,7 +136,7 @@ def _by_products(rounded: Sequence[Tensor], grad: Tensor, scale: float | None) -
     flat = [(v.flatten(0, 1), s.flatten(0, 1)) for v, s in zip(values, scales, strict=True)]
 
     def of_heads(part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (dequantize_groups(v[part], s[part], torch.float32) for v, s in flat)
+        q, k, v = (restored(v[part], s[part], torch.float32) for v, s in flat)
         return q, k, v
 
     # Where there are instructions for bfloat16, its products are several times as fast, and its rounding is finer than
@@ -150,9 +150,7 @@ def _by_products(rounded: Sequence[Tensor], grad: Tensor, scale: float | None) -
 
 
 def _run_again(rounded: Sequence[Tensor], mask: Tensor | None, grad: Tensor, state: _State) -> list[Tensor]:
-    q, k, v = (
-        dequantize_groups(t, s, grad.dtype).requires_grad_() for t, s in zip(rounded[::2], rounded[1::2], strict=True)
-    )
+    q, k, v = (restored(t, s, grad.dtype).requires_grad_() for t, s in zip(rounded[::2], rounded[1::2], strict=True))
     with torch.enable_grad():
         y = F.scaled_dot_product_attention(
             q, k, v, mask, 0.0, state.is_causal, scale=state.scale, enable_gqa=state.enable_gqa

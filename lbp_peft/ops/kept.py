@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..formats.in_groups import quantize_in_groups, shape_of_scales
+from ..formats.in_groups import rounded_in_groups, shape_of_scales
 from .checkpointing import empty, saved_tensors_are_discarded
 
 
@@ -31,7 +31,7 @@ def keep(x: Tensor) -> Tensor:
 
 
 def kept_in_groups(x: Tensor, offset: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """What is saved of x in 8 bits, see [`lbp_peft.formats.in_groups.quantize_in_groups`].
+    """What is saved of x in 8 bits, see [`lbp_peft.formats.in_groups.rounded_in_groups`].
 
     In the first pass of gradient checkpointing, which throws it away, nothing is computed.
 
@@ -41,5 +41,5 @@ def kept_in_groups(x: Tensor, offset: Callable[[Tensor], Tensor] | None = None) 
     """
     if saved_tensors_are_discarded():
         return empty(x, x.shape, torch.int8), empty(x, shape_of_scales(x.shape), torch.float32)
-    values, scales = quantize_in_groups(x, None if offset is None else offset(x))
+    values, scales = rounded_in_groups(x, None if offset is None else offset(x))
     return keep(values), keep(scales)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats.in_groups import dequantize_groups
+from ..formats.in_groups import restored
 from ..transforms import backward_pass
 from .kept import keep, kept_in_groups
 from .layer_state import to_save
@@ -55,7 +55,7 @@ class _LayerNorm(torch.autograd.Function):
         weight = weights[0] if weights else None
         grad = grads[0]
         with backward_pass():
-            centred = dequantize_groups(values, scales, grad.dtype)
+            centred = restored(values, scales, grad.dtype)
             # The kernel needs some tensor in the bias's place to compute its gradient, and does not read it.
             gradients = torch.ops.aten.native_layer_norm_backward(
                 grad, centred, (grad.shape[-1],), torch.zeros_like(rstd), rstd, weight, weight, ctx.needs_input_grad[:3]

@@ -1,11 +1,11 @@
-"""RMS norm that saves its input in 8 bits.
+"""RMS norm that keeps its input in 8 bits.
 
 With rstd = (mean(x^2) + eps)^(-1/2), x^ = x rstd, y = x^ (weight + shift), g = dLoss/dy and h = g (weight + shift),
 over the channels of each token (arXiv 1910.07467),
 
     dx = rstd (h - x^ mean(h x^)),   dweight = sum of g x^
 
-x is saved in groups of 64 channels, see [`lbp_peft.formats.in_groups`], and rstd in float32. The forward pass is exact.
+x is kept in groups of 64 channels, see [`lbp_peft.formats.in_groups`], and rstd in float32. The forward pass is exact.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats.in_groups import dequantize_groups
+from ..formats.in_groups import restored
 from ..transforms import backward_pass
 from .checkpointing import empty, saved_tensors_are_discarded
 from .kept import keep, kept_in_groups
@@ -33,11 +33,7 @@ def compressed_rms_norm(y: Tensor, x: Tensor, weight: Tensor | None, eps: float,
         eps: Added to the mean square.
         shift: Added to the weight. Some models learn the weight minus 1.
 
-    Returns:
-        y.
-
-    Raises:
-        RuntimeError: in the backward pass, if it is differentiated again.
+    Double backward raises RuntimeError.
     """
     return _RMSNorm.apply(y, x, weight, eps, shift)
 
@@ -60,7 +56,7 @@ class _RMSNorm(torch.autograd.Function):
         _, needs_x, needs_weight, *_ = ctx.needs_input_grad
         grad_x = grad_weight = None
         with backward_pass():
-            g, normalised = grads[0].float(), dequantize_groups(values, scales, torch.float32) * rstd
+            g, normalised = grads[0].float(), restored(values, scales, torch.float32) * rstd
             if needs_weight:
                 (weight,) = weights
                 grad_weight = (g * normalised).flatten(0, -2).sum(0).to(weight.dtype)
