@@ -29,10 +29,9 @@ class Origin:
     """Where the tokens of an input begin.
 
     Attributes:
-        name: The name of the layer that made tokens of an image, such as the patch embedding, or of the model's
-            argument.
-        steps: The number of operations since then.
-        is_layer: Whether the name is that of a layer.
+        name: Of the layer that made tokens of an image, such as the patch embedding; or of the model's argument.
+        steps: Operations since then.
+        is_layer: Whether it is a layer.
     """
 
     name: str
@@ -62,8 +61,8 @@ class Trail:
 class PositionTracer(TorchFunctionMode):
     """Context in which the positions of tensors are followed through every operation.
 
-    Operations that move data are applied to the positions. For other operations, `operations.py` has rules. The result
-    of an operation without a rule has no positions.
+    Operations that move data are applied to the positions; for others `operations.py` has a rule. After an operation
+    without a rule there are no positions.
 
     Args:
         model: The module that is called. Its parameters and buffers count as constants, so an index among them picks
