@@ -222,16 +222,15 @@ def _gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
     if needs.bias or any(needed.bias for needed in needs.branches):
         grad_bias = sum_of_tokens(g, g_hat, weight_projection)
     if needs.weight:
-        assert g_hat is not None and x_hat is not None  # x is saved if the weight is trained
+        assert g_hat is not None and x_hat is not None  # since x is saved if the weight is trained
         grad_weight = weight_grad(g_hat, x_hat).to(ctx.weight_dtype)
     grads_of_branches: list[tuple[Tensor | None, ...]] = []
     for branch, needed, scaling in zip(branches, needs.branches, state.scalings, strict=True):
         grad_down, grad_up = None, None
         if needed.down or needed.up:
             z_hat = x_hat if branch.x_hat is None else restored(branch.x_hat)
-            assert (
-                g_hat is not None and z_hat is not None
-            )  # x or the branch's own input is saved if a factor is trained
+            # If a factor is trained, the branch's own input is saved, or x.
+            assert g_hat is not None and z_hat is not None
             grad_down, grad_up = _factor_grads(g_hat, z_hat, branch, needed, scaling)
         grad_branch_bias = grad_bias * scaling if grad_bias is not None and needed.bias else None
         grads_of_branches.append((grad_down, grad_up, grad_branch_bias))

@@ -6,12 +6,12 @@ import math
 import re
 from dataclasses import dataclass
 
-DEFAULT_MIN_COSINE = 0.85  # with lower cosines, accuracy was clearly lower, see docs/choosing-settings.md
+DEFAULT_MIN_COSINE = 0.85  # accuracy was clearly lower with lower cosines, see docs/choosing-settings.md
 _BYTES = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 
 class BudgetError(ValueError):
-    """No measured setting keeps within the bounds. The message has the least that is possible, and its setting.
+    """No measured setting keeps within the bounds. The message has the lowest possible value, and its setting.
 
     Attributes:
         table: The measurements as text.

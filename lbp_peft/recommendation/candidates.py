@@ -27,13 +27,13 @@ class Candidate:
     """A way to train a model.
 
     Args:
-        label: Its name in tables.
-        lbp_wht: Arguments of [`LBPWHTConfig`]; None: exact backpropagation.
+        label: The name in tables.
+        lbp_wht: The arguments of [`LBPWHTConfig`]; None: exact backpropagation.
         lora: Whether LoRA's factors are trained instead of whole weights.
         checkpointing: Whether gradient checkpointing is on.
         compiled: Whether the model goes through `torch.compile`.
-        no_better_than: Label of a setting whose gradients are at least as good; "" if there is none.
-        saves_memory: Whether it is a variant of that setting that takes more time and less memory.
+        no_better_than: The label of a setting whose gradients are at least as good; "" if there is none.
+        saves_memory: Whether this is a variant of that setting that takes more time and less memory.
     """
 
     label: str
@@ -87,7 +87,8 @@ class Candidate:
         return adapted
 
 
-# In order of importance: if time is short, the last ones are left out. The first four are one of each kind.
+# The order is that of importance: if time is short, the last ones are left out. The first four differ in kind: full
+# fine-tuning, LoRA, LBP-WHT, and LBP-WHT on LoRA.
 KINDS = 4
 R10, LORA_R10 = "LBP-WHT r=10", "LoRA + LBP-WHT r=10"
 _ADAPTIVE = {"r": 10, "grad_input_rank": 24, "grad_input_basis": "adaptive"}
@@ -150,7 +151,7 @@ VARIANTS: tuple[Callable[[Candidate], Candidate | None], ...] = (
 
 
 def variants(settings: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """All that `VARIANTS` make of the settings."""
+    """All variants of the settings that `VARIANTS` make."""
     return tuple(changed for variant in VARIANTS for one in settings if (changed := variant(one)))
 
 
@@ -197,7 +198,7 @@ def enable_checkpointing(model: nn.Module) -> None:
 
 
 def checkpointing_call(model: nn.Module) -> str:
-    """The same as Python, from the attribute of the model on; "" if it has none."""
+    """The Python code that enables checkpointing, from the attribute of the model on; "" if it has no checkpointing."""
     try:
         name, module = _with_checkpointing(model)
     except NotApplicableError:

@@ -36,7 +36,7 @@ class Reference:
         return None if self.full is None else self.full.seconds
 
     def of(self, is_lora: bool) -> Trial | None:
-        """The exact setting that trains the same weights."""
+        """The exact setting that trains the same weights: full fine-tuning or LoRA."""
         return self.lora if is_lora else self.full
 
 
@@ -45,7 +45,7 @@ def choose(trials: Sequence[Trial], bounds: Bounds, reference: Reference) -> tup
 
     Memory or step time is minimised, whichever has no bound, or their product if neither has one. If both have one, the
     setting with the best gradients is chosen. Among settings that differ by a few percent only, the one with the best
-    gradients is chosen, and full fine-tuning or LoRA by itself rather than what gains nothing over it.
+    gradients is chosen. Full fine-tuning or LoRA by itself is chosen if no other setting gains anything over it.
 
     Args:
         trials: The trials of the settings. Failed ones are skipped.
@@ -80,7 +80,7 @@ def choose(trials: Sequence[Trial], bounds: Bounds, reference: Reference) -> tup
 
 
 def _is_as_good(exact: Trial, best: Trial, reference: Reference) -> bool:
-    """Whether full fine-tuning or LoRA takes as little time and as little memory as the best setting."""
+    """Whether full fine-tuning or LoRA takes as little time and memory as the best setting."""
     negligible = 1 + _NEGLIGIBLE
     return (
         exact in (reference.full, reference.lora)
@@ -110,7 +110,7 @@ def _cosine(trial: Trial) -> float:
 
 
 def _nothing_within(trials: Sequence[Trial], bounds: Bounds, most_bytes: float, most_seconds: float) -> str:
-    """The least that is possible for each bound by itself, and for both together."""
+    """The lowest possible value for each bound by itself, and for both together."""
     good = [trial for trial in trials if trial.cosine is None or trial.cosine >= bounds.least_cosine]
     if not trials:
         return "No setting could be measured."

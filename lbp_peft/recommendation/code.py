@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def as_python(found: Recommendation) -> str:
-    """Python code that makes of `model`, the plain model, the one to train."""
+    """Python code that turns the plain model, `model`, into the model to train."""
     setting, config = found.setting, found.config
     assert setting is not None
     if config is None:

@@ -83,7 +83,7 @@ def _place(trial: Trial) -> tuple[float, float]:
 
 
 def _outline(front: list[Trial], axes: Any) -> tuple[list[float], list[float]]:
-    """The edge of all that some setting of the front matches or beats, up to the borders of the figure."""
+    """The outline of the area that settings of the front match or beat, up to the borders of the figure."""
     if not front:
         return [], []
     right, low = axes.get_xlim()[1], axes.get_ylim()[0]
@@ -93,7 +93,7 @@ def _outline(front: list[Trial], axes: Any) -> tuple[list[float], list[float]]:
 
 
 def _close_ones(places: list[tuple[float, float]]) -> list[list[int]]:
-    """Indices of points, those together that lie so close that one label serves them."""
+    """The indices of points, in groups that are so close that one label serves the group."""
     (left, right), (low, high) = ((min(values), max(values)) for values in zip(*places, strict=True))
     wide, tall = (right - left) or 1.0, (high - low) or 1.0
     groups: list[list[int]] = []

@@ -24,7 +24,7 @@ from ..tuner.layers.rule import BackwardRule
 from ..tuner.observing import Seen, layers_of, observe, sum_over_processes, unwrapped
 from .bounds import Bounds
 
-# Of these, the ones up to block_size**2 are tried.
+# The ranks that are tried, up to block_size**2.
 RANKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 21, 28, 36, 45, 55, 64, 78, 105, 136, 171, 210, 256)
 _WEIGHT, _INPUT = "weight", "input"
 _EXACT = 10**9  # in the place of a rank, so that it can be sorted and sent to other processes
@@ -32,15 +32,15 @@ _EXACT = 10**9  # in the place of a rank, so that it can be sorted and sent to o
 
 @dataclass(frozen=True)
 class RankAllocation:
-    """Ranks for each layer's gradients, made by [`lbp_peft.allocate_ranks`]; print it for YAML that can be edited.
+    """The ranks of each layer's gradients, from [`lbp_peft.allocate_ranks`]. Printed, it is YAML that can be edited.
 
     Attributes:
-        rank_pattern: Name of the layer -> r, for `LBPWHTConfig(rank_pattern=...)`.
-        grad_input_rank_pattern: Name of the layer -> rank of the input gradient, None where it is exact, likewise.
-            Empty if the input gradients of the model are not low-rank.
-        cosines: Name of the layer -> cosine of its weight gradient with the exact one, at its rank.
-        memory: Bytes that the layers save of their inputs for a batch.
-        multiply_adds: Of the backward pass of the layers for a batch.
+        rank_pattern: r of each layer, by the layer's name, for `LBPWHTConfig(rank_pattern=...)`.
+        grad_input_rank_pattern: The rank of each layer's input gradient, by the layer's name, for the setting of that
+            name; None where the gradient is exact. Empty if the input gradients of the model are not low-rank.
+        cosines: The cosine of each layer's weight gradient with the exact one, at its rank, by the layer's name.
+        memory: The bytes that the layers save of their inputs for a batch.
+        multiply_adds: The multiply-adds of the layers' backward pass for a batch.
         uniform_cosine, uniform_memory, uniform_multiply_adds: The lowest cosine, and the costs, of the present ranks.
     """
 
@@ -76,7 +76,7 @@ class RankAllocation:
 
 
 class _Gradient(NamedTuple):
-    """One of the gradients of the layers that are to have one rank: those with the same input, or a single layer."""
+    """A gradient of layers that have one rank for it: layers with the same input, or a single layer."""
 
     leader: str
     which: str
@@ -93,23 +93,23 @@ def allocate_ranks(
     """Choose the rank of each layer's gradients so that the worst gradient is as good as a budget allows.
 
     For each layer and some twenty ranks, the cosine between the low-rank and the exact weight gradient is measured on
-    the batches, the other gradients being exact. Then the ranks are allocated: from the least ranks on, the gradient
-    with the lowest cosine gets the next rank, as long as the budget allows. Layers with the same input, such as query,
-    key and value, get the same rank, so that they still share its projection. Where the configuration has low-rank
-    Walsh input gradients, their ranks are allocated along with the others, by the cosine between g and its projection;
-    that their errors compound from layer to layer is not taken into account.
+    the batches, while the other gradients are exact. Then the ranks are allocated: all gradients start with the lowest
+    rank, and the gradient with the lowest cosine gets the next rank, as long as the budget allows. Layers with the same
+    input, such as query, key and value, get the same rank, so that they still share its projection. Where the
+    configuration has low-rank Walsh input gradients, their ranks are allocated along with the others, by the cosine
+    between g and its projection. This does not take into account that their errors compound from layer to layer.
 
-    The model is left as it was. To use the ranks, make a new configuration of them; "lhe" and "klt" then have to be
+    The model is left as it was. To use the ranks, make a new configuration with them; "lhe" and "klt" then have to be
     calibrated with these ranks. Where `torch.distributed` is in use, every process has to call it, with batches of its
     own.
 
     Args:
         model: A `PeftModel` with LBP-WHT and one active adapter, with or without DDP.
-        batches: As of [`lbp_peft.calibrate`]; a list or a DataLoader, since "lhe" and "klt" go through them twice.
+        batches: As in [`lbp_peft.calibrate`]; a list or a DataLoader, since "lhe" and "klt" go through them twice.
         memory: The most that the layers may save of their inputs for one batch of this size: "120MiB", bytes, or as a
             multiple of what the present ranks save, such as "1x".
         multiply_adds: The most multiply-adds in the layers' backward pass for one batch: a number, or as a multiple of
-            that of the present ranks. Counted are the products with W and for dW, and the projections as dense ones.
+            that of the present ranks. The products with W and for dW are counted, and projections as dense ones.
         loss_fn: (model, batch) -> scalar loss. None: `model(**batch).loss`.
 
     Raises:
@@ -158,8 +158,8 @@ class _Curves:
     """The cosines and costs of the gradients of layers, by rank, summed over calls.
 
     Args:
-        rules: Name of the layer -> its rule.
-        statistics: Name of the layer -> what its selection chooses a basis by, for those that are calibrated.
+        rules: The rule of each layer, by the layer's name.
+        statistics: The statistics of each layer that is calibrated, by the layer's name.
     """
 
     def __init__(self, rules: dict[str, BackwardRule], statistics: dict[str, TokenStatistics]):
@@ -207,7 +207,7 @@ class _Curves:
                 break
 
     def measured(self, num_batches: int, device: torch.device) -> _Measured:
-        """What all processes have seen together. Every process has to call it."""
+        """The sums of all processes. Every process has to call it."""
         counted: dict[Any, Tensor] = {("", "", 0): torch.tensor([float(num_batches)], dtype=torch.float64)}
         sums = sum_over_processes(counted | self._sums, device)
         number = float(sums.pop(("", "", 0)))
@@ -248,10 +248,10 @@ class _Measured(NamedTuple):
     """The options for the ranks of gradients.
 
     Attributes:
-        options: Those of each gradient, from the least rank on.
-        present: The option that is the present rank of each gradient.
-        leaders: Name of each layer -> that of the first layer with the same input.
-        cosines: (name of the layer, which gradient) -> the cosine at each rank, of this layer alone.
+        options: The options of each gradient, by ascending rank.
+        present: The option of each gradient that has its present rank.
+        leaders: The name of the first layer with the same input, by the name of each layer.
+        cosines: The cosine at each rank, by the name of the layer and the gradient, for this layer alone.
     """
 
     options: dict[_Gradient, list[Option]]
@@ -264,9 +264,9 @@ class _BasesByRank(NamedTuple):
     """The bases that a gradient may have.
 
     Attributes:
-        make: From the rank to the basis.
-        ranks: Those to try, ascending.
-        present: That of the present configuration.
+        make: A function from the rank to the basis.
+        ranks: The ranks to try, ascending.
+        present: The rank in the present configuration.
     """
 
     make: Callable[[int], Basis]
@@ -275,7 +275,7 @@ class _BasesByRank(NamedTuple):
 
     @staticmethod
     def of(name: str, rule: BackwardRule, statistics: TokenStatistics | None) -> _BasesByRank | None:
-        """Those of a weight gradient; None if nothing was seen to choose them by."""
+        """The bases of a weight gradient; None if there are no statistics by which to choose them."""
         selection = rule.chosen_by
         if selection is None:
             return _BasesByRank.of_walsh(rule.weight_basis)
@@ -292,7 +292,7 @@ class _BasesByRank(NamedTuple):
 
     @staticmethod
     def of_walsh(basis: Basis) -> _BasesByRank | None:
-        """Those of a selection of Walsh functions; None of any other basis, which has no rank."""
+        """The bases of a selection of Walsh functions; None for any other basis, which has no rank."""
         if isinstance(basis, BasisSet):
             make: Callable[[int], Basis] = lambda rank: replace(basis, r=rank)  # noqa: E731
             return _BasesByRank(make, _ranks(basis.r, basis.block_size**2), basis.r)
@@ -312,7 +312,7 @@ def _weight_gradient(x: Tensor, g: Tensor) -> Tensor:
 
 
 def _cosine(found: Tensor, exact: Tensor) -> Tensor:
-    """1 where both vanish."""
+    """The cosine of two tensors; 1 if both are zero."""
     norms = found.norm() * exact.norm()
     return (found * exact).sum() / norms if norms > 0 else torch.tensor(float(not exact.any()))
 

@@ -36,8 +36,8 @@ class Recommendation:
         notes: Further remarks.
         libraries_bytes: The resident set of a process with Python and the libraries alone; peaks on a CPU include it.
         seconds: The duration of the search.
-        checkpointing_call: The Python that switches gradient checkpointing on, from the attribute of the model on; ""
-            where there is no gradient checkpointing.
+        checkpointing_call: The Python code that enables gradient checkpointing, from the attribute of the model on; ""
+            if there is no gradient checkpointing.
     """
 
     candidates: dict[str, Candidate] = field(repr=False)
@@ -77,7 +77,7 @@ class Recommendation:
         self.reason = f"{reason} {untried}".strip()
 
     def _remedies(self, lora: bool) -> str:
-        """What may help where nothing keeps within the bounds: more time, or LoRA."""
+        """What may help if no setting keeps within the bounds: more time, or LoRA."""
         text = ""
         own = [label for label, one in self.candidates.items() if one.lora is lora]
         late = sum(self.left_out.get(label) == NO_TIME for label in own)
