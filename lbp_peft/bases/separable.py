@@ -303,20 +303,20 @@ def grid_bases(grid: tuple[int, int], basis: WalshBasis) -> GridBases:
 
 
 @torch.compiler.assume_constant_result
-def _num_bases(height: int, width: int, kind: type[WalshBasis], *settings: Any) -> int:
-    return num_bases((height, width), kind(*settings))
+def _num_bases(height: int, width: int, basis_class: type[WalshBasis], *settings: Any) -> int:
+    return num_bases((height, width), basis_class(*settings))
 
 
 @torch.compiler.assume_constant_result
-def _functions_outnumber_tokens(height: int, width: int, kind: type[WalshBasis], *settings: Any) -> bool:
+def _functions_outnumber_tokens(height: int, width: int, basis_class: type[WalshBasis], *settings: Any) -> bool:
     """Whether there are more functions than tokens along an axis, as is possible with boundary="reflect"."""
-    bases = grid_bases((height, width), kind(*settings))
+    bases = grid_bases((height, width), basis_class(*settings))
     return len(bases.row_analysis) > height or len(bases.column_analysis) > width
 
 
 @torch.compiler.assume_constant_result
-def _values(name: str, height: int, width: int, kind: type[WalshBasis], *settings: Any) -> list:
-    return getattr(grid_bases((height, width), kind(*settings)), name).tolist()
+def _values(name: str, height: int, width: int, basis_class: type[WalshBasis], *settings: Any) -> list:
+    return getattr(grid_bases((height, width), basis_class(*settings)), name).tolist()
 
 
 _matrices: BoundedCache[tuple, Tensor] = BoundedCache(512)

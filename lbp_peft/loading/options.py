@@ -124,11 +124,11 @@ class DataOptions:
 class Parser(HfArgumentParser):
     """A parser of flags for a dataclass, without abbreviations, that raises ValueError on mistakes."""
 
-    def __init__(self, kind: Any, **settings: Any):
+    def __init__(self, options_class: Any, **settings: Any):
         super().__init__(
-            kind, usage="%(prog)s [options]", allow_abbrev=False, formatter_class=_HelpFormatter, **settings
+            options_class, usage="%(prog)s [options]", allow_abbrev=False, formatter_class=_HelpFormatter, **settings
         )
-        self.kind = kind
+        self.options_class = options_class
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
@@ -145,10 +145,10 @@ class Parser(HfArgumentParser):
             if not name.startswith("-"):
                 self.error(f"unexpected argument {name!r}")
             self.error(f"unknown flag {name}{did_you_mean(name, self.names(), '--')}")
-        return self.kind(**vars(values))
+        return self.options_class(**vars(values))
 
     def names(self) -> list[str]:
-        return [field.name for field in dataclasses.fields(self.kind)]
+        return [field.name for field in dataclasses.fields(self.options_class)]
 
     def flags_of(self, path: Path) -> list[str]:
         """The contents of a YAML file as flags, so that names, types and choices are checked in the same way.
@@ -241,7 +241,7 @@ def as_size(sides: int | list[int] | tuple[int, ...] | None) -> tuple[int, int] 
 
 
 def parse(
-    kind: type[DataOptions],
+    options_class: type[DataOptions],
     defaults: Path | None,
     description: str,
     arguments: list[str] | None = None,
@@ -250,7 +250,7 @@ def parse(
     """Read the options: flags, over `--config`, over the embedded example where no model or data is named.
 
     Args:
-        kind: The dataclass of options.
+        options_class: The dataclass of options.
         defaults: The YAML file of the embedded example; None: there is none, so model and data have to be named.
         description: The description of the program.
         arguments: The flags; None: those of the command line.
@@ -262,7 +262,7 @@ def parse(
     epilog = "Flags may be written with dashes in place of underscores."
     if defaults:
         epilog += f" The embedded example has defaults of its own: {defaults.name}."
-    parser = Parser(kind, description=description, epilog=epilog, prog=prog)
+    parser = Parser(options_class, description=description, epilog=epilog, prog=prog)
     try:
         return _read(parser, sys.argv[1:] if arguments is None else arguments, defaults)
     except ValueError as error:

@@ -121,20 +121,20 @@ class _Slot:
 
 def _restored(value: Any, tensors: Sequence[Tensor], memo: dict[int, Any]) -> Any:
     """The inverse of [`LayerRecord._recorded`]: fill the slots with tensors. The record itself is not changed."""
-    kind = type(value)
-    if kind in _CONSTANTS:
+    cls = type(value)
+    if cls in _CONSTANTS:
         return value
-    if kind is _Slot:
+    if cls is _Slot:
         return tensors[value.index]
-    if kind is tuple:
+    if cls is tuple:
         return tuple(_restored(item, tensors, memo) for item in value)
-    if kind not in _MAPPINGS and kind not in (list, set):
+    if cls not in _MAPPINGS and cls not in (list, set):
         return value
     if id(value) not in memo:
         copy = memo[id(value)] = value.copy()
-        if kind is list:
+        if cls is list:
             copy[:] = [_restored(item, tensors, memo) for item in value]
-        elif kind is not set:
+        elif cls is not set:
             copy.update({key: _restored(item, tensors, memo) for key, item in value.items()})
     return memo[id(value)]
 

@@ -61,11 +61,16 @@ def why_not_token_wise(layer: nn.Module, num_features: int, dtype: torch.dtype, 
 
 
 def _random_parts(layer: nn.Module) -> str:
-    """Dropout other than nn.Dropout, by name: modules of that kind, or rates that a layer keeps as attributes."""
+    """Dropout other than nn.Dropout, by name: modules of such a class, or rates that a layer keeps as attributes."""
     for module in layer.modules():
-        kind = type(module).__name__
-        if "dropout" in kind.lower() and kind != "Dropout" and module.training and getattr(module, "p", 1) > 0:
-            return kind
+        class_name = type(module).__name__
+        if (
+            "dropout" in class_name.lower()
+            and class_name != "Dropout"
+            and module.training
+            and getattr(module, "p", 1) > 0
+        ):
+            return class_name
         for name, value in vars(module).items():
             rates = value.values() if isinstance(value, dict) else [value]
             if name.endswith("dropout") and any(isinstance(rate, float) and rate > 0 for rate in rates):

@@ -177,25 +177,25 @@ def collect(
     number, unseen = observe(model, batches, loss_fn, wanted, see)
     counted = torch.tensor(float(number), dtype=torch.float64)
     flat: dict[tuple, Tensor] = {("", "", 0, (0, 0)): counted}
-    for (name, kind), one in sums.items():
+    for (name, selection), one in sums.items():
         for factor, of_grids in enumerate((one.inputs, one.gradients)):
-            flat |= {(name, kind, factor, grid): tensor for grid, tensor in of_grids.items()}
+            flat |= {(name, selection, factor, grid): tensor for grid, tensor in of_grids.items()}
     flat = sum_over_processes(flat, device_of(model))
     number = int(flat.pop(("", "", 0, (0, 0))))
     if number == 0:
         raise ValueError("There are no batches to calibrate by.")
     found: dict[tuple[str, str], TokenStatistics] = {}
-    for (name, kind, factor, grid), tensor in flat.items():
-        own = found.setdefault((name, kind), TokenStatistics())
+    for (name, selection, factor, grid), tensor in flat.items():
+        own = found.setdefault((name, selection), TokenStatistics())
         (own.gradients if factor else own.inputs)[grid] = tensor
     leaders = agreed_leaders(leaders)
     groups: dict[tuple[str, str], list[TokenStatistics]] = {}
-    for (name, kind), one in found.items():
+    for (name, selection), one in found.items():
         if not one.is_finite():
             raise ValueError(f"The inputs or gradients of {name} are not finite: is the loss NaN?")
-        groups.setdefault((leaders[name], kind), []).append(one)
+        groups.setdefault((leaders[name], selection), []).append(one)
     of_groups = {key: pooled(parts) for key, parts in groups.items()}
-    statistics = {(name, kind): of_groups[leaders[name], kind] for name, kind in found}
+    statistics = {(name, selection): of_groups[leaders[name], selection] for name, selection in found}
     return Collected(number, statistics, leaders, {name: why for name, why in unseen.items() if name not in leaders})
 
 

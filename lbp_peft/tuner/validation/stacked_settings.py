@@ -56,16 +56,16 @@ def _checked_config(name: str, given: PeftConfig | dict[str, Any]) -> PeftConfig
             must not come from a file.
     """
     field = f"stack_on[{name!r}]"
-    kind = given.get("peft_type") if isinstance(given, dict) else given.peft_type
-    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    peft_type = given.get("peft_type") if isinstance(given, dict) else given.peft_type
+    if not isinstance(peft_type, str) or peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
         known = ", ".join(sorted(one.value for one in PEFT_TYPE_TO_CONFIG_MAPPING))
-        raise ValueError(f"{field} has the peft_type {show(kind)}, which PEFT does not know. It knows {known}.")
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING[kind]
+        raise ValueError(f"{field} has the peft_type {show(peft_type)}, which PEFT does not know. It knows {known}.")
+    tuner = PEFT_TYPE_TO_TUNER_MAPPING[peft_type]
     # X-LoRA's configuration names folders and repositories to load further adapters from.
-    if kind in (PeftType.LBPWHT, PeftType.XLORA) or not issubclass(tuner, BaseTuner):
+    if peft_type in (PeftType.LBPWHT, PeftType.XLORA) or not issubclass(tuner, BaseTuner):
         raise ValueError(
             "stack_on must be a configuration of another method with adapters in layers, such as LoRA, and not of "
-            f"{PeftType(kind).value}."
+            f"{PeftType(peft_type).value}."
         )
     if isinstance(given, dict):
         if given.get("megatron_config"):
@@ -76,12 +76,14 @@ def _checked_config(name: str, given: PeftConfig | dict[str, Any]) -> PeftConfig
         try:
             config = PeftConfig.from_peft_type(**given)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{field} is not a valid configuration of {PeftType(kind).value}: {error}") from error
+            raise ValueError(f"{field} is not a valid configuration of {PeftType(peft_type).value}: {error}") from error
     else:
         config = given
-        if not isinstance(config, PEFT_TYPE_TO_CONFIG_MAPPING[kind]):
-            wanted = PEFT_TYPE_TO_CONFIG_MAPPING[kind].__name__
-            raise ValueError(f"{field} must be a {wanted} for the peft_type {kind}, got a {type(config).__name__}.")
+        if not isinstance(config, PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]):
+            wanted = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].__name__
+            raise ValueError(
+                f"{field} must be a {wanted} for the peft_type {peft_type}, got a {type(config).__name__}."
+            )
     _check_patterns(field, config)
     return config
 
