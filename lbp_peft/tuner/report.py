@@ -30,7 +30,7 @@ COLUMNS = {
     "outside": "tokens outside the grid, such as [CLS]; they are kept exactly",
     "tokens": "L, the number of tokens of each image (or window)",
     "dW from": "k, the number of rows that the gradient of the weight is computed from, instead of L",
-    "dx from": "the same for the gradient of the input; if it is L, that gradient is exact up to the precision",
+    "dx from": "the same for the gradient of the input, which is exact up to the precision if this is L",
     "dx in": "precision of the product that gives the gradient of the input",
     "found by": "the patch embedding or model input that the grid was followed from, or the setting",
     "backward": "low-rank, or exact and why",
