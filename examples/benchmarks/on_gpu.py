@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -28,8 +28,21 @@ EAGER = (
     "lbp-wht:r=10+checkpointing", "lora-all+lbp-wht:r=10", "lora-all+lbp-wht:r=10,compress_activations=all",
     "lora-all+lbp-wht:r=10+checkpointing",
 )  # fmt: skip
-COMPILED = ("full+compile", "lora-all+compile", "lbp-wht:r=10+compile", "lora-all+lbp-wht:r=10+compile")
-CUDA_GRAPHS = tuple(f"{method}:mode=reduce-overhead" for method in COMPILED)
+_SETTINGS = (
+    "full", "lora-all", "lbp-wht:r=10", "lbp-wht:r=10,grad_input_rank=10", "lora-all+lbp-wht:r=10",
+    "lora-all+lbp-wht:r=10,grad_input_rank=10", "lora-all+lbp-wht:r=10,compress_activations=all",
+)  # fmt: skip
+_SHORT = ("full", "lora-all", "lora-all+lbp-wht:r=10")
+_TRITON = ("lbp-wht:r=10,grad_input_rank=10+triton", "lora-all+lbp-wht:r=10+triton")
+
+
+def _each(methods: tuple[str, ...], word: str) -> list[str]:
+    return [f"{method}+{word}" for method in methods]
+
+
+# Eager steps come first, to compare with.
+COMPILED = (*_SHORT, *_each(_SETTINGS, "compile"), *_each(_SHORT, "compile:mode=reduce-overhead"))
+CUDA_GRAPHS = (*_SHORT, *_each(_SETTINGS + _TRITON, "cuda-graph"))
 
 
 @dataclass(frozen=True)
@@ -47,31 +60,45 @@ class Part:
     environment: dict[str, str] = field(default_factory=dict)
 
 
-def training_step(
+def steps(
     name: str, output: Path, model: str, methods: tuple[str, ...], seconds: int, *options: str, **env: str
 ) -> Part:
+    """Steps in eager mode, in one process."""
+    return Part(["training_step.py", *_arguments(name, output, model, methods), *options], seconds, env)
+
+
+def steps_by_process(name: str, output: Path, model: str, methods: tuple[str, ...], seconds: int) -> Part:
+    """Steps that take long to set up, each method in a process of its own."""
+    at_once = str(max(1, (os.cpu_count() or 1) // 2))
+    environment = {"TORCHINDUCTOR_COMPILE_THREADS": "4", "OMP_NUM_THREADS": "1"}
+    command = ["steps_by_process.py", *_arguments(name, output, model, methods), "--at-once", at_once]
+    return Part(command, seconds, environment)
+
+
+def _arguments(name: str, output: Path, model: str, methods: tuple[str, ...]) -> list[str]:
     record = str(output / f"{name}.json")
-    command = [str(HERE / "training_step.py"), "--model", model, "--batch-size", "64", "--bf16", "--rounds", "10"]
-    return Part([*command, "--output", record, *options, "--methods", *methods], seconds, env)
+    return [
+        "--model", model, "--batch-size", "64", "--bf16", "--rounds", "10", "--output", record, "--methods", *methods,
+    ]  # fmt: skip
 
 
 def parts(output: Path) -> dict[str, Part]:
     """All parts by name, the most important ones first."""
-
-    def step(name: str, model: str, methods: tuple[str, ...], seconds: int, *options: str, **env: str) -> Part:
-        return training_step(name, output, model, methods, seconds, *options, **env)
-
-    return {
-        "tests": Part(["-m", "pytest", "-q", "-n", str(min(16, os.cpu_count() or 1)), str(ROOT / "tests")], 200),
-        "kernels": Part([str(HERE / "gpu_kernels.py"), "--output", str(output / "gpu-kernels.json")], 90),
-        "vit-b-bf16": step("vit-b-bf16", "vit-b", EAGER, 150),
-        "vit-b-bf16-kernels": step("vit-b-bf16-kernels", "vit-b", EAGER, 150, LBP_PEFT_KERNELS="triton"),
-        "vit-b-bf16-compiled": step("vit-b-bf16-compiled", "vit-b", COMPILED, 240),
-        "vit-b-bf16-cuda-graphs": step("vit-b-bf16-cuda-graphs", "vit-b", CUDA_GRAPHS, 240),
-        "vit-l-bf16": step("vit-l-bf16", "vit-l", EAGER, 240),
-        "dinov2-l-bf16": step("dinov2-l-bf16", "dinov2-l", EAGER, 240),
-        "vit-l-bf16-compiled": step("vit-l-bf16-compiled", "vit-l", COMPILED, 300),
+    tests = ["-m", "pytest", "-q", "-n", str(min(16, os.cpu_count() or 1)), str(ROOT / "tests")]
+    kernels = [str(HERE / "gpu_kernels.py"), "--output", str(output / "gpu-kernels.json")]
+    of_training = {
+        "vit-b-bf16": steps("vit-b-bf16", output, "vit-b", EAGER, 150),
+        "vit-b-bf16-cuda-graphs": steps_by_process("vit-b-bf16-cuda-graphs", output, "vit-b", CUDA_GRAPHS, 240),
+        "vit-b-bf16-compiled": steps_by_process("vit-b-bf16-compiled", output, "vit-b", COMPILED, 300),
+        "vit-b-bf16-kernels": steps("vit-b-bf16-kernels", output, "vit-b", EAGER, 150, LBP_PEFT_KERNELS="triton"),
+        "vit-l-bf16": steps("vit-l-bf16", output, "vit-l", EAGER, 240),
+        "dinov2-l-bf16": steps("dinov2-l-bf16", output, "dinov2-l", EAGER, 240),
     }
+    programs = {
+        name: replace(part, command=[str(HERE / part.command[0]), *part.command[1:]])
+        for name, part in of_training.items()
+    }
+    return {"tests": Part(tests, 300), "kernels": Part(kernels, 90), **programs}
 
 
 def run(name: str, part: Part, seconds: float, output: Path) -> str:
