@@ -23,7 +23,7 @@ LOST = -2
 # Inputs from this number on are texts, those before it images.
 FIRST_TEXT = 8
 
-_UNITS_PER_PIXEL = 4
+UNITS_PER_PIXEL = 4
 # Tensors of fewer elements are not condensed, which would take longer than it saves.
 _FEW = 2**14
 _BITS = 20
@@ -38,7 +38,7 @@ def encode(source: int, image: Tensor, row: Tensor, column: Tensor) -> Tensor:
         image: The number of the image in the batch, below 2**18.
         row, column: The row and column in pixels, or in tokens of a text, below 2**18.
     """
-    return ((source << 18) + image << 2 * _BITS) + (row * _UNITS_PER_PIXEL << _BITS) + column * _UNITS_PER_PIXEL
+    return ((source << 18) + image << 2 * _BITS) + (row * UNITS_PER_PIXEL << _BITS) + column * UNITS_PER_PIXEL
 
 
 def moved_to(positions: Tensor, first: int) -> Tensor:
