@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .dependencies import described
 from .masks import is_mask
 from .positions import FIRST_TEXT, encode, moved_to, number_of
-from .tracer import Origin, PositionTracer
+from .tracer import PositionTracer
+from .trails import Origin
 
 # Numbers of inputs, see [`lbp_peft.layout.positions.encode`]. All inputs of images share a number.
 IMAGES = 0

@@ -254,8 +254,20 @@ def sampled(positions: Tensor, axis: int, places: Tensor) -> Tensor:
     return compact(positions).index_select(axis, places).expand(shape)
 
 
+def _turns(positions: Tensor, axis: int) -> bool:
+    """Whether the rows, or the columns, of one image both rise and fall along an axis."""
+    size = positions.shape[axis]
+    a, b = positions.narrow(axis, 0, size - 1), positions.narrow(axis, 1, size - 1)
+    is_pair = (a >= 0) & (b >= 0) & (image_of(a) == image_of(b))
+    steps = [torch.where(is_pair, of(b) - of(a), 0) for of in (row_of, column_of)]
+    return any(bool(((step > 0).any(axis) & (step < 0).any(axis)).any()) for step in steps)
+
+
 def resampled(positions: Tensor, axis: int, size: int) -> Tensor:
-    """The positions after an axis is resized: a sample of them if it shrinks, linear interpolation if it grows."""
+    """The positions after an axis is resized: a sample of them if it shrinks, linear interpolation if it grows.
+
+    If it grows, and neighbours along it are not neighbours in the image, positions between them are LOST.
+    """
     old = positions.shape[axis]
     if old == size or old == 1 or positions.stride(axis) == 0:
         return sampled(positions, axis, torch.zeros(size, dtype=torch.int64) if old == 1 else torch.arange(size))
@@ -272,4 +284,6 @@ def resampled(positions: Tensor, axis: int, size: int) -> Tensor:
     nearest = sampled(positions, axis, scaled // size)
     row, column = (of(a) + (of(b) - of(a)) * rest // size for of in (row_of, column_of))
     between = (image_of(a) << 2 * _BITS) + (row << _BITS) + column
+    if _turns(positions, axis):  # between halves that were swapped, for instance, there is nothing
+        between = torch.where(rest == 0, between, LOST)
     return torch.where((a >= 0) & (b >= 0) & (image_of(a) == image_of(b)), between, nearest).expand(shape)

@@ -117,7 +117,7 @@ def _place_near(fraction: float, size: int, several: list[np.ndarray]) -> int:
         far += np.abs(places[:, None] - lines).min(axis=1) / np.diff(lines).min()
     wanted = fraction * size
     is_near = np.abs(places - wanted) <= max(size / 6, 1)
-    return int(min(places[is_near], key=lambda place: (round(far[place], 6), abs(place - wanted))))
+    return int(min(places[is_near], key=lambda place: (round(float(far[place]), 6), abs(place - wanted))))
 
 
 def _inputs(model: nn.Module, layers: dict[str, LBPWHTLayer], batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
