@@ -24,7 +24,7 @@ from ..transforms import in_transform, outside_transforms
 from . import compiled
 from .dependencies import ModelState, random_state, why_undecided
 from .hooks import PassHooks
-from .inputs import described_inputs, named_inputs, positions_of_images, signature, start, tensors_in
+from .inputs import described_inputs, merge_size, named_inputs, positions_of_images, signature, start, tensors_in
 from .left_out import PassedLayer, PassedLayers, without_projections
 from .masks import is_mask, mask_of, padding_mask_of
 from .notices import Notices
@@ -130,7 +130,7 @@ class LayoutFinder:
         self._checks_targets = checks_targets
         self._model = weakref.ref(model)
         self._layers = weakref.WeakSet(layers.values())
-        self._merge_size = next((size for m in model.modules() if (size := _merge_size(m))), 1)
+        self._merge_size = merge_size(model)
         self._hooks.attach(self, model, layers)
         self._traces.clear()
 
@@ -430,11 +430,6 @@ def _padding_masks(inputs: dict[str, Any]) -> dict[str, Tensor]:
 def _is_own(module: nn.Module) -> bool:
     """Whether a module is a layer of this package, whose attributes decide nothing about the model."""
     return isinstance(module.__dict__.get("finder"), LayoutFinder)
-
-
-def _merge_size(module: nn.Module) -> int:
-    size = getattr(module, "spatial_merge_size", None)
-    return size if isinstance(size, int) else 0
 
 
 _keys = itertools.count()

@@ -28,6 +28,12 @@ _MOST_VALUES = 4096
 TENSORS = "all tensors"
 
 
+def merge_size(model: nn.Module) -> int:
+    """The rows and columns of the units in which a model takes packed patches; 1 if it has no such units."""
+    sizes = (getattr(module, "spatial_merge_size", None) for module in model.modules())
+    return next((size for size in sizes if isinstance(size, int) and size), 1)
+
+
 def named_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a call, by their names in the module's forward method."""
     try:
