@@ -185,6 +185,19 @@ class PositionTracer(TorchFunctionMode):
             except RuntimeError:  # an index that belongs to the transform cannot be read
                 return None
 
+    def _has_channels(self, name: str, args: tuple) -> bool:
+        """Whether all that an operation takes for the channels of one place does lie at one place.
+
+        Otherwise its channels are rows, columns or tokens of the input.
+        """
+        positions = self.positions(args[0]) if args else None
+        if positions is None:
+            return True
+        num_axes = next((int(c) for c in name if c in "123"), 2 if name.startswith(("pixel", "im2col")) else 0)
+        small = compact(positions)
+        channels_axis = -num_axes - 1 if num_axes else 1
+        return bool((small == small.narrow(channels_axis, 0, 1)).all())
+
     def _layers(self, name: str, given: list[Tensor]) -> list[str]:
         """The names of the layers whose weights an operation applies, if it mixes channels."""
         if name not in MIXING and name != "multi_head_attention_forward":
@@ -216,7 +229,7 @@ class PositionTracer(TorchFunctionMode):
             }
         lost_by = next((trail.lost_by for trail in trails if trail.lost_by), "")
         had_positions = any(trail.positions is not None for trail in trails)
-        is_certain = name in SPATIAL or all(trail.is_certain for trail in trails)
+        is_certain = all(trail.is_certain for trail in trails) or (name in SPATIAL and self._has_channels(name, args))
         of_mask = all(trail.of_mask for trail in trails) and len(trails) > 0
         for output, p in zip(outputs, found, strict=False):
             if p is not None and p.shape != output.shape:  # another operation of the same name
