@@ -165,7 +165,19 @@ def by_an_index_written_in_part(tokens):
     return tokens[:, order]
 
 
+def halves(tokens, function):
+    """The tokens of an image whose upper and lower halves were changed, or exchanged, and that was then upsampled."""
+    image = torch.cat(function(tokens.unflatten(1, (SIDE, SIDE)).chunk(2, 1)), 1).movedim(-1, 1)
+    return nn.functional.interpolate(image, scale_factor=2).flatten(2).transpose(1, 2)
+
+
 LOST = {
+    "flipped halves, upsampled": lambda: Net(lambda t: halves(t, lambda parts: [part.flip(1) for part in parts])),
+    "exchanged halves, upsampled": lambda: Net(lambda t: halves(t, lambda parts: parts[::-1])),
+    "added in another order": lambda: Net(lambda t: (t * 0).index_add(1, torch.tensor(FIXED), t)),
+    "added at other places": lambda: Net(
+        lambda t: (t * 0).scatter_add(1, torch.tensor(FIXED)[None, :, None].expand(2, -1, 16), t)
+    ),
     "a factor by name": lambda: Net(lambda t: torch.matmul(input=t, other=torch.eye(16))),
     "written under a view": lambda: Net(partial(changed_under_a_view, write=lambda x, y: x.__setitem__(..., y))),
     "an output argument that has a view": lambda: Net(
