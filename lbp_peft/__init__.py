@@ -33,6 +33,7 @@ from .tuner.layers.base import LBPWHTLayer
 from .tuner.layers.linear import LBPWHTLinear
 from .tuner.model import LBPWHTModel
 from .tuner.report import LayoutReport, exact_backward, layout_report
+from .tuner.targets import targets_from
 from .tuner.verify import LayoutCheck, verify_layout
 from .warm_up_callback import ExactWarmUpCallback
 
@@ -80,6 +81,7 @@ __all__ = [
     "measure",
     "recommend",
     "register_layer_type",
+    "targets_from",
     "tuner",
     "verify_layout",
 ]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import TypeGuard
 
 from torch import nn
 
-from .layer_types import is_plain_linear, layer_type_of
+from .layer_types import LayerType, is_plain_linear, layer_type_of
 
 # Names of classes that turn the encoder's tokens into outputs. The name alone decides nothing: a module with such a
 # name that is given images is part of the encoder.
@@ -31,11 +31,50 @@ def encoder_linears(model: nn.Module) -> list[str]:
     heads, nor projectors to another width, nor layers that work on coordinates instead of features. In a model of
     images and words, only the blocks of the vision tower count, or, if it has none, the blocks that both pass through.
     """
+    prefix, searched = _base_of(model)
+    inside = {id(linear) for blocks in _block_lists(searched) for linear in _linears(blocks)}
+    return [f"{prefix}{name}" for name, module in searched.named_modules() if id(module) in inside]
+
+
+def adaptable_layers(model: nn.Module) -> dict[str, LayerType]:
+    """The types of all layers that could be adapted, by the layer's name."""
+    found = {id(layer) for layer in _linears(model)}
+    types = {name: layer_type_of(_unwrapped(module)) for name, module in model.named_modules() if id(module) in found}
+    return {name: layer_type for name, layer_type in types.items() if layer_type is not None}
+
+
+def of_the_encoder(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Those of some layers that are part of the encoder, though perhaps not of its blocks.
+
+    They are in its blocks, or at least inside the base model and not inside a decoder, a head or a projector. In a
+    model of images and words, they are inside the part that is given images alone, if any of the layers is, or else
+    sound alone, and so on.
+    """
+    prefix, searched = _base_of(model)
+    in_blocks = set(encoder_linears(model))
+    groups: dict[frozenset[str], list[str]] = {frozenset(kinds): [] for kinds in _IN_ORDER}
+    for name in names:
+        within = name.removeprefix(prefix)
+        kinds = _modalities_around(searched, within)
+        is_beside = (
+            name.startswith(prefix)
+            and not any(_is_projector(part) for part in ancestors(searched, within))
+            and not _after_the_encoder(searched, within, kinds)
+        )
+        if name in in_blocks or is_beside:
+            groups[kinds].append(name)
+    if any("words" in _modalities(part) for part in searched.modules()):
+        return next((group for group in groups.values() if group), [])
+    chosen = {name for group in groups.values() for name in group}
+    return [name for name in names if name in chosen]
+
+
+def _base_of(model: nn.Module) -> tuple[str, nn.Module]:
+    """The prefix of the names of the base model's layers, and the base model; ("", the model) if none is known."""
     base = getattr(model, getattr(model, "base_model_prefix", None) or "", None)
     searched = base if isinstance(base, nn.Module) else model
     prefix = next((f"{name}." for name, module in model.named_modules() if module is searched and name), "")
-    inside = {id(linear) for blocks in _block_lists(searched) for linear in _linears(blocks)}
-    return [f"{prefix}{name}" for name, module in searched.named_modules() if id(module) in inside]
+    return prefix, searched
 
 
 def _block_lists(model: nn.Module) -> list[nn.Module]:

@@ -20,10 +20,12 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 # Attributes that PyTorch manages itself. Parameters, buffers and children are looked at by themselves.
@@ -31,32 +33,70 @@ _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 _OWN = __name__.partition(".")[0]
-# The contents of larger containers and arrays are not compared.
+# The contents of larger containers are not compared, nor those of larger arrays and tensors.
 _MOST_ITEMS = 4096
+_MOST_VALUES = 2**16
 _DEEPEST = 4
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
 class Dependencies:
     """The tensors of a model on whose values a trace depends, such as a buffer that holds an order."""
 
     def __init__(self) -> None:
-        self._versions: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._known: dict[int, tuple[weakref.ref[Tensor], int, Contents]] = {}
 
-    def update(self, consulted: dict[int, tuple[Tensor, int]]) -> None:
-        """Record tensors, each with its version when it was read, by id."""
-        for key, (tensor, version) in consulted.items():
-            if key not in self._versions:
-                self._versions[key] = weakref.ref(tensor), version
+    def update(self, consulted: dict[int, Consulted]) -> None:
+        """Record tensors as they were when they were read, by id."""
+        for key, one in consulted.items():
+            if key not in self._known:
+                self._known[key] = weakref.ref(one.tensor), one.version, one.contents
 
     def hold(self, module: nn.Module, state: ModelState) -> bool:
         """Whether the module still has all of them, with the values that they had then."""
-        for ref, version in self._versions.values():
+        for ref, version, contents in self._known.values():
             tensor = ref()
-            if tensor is None or version_of(tensor) != version:
+            if tensor is None or version_of(tensor) != version or not contents.hold(tensor):
                 return False
             if not isinstance(tensor, nn.Parameter) and not state.has(module, tensor):
                 return False
         return True
+
+
+class Contents:
+    """What a tensor holds, which NumPy or another library may change in memory that it shares, at the same version.
+
+    Only small tensors on the CPU are copied and compared; tensors elsewhere and larger ones are trusted.
+
+    Attributes:
+        is_copied: Whether it is compared.
+        is_reliable: Whether it is compared or trusted; not if it is large and its memory is that of a NumPy array.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        is_on_cpu = tensor.device.type == "cpu" and tensor.layout == torch.strided and type(tensor) in _PLAIN
+        self.is_copied = is_on_cpu and tensor.numel() <= _MOST_VALUES
+        self._copy = tensor.detach().clone() if self.is_copied else None
+        self.is_reliable = self.is_copied or not is_on_cpu or tensor.untyped_storage().resizable()
+
+    def hold(self, tensor: Tensor) -> bool:
+        """Whether the tensor still holds the same, if it was copied."""
+        return self._copy is None or (tensor.device == self._copy.device and torch.equal(tensor.detach(), self._copy))
+
+
+@dataclass(frozen=True)
+class Consulted:
+    """A tensor of a model by whose values tokens were ordered.
+
+    Attributes:
+        tensor: The tensor.
+        version: Its version at that moment.
+        contents: What it held.
+    """
+
+    tensor: Tensor
+    version: int
+    contents: Contents
 
 
 def version_of(tensor: Tensor) -> int:
@@ -225,7 +265,7 @@ class _Snapshot:
         if isinstance(value, (Enum, type, nn.Module, types.ModuleType)):
             return id(value)
         if isinstance(value, np.ndarray):
-            if value.size > _MOST_ITEMS or value.dtype.hasobject:
+            if value.size > _MOST_VALUES or value.dtype.hasobject:
                 return value.shape, id(value)
             self._arrays.append(value)
             return value.shape, value.tobytes()

@@ -24,12 +24,13 @@ from ..transforms import in_transform, outside_transforms
 from . import compiled
 from .dependencies import ModelState, random_state, why_undecided
 from .hooks import PassHooks
-from .inputs import described_inputs, named_inputs, positions_of_images, signature, start, tensors_in
+from .inputs import described_inputs, merge_size, named_inputs, positions_of_images, signature, start, tensors_in
 from .left_out import PassedLayer, PassedLayers, without_projections
 from .masks import is_mask, mask_of, padding_mask_of
 from .notices import Notices
 from .operations import with_mixed_channels
-from .passes import ForwardPass, Trace, same
+from .passes import ForwardPass, KeptPositions, Trace, same
+from .positions import compact
 from .records import (
     CALLED_ALONE,
     NOT_TRACED,
@@ -85,7 +86,7 @@ class LayoutFinder:
         self._traces: OrderedDict[Hashable, Trace] = OrderedDict()
         self._thread = _Thread()
         self._lock = threading.RLock()
-        self._kept: dict[str, list[Tensor | None]] | None = None
+        self._kept: KeptPositions | None = None
         self.left_out: list[PassedLayer] = []  # in the last pass that was traced
         self.num_traced = 0  # the number of passes that were traced
         self._history = PassHistory()
@@ -129,7 +130,7 @@ class LayoutFinder:
         self._checks_targets = checks_targets
         self._model = weakref.ref(model)
         self._layers = weakref.WeakSet(layers.values())
-        self._merge_size = next((size for m in model.modules() if (size := _merge_size(m))), 1)
+        self._merge_size = merge_size(model)
         self._hooks.attach(self, model, layers)
         self._traces.clear()
 
@@ -264,10 +265,10 @@ class LayoutFinder:
         self._traces.clear()
 
     @contextmanager
-    def keeping_positions(self) -> Iterator[dict[str, list[Tensor | None]]]:
-        """Trace all passes within the block, and yield a dictionary that collects the positions of layers' tokens."""
+    def keeping_positions(self) -> Iterator[KeptPositions]:
+        """Trace all passes within the block, and yield an object that collects the positions of layers' tokens."""
         self.forget_traces()
-        self._kept = {}
+        self._kept = KeptPositions()
         try:
             yield self._kept
         finally:
@@ -306,7 +307,11 @@ class LayoutFinder:
         self._history.add_frames(one, frames)
 
     def _note_passed(self, one: ForwardPass, name: str, x: Tensor, output: Tensor) -> None:
-        if one.tracer is not None and one.passed.asks_for(name):
+        if one.tracer is None:
+            return
+        if self._kept is not None and (positions := one.tracer.positions(output)) is not None:
+            self._kept.of_outputs.append(compact(positions))
+        if one.passed.asks_for(name):
             one.passed.note(name, x, output, read_record(one.tracer, one.texts, x, self._others[name]))
 
     def _record_traced(self, one: ForwardPass, name: str, x: Tensor, channels_axis: int) -> LayoutRecord:
@@ -314,7 +319,7 @@ class LayoutFinder:
         with one.tracer.paused():
             record = read_record(one.tracer, one.texts, x, channels_axis)
             if self._kept is not None:
-                self._kept.setdefault(name, []).append(positions_of_tokens(one.tracer, x, channels_axis))
+                self._kept.of_inputs.setdefault(name, []).append(positions_of_tokens(one.tracer, x, channels_axis))
         one.trace.records.setdefault(name, []).append(record)
         one.passed.note_adapted()
         # What code does after the last call of a layer decides nothing about the layers.
@@ -425,11 +430,6 @@ def _padding_masks(inputs: dict[str, Any]) -> dict[str, Tensor]:
 def _is_own(module: nn.Module) -> bool:
     """Whether a module is a layer of this package, whose attributes decide nothing about the model."""
     return isinstance(module.__dict__.get("finder"), LayoutFinder)
-
-
-def _merge_size(module: nn.Module) -> int:
-    size = getattr(module, "spatial_merge_size", None)
-    return size if isinstance(size, int) else 0
 
 
 _keys = itertools.count()

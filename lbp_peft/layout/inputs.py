@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .dependencies import described
 from .masks import is_mask
 from .positions import FIRST_TEXT, encode, moved_to, number_of
-from .tracer import Origin, PositionTracer
+from .tracer import PositionTracer
+from .trails import Origin
 
 # Numbers of inputs, see [`lbp_peft.layout.positions.encode`]. All inputs of images share a number.
 IMAGES = 0
@@ -25,6 +26,12 @@ _WORDS = ("input_ids", "inputs_embeds")
 _SIZES = re.compile(r"grid|shape|size|thw|_hw")
 _MOST_VALUES = 4096
 TENSORS = "all tensors"
+
+
+def merge_size(model: nn.Module) -> int:
+    """The rows and columns of the units in which a model takes packed patches; 1 if it has no such units."""
+    sizes = (getattr(module, "spatial_merge_size", None) for module in model.modules())
+    return next((size for size in sizes if isinstance(size, int) and size), 1)
 
 
 def named_inputs(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -132,8 +139,10 @@ def _kind_of_text(name: str) -> str:
 
 def _is_certain(tensor: Tensor, positions: Tensor | None) -> bool:
     """Whether the shape alone tells which axis runs over channels; otherwise the first convolution tells."""
-    if positions is None or not tensor.is_floating_point() or tensor.dim() not in (3, 4):
+    if positions is None or not tensor.is_floating_point() or tensor.dim() not in (3, 4, 5):
         return True
+    if tensor.dim() == 5:
+        return min(tensor.shape[1:3]) <= 4 or tensor.shape[4] in (1, 3)
     if tensor.dim() == 3:  # one image, or tokens
         return tensor.shape[0] not in (1, 3) or bool((positions[0] != positions[-1]).any())
     return tensor.shape[1] <= 4 or tensor.shape[3] in (1, 3)
@@ -182,8 +191,11 @@ def _image_axes(tensor: Tensor) -> tuple[int, ...] | None:
         return (0, 1, 2)
     if tensor.dim() == 4:
         return (0, 1, 2) if shape[3] in (1, 3) and shape[1] not in (1, 3) else (0, 2, 3)
-    if tensor.dim() == 5:
-        return (0, 1, 3, 4) if shape[2] <= 4 or shape[1] > 4 else (0, 2, 3, 4)
+    if tensor.dim() == 5:  # (N, frames, channels, height, width), or with the channels before the frames or last
+        if shape[4] in (1, 3) and not {shape[1], shape[2]} & {1, 3}:
+            return (0, 1, 2, 3)
+        are_first = shape[1] in (1, 3) and shape[2] not in (1, 3)
+        return (0, 2, 3, 4) if are_first or shape[1] <= 4 < shape[2] else (0, 1, 3, 4)
     if tensor.dim() == 6 and shape[3] in (1, 3):  # (N, images, tiles, channels, height, width)
         return (0, 1, 2, 4, 5)
     return None

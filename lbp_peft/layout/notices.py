@@ -76,7 +76,7 @@ class Notices:
             "left out",
             f"{listed} {'are' if len(names) > 1 else 'is'} not adapted, though patches of the image pass through on "
             "the way between adapted layers. By default, the layers in the blocks of the encoder are adapted, as the "
-            "model's structure tells. Set target_modules to the layers that you want; verify_layout lists all.",
+            "model's structure tells. Set target_modules to the layers that you want: targets_from finds them.",
         )
 
     def note_read_without_a_call(self, layer_names: list[str]) -> None:

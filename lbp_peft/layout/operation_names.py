@@ -6,12 +6,15 @@ from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
 
 
 def name_of(function: Any) -> str:
     """The plain name of an operation: "add" for `torch.add`, `Tensor.add_`, `Tensor.__iadd__` and `Tensor.__radd__`."""
     if function in _SPECIAL:
         return _SPECIAL[function]
+    if isinstance(function, (OpOverload, OpOverloadPacket)) and not str(function).startswith("aten"):
+        return str(function)  # an extension's, which may mean something else by the same name
     name = getattr(function, "__name__", "")
     return _PLAIN_NAMES.get(name, name if name.startswith("__") else name.rstrip("_").lstrip("_"))
 
@@ -61,6 +64,9 @@ READING = names_in("""
     is_nonzero
 """)
 
+
+# Operations that give Python code the memory of a tensor.
+LENDING = names_in("numpy __array__ __dlpack__")
 
 # Operations that tell channels from rows and columns: (N, C, H, W).
 SPATIAL = names_in("""

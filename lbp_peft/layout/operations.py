@@ -270,10 +270,34 @@ def _index_select(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     return getattr(torch, name)(positions, *args, **{k: v for k, v in kwargs.items() if k != "sparse_grad"})
 
 
-@rule("index_add", "index_fill", "index_reduce", "masked_fill", "scatter_add")
+@rule("index_fill", "masked_fill")
 def _changed_in_places(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Elements that get other values keep their positions."""
     return tracer.positions(x)
+
+
+@rule("index_add", "index_reduce")
+def _index_add(tracer: Any, x: Tensor, dim: int, index: Tensor, source: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return _added_in_places(tracer, x, dim, index, source, Tensor.index_copy)
+
+
+@rule("scatter_add")
+def _scatter_add(tracer: Any, x: Tensor, dim: int, index: Tensor, src: Tensor) -> Any:
+    return _added_in_places(tracer, x, dim, index, src, Tensor.scatter)
+
+
+def _added_in_places(
+    tracer: Any, x: Tensor, axis: int, index: Tensor, source: Tensor, put: Callable[..., Tensor]
+) -> Any:
+    """The positions of a sum; as in other sums, those of x if it is not known what is added to which of its elements.
+
+    Args:
+        put: The operation that puts elements in these places instead of adding them.
+    """
+    positions, added = tracer.positions(x), tracer.positions(source)
+    if positions is None or added is None or not tracer.is_constant(index):
+        return positions
+    return merged([positions, put(torch.full(x.shape, NOWHERE, device=x.device), axis, index, added)], x.shape)
 
 
 @rule("index_copy", "index_put", "masked_scatter", "scatter", "scatter_reduce")

@@ -54,6 +54,19 @@ class Trace:
         return str(hash(tuple((name, *(r.layout for r in found)) for name, found in sorted(self.records.items()))))
 
 
+@dataclass
+class KeptPositions:
+    """Positions in a pass that is traced to check layouts.
+
+    Attributes:
+        of_inputs: Those of the tokens of each adapted layer's inputs, call by call, by the layer's name.
+        of_outputs: Those of the outputs of layers that are not adapted, such as the patch embedding.
+    """
+
+    of_inputs: dict[str, list[Tensor | None]] = field(default_factory=dict)
+    of_outputs: list[Tensor] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Call:
     """A call of a layer.

@@ -23,7 +23,7 @@ LOST = -2
 # Inputs from this number on are texts, those before it images.
 FIRST_TEXT = 8
 
-_UNITS_PER_PIXEL = 4
+UNITS_PER_PIXEL = 4
 # Tensors of fewer elements are not condensed, which would take longer than it saves.
 _FEW = 2**14
 _BITS = 20
@@ -38,7 +38,7 @@ def encode(source: int, image: Tensor, row: Tensor, column: Tensor) -> Tensor:
         image: The number of the image in the batch, below 2**18.
         row, column: The row and column in pixels, or in tokens of a text, below 2**18.
     """
-    return ((source << 18) + image << 2 * _BITS) + (row * _UNITS_PER_PIXEL << _BITS) + column * _UNITS_PER_PIXEL
+    return ((source << 18) + image << 2 * _BITS) + (row * UNITS_PER_PIXEL << _BITS) + column * UNITS_PER_PIXEL
 
 
 def moved_to(positions: Tensor, first: int) -> Tensor:
@@ -254,8 +254,20 @@ def sampled(positions: Tensor, axis: int, places: Tensor) -> Tensor:
     return compact(positions).index_select(axis, places).expand(shape)
 
 
+def _turns(positions: Tensor, axis: int) -> bool:
+    """Whether the rows, or the columns, of one image both rise and fall along an axis."""
+    size = positions.shape[axis]
+    a, b = positions.narrow(axis, 0, size - 1), positions.narrow(axis, 1, size - 1)
+    is_pair = (a >= 0) & (b >= 0) & (image_of(a) == image_of(b))
+    steps = [torch.where(is_pair, of(b) - of(a), 0) for of in (row_of, column_of)]
+    return any(bool(((step > 0).any(axis) & (step < 0).any(axis)).any()) for step in steps)
+
+
 def resampled(positions: Tensor, axis: int, size: int) -> Tensor:
-    """The positions after an axis is resized: a sample of them if it shrinks, linear interpolation if it grows."""
+    """The positions after an axis is resized: a sample of them if it shrinks, linear interpolation if it grows.
+
+    If it grows, and neighbours along it are not neighbours in the image, positions between them are LOST.
+    """
     old = positions.shape[axis]
     if old == size or old == 1 or positions.stride(axis) == 0:
         return sampled(positions, axis, torch.zeros(size, dtype=torch.int64) if old == 1 else torch.arange(size))
@@ -272,4 +284,6 @@ def resampled(positions: Tensor, axis: int, size: int) -> Tensor:
     nearest = sampled(positions, axis, scaled // size)
     row, column = (of(a) + (of(b) - of(a)) * rest // size for of in (row_of, column_of))
     between = (image_of(a) << 2 * _BITS) + (row << _BITS) + column
+    if _turns(positions, axis):  # between halves that were swapped, for instance, there is nothing
+        between = torch.where(rest == 0, between, LOST)
     return torch.where((a >= 0) & (b >= 0) & (image_of(a) == image_of(b)), between, nearest).expand(shape)

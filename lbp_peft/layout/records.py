@@ -12,7 +12,8 @@ from ..bases.grids import TokenLayout
 from ..transforms import outside_transforms
 from .positions import FIRST_TEXT, mixed
 from .recognition import NoTokensError, SingleTokenError, UnknownLayoutError, read_layout
-from .tracer import Origin, PositionTracer
+from .tracer import PositionTracer
+from .trails import Origin
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,47 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..transforms import in_transform, outside_transforms
-from .dependencies import version_of
-from .operation_names import DATA_INDEPENDENT, FILLED, FINITENESS, MIXING, RANDOM, READING, SPATIAL, name_of
+from .dependencies import Consulted, version_of
+from .operation_names import DATA_INDEPENDENT, FILLED, FINITENESS, LENDING, MIXING, RANDOM, READING, SPATIAL, name_of
 from .operations import RULES, RULES_BY_RESULT
-from .positions import FIRST_TEXT, LOST, compact, condensed, equal
-
-
-@dataclass(frozen=True)
-class Origin:
-    """Where the tokens of an input begin.
-
-    Attributes:
-        name: Of the layer that made tokens of an image, such as the patch embedding; or of the model's argument.
-        steps: Operations since then.
-        is_layer: Whether it is a layer.
-    """
-
-    name: str
-    steps: int = 0
-    is_layer: bool = False
-
-
-@dataclass(frozen=True)
-class Trail:
-    """What the tracer knows about a tensor that depends on the input.
-
-    Attributes:
-        positions: The positions of its elements, in its shape; None if no element has one.
-        origins: The origins of its tokens, by the number of the input.
-        lost_by: The name of the operation after which positions were not known any more; "" if there was none.
-        is_certain: Whether it is certain which axis of the input runs over channels, as it is after a convolution.
-        of_mask: Whether it depends on attention masks only.
-    """
-
-    positions: Tensor | None
-    origins: Mapping[int, Origin] = field(default_factory=dict)
-    lost_by: str = ""
-    is_certain: bool = True
-    of_mask: bool = False
+from .positions import FIRST_TEXT, LOST, compact, condensed
+from .trails import Origin, Trail, Trails, shares_memory
 
 
 class PositionTracer(TorchFunctionMode):
@@ -76,7 +42,7 @@ class PositionTracer(TorchFunctionMode):
         read_by: Where Python code first read a value that may differ in the next pass, such as "item in model.py:12";
             "" if it has read none.
         applied: The names of the layers whose weights operations applied to tensors that depend on the input.
-        consulted: The model's tensors by whose values tokens were ordered, each with its version at that moment, by id.
+        consulted: The model's tensors by whose values tokens were ordered, as they were at that moment, by id.
     """
 
     def __init__(
@@ -91,14 +57,9 @@ class PositionTracer(TorchFunctionMode):
         self.current_name = ""
         self.read_by = ""
         self.applied: set[str] = set()
-        self.consulted: dict[int, tuple[Tensor, int]] = {}
+        self.consulted: dict[int, Consulted] = {}
         self._is_paused = False
-        self._trails: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        # Tensors known to depend neither on the input nor on random numbers, each with the model's tensors that it was
-        # made of.
-        self._constants: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        for tensor in _tensors_of(model):
-            self._constants[tensor] = (tensor,)
+        self._trails = Trails(_tensors_of(model))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -118,17 +79,15 @@ class PositionTracer(TorchFunctionMode):
         origins: Mapping[int, Origin] | None = None,
     ) -> None:
         """Follow a tensor of the input from here; None: it has no positions, but other tensors depend on it."""
-        self._trails[tensor] = Trail(positions, origins or {}, is_certain=is_certain, of_mask=is_mask)
-        self._constants.pop(tensor, None)
+        self._trails.put(tensor, Trail(positions, origins or {}, is_certain=is_certain, of_mask=is_mask))
 
     def start_constant(self, tensor: Tensor) -> None:
         """Treat a tensor of the input as a constant: the trace is then valid for its values only."""
-        self._constants[tensor] = ()
+        self._trails.put_constant(tensor, ())
 
     def trail(self, tensor: Tensor) -> Trail | None:
         """The trail of a tensor; None if it is not known to depend on the input."""
-        trail: Trail | None = self._trails.get(tensor)
-        return trail
+        return self._trails.get(tensor)
 
     def positions(self, tensor: Any) -> Tensor | None:
         """The positions of a tensor's elements, in its shape; None if there are none."""
@@ -137,15 +96,18 @@ class PositionTracer(TorchFunctionMode):
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Whether a tensor is certain to be the same in each forward pass, as long as the model's tensors are."""
-        made_of = self._constants.get(tensor)
-        for one in made_of or ():
-            self.consulted.setdefault(id(one), (one, version_of(one)))
-        return made_of is not None
+        made_of = self._trails.made_of(tensor)
+        if made_of is None or any(self._trails.contents(one) is None for one in made_of):
+            return False
+        for one in made_of:
+            if id(one) not in self.consulted and (contents := self._trails.contents(one)) is not None:
+                self.consulted[id(one)] = Consulted(one, version_of(one), contents)
+        return True
 
     def continue_at(self, output: Tensor, x: Tensor, positions: Tensor | None) -> None:
         """Follow the output of a layer with input x that was traced as a single operation."""
         before = self._trails.get(x) or Trail(None)
-        self._trails[output] = Trail(positions, _one_step_on([before]), before.lost_by, before.is_certain)
+        self._trails.put(output, Trail(positions, _one_step_on([before]), before.lost_by, before.is_certain))
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -155,18 +117,23 @@ class PositionTracer(TorchFunctionMode):
         given = list(_tensors_in((args, kwargs)))
         if name in READING:
             self._note_reading(name, given)
+        if name in LENDING:
+            self._trails.lend(given[0], name)
         trails = [trail for t in given if (trail := self._trails.get(t)) is not None]
+        versions = [version_of(t) for t in given]
         if not trails:
-            version = version_of(given[0]) if given else 0
             result = function(*args, **kwargs)
-            if given and (version_of(given[0]) != version or name == "__set__"):
-                self._forget_constants(given[0])  # changed in place, and perhaps otherwise in the next pass
+            changed = [t for t, version in zip(given, versions, strict=True) if version_of(t) != version]
+            for tensor in changed if name != "__set__" else given[:1]:
+                self._trails.note_version(tensor)
+                self._trails.lose(tensor, name)  # and perhaps changed otherwise in the next pass
             if name in RANDOM:
                 self._note(result, name, args, kwargs, None, trails)
-            elif (given or name in DATA_INDEPENDENT) and all(t in self._constants for t in given):
-                made_of = _union(self._constants[t] for t in given)
-                for tensor in _tensors_in(result):
-                    self._constants[tensor] = made_of
+            elif (given or name in DATA_INDEPENDENT) and not changed:
+                made_of = [self._trails.made_of(t) for t in given]
+                if all(one is not None for one in made_of):
+                    for tensor in _tensors_in(result):
+                        self._trails.put_constant(tensor, _union(one for one in made_of if one is not None))
             return result
         has_positions = kwargs.get("out") is None and any(trail.positions is not None for trail in trails)
         positions, rule_args, rule_kwargs = None, *_with_input_first(args, kwargs)
@@ -181,14 +148,19 @@ class PositionTracer(TorchFunctionMode):
         layers = self._layers(name, given)
         self.applied.update(layers)
         layer = layers[0] if layers and name in MIXING else ""
+        changed = [t for t, version in zip(given, versions, strict=True) if version_of(t) != version]
+        for tensor in changed:
+            self._trails.note_version(tensor)
         self._note(result, name, args, kwargs, positions, trails, layer)
         if layer and self._on_layer is not None and isinstance(result, Tensor):
             with self.paused():
-                self._on_layer(layer, next(t for t in given if t in self._trails), result)
-        if result is given[0] or name in ("__set__", "__setitem__"):
-            self._note_change_in_place(given[0], before)
-        for tensor in _tensors_in(kwargs.get("out")):
-            self._note_change_in_place(tensor, None)
+                self._on_layer(layer, next(t for t in given if self._trails.get(t) is not None), result)
+        changes_first = result is given[0] or name in ("__set__", "__setitem__")
+        if changes_first:
+            self._trails.note_change(given[0], before)
+        for tensor in [*changed, *_tensors_in(kwargs.get("out"))]:
+            if not (changes_first and shares_memory(tensor, given[0])):  # else that is noted above
+                self._trails.lose(tensor, name)
         return result
 
     def _note_reading(self, name: str, tensors: list[Tensor]) -> None:
@@ -197,27 +169,6 @@ class PositionTracer(TorchFunctionMode):
         are_constant = [self.is_constant(tensor) for tensor in tensors]  # all of them are to be noted
         if not all(are_constant) and not self.read_by and (caller := _caller()):
             self.read_by = f"{name} in {caller}"
-
-    def _note_change_in_place(self, tensor: Tensor, before: Trail | None) -> None:
-        """What shares the memory of a tensor whose elements have moved is not known any more."""
-        after = self._trails.get(tensor, Trail(None))
-        old, new = None if before is None else before.positions, after.positions
-        if old is not None and new is not None and equal(old, new):
-            return
-        for tensors in (self._trails, self._constants):
-            for other in self._sharing_memory(tensor, tensors):
-                self._trails[other] = Trail(None, after.origins, after.lost_by or "a change in place")
-                self._constants.pop(other, None)
-
-    def _forget_constants(self, tensor: Tensor) -> None:
-        for other in [tensor, *self._sharing_memory(tensor, self._constants)]:
-            self._constants.pop(other, None)
-
-    def _sharing_memory(self, tensor: Tensor, tensors: WeakTensorKeyDictionary) -> list[Tensor]:
-        address = _address(tensor)
-        if address is None:
-            return []
-        return [other for other in list(tensors.keys()) if other is not tensor and _address(other) == address]
 
     def _apply(self, rule: Any, name: str, *args: Any, **kwargs: Any) -> Any:
         self.current_name = name
@@ -234,11 +185,25 @@ class PositionTracer(TorchFunctionMode):
             except RuntimeError:  # an index that belongs to the transform cannot be read
                 return None
 
+    def _has_channels(self, name: str, args: tuple) -> bool:
+        """Whether all that an operation takes for the channels of one place does lie at one place.
+
+        Otherwise its channels are rows, columns or tokens of the input.
+        """
+        positions = self.positions(args[0]) if args else None
+        if positions is None:
+            return True
+        num_axes = next((int(c) for c in name if c in "123"), 2 if name.startswith(("pixel", "im2col")) else 0)
+        small = compact(positions)
+        channels_axis = -num_axes - 1 if num_axes else 1
+        return bool((small == small.narrow(channels_axis, 0, 1)).all())
+
     def _layers(self, name: str, given: list[Tensor]) -> list[str]:
         """The names of the layers whose weights an operation applies, if it mixes channels."""
         if name not in MIXING and name != "multi_head_attention_forward":
             return []
-        made_of = (one for tensor in given if tensor not in self._trails for one in self._constants.get(tensor, ()))
+        constants = (tensor for tensor in given if self._trails.get(tensor) is None)
+        made_of = (one for tensor in constants for one in self._trails.source_of(tensor))
         return [owner for one in made_of if (owner := self._owners.get(id(one)))]
 
     def _note(
@@ -264,18 +229,17 @@ class PositionTracer(TorchFunctionMode):
             }
         lost_by = next((trail.lost_by for trail in trails if trail.lost_by), "")
         had_positions = any(trail.positions is not None for trail in trails)
-        is_certain = name in SPATIAL or all(trail.is_certain for trail in trails)
+        is_certain = all(trail.is_certain for trail in trails) or (name in SPATIAL and self._has_channels(name, args))
         of_mask = all(trail.of_mask for trail in trails) and len(trails) > 0
         for output, p in zip(outputs, found, strict=False):
             if p is not None and p.shape != output.shape:  # another operation of the same name
                 p = None
             newly_lost = had_positions and not lost_by and (p is None or bool((compact(p) == LOST).any()))
-            has_shape_alone = name in FILLED and len(trails) == 1 and bool(args) and args[0] in self._trails
+            has_shape_alone = name in FILLED and len(trails) == 1 and bool(args) and self.trail(args[0]) is not None
             if has_shape_alone or name in FINITENESS:  # what is not finite has no useful gradients anyway
-                self._constants[output] = ()
+                self._trails.put_constant(output, ())
                 continue
-            self._trails[output] = Trail(p, origins, name if newly_lost else lost_by, is_certain, of_mask)
-            self._constants.pop(output, None)
+            self._trails.put(output, Trail(p, origins, name if newly_lost else lost_by, is_certain, of_mask))
 
 
 _signature = cache(inspect.signature)
@@ -341,13 +305,6 @@ def _caller() -> str:
         if package not in ("torch", "traceback", own):
             return f"{Path(frame.f_code.co_filename).name}:{line}"
     return "the model"
-
-
-def _address(tensor: Tensor) -> int | None:
-    try:
-        return tensor.untyped_storage().data_ptr() or None  # zero for tensors that are empty or on the meta device
-    except (NotImplementedError, RuntimeError):  # wrappers of torch.func have none
-        return None
 
 
 def _tensors_in(values: Any) -> Iterator[Tensor]:

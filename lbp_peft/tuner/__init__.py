@@ -17,6 +17,7 @@ from .layers.linear import LBPWHTLinear  # noqa: E402
 from .layers.recording import BackwardPass  # noqa: E402
 from .model import LBPWHTModel  # noqa: E402
 from .report import LayoutReport, exact_backward, layout_report  # noqa: E402
+from .targets import targets_from  # noqa: E402
 from .verify import LayoutCheck, verify_layout  # noqa: E402
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "LayoutReport",
     "exact_backward",
     "layout_report",
+    "targets_from",
     "verify_layout",
 ]

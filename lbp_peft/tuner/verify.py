@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..bases.basis_set import BasisSet
 from ..bases.packed import PackedLayout
-from ..layout.positions import column_of, row_of
+from ..layout.positions import FIRST_TEXT, UNITS_PER_PIXEL, column_of, row_of, source_of
 from ..ops.tokens import as_tokens
 from ..projection import SeparableProjection
 from .layers.base import LBPWHTLayer
 
-# The places at which images are changed, as fractions of height and width, away from the borders of patches.
+# The places near which images are changed, as fractions of height and width.
 _PLACES = ((0.03, 0.03), (0.03, 0.97), (0.97, 0.03), (0.53, 0.28))
 
 
@@ -79,16 +80,44 @@ def verify_layout(model: nn.Module, batch: Mapping[str, Any]) -> LayoutCheck:
     finder = next(iter(layers.values())).finder
     height, width = image.shape[-2:]
     with _in_training_mode(model), torch.random.fork_rng([image.device] if image.device.type == "cuda" else []):
-        with finder.keeping_positions() as positions:
+        with finder.keeping_positions() as kept:
             before = _inputs(model, layers, batch)
         left_out = tuple(layer.name for layer in finder.left_out)
+        every = [*kept.of_outputs, *(p for several in kept.of_inputs.values() for p in several if p is not None)]
+        rows, columns = _lines(every, row_of), _lines(every, column_of)
         found = {}
         for down, across in _PLACES:
-            pixel = int(down * height), int(across * width)
+            pixel = _place_near(down, height, rows), _place_near(across, width, columns)
             changed = image.clone()
             changed[..., pixel[0], pixel[1]] += 10 * image.std() + 1
             found[pixel] = _inputs(model, layers, {**batch, name: changed})
-    return replace(_compare(layers, before, found, positions), left_out=left_out)
+    return replace(_compare(layers, before, found, kept.of_inputs), left_out=left_out)
+
+
+def _lines(every: list[Tensor], of: Callable[[Tensor], Tensor]) -> list[np.ndarray]:
+    """The rows, or the columns, at which tokens of images lie, in pixels, for each of several tensors of positions."""
+    lines = (of(p[(p >= 0) & (source_of(p) < FIRST_TEXT)]).unique().cpu().numpy() / UNITS_PER_PIXEL for p in every)
+    return list({one.tobytes(): one for one in lines if len(one) > 1}.values())
+
+
+def _place_near(fraction: float, size: int, several: list[np.ndarray]) -> int:
+    """The row or column of pixels, near a fraction of the image's size, at which tokens lie.
+
+    A token is recorded at a place within its patch. Another place of the patch may be nearer to the place of the next
+    token: to that of a copy which nearest-neighbour upsampling made of this token, or to the corner of the next patch.
+
+    Args:
+        fraction: The fraction.
+        size: The height or width of the image.
+        several: The rows or columns at which tokens of several layers lie; tokens should lie there in all layers.
+    """
+    places = np.arange(size)
+    far = np.zeros(size)
+    for lines in several:
+        far += np.abs(places[:, None] - lines).min(axis=1) / np.diff(lines).min()
+    wanted = fraction * size
+    is_near = np.abs(places - wanted) <= max(size / 6, 1)
+    return int(min(places[is_near], key=lambda place: (round(float(far[place]), 6), abs(place - wanted))))
 
 
 def _inputs(model: nn.Module, layers: dict[str, LBPWHTLayer], batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
@@ -153,10 +182,10 @@ def _state(x: Tensor, y: Tensor, places: Tensor, channels_axis: int, pixel: tupl
     nearest = places >= 0
     for of, at in ((row_of, pixel[0]), (column_of, pixel[1])):
         lines = of(places[places >= 0]).unique()
-        nearest &= of(places) == lines[(lines - 4 * at).abs().argmin()]
+        nearest &= of(places) == lines[(lines - UNITS_PER_PIXEL * at).abs().argmin()]
     if bool((nearest & differing).any()):
         return "confirmed"
-    row, column = (int(of(places[differing])[0]) // 4 for of in (row_of, column_of))
+    row, column = (int(of(places[differing])[0]) // UNITS_PER_PIXEL for of in (row_of, column_of))
     return f"the pixel {pixel} was changed, but the tokens that changed are recorded at ({row}, {column})"
 
 

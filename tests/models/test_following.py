@@ -17,73 +17,18 @@ import pytest
 import reference
 import torch
 import transformers
+from arranged import SIDE, Net, adapted, close, expected_gradient, found, gradients, last_layer
 from models import images, largest_difference, layers_of, tiny_vit
-from peft import get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from lbp_peft import LBPWHTConfig, exact_backward, layout_report, verify_layout
+from lbp_peft import exact_backward, layout_report, verify_layout
 from lbp_peft.layout import recognition
 from lbp_peft.layout.inputs import start
 from lbp_peft.layout.positions import column_of, number_of, row_of
 from lbp_peft.layout.recognition import UnknownLayoutError, read_layout
 from lbp_peft.layout.tracer import PositionTracer
-
-SIDE = 8  # of the grids below, in patches
-
-
-class Net(nn.Module):
-    """A model that passes patches, `arrange`d in some way, through layers that treat every token alike."""
-
-    def __init__(self, arrange=lambda tokens: tokens, width=16):
-        super().__init__()
-        torch.manual_seed(0)
-        self.arrange = arrange
-        self.cut = nn.Conv2d(3, width, 4, 4)
-        self.blocks = nn.ModuleList([nn.ModuleDict({"fc": nn.Linear(width, width)}) for _ in range(2)])
-
-    def forward(self, x):
-        tokens = self.arrange(self.cut(x).flatten(2).transpose(1, 2))
-        for block in self.blocks:
-            tokens = tokens + torch.tanh(block["fc"](tokens))
-        return tokens
-
-
-def adapted(model, **settings):
-    return get_peft_model(model, LBPWHTConfig(**({"r": 3, "grad_input_dtype": "full"} | settings))).train()
-
-
-def found(model):
-    """The layouts of all layers that have run."""
-    return {ran.layout for ran in layout_report(model).layers.values() if ran is not None}
-
-
-def gradients(model, x, **how):
-    model.zero_grad()
-    model(x, **how).sin().square().sum().backward()
-    return {n: p.grad.double().clone() for n, p in model.named_parameters() if p.grad is not None and "lbpwht" in n}
-
-
-def last_layer(model):
-    """The weight gradient of the last layer, and the input and output gradient from which it is computed."""
-    layer = list(layers_of(model).values())[-1]
-    seen = {}
-
-    def note(module, args, output):
-        seen["x"] = args[0].detach()
-        output.register_hook(lambda grad: seen.update(g=grad))
-
-    hook = layer.register_forward_hook(note)
-    gradients(model, images())
-    hook.remove()
-    return layer.lbpwht_weight["default"].grad.double(), seen["x"].double(), seen["g"].double()
-
-
-def expected_gradient(x, g, bases):
-    """The weight gradient that is expected for tokens (N, L, C)."""
-    x, g = (torch.einsum("kl,nlc->nkc", bases, t) for t in (x, g))
-    return torch.einsum("nko,nki->oi", g, x)
 
 
 @contextmanager
@@ -95,10 +40,6 @@ def without_garbage_collection():
         yield
     finally:
         gc.enable()
-
-
-def close(a, b):
-    return bool((a - b).norm() < 1e-5 * b.norm())
 
 
 FIXED = random.Random(5).sample(range(SIDE**2), SIDE**2)
@@ -224,7 +165,19 @@ def by_an_index_written_in_part(tokens):
     return tokens[:, order]
 
 
+def halves(tokens, function):
+    """The tokens of an image whose upper and lower halves were changed, or exchanged, and that was then upsampled."""
+    image = torch.cat(function(tokens.unflatten(1, (SIDE, SIDE)).chunk(2, 1)), 1).movedim(-1, 1)
+    return nn.functional.interpolate(image, scale_factor=2).flatten(2).transpose(1, 2)
+
+
 LOST = {
+    "flipped halves, upsampled": lambda: Net(lambda t: halves(t, lambda parts: [part.flip(1) for part in parts])),
+    "exchanged halves, upsampled": lambda: Net(lambda t: halves(t, lambda parts: parts[::-1])),
+    "added in another order": lambda: Net(lambda t: (t * 0).index_add(1, torch.tensor(FIXED), t)),
+    "added at other places": lambda: Net(
+        lambda t: (t * 0).scatter_add(1, torch.tensor(FIXED)[None, :, None].expand(2, -1, 16), t)
+    ),
     "a factor by name": lambda: Net(lambda t: torch.matmul(input=t, other=torch.eye(16))),
     "written under a view": lambda: Net(partial(changed_under_a_view, write=lambda x, y: x.__setitem__(..., y))),
     "an output argument that has a view": lambda: Net(
@@ -849,8 +802,8 @@ def test_two_threads_with_images_of_two_sizes():
         thread.join()
     for size in sizes:
         assert len(seen[size]) == 5
-        for found in seen[size]:
-            assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(found, expected[size], strict=True))
+        for one in seen[size]:
+            assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(one, expected[size], strict=True))
 
 
 def test_what_is_kept_does_not_grow_with_image_sizes_and_batches():
@@ -1133,5 +1086,5 @@ def test_two_threads_with_images_of_two_sizes_under_checkpointing():
     for thread in threads:
         thread.join()
     for size in sizes:
-        for found in seen[size]:
-            assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(found, expected[size], strict=True))
+        for one in seen[size]:
+            assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(one, expected[size], strict=True))

@@ -1,0 +1,170 @@
+"""What is known about the tensors of a forward pass that is being traced."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from .dependencies import Contents, version_of
+from .positions import equal
+
+# Why positions were lost, where no operation is to blame.
+_UNSEEN = "a change in place"
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where the tokens of an input begin.
+
+    Attributes:
+        name: Of the layer that made tokens of an image, such as the patch embedding; or of the model's argument.
+        steps: Operations since then.
+        is_layer: Whether it is a layer.
+    """
+
+    name: str
+    steps: int = 0
+    is_layer: bool = False
+
+
+@dataclass(frozen=True)
+class Trail:
+    """What the tracer knows about a tensor that depends on the input.
+
+    Attributes:
+        positions: The positions of its elements, in its shape; None if no element has one.
+        origins: The origins of its tokens, by the number of the input.
+        lost_by: The name of the operation after which positions were not known any more; "" if there was none.
+        is_certain: Whether it is certain which axis of the input runs over channels, as it is after a convolution.
+        of_mask: Whether it depends on attention masks only.
+    """
+
+    positions: Tensor | None
+    origins: Mapping[int, Origin] = field(default_factory=dict)
+    lost_by: str = ""
+    is_certain: bool = True
+    of_mask: bool = False
+
+
+class Trails:
+    """Which tensors depend on the input, and which are certain not to.
+
+    Each is remembered with its version. If the version of a tensor, when it is used, is not the one that operations of
+    this pass have left it with, something else has changed it (`Tensor.set_`, or an extension), and nothing is known
+    about it any more.
+
+    Args:
+        of_model: The model's tensors, which are constants.
+    """
+
+    def __init__(self, of_model: Iterable[Tensor]) -> None:
+        self._trails: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        # Tensors known to depend neither on the input nor on random numbers, each with the model's tensors that it was
+        # made of.
+        self._constants: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        # The versions that operations of this pass have given to the memory at an address.
+        self._versions: dict[int, set[int]] = {}
+        # What the model's tensors held when the pass began.
+        self._contents: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        for tensor in of_model:
+            self.put_constant(tensor, (tensor,))
+            self._contents[tensor] = Contents(tensor)
+
+    def get(self, tensor: Tensor) -> Trail | None:
+        """The trail of a tensor; None if it is not known to depend on the input."""
+        trail, version = self._trails.get(tensor, (None, 0))
+        if trail is not None and trail.positions is not None and not self._is_current(tensor, version):
+            trail = replace(trail, positions=None, lost_by=trail.lost_by or _UNSEEN)
+            self._trails[tensor] = trail, version
+        return trail
+
+    def made_of(self, tensor: Tensor) -> tuple[Tensor, ...] | None:
+        """The model's tensors that a constant was made of; None if a tensor is not certain to be a constant."""
+        made_of, version = self._constants.get(tensor, (None, 0))
+        return made_of if made_of is not None and self._is_current(tensor, version) else None
+
+    def contents(self, tensor: Tensor) -> Contents | None:
+        """What one of the model's tensors holds; None if that was changed in this pass, or cannot be relied on."""
+        contents = self._contents.get(tensor)
+        return contents if contents is not None and contents.hold(tensor) and contents.is_reliable else None
+
+    def put(self, tensor: Tensor, trail: Trail) -> None:
+        """Follow a tensor from here."""
+        self._trails[tensor] = trail, version_of(tensor)
+        self._constants.pop(tensor, None)
+
+    def put_constant(self, tensor: Tensor, made_of: tuple[Tensor, ...]) -> None:
+        """Take a tensor for a constant, made of these tensors of the model."""
+        self._constants[tensor] = made_of, version_of(tensor)
+
+    def forget_constant(self, tensor: Tensor) -> None:
+        """Do not take a tensor for a constant."""
+        self._constants.pop(tensor, None)
+
+    def note_version(self, tensor: Tensor) -> None:
+        """An operation of this pass has changed a tensor in place."""
+        self._versions.setdefault(_address(tensor)[0], set()).add(version_of(tensor))
+
+    def note_change(self, tensor: Tensor, before: Trail | None) -> None:
+        """An operation has changed a tensor in place; what shares its memory is known only if no elements moved.
+
+        Args:
+            tensor: The tensor, whose new trail has been put.
+            before: The trail that it had before.
+        """
+        after = self.get(tensor) or Trail(None)
+        old, new = None if before is None else before.positions, after.positions
+        if old is not None and new is not None and equal(old, new):
+            return
+        for other in self._sharing_memory(tensor):
+            self.put(other, Trail(None, after.origins, after.lost_by or _UNSEEN))
+
+    def lose(self, tensor: Tensor, why: str) -> None:
+        """Something has changed a tensor, or may do so unseen: nothing is known about what shares its memory."""
+        for other in [tensor, *self._sharing_memory(tensor)]:
+            if (trail := self.get(other)) is not None:
+                self.put(other, replace(trail, positions=None, lost_by=trail.lost_by or why))
+            self.forget_constant(other)
+
+    def source_of(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """The model's tensors that a tensor was made of, even if it was changed since."""
+        made_of: tuple[Tensor, ...] = self._constants.get(tensor, ((), 0))[0]
+        return made_of
+
+    def lend(self, tensor: Tensor, to: str) -> None:
+        """Python code gets hold of a tensor's memory, and may change it there unseen."""
+        contents = self._contents.get(tensor)
+        if contents is None or not contents.is_copied:  # else it is compared when it is used
+            self.lose(tensor, to)
+
+    def _is_current(self, tensor: Tensor, version: int) -> bool:
+        now = version_of(tensor)
+        if now == version:
+            return True
+        known = self._versions.get(_address(tensor)[0], ())
+        return now > version and all(one in known for one in range(version + 1, now + 1))
+
+    def _sharing_memory(self, tensor: Tensor) -> Iterator[Tensor]:
+        for tensors in (self._trails, self._constants):
+            for other in list(tensors.keys()):
+                if other is not tensor and shares_memory(other, tensor):
+                    yield other
+
+
+def shares_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether the memory of two tensors overlaps, or is of one allocation."""
+    (start, end), (other_start, other_end) = _address(a), _address(b)
+    return start < other_end and other_start < end
+
+
+def _address(tensor: Tensor) -> tuple[int, int]:
+    """Where the memory of a tensor begins and ends; (0, 0) if it has none."""
+    try:
+        storage = tensor.untyped_storage()
+        start = storage.data_ptr()  # zero for tensors that are empty or on the meta device
+    except (NotImplementedError, RuntimeError):  # wrappers of torch.func have none
+        return 0, 0
+    return (start, start + storage.nbytes()) if start else (0, 0)

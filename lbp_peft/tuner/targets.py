@@ -1,0 +1,95 @@
+"""Finds the layers to adapt by following the patches of an image through one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..encoder import adaptable_layers, encoder_linears, of_the_encoder
+from ..layout.inputs import merge_size, named_inputs, start
+from ..layout.records import read_record
+from ..layout.tracer import PositionTracer
+from ..measure.undisturbed import undisturbed
+from .layers.base import LBPWHTLayer
+
+
+def targets_from(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
+    """The layers that patches of an image pass through in the encoder, for `target_modules`.
+
+    Without `target_modules`, the layers are chosen by the model's structure, before any image has been seen. This
+    function runs one forward pass instead and follows the tokens. It returns the layers that
+
+    - receive tokens of an image whose places are known, and more than one of each image, or words in a model of text,
+    - run between the first and the last layer of the encoder's blocks: embeddings come before these, and heads,
+      projectors and decoders after them,
+    - belong to the encoder: to the part that is given images and no text, if there is one, and not to a decoder.
+
+    Unlike the default, it finds blocks that the structure does not tell, and leaves out layers that would be exact.
+
+    Args:
+        model: The model, before `get_peft_model`. One forward pass is run in training mode; modes, buffers and random
+            number generators are restored.
+        batch: The model's keyword arguments.
+
+    Returns:
+        The names of the layers, in the order in which they run.
+
+    Raises:
+        ValueError: the model has LBP-WHT layers already, or no layer receives tokens whose places are known.
+    """
+    if any(isinstance(module, LBPWHTLayer) for module in model.modules()):
+        raise ValueError("The model has LBP-WHT layers already. Call targets_from before get_peft_model.")
+    passed = _layers_with_tokens(model, batch)
+    blocks = set(encoder_linears(model))
+    places = [index for index, name in enumerate(passed) if name in blocks]
+    between = passed[places[0] : places[-1] + 1] if places else passed
+    found = of_the_encoder(model, between)
+    if not found:
+        raise ValueError(
+            "No layer of an encoder receives tokens whose places are known. Name the layers in target_modules, and the "
+            "grid in grid_size."
+        )
+    return found
+
+
+def _layers_with_tokens(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
+    """The layers whose input is tokens with known places in all calls, in the order of their first calls.
+
+    Words count if no layer receives patches.
+    """
+    tracer = PositionTracer(model)
+    kinds: dict[str, set[str]] = {}
+    with undisturbed(model), torch.compiler.set_stance("force_eager"), ExitStack() as stack:
+        model.train()
+        texts = start(tracer, named_inputs(model, (), dict(batch)), merge_size(model))
+
+        def note(name: str, axis: int, module: nn.Module, args: tuple) -> None:
+            with tracer.paused(), torch.no_grad():
+                kind = _kind_of_tokens(tracer, texts, args[0], axis) if args else ""
+            kinds.setdefault(name, set()).add(kind)
+
+        for name, layer_type in adaptable_layers(model).items():
+            hook = partial(note, name, layer_type.channels_axis)
+            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
+        stack.enter_context(tracer)
+        stack.enter_context(torch.enable_grad())  # as in training, since some models run other code without gradients
+        model(**batch)
+    of_images = [name for name, found in kinds.items() if found == {"patches"}]
+    return of_images or [name for name, found in kinds.items() if found == {"words"}]
+
+
+def _kind_of_tokens(tracer: PositionTracer, texts: dict[int, str], x: Tensor, channels_axis: int) -> str:
+    """Whether an input is "patches", that an embedding has made of an image, or "words"; "" if it is neither."""
+    record = read_record(tracer, texts, x, channels_axis)
+    trail = tracer.trail(x)
+    if record.layout is None or trail is None:
+        return ""
+    if record.text:
+        return "words"
+    origin = trail.origins.get(record.source)
+    return "patches" if origin is not None and origin.is_layer else ""

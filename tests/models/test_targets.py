@@ -1,0 +1,117 @@
+"""Targets that are found by following the patches of an image through one forward pass."""
+
+import warnings
+
+import architectures
+import pytest
+import torch
+import vlm_architectures
+from models import images, layers_of, tiny_vit
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from lbp_peft import LBPWHTConfig, layout_report, targets_from, verify_layout
+from lbp_peft.encoder import encoder_linears
+
+PREFIX = "base_model.model."
+
+
+def by_name(of):
+    return {architecture.name: architecture for architecture in of}
+
+
+ALIKE = {  # whose structure tells all layers
+    name: found[name]
+    for found, names in (
+        (by_name(architectures.ARCHITECTURES), ("vit", "swin", "hiera", "segformer, segmentation", "dpt", "siglip2")),
+        (
+            by_name(vlm_architectures.ARCHITECTURES),
+            (
+                "llava", "qwen2_vl, two images of two sizes", "qwen3_vl, one image", "florence2",
+                "blip-2, image to text", "vision-encoder-decoder, TrOCR", "vision-encoder-decoder, Donut and Nougat",
+            ),
+        ),
+    )
+    for name in names
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_where_the_structure_tells_all_layers_one_pass_finds_the_same(name):
+    if why := ALIKE[name].why_not_here():
+        pytest.skip(why)
+    model = ALIKE[name].build()
+    assert set(targets_from(model, ALIKE[name].batch())) == set(encoder_linears(model))
+
+
+def test_layers_of_single_tokens_and_heads_are_left_out():
+    architecture = by_name(architectures.ARCHITECTURES)["regnet"]
+    model = architecture.build()
+    left_out = set(encoder_linears(model)) - set(targets_from(model, architecture.batch()))
+    assert left_out and all(".attention." in name for name in left_out)  # squeeze-and-excitation
+
+
+def test_a_projection_between_backbone_and_encoder_is_found():
+    architecture = by_name(architectures.ARCHITECTURES)["detr"]
+    model = architecture.build()
+    assert set(targets_from(model, architecture.batch())) - set(encoder_linears(model)) == {"model.input_projection"}
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x):
+        return x + self.fc2(torch.tanh(self.fc1(x)))
+
+
+class Unusual(nn.Module):
+    """A model with a block that stands alone, a layer whose weight is read without a call, and a head of two layers."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.cut, self.embed = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 16)
+        self.blocks, self.alone, self.read, self.last = (
+            nn.ModuleList([Block()]), Block(), nn.Linear(16, 16), nn.ModuleList([Block()])
+        )  # fmt: skip
+        self.classify = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 5))
+        self.per_token = nn.Linear(16, 5)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        tokens = self.alone(self.blocks[0](self.embed(self.cut(x).flatten(2).transpose(1, 2))))
+        tokens = self.last[0](nn.functional.linear(tokens, self.read.weight))
+        return self.classify(tokens.mean(1)), self.per_token(tokens)
+
+
+def test_blocks_that_the_structure_does_not_tell_are_found():
+    model = Unusual().eval()
+    before = torch.get_rng_state()
+    targets = targets_from(model, {"x": images()})
+    assert targets == [f"{part}.fc{i}" for part in ("blocks.0", "alone", "last.0") for i in (1, 2)]
+    assert torch.equal(torch.get_rng_state(), before) and not model.training and not model.calls
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    peft = get_peft_model(model, LBPWHTConfig(r=3, target_modules=targets, grad_input_dtype="full"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        peft.train()(images())[1].sum().backward()
+    assert {name.removeprefix(PREFIX) for name in layers_of(peft)} == set(targets)
+    assert not layout_report(peft).exact and verify_layout(peft, {"x": images()}).left_out == ("read",)
+
+
+def test_layers_that_lora_has_adapted_are_found_by_their_own_names():
+    vit = tiny_vit()
+    expected = targets_from(vit, {"pixel_values": images()})
+    lora = get_peft_model(vit, LoraConfig(target_modules=["fc1", "q_proj"])).base_model.model
+    assert targets_from(lora, {"pixel_values": images()}) == expected
+
+
+def test_why_there_are_no_targets():
+    with pytest.raises(ValueError, match="receives tokens whose places are known"):
+        targets_from(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 8)), {"input": images()})
+    model = get_peft_model(tiny_vit(), LBPWHTConfig())
+    with pytest.raises(ValueError, match="before get_peft_model"):
+        targets_from(model, {"pixel_values": images()})
