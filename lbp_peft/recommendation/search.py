@@ -24,10 +24,11 @@ from .choice import Reference, choose, device_in_words, in_the_running, price_of
 from .processes import Apart, Here, WorkerError
 from .result import Recommendation
 from .trial import NO_TIME, TOO_LONG, UNEXPECTED, Job, Trial
-from .turns import time_in_turns
+from .turns import take_turns
 
 _FOR_TRIALS = 0.65  # the share of the time; the rest is for rounds in which the best candidates take turns
 _MOST_TIMED = 6
+_GROWTH = 1.05  # the factor by which the resident set of a process may grow after the steps of a trial
 
 
 def recommend(
@@ -154,24 +155,23 @@ class _Search:
         if device_of(self.job.model).type == "cpu":
             try:
                 with Apart(self.job) as place:
-                    self.libraries = place.libraries
-                    self._try_all(place.measure)
+                    self._measure(place)
             except WorkerError as error:
                 self.notes.append(
                     f"The model could not be handed to a process of its own ({error}), so peak memory is worked out "
                     "from what PyTorch allocates, which is somewhat less than what the process takes."
                 )
         if not self.trials:
-            self._try_here()
-        self._take_turns()
+            with tempfile.TemporaryDirectory() as folder:
+                self.job.folder = folder
+                with Here(self.job) as here:
+                    self._measure(here)
         return self._recommended(time.monotonic() - start)
 
-    def _try_here(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            self.job.folder = folder
-            with Here(self.job) as place:
-                self.libraries = place.libraries
-                self._try_all(place.measure)
+    def _measure(self, place: Apart | Here) -> None:
+        self.libraries = place.libraries
+        self._try_all(place.measure)
+        self._take_turns(place)
 
     def _try_all(self, measure: Callable[[Candidate, float], Trial]) -> None:
         start = time.monotonic()
@@ -230,7 +230,8 @@ class _Search:
         relative = full.peak_bytes if full and not full.failure else None
         memory_alone = self.bounds.memory is not None and self.bounds.step_time is None
         is_known = relative is not None or not self.bounds.memory_is_relative
-        if memory_alone and is_known and plain.peak_bytes <= self.bounds.most_memory(relative):
+        growth = 1.0 if plain.is_settled else _GROWTH
+        if memory_alone and is_known and growth * plain.peak_bytes <= self.bounds.most_memory(relative):
             return "without what it adds, the setting keeps within the memory, and is faster"
         return ""
 
@@ -249,13 +250,15 @@ class _Search:
         )
         return Reference(full, lora)
 
-    def _take_turns(self) -> None:
-        """Time the candidates that matter in turns, and correct the single steps of the others accordingly."""
+    def _take_turns(self, place: Apart | Here) -> None:
+        """Train the candidates that matter in turns, and correct time and memory of the others accordingly."""
         chosen = [(self.candidates[trial.label], trial) for trial in self._worth_timing()]
-        scale = time_in_turns(self.job, chosen, self.libraries, self.end, self.progress)
+        scales = take_turns(place, chosen, self.end, self.progress)
         for trial in self.trials.values():
             if not trial.failure and not trial.is_timed:
-                trial.seconds *= scale
+                trial.seconds *= scales.seconds
+            if not trial.failure and not trial.is_settled:
+                trial.peak_bytes += (scales.peak_bytes - 1) * (trial.peak_bytes - self.libraries)
 
     def _worth_timing(self) -> list[Trial]:
         """The trials whose time decides what is recommended, the most important ones first."""
