@@ -26,7 +26,7 @@ from .result import Recommendation
 from .trial import NO_TIME, TOO_LONG, UNEXPECTED, Job, Trial
 from .turns import take_turns
 
-_FOR_TRIALS = 0.65  # the share of the time; the rest is for rounds in which the best candidates take turns
+_FOR_TRIALS = 0.6  # the share of the time; the rest is for rounds in which the best candidates take turns
 _MOST_TIMED = 6
 _GROWTH = 1.05  # the factor by which the resident set of a process may grow after the steps of a trial
 
@@ -304,4 +304,9 @@ class _Search:
             checkpointing_call=checkpointing_call(self.job.model),
         )
         result.choose(self.job.model, self.lora)
+        if not result.chosen.is_settled and not result.chosen.is_counted:
+            self.notes.append(
+                f"There was no time to train with {result.chosen.label} for more than its first few steps. Later steps "
+                "have needed up to 13 % more memory, so leave room, or give more minutes."
+            )
         return result

@@ -20,7 +20,7 @@ from .processes import Apart, Here, WorkerError
 from .training import Step
 from .trial import Trial
 
-_FEWEST_ROUNDS, _MOST_ROUNDS = 2, 10
+_FEWEST_ROUNDS, _MOST_ROUNDS = 4, 10
 
 
 class Scales(NamedTuple):

@@ -5,6 +5,7 @@ import math
 import os
 import signal
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -30,7 +31,7 @@ from lbp_peft.recommendation.candidates import in_order, with_checkpointing
 from lbp_peft.recommendation.choice import Reference, choose, in_the_running, verdict
 from lbp_peft.recommendation.figure import pareto_front
 from lbp_peft.recommendation.table import WIDTH
-from lbp_peft.recommendation.training import Step
+from lbp_peft.recommendation.training import Step, Training
 from lbp_peft.recommendation.trial import NO_TIME, OUT_OF_MEMORY, Job, Trial, plain_name, try_candidate
 
 LOW_RANK = Candidate("low-rank", {"r": 3, "grad_input_rank": 3})
@@ -392,7 +393,7 @@ def test_compiled_settings_are_tried_early_and_do_not_keep_others_from_being_tri
     monkeypatch.setattr(processes.Here, "measure", measure)
     lbp_peft.recommend(tiny_vit(), batches(), minutes=3, compile=True)
     assert tried[:5] == [*(one.label for one in CANDIDATES[:4]), "full fine-tuning + compile"]
-    assert len(tried) > 20 and clock.now <= 0.65 * 180
+    assert len(tried) > 20 and clock.now <= 0.6 * 180
 
 
 class Clock:
@@ -451,6 +452,23 @@ def test_memory_that_grows_in_later_steps_is_predicted():
         assert one.is_settled and 8 * 64 * 2**20 < one.peak_bytes - result.libraries_bytes < 12 * 64 * 2**20
 
 
+def test_the_last_loss_stays_until_the_next_forward_pass_is_over_as_in_most_training_loops(tmp_path):
+    last, kept = [], []
+
+    def loss_fn(model, batch):
+        value = model(**batch).loss
+        kept.extend(one() is not None for one in last)
+        last[:] = [weakref.ref(value)]
+        return value
+
+    job = Job(tiny_vit(), batches(), loss_fn, ["classifier"], None, 1, str(tmp_path))
+    assert not try_candidate(tiny_vit(), job, FEW[0]).failure
+    assert len(kept) >= 2 and all(kept)
+    last.clear(), kept.clear()
+    Training(tiny_vit(), job, FEW[2]).step()
+    assert len(kept) >= 1 and all(kept)
+
+
 def measured_as(monkeypatch, trials, steps):
     """Have trials and, by the label, the peak in MiB of each step in turns as given; the libraries take 100 MiB."""
 
@@ -482,6 +500,10 @@ def test_what_grows_beyond_the_memory_in_turns_is_not_recommended(monkeypatch):
     assert peaks == {"full": 1200, "a": 640, "b": 540, "c": 320} and result.setting.label == "b"
     assert [one.is_settled for one in result.trials.values()] == [True, True, True, False]
     assert "~320" in result.table and "~540" not in result.table and "estimated from a few steps" in result.table
+    assert not result.notes[1:]
+    monkeypatch.setattr(turns, "_rounds", lambda seconds, end: ())
+    result = lbp_peft.recommend(tiny_vit(), batches(), candidates=candidates, memory="600MiB", minutes=1)
+    assert result.setting.label == "a" and "no time to train with a for more than its first few" in result.notes[1]
 
 
 def test_a_process_that_ends_in_turns_leaves_the_rounds_before(monkeypatch):
