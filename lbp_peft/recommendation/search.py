@@ -28,7 +28,7 @@ from .turns import take_turns
 
 _FOR_TRIALS = 0.6  # the share of the time; the rest is for rounds in which the best candidates take turns
 _MOST_TIMED = 6
-_GROWTH = 1.05  # the factor by which the resident set of a process may grow after the steps of a trial
+_GROWTH = 1.1  # the factor by which the resident set of a process may grow after the steps of a trial
 
 
 def recommend(
@@ -100,6 +100,11 @@ def recommend(
         tried = (*tried[:KINDS], *compiled(tried[:KINDS]), *tried[KINDS:], *compiled(SETTINGS[KINDS:]))
     search = _Search(job, tried, bounds, lora, time.monotonic() + 60 * minutes, minutes, progress)
     return search.run()
+
+
+def _grown(trial: Trial) -> float:
+    """The peak that a setting may have in later steps."""
+    return trial.peak_bytes * (1.0 if trial.is_settled else _GROWTH)
 
 
 def _slow_precision(job: Job) -> str:
@@ -230,8 +235,7 @@ class _Search:
         relative = full.peak_bytes if full and not full.failure else None
         memory_alone = self.bounds.memory is not None and self.bounds.step_time is None
         is_known = relative is not None or not self.bounds.memory_is_relative
-        growth = 1.0 if plain.is_settled else _GROWTH
-        if memory_alone and is_known and growth * plain.peak_bytes <= self.bounds.most_memory(relative):
+        if memory_alone and is_known and _grown(plain) <= self.bounds.most_memory(relative):
             return "without what it adds, the setting keeps within the memory, and is faster"
         return ""
 
@@ -275,15 +279,15 @@ class _Search:
         )
         if self.lora:
             first.reverse()
-        # The most likely one is timed even if there is no time for the exact setting that trains other weights.
-        return [*first[:1], *others[:1], *first[1:], *others[1:]][:_MOST_TIMED]
+        # The most likely ones are timed even if there is no time for the exact setting that trains other weights.
+        return [*first[:1], *others[:2], *first[1:], *others[2:]][:_MOST_TIMED]
 
     def _rank(self, trial: Trial) -> tuple[bool, float]:
         """A sorting key: trials within the bounds first, then by the quantity that is minimised."""
         reference, bounds = self.reference, self.bounds
         if reference.full is None and (bounds.memory_is_relative or bounds.step_time_is_relative):
             return False, price_of(bounds)[0](trial)
-        over = trial.peak_bytes > bounds.most_memory(reference.full_bytes)
+        over = _grown(trial) > bounds.most_memory(reference.full_bytes)
         over = over or trial.seconds > bounds.most_seconds(reference.full_seconds)
         return over, price_of(bounds)[0](trial)
 

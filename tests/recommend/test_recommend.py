@@ -486,17 +486,17 @@ def measured_as(monkeypatch, trials, steps):
 def test_what_grows_beyond_the_memory_in_turns_is_not_recommended(monkeypatch):
     trials = {
         "full": trial("full", 1100),
-        "a": trial("a", 590, 0.5),
+        "a": trial("a", 540, 0.5),
         "b": trial("b", 500, 0.8),
         "c": trial("c", 300, 3),
     }
-    steps = {"full": (1100, 1150, 1200), "a": (600, 620, 640), "b": (510, 540, 540)}
+    steps = {"full": (1100, 1150, 1200), "a": (550, 600, 640), "b": (510, 540, 540)}
     monkeypatch.setattr(search, "_MOST_TIMED", 3)
     measured_as(monkeypatch, trials, steps)
     candidates = [Candidate(label) for label in trials]
     result = lbp_peft.recommend(tiny_vit(), batches(), candidates=candidates, memory="600MiB", minutes=1)
     peaks = {label: round(one.peak_bytes / 2**20) for label, one in result.trials.items()}
-    # c is not in turns: of 200 MiB beyond the libraries it grows by the median of 10, 10.2 and 10 %.
+    # c is not in turns: of 200 MiB beyond the libraries it grows by the median of 10, 22.7 and 10 %.
     assert peaks == {"full": 1200, "a": 640, "b": 540, "c": 320} and result.setting.label == "b"
     assert [one.is_settled for one in result.trials.values()] == [True, True, True, False]
     assert "~320" in result.table and "~540" not in result.table and "estimated from a few steps" in result.table
@@ -504,6 +504,15 @@ def test_what_grows_beyond_the_memory_in_turns_is_not_recommended(monkeypatch):
     monkeypatch.setattr(turns, "_rounds", lambda seconds, end: ())
     result = lbp_peft.recommend(tiny_vit(), batches(), candidates=candidates, memory="600MiB", minutes=1)
     assert result.setting.label == "a" and "no time to train with a for more than its first few" in result.notes[1]
+
+
+def test_what_is_sure_to_keep_within_the_memory_has_its_turn_first(monkeypatch):
+    trials = {"full": trial("full", 1100), "a": trial("a", 590, 0.5), "b": trial("b", 500, 0.8)}
+    monkeypatch.setattr(search, "_MOST_TIMED", 2)
+    measured_as(monkeypatch, trials, {"full": (1100,) * 3, "b": (520,) * 3})
+    candidates = [Candidate(label) for label in trials]
+    result = lbp_peft.recommend(tiny_vit(), batches(), candidates=candidates, memory="600MiB", minutes=1)
+    assert result.setting.label == "b" and result.chosen.is_settled
 
 
 def test_a_process_that_ends_in_turns_leaves_the_rounds_before(monkeypatch):
@@ -527,7 +536,7 @@ def test_a_process_that_ends_in_turns_leaves_the_rounds_before(monkeypatch):
     assert [round(one.peak_bytes / 2**20) for one in result.trials.values()] == [1200, 510]
 
 
-@pytest.mark.parametrize(("mib", "is_tried"), [(900, False), (970, True)])
+@pytest.mark.parametrize(("mib", "is_tried"), [(900, False), (950, True)])
 def test_what_saves_memory_is_tried_if_the_plain_setting_may_grow_beyond_the_bound(monkeypatch, mib, is_tried):
     trials = {"full": trial("full", mib), "smaller": trial("smaller", 500, 2.0)}
     measured_as(monkeypatch, trials, {"full": (mib, mib, mib), "smaller": (500, 500, 500)})
