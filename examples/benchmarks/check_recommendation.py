@@ -42,6 +42,7 @@ class CheckOptions(InputOptions):
     setting: str | None = option(None, "Train this setting instead, by its name in the table. (default: recommended)")
     steps: int = option(50, "Training steps.")
     learning_rate: float = option(1e-5, "Of AdamW.")
+    drop_loss: bool = option(False, "Delete the loss after each step, as transformers' Trainer does.")
     in_child: bool = option(False, "Used by the program itself: train, and print what was measured.")
 
 
@@ -113,6 +114,8 @@ def train(options: CheckOptions, label: str, precision: str) -> None:
         loss.backward()
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
+        if options.drop_loss:
+            del loss
         seconds.append(now() - start)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
     typical = statistics.median(seconds[_WARMING_UP:] or seconds)

@@ -15,6 +15,8 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +28,7 @@ import torch
 from ..measure.memory import allocated, resident_now
 from ..measure.undisturbed import device_of, tensors_in, undisturbed
 from .candidates import Candidate, sharing_copy
+from .training import Step, Training
 from .trial import TOO_LONG, Job, Trial, try_candidate
 
 CAN_FORK = sys.platform == "linux"
@@ -77,9 +80,18 @@ class Here:
             trial.is_counted = True
         return trial
 
+    def training(self, candidate: Candidate, end: float) -> Callable[[], Step]:
+        """Start to train a candidate; what is returned runs a step."""
+        return _training_here(self.job, candidate)
+
+
+def _training_here(job: Job, candidate: Candidate) -> Callable[[], Step]:
+    training = Training(sharing_copy(job.model), job, candidate)
+    return lambda: Step(training.step())
+
 
 class Apart:
-    """Tries each candidate in a process of its own.
+    """Tries and trains each candidate in a process of its own.
 
     Raises:
         WorkerError: the process cannot be started, or the model, the batches or the loss function cannot be handed to
@@ -114,7 +126,50 @@ class Apart:
         """Try a candidate; if it takes more than so many seconds, its process is ended."""
         if self._process is None:
             self._start()
-        assert self._process is not None and self._process.stdin is not None
+        try:
+            trial = Trial(**self._asked("try", candidate, seconds))
+        except WorkerError as error:
+            return Trial(candidate.label, failure=str(error))
+        if not CAN_FORK:
+            self._stop()
+        return trial
+
+    def training(self, candidate: Candidate, end: float) -> Callable[[], Step]:
+        """Start to train a candidate; what is returned runs a step.
+
+        All candidates train at the same time, each in a process that ends with the search.
+
+        Args:
+            candidate: The candidate.
+            end: The time, by `time.monotonic()`, at which all processes are ended.
+
+        Raises:
+            MemoryError: it needs more memory than there is.
+            WorkerError: its process ended; so may each step.
+        """
+        if not CAN_FORK:
+            return _training_here(self.job, candidate)
+        if self._process is None:
+            self._start()
+
+        def ask(what: str) -> dict[str, Any]:
+            answer = self._asked(what, candidate, end - time.monotonic())
+            if why := answer.get("failure"):
+                raise MemoryError(why)
+            return answer
+
+        ask("train")
+        return lambda: Step(**ask("step"))
+
+    def _asked(self, what: str, candidate: Candidate, seconds: float) -> dict[str, Any]:
+        """The answer of the process to a request. If it takes more than so many seconds, the process is ended.
+
+        Raises:
+            WorkerError: it ended. The next request gets another process.
+        """
+        if self._process is None:
+            raise WorkerError(TOO_LONG)
+        assert self._process.stdin is not None
         is_late = threading.Event()
 
         def end() -> None:
@@ -124,18 +179,15 @@ class Apart:
         limit = threading.Timer(max(seconds, 1.0), end)
         limit.start()
         try:
-            self._process.stdin.write(json.dumps(asdict(candidate)) + "\n")
+            self._process.stdin.write(json.dumps({"what": what, "candidate": asdict(candidate)}) + "\n")
             self._process.stdin.flush()
-            trial = Trial(**self._answer())
+            return self._answer()
         except (WorkerError, BrokenPipeError):
+            self._stop()
             why = TOO_LONG if is_late.is_set() else "its process ended, perhaps for lack of memory"
-            self._stop()  # the next candidate gets another one
-            return Trial(candidate.label, failure=why)
+            raise WorkerError(why) from None
         finally:
             limit.cancel()
-        if not CAN_FORK:
-            self._stop()
-        return trial
 
     def _kill(self) -> None:
         """End the process and its forks."""

@@ -24,10 +24,11 @@ from .choice import Reference, choose, device_in_words, in_the_running, price_of
 from .processes import Apart, Here, WorkerError
 from .result import Recommendation
 from .trial import NO_TIME, TOO_LONG, UNEXPECTED, Job, Trial
-from .turns import time_in_turns
+from .turns import take_turns
 
-_FOR_TRIALS = 0.65  # the share of the time; the rest is for rounds in which the best candidates take turns
+_FOR_TRIALS = 0.6  # the share of the time; the rest is for rounds in which the best candidates take turns
 _MOST_TIMED = 6
+_GROWTH = 1.1  # the factor by which the resident set of a process may grow after the steps of a trial
 
 
 def recommend(
@@ -101,6 +102,11 @@ def recommend(
     return search.run()
 
 
+def _grown(trial: Trial) -> float:
+    """The peak that a setting may have in later steps."""
+    return trial.peak_bytes * (1.0 if trial.is_settled else _GROWTH)
+
+
 def _slow_precision(job: Job) -> str:
     """A warning where autocast makes products slower than they are in float32; else ""."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(job.precision or "")
@@ -154,24 +160,23 @@ class _Search:
         if device_of(self.job.model).type == "cpu":
             try:
                 with Apart(self.job) as place:
-                    self.libraries = place.libraries
-                    self._try_all(place.measure)
+                    self._measure(place)
             except WorkerError as error:
                 self.notes.append(
                     f"The model could not be handed to a process of its own ({error}), so peak memory is worked out "
                     "from what PyTorch allocates, which is somewhat less than what the process takes."
                 )
         if not self.trials:
-            self._try_here()
-        self._take_turns()
+            with tempfile.TemporaryDirectory() as folder:
+                self.job.folder = folder
+                with Here(self.job) as here:
+                    self._measure(here)
         return self._recommended(time.monotonic() - start)
 
-    def _try_here(self) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            self.job.folder = folder
-            with Here(self.job) as place:
-                self.libraries = place.libraries
-                self._try_all(place.measure)
+    def _measure(self, place: Apart | Here) -> None:
+        self.libraries = place.libraries
+        self._try_all(place.measure)
+        self._take_turns(place)
 
     def _try_all(self, measure: Callable[[Candidate, float], Trial]) -> None:
         start = time.monotonic()
@@ -230,7 +235,7 @@ class _Search:
         relative = full.peak_bytes if full and not full.failure else None
         memory_alone = self.bounds.memory is not None and self.bounds.step_time is None
         is_known = relative is not None or not self.bounds.memory_is_relative
-        if memory_alone and is_known and plain.peak_bytes <= self.bounds.most_memory(relative):
+        if memory_alone and is_known and _grown(plain) <= self.bounds.most_memory(relative):
             return "without what it adds, the setting keeps within the memory, and is faster"
         return ""
 
@@ -249,13 +254,15 @@ class _Search:
         )
         return Reference(full, lora)
 
-    def _take_turns(self) -> None:
-        """Time the candidates that matter in turns, and correct the single steps of the others accordingly."""
+    def _take_turns(self, place: Apart | Here) -> None:
+        """Train the candidates that matter in turns, and correct time and memory of the others accordingly."""
         chosen = [(self.candidates[trial.label], trial) for trial in self._worth_timing()]
-        scale = time_in_turns(self.job, chosen, self.libraries, self.end, self.progress)
+        scales = take_turns(place, chosen, self.end, self.progress)
         for trial in self.trials.values():
             if not trial.failure and not trial.is_timed:
-                trial.seconds *= scale
+                trial.seconds *= scales.seconds
+            if not trial.failure and not trial.is_settled:
+                trial.peak_bytes += (scales.peak_bytes - 1) * (trial.peak_bytes - self.libraries)
 
     def _worth_timing(self) -> list[Trial]:
         """The trials whose time decides what is recommended, the most important ones first."""
@@ -272,15 +279,15 @@ class _Search:
         )
         if self.lora:
             first.reverse()
-        # The most likely one is timed even if there is no time for the exact setting that trains other weights.
-        return [*first[:1], *others[:1], *first[1:], *others[1:]][:_MOST_TIMED]
+        # The most likely ones are timed even if there is no time for the exact setting that trains other weights.
+        return [*first[:1], *others[:2], *first[1:], *others[2:]][:_MOST_TIMED]
 
     def _rank(self, trial: Trial) -> tuple[bool, float]:
         """A sorting key: trials within the bounds first, then by the quantity that is minimised."""
         reference, bounds = self.reference, self.bounds
         if reference.full is None and (bounds.memory_is_relative or bounds.step_time_is_relative):
             return False, price_of(bounds)[0](trial)
-        over = trial.peak_bytes > bounds.most_memory(reference.full_bytes)
+        over = _grown(trial) > bounds.most_memory(reference.full_bytes)
         over = over or trial.seconds > bounds.most_seconds(reference.full_seconds)
         return over, price_of(bounds)[0](trial)
 
@@ -301,4 +308,9 @@ class _Search:
             checkpointing_call=checkpointing_call(self.job.model),
         )
         result.choose(self.job.model, self.lora)
+        if not result.chosen.is_settled and not result.chosen.is_counted:
+            self.notes.append(
+                f"There was no time to train with {result.chosen.label} for more than its first few steps. Later steps "
+                "have needed up to 13 % more memory, so leave room, or give more minutes."
+            )
         return result

@@ -46,7 +46,7 @@ def _row(found: Recommendation, trial: Trial) -> list[str]:
     row = [">" if found.setting and trial.label == found.setting.label else " ", trial.label]
     for name, scale, mark in (
         ("seconds", 1e3, "" if trial.is_timed else "~"),
-        ("peak_bytes", 1 / _MIB, "~" if trial.is_counted else ""),
+        ("peak_bytes", 1 / _MIB, "" if trial.is_settled else "~"),
         ("saved_bytes", 1 / _MIB, ""),
     ):
         value = getattr(trial, name)
@@ -74,11 +74,12 @@ def _aligned(cells: list[str], widths: list[int]) -> str:
 
 def _legend(found: Recommendation, measured: list[Trial]) -> list[str]:
     single = "" if all(trial.is_timed for trial in measured) else "; ~ from a single step"
-    libraries = [f"; {found.libraries_bytes / _MIB:.0f} MiB of it are", "      Python and its libraries."]
-    inclusive, *more = libraries if found.libraries_bytes else ["."]
+    notes = [f"{found.libraries_bytes / _MIB:.0f} MiB of it are Python and its libraries"] * bool(found.libraries_bytes)
+    notes += ["~ estimated from a few steps"] * any(not trial.is_settled for trial in measured)
+    more = [f"      {'; '.join(notes)}."] * bool(notes)
     return [
         f"step: forward, backward and AdamW{single}.",
-        f"peak: the most memory at once, weights, gradients and AdamW's state included{inclusive}",
+        f"peak: the most memory at once, weights, gradients and AdamW's state included{';' if more else '.'}",
         *more,
         "saved: activations kept for the backward pass, parameters not counted.",
         "cosine: of the adapted layers' gradients with the exact ones; for LoRA, with those of LoRA alone.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,6 +77,8 @@ class Trial:
         is_timed: Whether `seconds` is from rounds in which the candidates took turns, and not from a single step.
         warm_up_seconds: The time of the steps before the one that was timed in the trial.
         is_counted: Whether `peak_bytes` was computed from PyTorch's allocations, and not read from a process.
+        is_settled: Whether `peak_bytes` is that of a longer training, and not of the first few steps: on a CPU the
+            resident set of a process grows for some steps, as gaps form in its heap.
         failure: The reason why the candidate could not be measured; "" if it was.
     """
 
@@ -91,10 +93,27 @@ class Trial:
     is_timed: bool = False
     warm_up_seconds: float = 0.0
     is_counted: bool = False
+    is_settled: bool = False
     failure: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+class KeptLoss:
+    """The loss function of a job, which holds its last value until it has the next one.
+
+    So does the variable `loss` of most training loops. The memory of the graph behind it is small, but scattered: while
+    it is in use in the next forward pass, a heap has more gaps. That is as much as 12 % of the resident set.
+    """
+
+    def __init__(self, job: Job):
+        self._job = job
+        self._last: Tensor | None = None
+
+    def __call__(self, model: nn.Module, batch: Any) -> Tensor:
+        self._last = self._job.loss(model, batch)
+        return self._last
 
 
 def try_candidate(model: nn.Module, job: Job, candidate: Candidate) -> Trial:
@@ -128,49 +147,33 @@ def _tried(model: nn.Module, job: Job, candidate: Candidate) -> Trial:
     optimiser = idle_optimiser(trained)
     first, second = job.batches[0], job.batches[1 % len(job.batches)]
     began = now()
-    saved = SavedActivations()
+    saved, loss = SavedActivations(), KeptLoss(job)
 
     def counted_loss(model: nn.Module, batch: Any) -> Tensor:
         with saved_activations(model) as counted:
-            value = job.loss(model, batch)
+            value = loss(model, batch)
         saved.bytes = counted.bytes
         return value
 
     def step() -> float:
         optimiser.zero_grad(set_to_none=True)
         torch.manual_seed(SEED)
-        return sum(timed_step(model, second, job.loss, optimiser, clear=False))
+        return sum(timed_step(model, second, loss, optimiser, clear=False))
 
     with warnings.catch_warnings(), peak_memory(device) as peak:
         warnings.simplefilter("ignore")
-        # In the first step the optimiser makes its state, and base weights are put away. That takes only a few images.
-        short = first if candidate.compiled else _part_of(first)
-        try:
-            timed_step(model, short, job.loss, optimiser)
-        except Exception:
-            if short is first:
-                raise
-            optimiser.zero_grad(set_to_none=True)  # the loss, say, is for batches of one size only
-            timed_step(model, first, job.loss, optimiser)
+        # In the first step the optimiser makes its state, and base weights are put away. It takes a whole batch, since
+        # what is in memory when the state is made decides where gaps are left in the heap.
+        timed_step(model, first, loss, optimiser)
         timed_step(model, second, counted_loss, optimiser)
         seconds = warmed_up(model, step)
     trial = Trial(candidate.label, peak.bytes, saved.bytes, seconds, warm_up_seconds=now() - began - seconds)
+    trial.is_settled = device.type != "cpu"
     report = layout_report(model)
     trial.adapted_layers = len(report.layers)
     trial.low_rank_layers = sum(ran is not None and not ran.why_exact for ran in report.layers.values())
     _compare_gradients(trial, model, job, candidate)
     return trial
-
-
-def _part_of(batch: Any) -> Any:
-    """A quarter of a batch of named tensors that all have one entry for each image; any other batch as it is."""
-    if not isinstance(batch, Mapping) or not all(isinstance(value, Tensor) and value.dim() for value in batch.values()):
-        return batch
-    sizes = {value.shape[0] for value in batch.values()}
-    size = next(iter(sizes), 0)
-    if len(sizes) != 1 or size < 8:
-        return batch
-    return {name: value[: size // 4] for name, value in batch.items()}
 
 
 @torch.no_grad()

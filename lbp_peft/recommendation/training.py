@@ -1,0 +1,51 @@
+"""Trains a candidate step by step, as a training program does, to measure what later steps take."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from ..measure.steps import idle_optimiser, timed_step
+from ..measure.warming_up import warmed_up
+from .candidates import Candidate
+from .trial import SEED, Job, KeptLoss
+
+
+class Step(NamedTuple):
+    """The measurements of a training step.
+
+    Attributes:
+        seconds: Its duration.
+        peak_bytes: The most memory that its process has had at once so far; 0 if that is not measured.
+    """
+
+    seconds: float
+    peak_bytes: int = 0
+
+
+class Training:
+    """A candidate in training, after the steps that trace and compile the model. The learning rate is 0.
+
+    Args:
+        model: The plain model, which is changed.
+        job: The data.
+        candidate: The candidate.
+    """
+
+    def __init__(self, model: nn.Module, job: Job, candidate: Candidate):
+        torch.manual_seed(SEED)
+        self._batches, self._loss = job.batches, KeptLoss(job)
+        self._model = candidate.applied(model, job.heads).train()
+        trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        self._optimiser = idle_optimiser(trained)
+        self._number = 0
+        warmed_up(self._model, self.step)
+        self._number = 0  # so that all candidates have the same batch in a round
+
+    def step(self) -> float:
+        """Run a step on the next batch, and return its duration."""
+        batch = self._batches[self._number % len(self._batches)]
+        self._number += 1
+        return sum(timed_step(self._model, batch, self._loss, self._optimiser))
