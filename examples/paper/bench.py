@@ -21,10 +21,9 @@ from transformers import PreTrainedModel
 
 from lbp_peft.environment import environment
 from lbp_peft.loading.options import as_size
-from lbp_peft.measure import multiply_adds, peak_memory
-from lbp_peft.measure.undisturbed import undisturbed
+from lbp_peft.measure import peak_memory
 
-from .counting import paper_flops
+from .counting import mean_counts
 from .data import ImageData, load_source
 from .features import FeatureData, without_frozen_part
 from .methods import Method
@@ -130,14 +129,14 @@ class Bench:
             scored: The images that are scored after the last epoch, `validation` or `test`.
 
         Returns:
-            The record of the run. Its score is that after the last epoch, its counts are those of a step of LBP-WHT
-            also where the first steps are exact.
+            The record of the run. Its score is that after the last epoch; its counts are means over all steps.
         """
         set_seed(seed)
         model, part = self.adapted(method, setting.rank, seed)
         loaders = self.data.loaders(seed, scored)
         batch = send_to_device(next(iter(loaders[0])), self.accelerator.device)
-        counts = self.counts(model, part, batch)
+        exact_share = min(method.exact_steps / (len(loaders[0]) * self.options.epochs), 1.0)
+        counts = mean_counts(model, part, batch, exact_share)
         label, rate = f"{method.label}, {setting.learning_rate:g}", setting.learning_rate
         run = Run(
             label, Path(), self.options.epochs, rate, seed, part.heads, self.options.head_learning_rate,
@@ -154,22 +153,9 @@ class Bench:
             "seconds": time.perf_counter() - start,
             "training_seconds": sum(epoch["seconds"] for epoch in history),
             "peak_mib_of_process": peak.mib,
+            "trained_parameters": trainable_parameters(model),
             **counts,
             "environment": machine,
-        }
-
-    def counts(self, model: nn.Module, part: AdaptedPart, batch: dict[str, Any]) -> dict[str, float]:
-        """The computation of the backward pass for one image, and the number of trained parameters."""
-        images = len(batch["pixel_values"])
-        with undisturbed(model):
-            train_mode(model)
-            loss = model(**batch).loss
-            with multiply_adds() as backward:
-                loss.backward()
-        return {
-            "trained_parameters": trainable_parameters(model),
-            "backward_multiply_adds": backward.total / images,
-            "paper_flops": paper_flops(model, part, batch),
         }
 
     def config(self, method: str, setting: Setting, seed: int, scored: str) -> dict[str, Any]:

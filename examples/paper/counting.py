@@ -10,10 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from common.models import train_mode
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from lbp_peft import LBPWHTLayer
+from lbp_peft import LBPWHTLayer, exact_backward
+from lbp_peft.measure import multiply_adds
 from lbp_peft.measure.undisturbed import undisturbed
 
 from .models import AdaptedPart
@@ -129,6 +131,35 @@ def linear_backwards(model: nn.Module, part: AdaptedPart, batch: dict[str, Tenso
 def paper_flops(model: nn.Module, part: AdaptedPart, batch: dict[str, Tensor]) -> int:
     """FLOPs of the backward pass for one image, counted as the paper does."""
     return sum(layer.flops for layer in linear_backwards(model, part, batch).values())
+
+
+def mean_counts(
+    model: nn.Module, part: AdaptedPart, batch: dict[str, Tensor], exact_share: float = 0.0
+) -> dict[str, float]:
+    """The computation of the backward pass for one image, in both ways of counting, as the mean over all steps.
+
+    Args:
+        model: The adapted model.
+        part: The adapted part.
+        batch: The arguments of the model.
+        exact_share: The share of the steps that run exact backpropagation.
+    """
+    low_rank = _counts(model, part, batch)
+    if not exact_share:
+        return low_rank
+    with exact_backward(model):
+        exact = _counts(model, part, batch)
+    return {name: (1 - exact_share) * low_rank[name] + exact_share * exact[name] for name in low_rank}
+
+
+def _counts(model: nn.Module, part: AdaptedPart, batch: dict[str, Tensor]) -> dict[str, float]:
+    images = len(batch["pixel_values"])
+    with undisturbed(model):
+        train_mode(model)
+        loss = model(**batch).loss
+        with multiply_adds() as backward:
+            loss.backward()
+    return {"backward_multiply_adds": backward.total / images, "paper_flops": paper_flops(model, part, batch)}
 
 
 def _layer(model: nn.Module, name: str) -> nn.Module:

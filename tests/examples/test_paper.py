@@ -1,5 +1,6 @@
 """The paper's experiments, offline: small stand-ins in the formats of the models and the data sets."""
 
+import copy
 import json
 import re
 from pathlib import Path
@@ -23,7 +24,7 @@ pytest.importorskip("evaluate", reason="the experiments need evaluate")
 import datasets
 from common import training
 from paper import costs, report, run
-from paper.counting import LinearBackward, paper_flops
+from paper.counting import LinearBackward, mean_counts, paper_flops
 from paper.features import features_of, without_frozen_part
 from paper.methods import METHODS
 from paper.models import BACKBONES, AdaptedPart, Backbone, adapted_part, load_timm
@@ -285,6 +286,20 @@ def test_the_head_has_a_learning_rate_of_its_own_and_scores_do_not_depend_on_the
         ranks = [config.rank_pattern[re.escape(name)] for config in configs.values() for name in part.targets]
         assert ranks == [21, 21, 10, 10, 3, 3]
         assert all(config.grad_input_rank_pattern == config.rank_pattern for config in configs.values())
+
+
+def test_the_computation_of_a_run_with_a_warm_up_is_the_mean_over_its_steps():
+    model = ViTForImageClassification(vit_config())
+    part = adapted_part(model, r"layers\.1\.")
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
+    exact = mean_counts(METHODS["full"].build(copy.deepcopy(model), part, None), part, batch)
+    warm = METHODS["lp_l1-4-warm-up"].build(model, part, None)
+    low_rank = mean_counts(warm, part, batch)
+    assert all(low_rank[name] < exact[name] for name in exact)
+    assert mean_counts(warm, part, batch, exact_share=1.0) == exact
+    assert mean_counts(warm, part, batch, exact_share=0.25) == {
+        name: 0.75 * low_rank[name] + 0.25 * exact[name] for name in exact
+    }
 
 
 def test_a_head_alone_takes_the_learning_rate_of_the_run():
