@@ -162,7 +162,8 @@ def _source(options: InputOptions) -> tuple[Source | None, str | None]:
 def _is_of_timm(name: str) -> bool:
     if Path(name).expanduser().exists():
         return False
-    if importlib.util.find_spec("timm") is None:
+    found = importlib.util.find_spec("timm")
+    if found is None or found.origin is None:  # without an origin, it is some folder called timm
         if "/" not in name:
             say(f"There is no folder {name} here, and timm, which has models by such names, is not installed.")
         return False

@@ -99,7 +99,8 @@ def rows_with_scales(x: Tensor) -> Tensor:
     x = x.float()  # operations on two dtypes are slow, except for copies
     largest = largest_magnitude(x, dim=-1)
     values = scaled_to_range(x, largest, torch.int8).round_().to(torch.int8)
-    return torch.cat((values, (largest / 127).view(torch.int8)), dim=-1)
+    scales = (largest / 127).flatten().view(torch.int8)  # in one axis, whose stride compiled code leaves at 1
+    return torch.cat((values, scales.view(*x.shape[:-1], BYTES_OF_SCALE)), dim=-1)
 
 
 def restored_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 
 # Attributes that PyTorch manages itself. Parameters, buffers and children are looked at by themselves.
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
@@ -66,7 +66,8 @@ class Dependencies:
 class Contents:
     """What a tensor holds, which NumPy or another library may change in memory that it shares, at the same version.
 
-    Only small tensors on the CPU are copied and compared; tensors elsewhere and larger ones are trusted.
+    Only small tensors on the CPU are copied and compared. Tensors elsewhere and larger ones are trusted, and so are
+    parameters whose memory sharded training (FSDP) has freed, since reading them would end the process.
 
     Attributes:
         is_copied: Whether it is compared.
@@ -75,13 +76,36 @@ class Contents:
 
     def __init__(self, tensor: Tensor) -> None:
         is_on_cpu = tensor.device.type == "cpu" and tensor.layout == torch.strided and type(tensor) in _PLAIN
-        self.is_copied = is_on_cpu and tensor.numel() <= _MOST_VALUES
+        self.is_copied = is_on_cpu and tensor.numel() <= _MOST_VALUES and _has_memory(tensor)
         self._copy = tensor.detach().clone() if self.is_copied else None
-        self.is_reliable = self.is_copied or not is_on_cpu or tensor.untyped_storage().resizable()
+        self.is_reliable = self.is_copied or not is_on_cpu or not _is_of_numpy(tensor)
 
     def hold(self, tensor: Tensor) -> bool:
-        """Whether the tensor still holds the same, if it was copied."""
-        return self._copy is None or (tensor.device == self._copy.device and torch.equal(tensor.detach(), self._copy))
+        """Whether the tensor still holds the same, if it was copied and can be read."""
+        if self._copy is None:
+            return True
+        if tensor.device != self._copy.device or tensor.shape != self._copy.shape:
+            return False
+        return not _has_memory(tensor) or torch.equal(tensor.detach(), self._copy)
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    storage = _storage(tensor)
+    return tensor.numel() == 0 or storage is None or storage.nbytes() > 0
+
+
+def _is_of_numpy(tensor: Tensor) -> bool:
+    """Whether NumPy or another library may hold the memory of a tensor: PyTorch can then not resize it."""
+    storage = _storage(tensor)
+    return storage is not None and not storage.resizable()
+
+
+def _storage(tensor: Tensor) -> UntypedStorage | None:
+    """The storage of a tensor; None for a wrapper of torch.func, which has none of its own, but can be read."""
+    try:
+        return tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return None
 
 
 @dataclass(frozen=True)

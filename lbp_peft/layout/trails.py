@@ -20,9 +20,10 @@ class Origin:
     """Where the tokens of an input begin.
 
     Attributes:
-        name: Of the layer that made tokens of an image, such as the patch embedding; or of the model's argument.
-        steps: Operations since then.
-        is_layer: Whether it is a layer.
+        name: The name of the layer that made tokens of an image, such as the patch embedding, or of the model's
+            argument.
+        steps: The number of operations since then.
+        is_layer: Whether the name is that of a layer.
     """
 
     name: str

@@ -197,3 +197,25 @@ def test_views_of_tokens_that_are_changed_in_their_places_keep_them():
         warnings.simplefilter("error", UserWarning)
         model(images()).sum().backward()
     assert {layout.grid for layout in found(model)} == {(SIDE, SIDE)}
+
+
+def test_a_parameter_whose_memory_sharded_training_has_freed_is_not_read():
+    """Reading it would end the process."""
+    model = adapted(Ordered(torch.arange(SIDE**2)))
+    freed = torch.nn.Parameter(torch.zeros(8))
+    model.base_model.model.register_parameter("freed", freed)
+    for _ in range(2):  # a pass that is traced, and one that compares
+        freed.untyped_storage().resize_(0)
+        assert recorded_order_after(model) == list(range(SIDE**2))
+        freed.untyped_storage().resize_(32)
+
+
+def test_contents_are_compared_only_while_there_is_memory():
+    tensor = torch.arange(4.0)
+    contents = dependencies.Contents(tensor)
+    assert contents.is_copied and contents.hold(tensor)
+    tensor.untyped_storage().resize_(0)
+    assert contents.hold(tensor) and not dependencies.Contents(tensor).is_copied
+    tensor.untyped_storage().resize_(16)
+    tensor.copy_(torch.ones(4))
+    assert not contents.hold(tensor)

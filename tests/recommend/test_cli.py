@@ -1,5 +1,6 @@
 """The command lbp-peft."""
 
+import importlib.util
 import json
 import re
 import sys
@@ -139,6 +140,13 @@ def test_one_image_of_each_class_is_enough(model, tmp_path):
         Image.new("RGB", (40, 40), "red").save(tmp_path / "few" / place / f"{name}.png")
     loaded = load_inputs(InputOptions(model=str(model), dataset=str(tmp_path / "few"), batch_size=4, device="cpu"))
     assert sorted(set(loaded.batches[0]["labels"].tolist())) == [1, 2] and len(loaded.batches[0]["labels"]) == 4
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="the package is found before the folder")
+def test_a_folder_called_timm_is_not_the_package(monkeypatch, tmp_path, capsys):
+    (tmp_path / "timm").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not inputs._is_of_timm("resnet18") and "timm, which has models by such names" in capsys.readouterr().out
 
 
 def test_names_of_timm_are_models():
