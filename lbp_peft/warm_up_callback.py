@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import ExitStack
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from .tuner.layers.base import LBPWHTLayer
 from .tuner.report import exact_backward
 
 
@@ -34,13 +37,20 @@ class ExactWarmUpCallback(TrainerCallback):
             raise ValueError(f"steps must be an int of at least 1, got {steps!r}.")
         self.steps = steps
         self._within = ExitStack()
+        self._has_warned = False
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self._within.close()  # of a step that was interrupted
         if state.global_step < self.steps:
+            self._warn_if_useless(kwargs["model"])
             self._within.enter_context(exact_backward(kwargs["model"]))
+
+    def _warn_if_useless(self, model: nn.Module) -> None:
+        if not self._has_warned and not any(isinstance(module, LBPWHTLayer) for module in model.modules()):
+            self._has_warned = True
+            warnings.warn("ExactWarmUpCallback changes nothing: the model has no LBP-WHT layers.", stacklevel=3)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._within.close()

@@ -20,24 +20,23 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor, UntypedStorage, nn
+from torch import Tensor, nn
+
+from . import contents
+from .contents import Consulted, Contents, version_of
 
 # Attributes that PyTorch manages itself. Parameters, buffers and children are looked at by themselves.
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
 _OWN = __name__.partition(".")[0]
-# The contents of larger containers are not compared, nor those of larger arrays and tensors.
+# The contents of larger containers are not compared. Arrays have the limit of tensors.
 _MOST_ITEMS = 4096
-_MOST_VALUES = 2**16
 _DEEPEST = 4
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
 class Dependencies:
@@ -54,78 +53,13 @@ class Dependencies:
 
     def hold(self, module: nn.Module, state: ModelState) -> bool:
         """Whether the module still has all of them, with the values that they had then."""
-        for ref, version, contents in self._known.values():
+        for ref, version, held in self._known.values():
             tensor = ref()
-            if tensor is None or version_of(tensor) != version or not contents.hold(tensor):
+            if tensor is None or version_of(tensor) != version or not held.hold(tensor):
                 return False
             if not isinstance(tensor, nn.Parameter) and not state.has(module, tensor):
                 return False
         return True
-
-
-class Contents:
-    """What a tensor holds, which NumPy or another library may change in memory that it shares, at the same version.
-
-    Only small tensors on the CPU are copied and compared. Tensors elsewhere and larger ones are trusted, and so are
-    parameters whose memory sharded training (FSDP) has freed, since reading them would end the process.
-
-    Attributes:
-        is_copied: Whether it is compared.
-        is_reliable: Whether it is compared or trusted; not if it is large and its memory is that of a NumPy array.
-    """
-
-    def __init__(self, tensor: Tensor) -> None:
-        is_on_cpu = tensor.device.type == "cpu" and tensor.layout == torch.strided and type(tensor) in _PLAIN
-        self.is_copied = is_on_cpu and tensor.numel() <= _MOST_VALUES and _has_memory(tensor)
-        self._copy = tensor.detach().clone() if self.is_copied else None
-        self.is_reliable = self.is_copied or not is_on_cpu or not _is_of_numpy(tensor)
-
-    def hold(self, tensor: Tensor) -> bool:
-        """Whether the tensor still holds the same, if it was copied and can be read."""
-        if self._copy is None:
-            return True
-        if tensor.device != self._copy.device or tensor.shape != self._copy.shape:
-            return False
-        return not _has_memory(tensor) or torch.equal(tensor.detach(), self._copy)
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    storage = _storage(tensor)
-    return tensor.numel() == 0 or storage is None or storage.nbytes() > 0
-
-
-def _is_of_numpy(tensor: Tensor) -> bool:
-    """Whether NumPy or another library may hold the memory of a tensor: PyTorch can then not resize it."""
-    storage = _storage(tensor)
-    return storage is not None and not storage.resizable()
-
-
-def _storage(tensor: Tensor) -> UntypedStorage | None:
-    """The storage of a tensor; None for a wrapper of torch.func, which has none of its own, but can be read."""
-    try:
-        return tensor.untyped_storage()
-    except (NotImplementedError, RuntimeError):
-        return None
-
-
-@dataclass(frozen=True)
-class Consulted:
-    """A tensor of a model by whose values tokens were ordered.
-
-    Attributes:
-        tensor: The tensor.
-        version: Its version at that moment.
-        contents: What it held.
-    """
-
-    tensor: Tensor
-    version: int
-    contents: Contents
-
-
-def version_of(tensor: Tensor) -> int:
-    """A value that changes whenever the tensor is changed in place."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def random_state(generators: Iterable[object] = ()) -> Hashable:
@@ -289,7 +223,7 @@ class _Snapshot:
         if isinstance(value, (Enum, type, nn.Module, types.ModuleType)):
             return id(value)
         if isinstance(value, np.ndarray):
-            if value.size > _MOST_VALUES or value.dtype.hasobject:
+            if value.size > contents.MOST_VALUES or value.dtype.hasobject:
                 return value.shape, id(value)
             self._arrays.append(value)
             return value.shape, value.tobytes()

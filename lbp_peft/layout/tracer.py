@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..transforms import in_transform, outside_transforms
-from .dependencies import Consulted, version_of
+from .contents import Consulted, version_of
 from .operation_names import DATA_INDEPENDENT, FILLED, FINITENESS, LENDING, MIXING, RANDOM, READING, SPATIAL, name_of
 from .operations import RULES, RULES_BY_RESULT
 from .positions import FIRST_TEXT, LOST, compact, condensed

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .dependencies import Contents, version_of
+from .contents import Contents, storage_of, version_of
 from .positions import equal
 
 # Why positions were lost, where no operation is to blame.
@@ -164,8 +164,8 @@ def shares_memory(a: Tensor, b: Tensor) -> bool:
 def _address(tensor: Tensor) -> tuple[int, int]:
     """Where the memory of a tensor begins and ends; (0, 0) if it has none."""
     try:
-        storage = tensor.untyped_storage()
-        start = storage.data_ptr()  # zero for tensors that are empty or on the meta device
-    except (NotImplementedError, RuntimeError):  # wrappers of torch.func have none
+        storage = storage_of(tensor)
+        start = 0 if storage is None else storage.data_ptr()  # zero if it is empty or on the meta device
+    except (NotImplementedError, RuntimeError):  # a fake tensor's
         return 0, 0
-    return (start, start + storage.nbytes()) if start else (0, 0)
+    return (start, start + storage.nbytes()) if storage is not None and start else (0, 0)

@@ -41,7 +41,10 @@ def targets_from(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
 
     Raises:
         ValueError: the model has LBP-WHT layers already, or no layer receives tokens whose places are known.
+        TypeError: the batch is not a mapping of arguments.
     """
+    if not isinstance(batch, Mapping) or not batch:
+        raise TypeError('batch must be the keyword arguments of the model, such as {"pixel_values": pixel_values}.')
     if any(isinstance(module, LBPWHTLayer) for module in model.modules()):
         raise ValueError("The model has LBP-WHT layers already. Call targets_from before get_peft_model.")
     passed = _layers_with_tokens(model, batch)

@@ -301,9 +301,10 @@ def test_the_trainer(name, together, tmp_path):
         assert found["losses"] == pytest.approx(alone["losses"], rel=1e-4) and len(found["losses"]) == 6
 
 
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="the trials run on the CPU, this would take the device")
 def test_low_rank_gradients_differ_from_exact_ones():
     """The trials above would pass with any gradients that are averaged, so it is checked that these are low-rank."""
     exact = functools.partial(lbp_wht, r=64)
     differences = largest_difference(train_alone(Trial("", lbp_wht)), train_alone(Trial("", exact)))
-    assert differences > 1e-4
+    assert differences > 1e-3
     assert len(layout_report(lbp_wht()).layers) == 12

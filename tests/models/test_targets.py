@@ -115,3 +115,9 @@ def test_why_there_are_no_targets():
     model = get_peft_model(tiny_vit(), LBPWHTConfig())
     with pytest.raises(ValueError, match="before get_peft_model"):
         targets_from(model, {"pixel_values": images()})
+
+
+@pytest.mark.parametrize("batch", [torch.zeros(1, 3, 32, 32), {}, None], ids=["a tensor", "empty", "none"])
+def test_the_batch_must_name_its_tensors(batch):
+    with pytest.raises(TypeError, match="keyword arguments"):
+        targets_from(tiny_vit(), batch)

@@ -9,7 +9,7 @@ from arranged import SIDE, Net, adapted, found
 from models import images, layers_of
 
 from lbp_peft import layout_report
-from lbp_peft.layout import dependencies
+from lbp_peft.layout import contents
 from lbp_peft.layout.tracer import PositionTracer
 
 ORDER = np.random.RandomState(0).permutation(SIDE**2)
@@ -68,7 +68,7 @@ def recorded_order_after(model):
 
 
 def test_an_order_in_the_memory_of_an_array_that_is_too_large_to_compare_counts_as_unknown(monkeypatch):
-    monkeypatch.setattr(dependencies, "_MOST_VALUES", 16)
+    monkeypatch.setattr(contents, "MOST_VALUES", 16)
     model = adapted(Ordered(torch.from_numpy(ORDER.copy())))
     with pytest.warns(UserWarning, match="uses exact backpropagation"):
         true_order(model)
@@ -212,10 +212,10 @@ def test_a_parameter_whose_memory_sharded_training_has_freed_is_not_read():
 
 def test_contents_are_compared_only_while_there_is_memory():
     tensor = torch.arange(4.0)
-    contents = dependencies.Contents(tensor)
-    assert contents.is_copied and contents.hold(tensor)
+    held = contents.Contents(tensor)
+    assert held.is_copied and held.hold(tensor)
     tensor.untyped_storage().resize_(0)
-    assert contents.hold(tensor) and not dependencies.Contents(tensor).is_copied
+    assert held.hold(tensor) and not contents.Contents(tensor).is_copied
     tensor.untyped_storage().resize_(16)
     tensor.copy_(torch.ones(4))
-    assert not contents.hold(tensor)
+    assert not held.hold(tensor)

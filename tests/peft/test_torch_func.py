@@ -15,7 +15,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp,
 from lbp_peft import BasisSet, LBPWHTConfig, TokenLayout, exact_backward, layout_report, low_rank_linear
 from lbp_peft.bases import separable
 from lbp_peft.bases.grids import TokenOrder
-from lbp_peft.layout import dependencies
+from lbp_peft.layout import contents
 from lbp_peft.ops.conv1x1 import low_rank_pointwise_conv
 
 BASES = BasisSet(3)
@@ -300,7 +300,7 @@ def test_attention_by_products_steps_aside(monkeypatch, decide):
 
 
 def test_weights_that_are_too_large_to_be_compared_are_followed_too(monkeypatch):
-    monkeypatch.setattr(dependencies, "_MOST_VALUES", 4)
+    monkeypatch.setattr(contents, "MOST_VALUES", 4)
     model, x = adapted(), images(3)
     found = vmap(grad(loss_of(model)), (None, 0))(trained(model), x)
     for index, image in enumerate(x):

@@ -107,3 +107,15 @@ def test_a_checkpointed_pass_is_exact_although_its_backward_pass_comes_after_the
 def test_steps_must_be_a_number(steps):
     with pytest.raises(ValueError, match="steps"):
         ExactWarmUpCallback(steps)
+
+
+def test_a_model_without_lbp_wht_is_trained_with_one_warning():
+    class State:
+        global_step = 0
+
+    callback = ExactWarmUpCallback(steps=2)
+    with pytest.warns(UserWarning, match="no LBP-WHT layers") as caught:
+        for _ in range(2):
+            callback.on_step_begin(None, State, None, model=tiny_vit())
+            callback.on_step_end(None, State, None)
+    assert len(caught) == 1
