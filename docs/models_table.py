@@ -32,7 +32,8 @@ from models import layers_of  # noqa: E402
 from lbp_peft import TokenLayout  # noqa: E402
 from lbp_peft.bases.packed import PackedLayout  # noqa: E402
 
-# Adapted and low-rank layers in the version of 2026-11-23, which recognised a grid by the number of its tokens.
+# Adapted layers, and those that were low-rank on the right tokens, in the version of 2026-11-23, which recognised a
+# grid by the number of its tokens; or the error that it raised. low_rank_by_counts.py measures them.
 BY_COUNTS = json.loads(
     (DOCS.parent / "examples" / "benchmarks" / "results" / "0.1.0" / "low_rank_by_counts.json").read_text()
 )
@@ -59,7 +60,7 @@ def main() -> None:
         "Not checked:",
         _table(("model type", "why"), sorted(architectures.LEFT_OUT.items())),
         "## Vision-language and encoder-decoder models",
-        _table(("model type", *with_grids), _rows(vlm_architectures.ARCHITECTURES, with_grids=True)),
+        _table(("model type", *with_grids), _rows(vlm_architectures.ARCHITECTURES, with_grids=True, prefix="vlm ")),
         "## timm",
         _table(("model", *header), _rows(timm_architectures.ARCHITECTURES, prefix="timm ")),
         made,
@@ -73,7 +74,7 @@ def _rows(models: Iterable[Any], with_grids: bool = False, prefix: str = "") -> 
         built_by = [f"`{architecture.task}`"] if hasattr(architecture, "task") else []
         adapted, low_rank, grids, exact = _counts(architecture)
         before = BY_COUNTS.get(f"{prefix}{architecture.name}")
-        by_counts = "" if before is None else f"{before[1]} of {before[0]}"
+        by_counts = "error" if isinstance(before, str) else f"{before[1]} of {before[0]}" if before else ""
         yield (architecture.name, *built_by, adapted, low_rank, by_counts, *([grids] if with_grids else []), exact)
 
 
