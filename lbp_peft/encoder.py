@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from functools import cache
 from typing import TypeGuard
 
@@ -43,12 +43,18 @@ def adaptable_layers(model: nn.Module) -> dict[str, LayerType]:
     return {name: layer_type for name, layer_type in types.items() if layer_type is not None}
 
 
-def of_the_encoder(model: nn.Module, names: Iterable[str]) -> list[str]:
+def of_the_encoder(model: nn.Module, names: Iterable[str], before_blocks: Container[str] = ()) -> list[str]:
     """Those of some layers that are part of the encoder, though perhaps not of its blocks.
 
     They are in its blocks, or at least inside the base model and not inside a decoder, a head or a projector. In a
     model of images and words, they are inside the part that is given images alone, if any of the layers is, or else
     sound alone, and so on.
+
+    Args:
+        model: The model.
+        names: The names of the layers.
+        before_blocks: The names of layers that a pass has shown to run before blocks of the encoder. The name of a
+            class does not make them part of a decoder or a head.
     """
     prefix, searched = _base_of(model)
     in_blocks = set(encoder_linears(model))
@@ -59,7 +65,7 @@ def of_the_encoder(model: nn.Module, names: Iterable[str]) -> list[str]:
         is_beside = (
             name.startswith(prefix)
             and not any(_is_projector(part) for part in ancestors(searched, within))
-            and not _after_the_encoder(searched, within, kinds)
+            and not _after_the_encoder(searched, within, kinds, by_name=name not in before_blocks)
         )
         if name in in_blocks or is_beside:
             groups[kinds].append(name)
@@ -138,15 +144,15 @@ def _cuts_patches(module: nn.Module) -> TypeGuard[nn.Conv2d | nn.Conv3d]:
     return max(module.stride) > 1 and module.in_channels <= _MOST_CHANNELS_OF_IMAGES
 
 
-def _after_the_encoder(model: nn.Module, name: str, kinds: frozenset[str]) -> bool:
+def _after_the_encoder(model: nn.Module, name: str, kinds: frozenset[str], by_name: bool = True) -> bool:
     around = (model.get_submodule(name), *ancestors(model, name))
-    return any(_is_decoder(part, kinds) and not _modalities(part) - {"words"} for part in around)
+    return any(_is_decoder(part, kinds, by_name) and not _modalities(part) - {"words"} for part in around)
 
 
-def _is_decoder(module: nn.Module, kinds: frozenset[str]) -> bool:
-    """Whether a module is called a decoder or a head, reads what an encoder has made, or generates text."""
+def _is_decoder(module: nn.Module, kinds: frozenset[str], by_name: bool = True) -> bool:
+    """Whether a module reads what an encoder has made or generates text, or, by its name, is a decoder or a head."""
     of_words = not kinds or "words" in kinds
-    is_called_so = bool(_AFTER_THE_ENCODER.search(type(module).__name__))
+    is_called_so = by_name and bool(_AFTER_THE_ENCODER.search(type(module).__name__))
     return is_called_so or _takes(module, "encoder_hidden_states") or (of_words and _takes(module, "past_key_values"))
 
 

@@ -20,12 +20,13 @@ import torch
 from torch import Tensor, nn
 
 from ..bounded import BoundedCache
+from ..encoder_of_pass import PassedLayer, left_out, without_patches
 from ..transforms import in_transform, outside_transforms
 from . import compiled
 from .dependencies import ModelState, random_state, why_undecided
 from .hooks import PassHooks
 from .inputs import described_inputs, merge_size, named_inputs, positions_of_images, signature, start, tensors_in
-from .left_out import PassedLayer, PassedLayers, without_projections
+from .left_out import PassedLayers
 from .masks import is_mask, mask_of, padding_mask_of
 from .notices import Notices
 from .operations import with_mixed_channels
@@ -88,6 +89,7 @@ class LayoutFinder:
         self._lock = threading.RLock()
         self._kept: KeptPositions | None = None
         self.left_out: list[PassedLayer] = []  # in the last pass that was traced
+        self._checked: BoundedCache[Hashable, bool] = BoundedCache(_MOST_TRACES)  # whose targets were checked
         self.num_traced = 0  # the number of passes that were traced
         self._history = PassHistory()
         self._alone: BoundedCache[Hashable, LayoutRecord] = BoundedCache(_MOST_TRACES)
@@ -181,9 +183,9 @@ class LayoutFinder:
         trace.layouts = trace.summary()
         if trace.is_ambiguous():  # calls may come in another order next time
             trace.is_valid = False
-        self.left_out = one.passed.left_out
-        if self._checks_targets and (names := without_projections(one.passed.left_out)):
-            self._notices.note_left_out(names)
+        self.left_out = one.passed.left_out()
+        if self._checks_targets:
+            self._check_targets(one)
         if one.tracer is not None and (read := self._read_without_a_call(one.tracer.applied, trace)):
             self._notices.note_read_without_a_call(read)
         if one.decided_by:
@@ -194,6 +196,19 @@ class LayoutFinder:
             self._traces.move_to_end(one.key)
             if len(self._traces) > _MOST_TRACES:
                 self._traces.popitem(last=False)
+
+    def _check_targets(self, one: ForwardPass) -> None:
+        """Warn where the layers that are adapted by default are not those that the pass shows to be the encoder's."""
+        model, passed = self.model(), one.passed.passed
+        kinds = {name: frozenset(map(_kind_of_tokens, found)) for name, found in one.trace.records.items()}
+        key = (tuple(passed), tuple(kinds.items()))
+        if model is None or self._checked.get(key):
+            return
+        self._checked[key] = True
+        if names := left_out(model, passed):
+            self._notices.note_left_out(names)
+        if names := without_patches(kinds):
+            self._notices.note_without_patches(names)
 
     def _read_without_a_call(self, applied: set[str], trace: Trace) -> list[str]:
         """The adapted layers whose weights were applied in a pass although the layers were never called."""
@@ -321,7 +336,8 @@ class LayoutFinder:
             if self._kept is not None:
                 self._kept.of_inputs.setdefault(name, []).append(positions_of_tokens(one.tracer, x, channels_axis))
         one.trace.records.setdefault(name, []).append(record)
-        one.passed.note_adapted()
+        if record.layout is not None or record.is_surprising:  # not in a head, which receives one token of each image
+            one.passed.note_adapted(name)
         # What code does after the last call of a layer decides nothing about the layers.
         one.trace.depends_on.update(one.tracer.consulted)
         one.decided_by = one.decided_by or why_undecided(
@@ -420,6 +436,13 @@ class LayoutFinder:
         if len(passes) == 1:  # a part within the one that is run again will be run again by itself
             self._note(passes[0], name, record)
         return record
+
+
+def _kind_of_tokens(record: LayoutRecord) -> str:
+    """What a layer has received: "patches", "words", "one token" of each image, or "" if that is not known."""
+    if record.layout is None:
+        return "" if record.is_surprising else "one token"
+    return "words" if record.text else "patches"
 
 
 def _padding_masks(inputs: dict[str, Any]) -> dict[str, Tensor]:

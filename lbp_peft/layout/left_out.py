@@ -1,4 +1,4 @@
-"""Finds layers that are not adapted although patches pass through them between adapted layers."""
+"""Collects the layers that patches of an image pass through in a forward pass that is traced."""
 
 from __future__ import annotations
 
@@ -7,64 +7,39 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from ..encoder_of_pass import PassedLayer
 from .records import LayoutRecord
-
-
-@dataclass(frozen=True)
-class PassedLayer:
-    """A layer that is not adapted and that patches of an image pass through.
-
-    Attributes:
-        name: The layer's name.
-        in_features: C_in.
-        out_features: C_out.
-    """
-
-    name: str
-    in_features: int
-    out_features: int
 
 
 @dataclass
 class PassedLayers:
-    """The layers of one traced forward pass that patches of an image pass through without being adapted.
-
-    Layers before the first adapted layer are embeddings, and layers after the last one belong to heads or decoders.
-    Neither of them count.
+    """The layers that patches of an image pass through in one traced forward pass.
 
     Attributes:
         others: The axis of the channels in the input of each layer that could be adapted but is not, by name.
-        left_out: The layers between adapted layers.
+        passed: The layers that are not adapted and that patches pass through, in the order of their first calls, with
+            the names of the adapted layers among them.
     """
 
     others: Mapping[str, int] = field(default_factory=dict)
-    left_out: list[PassedLayer] = field(default_factory=list)
-    _since_adapted: dict[str, PassedLayer] = field(default_factory=dict)
-    _has_begun: bool = False
+    passed: dict[str, PassedLayer | None] = field(default_factory=dict)
 
     def asks_for(self, name: str) -> bool:
-        """Whether the layer of this name would count if patches pass through it."""
-        return self._has_begun and name in self.others and name not in self._since_adapted
+        """Whether it is of interest that patches pass through the layer of this name."""
+        return name in self.others and name not in self.passed
 
     def note(self, name: str, x: Tensor, output: Tensor, record: LayoutRecord) -> None:
         """Record a call of a layer that is not adapted."""
         if record.layout is not None and not record.text:
             axis = self.others[name]
-            self._since_adapted[name] = PassedLayer(name, x.shape[axis], output.shape[axis])
+            self.passed[name] = PassedLayer(name, x.shape[axis], output.shape[axis])
 
-    def note_adapted(self) -> None:
+    def note_adapted(self, name: str) -> None:
         """Record a call of an adapted layer."""
-        self._has_begun = True
-        known = {layer.name for layer in self.left_out}
-        self.left_out += [layer for name, layer in self._since_adapted.items() if name not in known]
-        self._since_adapted.clear()
+        self.passed.setdefault(name, None)
 
-
-def without_projections(layers: list[PassedLayer]) -> list[str]:
-    """The names of layers, without projections: single layers, and siblings that map patches to another width."""
-    siblings: dict[str, list[PassedLayer]] = {}
-    for layer in layers:
-        siblings.setdefault(layer.name.rpartition(".")[0], []).append(layer)
-    groups = [group for group in siblings.values() if len(group) > 1]
-    kept = [group for group in groups if group[0].in_features == group[-1].out_features]
-    return [layer.name for group in kept for layer in group]
+    def left_out(self) -> list[PassedLayer]:
+        """The layers between the first and the last adapted one that are not adapted."""
+        layers = list(self.passed.values())
+        places = [place for place, layer in enumerate(layers) if layer is None]
+        return [layer for layer in layers[places[0] : places[-1]] if layer is not None] if places else []

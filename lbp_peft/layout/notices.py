@@ -70,13 +70,22 @@ class Notices:
             )
 
     def note_left_out(self, names: list[str]) -> None:
-        """Warn of layers that the default targets leave out, though patches pass through between adapted layers."""
-        listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        """Warn of layers that the default targets leave out, though they are in the encoder as a pass shows."""
         self.warn_once(
             "left out",
-            f"{listed} {'are' if len(names) > 1 else 'is'} not adapted, though patches of the image pass through on "
-            "the way between adapted layers. By default, the layers in the blocks of the encoder are adapted, as the "
-            "model's structure tells. Set target_modules to the layers that you want: targets_from finds them.",
+            f"{_listed(names)} not adapted, though patches of the image pass through, between adapted layers or in "
+            "parts of the model that are like blocks of the encoder. By default, the layers in the blocks of the "
+            "encoder are adapted, as the model's structure tells. Set target_modules to the layers that you want: "
+            "targets_from finds them.",
+        )
+
+    def note_without_patches(self, names: list[str]) -> None:
+        """Warn of layers that the default targets contain, though no patches of an image pass through."""
+        self.warn_once(
+            "without patches",
+            f"{_listed(names)} adapted, though no patches of the image pass through, but words of a text or one token "
+            "of each image. By default, the layers in the blocks of the encoder are adapted, as the model's structure "
+            "tells. Set target_modules to the layers that you want: targets_from finds those with patches.",
         )
 
     def note_read_without_a_call(self, layer_names: list[str]) -> None:
@@ -96,3 +105,9 @@ class Notices:
                 f"{layer_name} uses exact backpropagation in some of the forward passes, as may other layers: "
                 f"{NOT_TRACED.why_unknown}, and that has come {_MANY_PASSES} times. {NOT_TRACED.remedy}",
             )
+
+
+def _listed(names: list[str]) -> str:
+    """Some names and the number of the others, as the subject of a sentence with its verb."""
+    listed = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return f"{listed} {'are' if len(names) > 1 else 'is'}"

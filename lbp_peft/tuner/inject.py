@@ -85,7 +85,8 @@ def _default_targets(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -
     if not names:
         raise ValueError(
             f"No blocks with linear layers were found in {type(model).__name__}. Name the layers to adapt: "
-            'target_modules=[...], a regular expression, or "all-linear".'
+            'target_modules=[...], a regular expression, or "all-linear"; lbp_peft.targets_from(model, batch) looks '
+            "for them in a forward pass."
         )
     if config.layers_to_transform is None:
         return set(names)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..encoder import adaptable_layers, encoder_linears, of_the_encoder
+from ..encoder import adaptable_layers, encoder_linears
+from ..encoder_of_pass import PassedLayer, encoder_of_pass
 from ..layout.inputs import merge_size, named_inputs, start
 from ..layout.records import read_record
 from ..layout.tracer import PositionTracer
@@ -26,8 +27,10 @@ def targets_from(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
 
     - receive tokens of an image whose places are known, and more than one of each image, or words in a model of text,
     - run between the first and the last layer of the encoder's blocks: embeddings come before these, and heads,
-      projectors and decoders after them,
-    - belong to the encoder: to the part that is given images and no text, if there is one, and not to a decoder.
+      projectors and decoders after them. Blocks that the structure does not tell count as well, if there are several
+      with layers in a module of the same class,
+    - belong to the encoder: to the part that is given images and no text, if there is one, and not to a decoder. The
+      name of a class tells a decoder or a head only after the other blocks, and if these have more weights.
 
     Unlike the default, it finds blocks that the structure does not tell, and leaves out layers that would be exact.
 
@@ -47,11 +50,7 @@ def targets_from(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
         raise TypeError('batch must be the keyword arguments of the model, such as {"pixel_values": pixel_values}.')
     if any(isinstance(module, LBPWHTLayer) for module in model.modules()):
         raise ValueError("The model has LBP-WHT layers already. Call targets_from before get_peft_model.")
-    passed = _layers_with_tokens(model, batch)
-    blocks = set(encoder_linears(model))
-    places = [index for index, name in enumerate(passed) if name in blocks]
-    between = passed[places[0] : places[-1] + 1] if places else passed
-    found = of_the_encoder(model, between)
+    found = encoder_of_pass(model, _layers_with_tokens(model, batch), set(encoder_linears(model)))
     if not found:
         raise ValueError(
             "No layer of an encoder receives tokens whose places are known. Name the layers in target_modules, and the "
@@ -60,13 +59,14 @@ def targets_from(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _layers_with_tokens(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
-    """The layers whose input is tokens with known places in all calls, in the order of their first calls.
+def _layers_with_tokens(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, PassedLayer]:
+    """The layers whose input is tokens with known places in all calls, by name, in the order of their first calls.
 
     Words count if no layer receives patches.
     """
     tracer = PositionTracer(model)
     kinds: dict[str, set[str]] = {}
+    layers: dict[str, PassedLayer] = {}
     with undisturbed(model), torch.compiler.set_stance("force_eager"), ExitStack() as stack:
         model.train()
         texts = start(tracer, named_inputs(model, (), dict(batch)), merge_size(model))
@@ -76,14 +76,19 @@ def _layers_with_tokens(model: nn.Module, batch: Mapping[str, Any]) -> list[str]
                 kind = _kind_of_tokens(tracer, texts, args[0], axis) if args else ""
             kinds.setdefault(name, set()).add(kind)
 
+        def note_sizes(name: str, axis: int, module: nn.Module, args: tuple, output: Tensor) -> None:
+            if args:
+                layers[name] = PassedLayer(name, args[0].shape[axis], output.shape[axis])
+
         for name, layer_type in adaptable_layers(model).items():
-            hook = partial(note, name, layer_type.channels_axis)
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook).remove)
+            layer, axis = model.get_submodule(name), layer_type.channels_axis
+            stack.callback(layer.register_forward_pre_hook(partial(note, name, axis)).remove)
+            stack.callback(layer.register_forward_hook(partial(note_sizes, name, axis)).remove)
         stack.enter_context(tracer)
         stack.enter_context(torch.enable_grad())  # as in training, since some models run other code without gradients
         model(**batch)
-    of_images = [name for name, found in kinds.items() if found == {"patches"}]
-    return of_images or [name for name, found in kinds.items() if found == {"words"}]
+    of_images = {name: layers[name] for name, found in kinds.items() if found == {"patches"}}
+    return of_images or {name: layers[name] for name, found in kinds.items() if found == {"words"}}
 
 
 def _kind_of_tokens(tracer: PositionTracer, texts: dict[int, str], x: Tensor, channels_axis: int) -> str:

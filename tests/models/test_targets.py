@@ -121,3 +121,124 @@ def test_why_there_are_no_targets():
 def test_the_batch_must_name_its_tensors(batch):
     with pytest.raises(TypeError, match="keyword arguments"):
         targets_from(tiny_vit(), batch)
+
+
+class Several(nn.Module):
+    """Some blocks in a list."""
+
+    def __init__(self, count=2):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(count))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class Steps(nn.Module):
+    """A list of blocks that is no ModuleList."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = Block(), Block()
+
+    def forward(self, x):
+        return self.second(self.first(x))
+
+
+class PooledBlocks(Several):
+    def forward(self, x):
+        return super().forward(x.mean(1))
+
+
+class TrunkDecoder(Several):
+    """The trunk of a model that is called a decoder."""
+
+
+class StageHead(Several):
+    """A stage of an encoder that is called a head."""
+
+
+class Parts(nn.Module):
+    """An embedding, parts that patches pass through one after another, and a classifier."""
+
+    def __init__(self, *parts):
+        super().__init__()
+        torch.manual_seed(0)
+        self.cut, self.classify = nn.Conv2d(3, 16, 4, 4), nn.Linear(16, 5)
+        self.part_names = [f"part{i}" for i in range(len(parts))]
+        for name, part in zip(self.part_names, parts, strict=True):
+            self.add_module(name, part)
+
+    def forward(self, x):
+        tokens = self.cut(x).flatten(2).transpose(1, 2)
+        for name in self.part_names:
+            tokens = getattr(self, name)(tokens)
+        return self.classify(tokens if tokens.dim() == 2 else tokens.mean(1))
+
+
+def hidden_layer():
+    return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
+
+
+UNTOLD = {  # parts of models whose structure does not tell all blocks, and which of these parts are the encoder's
+    "after the list": (lambda: (Several(1), Steps()), (0, 1)),
+    "before the list": (lambda: (Steps(), Several(1)), (0, 1)),
+    "between blocks that are told only by a pass": (lambda: (Several(1), Block(), nn.Tanh(), Block()), (0, 1, 3)),
+    "a trunk that is called a decoder": (lambda: (Several(1), TrunkDecoder(3)), (0, 1)),
+    "a first stage that is called a head": (lambda: (StageHead(), Several(1)), (0, 1)),
+    "a small decoder": (lambda: (Several(3), TrunkDecoder(1)), (0,)),
+    "a head with a hidden layer": (
+        lambda: (Several(1), nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))),
+        (0,),
+    ),
+    "blocks after pooling": (lambda: (Several(1), PooledBlocks()), (0,)),
+}
+
+
+@pytest.mark.parametrize("name", UNTOLD)
+def test_one_warning_names_where_the_default_differs_from_a_pass(name):
+    make, of_encoder = UNTOLD[name]
+    model = Parts(*make())
+    expected = {
+        name
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and name.startswith(tuple(f"part{i}." for i in of_encoder))
+    }
+    assert set(targets_from(model, {"x": images()})) == expected
+    default = set(encoder_linears(model))
+    peft = get_peft_model(model, LBPWHTConfig(r=3, grad_input_dtype="full")).train()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            peft(images()).sum().backward()
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == (default != expected)
+    for message in messages:
+        assert message.startswith(tuple(default ^ expected)) and "targets_from" in message
+
+
+class Pair(nn.Module):
+    """Embeds images and texts, under names of its own, by blocks of the same kind."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.left, self.right = nn.Module(), nn.Module()
+        self.left.table, self.right.cut = nn.Embedding(20, 16), nn.Conv2d(3, 16, 4, 4)
+        self.left.several, self.right.several = Several(), Several()
+
+    def forward(self, picture, sentence):
+        words = self.left.several(self.left.table(sentence)).mean(1)
+        return words @ self.right.several(self.right.cut(picture).flatten(2).mT).mean(1).mT
+
+
+def test_a_text_encoder_that_the_structure_does_not_tell_is_named():
+    batch = {"picture": images(), "sentence": torch.arange(14).view(2, 7)}
+    model = get_peft_model(Pair(), LBPWHTConfig(r=3, grad_input_dtype="full")).train()
+    with pytest.warns(UserWarning, match="no patches of the image pass through") as caught:
+        model(**batch).sum().backward()
+    (message,) = [str(warning.message) for warning in caught]
+    assert message.startswith("left.several.blocks.0.fc1, left.several.blocks.0.fc2") and "targets_from" in message
+    assert all(name.startswith("right.") for name in targets_from(Pair(), batch))
