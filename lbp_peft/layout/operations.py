@@ -23,6 +23,7 @@ from .positions import (
     merged,
     mixed,
     place_in_image,
+    pooled,
     resampled,
     same_places,
     sampled,
@@ -352,12 +353,23 @@ def _like_the_first(tracer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
 
 @rule("where")
 def _where(tracer: Any, condition: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Each element is one of two, so the positions of both have to be known."""
-    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-    trails = [trail for x in tensors if (trail := tracer.trail(x)) is not None]
-    if not trails or any(t.positions is None or bool((compact(t.positions) == LOST).any()) for t in trails):
+    """Each element is one of two, so the positions of both have to be known, and which one it is unless they agree."""
+    values = [*args, *(kwargs[name] for name in ("self", "input", "other") if name in kwargs)]
+    if (
+        len(values) == 2 and isinstance(values[0], Tensor) and values[0].dtype == torch.bool
+    ):  # x.where(condition, other)
+        condition, values = values[0], [condition, values[1]]
+    if len(values) != 2 or any((t := tracer.trail(x)) and t.positions is None for x in values if isinstance(x, Tensor)):
         return None
-    return _element_wise(tracer, condition, *args, **kwargs) if tensors else None
+    a, b = (_or_nowhere(tracer, x) if isinstance(x, Tensor) else None for x in values)
+    if a is None or b is None:  # replacing elements by a number does not move them
+        kept = b if a is None else a
+        return None if kept is None else kept.expand(torch.broadcast_shapes(kept.shape, condition.shape))
+    shape = torch.broadcast_shapes(condition.shape, a.shape, b.shape)
+    a, b = compact(a), compact(b)
+    chosen = torch.where(condition, a, b) if tracer.is_constant(condition) else torch.full_like(a, LOST)
+    either = torch.where(a == NOWHERE, b, torch.where((b == NOWHERE) | (a == b), a, chosen))
+    return None if bool((either == LOST).all()) else either.expand(shape)
 
 
 for _name in names_in("""
@@ -563,8 +575,12 @@ def _windowed(
         count = (-(-span // s) if ceil_mode else span // s) + 1
         if ceil_mode and (count - 1) * s >= positions.shape[axis] + before:
             count -= 1
-        centre = torch.arange(count) * s - before + d * (k - 1) // 2
-        positions = sampled(positions, axis, centre)
+        first = torch.arange(count) * s - before
+        centre = first + d * (k - 1) // 2
+        if s > 1 and d == 1:  # otherwise each output stands for the element at its centre
+            positions = pooled(positions, axis, first, k, centre)
+        else:
+            positions = sampled(positions, axis, centre)
     return positions
 
 

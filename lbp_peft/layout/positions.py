@@ -12,6 +12,8 @@ copies what was expanded, so its result is [`condensed`].
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -236,12 +238,13 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
 
 def _step(positions: Tensor) -> int:
     """The smallest distance between two rows, or two columns, that occur."""
-    steps = []
-    for of in (row_of, column_of):
-        values = of(positions[positions >= 0]).unique()
-        if len(values) > 1:
-            steps.append(int(values.diff().min()))
-    return min(steps, default=0)
+    return min((step for of in (row_of, column_of) if (step := _smallest_step(positions, of))), default=0)
+
+
+def _smallest_step(positions: Tensor, of: Callable[[Tensor], Tensor]) -> int:
+    """The smallest distance between two rows that occur, or two columns; 0 if there is only one."""
+    values = of(positions[positions >= 0]).unique()
+    return int(values.diff().min()) if len(values) > 1 else 0
 
 
 def sampled(positions: Tensor, axis: int, places: Tensor) -> Tensor:
@@ -263,16 +266,45 @@ def _turns(positions: Tensor, axis: int) -> bool:
     return any(bool(((step > 0).any(axis) & (step < 0).any(axis)).any()) for step in steps)
 
 
+def pooled(positions: Tensor, axis: int, first: Tensor, length: int, places: Tensor) -> Tensor:
+    """The positions of mixtures of several elements in a row: those of one of them.
+
+    They are LOST where the elements are not neighbours in the image, as after rows were brought in another order.
+
+    Args:
+        positions: The positions.
+        axis: The axis along which elements are mixed.
+        first: The index of the first element of each mixture; indices out of range are padding.
+        length: The number of elements of a mixture.
+        places: The index of the element whose position each mixture has.
+    """
+    result = sampled(positions, axis, places)
+    if length < 2 or positions.shape[axis] == 1 or positions.stride(axis) == 0 or not _turns(compact(positions), axis):
+        return result
+    small, last = compact(positions), positions.shape[axis] - 1
+    row_step, column_step = (_smallest_step(small, of) for of in (row_of, column_of))
+    is_apart = torch.zeros((), dtype=torch.bool, device=positions.device)
+    for i in range(length - 1):
+        index = (first + i).to(positions.device)
+        a, b = (small.index_select(axis, one.clamp(0, last)) for one in (index, index + 1))
+        is_pair = (a >= 0) & (b >= 0) & (image_of(a) == image_of(b))
+        is_far = ((row_of(a) - row_of(b)).abs() > row_step) | ((column_of(a) - column_of(b)).abs() > column_step)
+        is_apart = is_apart | is_pair & is_far
+    chosen = compact(result)
+    return torch.where(is_apart & (chosen >= 0), LOST, chosen).expand(result.shape)
+
+
 def resampled(positions: Tensor, axis: int, size: int) -> Tensor:
     """The positions after an axis is resized: a sample of them if it shrinks, linear interpolation if it grows.
 
-    If it grows, and neighbours along it are not neighbours in the image, positions between them are LOST.
+    Where neighbours along the axis are not neighbours in the image, positions of mixtures of them are LOST.
     """
     old = positions.shape[axis]
     if old == size or old == 1 or positions.stride(axis) == 0:
         return sampled(positions, axis, torch.zeros(size, dtype=torch.int64) if old == 1 else torch.arange(size))
     if size < old:
-        return sampled(positions, axis, torch.arange(size) * old // size + (old // size - 1) // 2)
+        first = torch.arange(size) * old // size
+        return pooled(positions, axis, first, -(-old // size), first + (old // size - 1) // 2)
     shape = list(positions.shape)
     shape[axis] = size
     positions = compact(positions)
@@ -282,8 +314,16 @@ def resampled(positions: Tensor, axis: int, size: int) -> Tensor:
     view = [-1 if d == axis % positions.dim() else 1 for d in range(positions.dim())]
     rest = (scaled - left * size).to(positions.device).view(view)
     nearest = sampled(positions, axis, scaled // size)
-    row, column = (of(a) + (of(b) - of(a)) * rest // size for of in (row_of, column_of))
+    row, column = (_interpolated(of(a), of(b), rest, old, size) for of in (row_of, column_of))
     between = (image_of(a) << 2 * _BITS) + (row << _BITS) + column
     if _turns(positions, axis):  # between halves that were swapped, for instance, there is nothing
-        between = torch.where(rest == 0, between, LOST)
+        between = torch.where(rest == 0, a, LOST)
     return torch.where((a >= 0) & (b >= 0) & (image_of(a) == image_of(b)), between, nearest).expand(shape)
+
+
+def _interpolated(a: Tensor, b: Tensor, rest: Tensor, old: int, size: int) -> Tensor:
+    """Rows, or columns, on the way from a to b, by `rest` / `size` of it, where `old` of them become `size`.
+
+    A new element has the first row of the part that it takes, so a flipped axis has the same rows as one that is not.
+    """
+    return (a * size + (b - a) * rest + (a - b).clamp(min=0) * (size - old)) // size

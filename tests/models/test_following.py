@@ -171,7 +171,14 @@ def halves(tokens, function):
     return nn.functional.interpolate(image, scale_factor=2).flatten(2).transpose(1, 2)
 
 
+def pooled(tokens, rows):
+    """The tokens of an image whose rows were brought into another order, and that was then pooled."""
+    image = tokens.unflatten(1, (SIDE, SIDE))[:, rows].movedim(-1, 1)
+    return nn.functional.avg_pool2d(image, 2).flatten(2).transpose(1, 2)
+
+
 LOST = {
+    "rows in another order, pooled": lambda: Net(lambda t: pooled(t, [3, 6, 1, 4, 7, 2, 5, 0])),
     "flipped halves, upsampled": lambda: Net(lambda t: halves(t, lambda parts: [part.flip(1) for part in parts])),
     "exchanged halves, upsampled": lambda: Net(lambda t: halves(t, lambda parts: parts[::-1])),
     "added in another order": lambda: Net(lambda t: (t * 0).index_add(1, torch.tensor(FIXED), t)),
@@ -186,6 +193,9 @@ LOST = {
     "by an index that a view has changed": lambda: Net(by_an_index_written_in_part),
     "shuffled, times a gate in order": lambda: Net(gated),
     "a mixer's features": Mixer,
+    "their neighbours, by their values": lambda: Net(
+        lambda t: torch.where(t[..., :1] > 0, t.unflatten(1, (8, 8)).roll(1, 2).flatten(1, 2), t)
+    ),
     "shuffled by their values": lambda: Net(shuffled_by_data),
     "shuffled by chance": lambda: Net(lambda t: t[:, torch.randperm(SIDE**2)]),
     "picked by their values": lambda: Net(lambda t: t[:, t[0, :, 0].topk(49).indices]),
@@ -208,6 +218,20 @@ def test_what_is_not_known_is_exact_with_one_warning(name):
     torch.manual_seed(1)
     with exact_backward(model):
         assert largest_difference(low, gradients(model, images())) == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "grid", "num_outside"),
+    [
+        ([6, 7, 0, 1, 2, 3, 4, 5], (4, 4), 0),
+        ([1, 0, 3, 2, 5, 4, 7, 6], (4, 4), 0),
+        ([7, 0, 1, 2, 3, 4, 5, 6], (3, 4), 4),  # the first row is a mixture of the last one and the first one
+    ],
+)
+def test_neighbours_that_are_pooled_keep_their_place(rows, grid, num_outside):
+    model = adapted(Net(lambda t: pooled(t, rows)))
+    model(images())
+    assert {(layout.grid, layout.num_prefix_tokens) for layout in found(model)} == {(grid, num_outside)}
 
 
 def test_the_warning_tells_tokens_at_the_same_place():
@@ -905,6 +929,13 @@ OPERATIONS = {
     "a padded window's centre": (lambda x: conv(x, torch.ones(1, 3, 3, 3), padding=1)[1, 0, 0, :2], [(0, 0), (0, 1)]),
     "a window's centre": (lambda x: conv(x, torch.ones(1, 3, 3, 3))[1, 0, 0, :2], [(1, 1), (1, 2)]),
     "twice as fine": (lambda x: nn.functional.interpolate(x, scale_factor=2)[1, 0, 2, 2:5], [(1, 1), (1, 1), (1, 2)]),
+    "one of two, by a constant": (lambda x: _one_of_two(x)[1, 0, 3, :4], [(3, 11), (3, 1), (3, 2), (3, 2)]),
+    "one of two, by a method": (lambda x: x.roll(1, 3).where(torch.arange(12) % 3 == 0, x)[1, 0, 3, :4], [
+        (3, 11), (3, 1), (3, 2), (3, 2)]),
+    "one or a learned one": (lambda x: torch.where(x.mean(1, keepdim=True) > 0, torch.ones(3, 1, 1), x)[1, 0, 3, :2], [
+        (3, 0), (3, 1)]),
+    "flipped, twice as fine": (lambda x: nn.functional.interpolate(x.flip(2), scale_factor=2)[1, 0, ::5, 2], [
+        (7, 1), (5, 1), (2, 1), (0, 1)]),
     "pooled": (lambda x: nn.functional.max_pool2d(x, 2)[1, 0, 1, :2], [(2, 0), (2, 2)]),
     "written into a new tensor": (lambda x: _written(x)[1, 0, 0, 1:4], [(0, 1), (0, 2), (0, 3)]),
     "einsum": (lambda x: torch.einsum("nchw,dc->nhwd", x, torch.ones(5, 3))[1, 2, 3, :1], [(2, 3)]),
@@ -930,6 +961,10 @@ def _written(x):
     y = x.new_zeros(2, 3, 8, 12)
     y[:, :, :4], y[:, :, 4:] = x[:, :, :4], x[:, :, 4:]
     return y
+
+
+def _one_of_two(x):
+    return torch.where(torch.arange(12) % 3 == 0, x.roll(1, 3), x)
 
 
 def _in_place(x):

@@ -49,7 +49,7 @@ def as_tokens(image: Tensor) -> Tensor:
 
 def windows(t: Tensor, h: int, w: int) -> Tensor:
     """(N, windows, tokens of a window, C) for 2 x 2 windows."""
-    return t.reshape(len(t), 2, h // 2, 2, w // 2, -1).transpose(2, 3).flatten(1, 2).flatten(2, 3)
+    return t.reshape(len(t), 2, h // 2, 2, w // 2, t.shape[-1]).transpose(2, 3).flatten(1, 2).flatten(2, 3)
 
 
 def _kept(t: Tensor, function: Callable[[Tensor], Any]) -> Tensor:
@@ -78,6 +78,23 @@ def _rotated(t: Tensor, h: int, w: int) -> Tensor:
     return torch.rot90(t.unflatten(1, (h, w)), 1, (1, 2)).flatten(1, 2)
 
 
+def _mirrored(t: Tensor, h: int, w: int) -> Tensor:
+    """The tokens of an image that is sampled at the places of its mirror image."""
+    mirror = torch.tensor([[-1.0, 0, 0], [0, 1, 0]], dtype=t.dtype).expand(len(t), 2, 3)
+    places = F.affine_grid(mirror, [len(t), 1, h, w], align_corners=False)
+    return as_tokens(F.grid_sample(as_image(t, h, w), places, align_corners=False))
+
+
+class _Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.flip(1)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Tensor:
+        return g.flip(1)
+
+
 # Operations on tokens (N, h * w, C) in row-by-row order: a function of the tokens and a table, and the new grid; None
 # instead of the grid if the tokens are in another order afterwards.
 ON_GRIDS: dict[str, Callable[[random.Random, int, int], tuple]] = {
@@ -89,7 +106,7 @@ ON_GRIDS: dict[str, Callable[[random.Random, int, int], tuple]] = {
     "einsum": lambda rng, h, w: (
         lambda t, _: torch.einsum("nhwc->nwhc", t.unflatten(1, (h, w))).flatten(1, 2), (w, h)),
     "units": lambda rng, h, w: (
-        lambda t, _: t.reshape(len(t), h // 2, 2, w // 2, 2, -1).permute(0, 2, 4, 1, 3, 5).flatten(1, 4), None),
+        lambda t, _: t.reshape(len(t), h // 2, 2, w // 2, 2, CHANNELS).permute(0, 2, 4, 1, 3, 5).flatten(1, 4), None),
     "windows": lambda rng, h, w: (lambda t, _: windows(t, h, w).flatten(0, 1), (h // 2, w // 2)),
     "windows in a row": lambda rng, h, w: (lambda t, _: windows(t, h, w).flatten(1, 2), None),
     "shifted windows": lambda rng, h, w: (
@@ -109,6 +126,16 @@ ON_GRIDS: dict[str, Callable[[random.Random, int, int], tuple]] = {
     "resize flat": lambda rng, h, w: (lambda t, _: F.interpolate(t.mT, scale_factor=2, mode="linear").mT, None),
     "pool": lambda rng, h, w: (lambda t, _: as_tokens(F.avg_pool2d(as_image(t, h, w), 2)), (h // 2, w // 2)),
     "adaptive pool": lambda rng, h, w: (lambda t, _: as_tokens(F.adaptive_avg_pool2d(as_image(t, h, w), 3)), (3, 3)),
+    "area": lambda rng, h, w: (
+        lambda t, _: as_tokens(F.interpolate(as_image(t, h, w), (h // 2, w // 2), mode="area")), (h // 2, w // 2)),
+    "grid sample": lambda rng, h, w: (lambda t, _: _mirrored(t, h, w), (h, w)),
+    "quarters exchanged": lambda rng, h, w: (lambda t, _: _rolled(h, w, h // 2, w // 2)(t, t), (h, w)),
+    "columns in turn": lambda rng, h, w: (
+        lambda t, _: torch.cat([c.flip(1) if j % 2 else c for j, c in enumerate(t.unflatten(1, (h, w)).unbind(2))], 1),
+        None,
+    ),
+    "shear": lambda rng, h, w: (
+        lambda t, _: torch.cat([row.roll(i, 1) for i, row in enumerate(t.split(w, 1))], 1), None),
     "merge": lambda rng, h, w: (
         lambda t, _: as_tokens(F.pixel_unshuffle(as_image(t, h, w), 2).unflatten(1, (CHANNELS, 4)).mean(2)),
         (h // 2, w // 2),
@@ -156,6 +183,33 @@ ON_TOKENS: dict[str, Callable[[int], Callable[[Tensor, Tensor], Tensor]]] = {
     "unbound": lambda n: lambda t, table: torch.stack(t.unbind(1)[::-1], 1),
     "where": lambda n: lambda t, table: torch.where((torch.arange(n) % 3 == 0)[:, None], t.flip(1), t),
     "a factor": lambda n: lambda t, table: torch.eye(n, dtype=t.dtype)[table] @ t,
+    "masked select": lambda n: (
+        lambda t, table: t.masked_select((table % 2 == 0)[:, None].expand(t.shape)).view(len(t), -1, CHANNELS)
+    ),
+    "masks of each image": lambda n: (
+        lambda t, table: t[torch.stack([table.roll(i) % 2 == 0 for i in range(len(t))])].view(len(t), -1, CHANNELS)
+    ),
+    "masked scatter": lambda n: lambda t, table: t.masked_scatter((table % 2 == 0)[:, None].expand(t.shape), t.flip(1)),
+    "merged": lambda n: (
+        lambda t, table: t[:, ::2].scatter_reduce(
+            1, (table[: n // 2] // 2)[None, :, None].expand(len(t), -1, CHANNELS), 0 * t[:, 1 : n // 2 * 2 : 2], "sum"
+        )
+    ),
+    "added to zeros": lambda n: lambda t, table: torch.zeros_like(t).index_add_(1, table, t),
+    "sums of all before": lambda n: (
+        lambda t, table: t.cumsum(1).diff(dim=1, prepend=torch.zeros_like(t[:, :1])).flip(1)
+    ),
+    "sorted and back": lambda n: (
+        lambda t, table: (lambda order: t.gather(1, order.expand_as(t)).gather(1, order.argsort(1).expand_as(t)))(
+            t[..., :1].argsort(1)
+        )
+    ),
+    "highest first": lambda n: (
+        lambda t, table: t.gather(1, t[..., :1].topk(n // 2, 1).indices.expand(-1, -1, CHANNELS))
+    ),
+    "Fourier": lambda n: lambda t, table: torch.fft.ifft(torch.fft.fft(t, dim=1).conj(), dim=1).real,
+    "autograd function": lambda n: lambda t, table: _Reversed.apply(t),
+    "embedding": lambda n: lambda t, table: torch.stack([F.embedding(table, one) for one in t]),
     "vmap": lambda n: lambda t, table: torch.vmap(lambda one: one[table])(t),
     "aten": lambda n: lambda t, table: torch.ops.aten.index_select(t, 1, table),
     "some": lambda n: lambda t, table: t[:, : n // 2],
