@@ -28,9 +28,8 @@ from .inputs import described_inputs, merge_size, named_inputs, positions_of_ima
 from .left_out import PassedLayer, PassedLayers, without_projections
 from .masks import is_mask, mask_of, padding_mask_of
 from .notices import Notices
-from .operations import with_mixed_channels
 from .passes import ForwardPass, KeptPositions, Trace, same
-from .positions import compact
+from .positions import compact, mix_channels
 from .records import (
     CALLED_ALONE,
     NOT_TRACED,
@@ -364,7 +363,7 @@ class LayoutFinder:
             output = run()
             with outside_transforms(), torch.no_grad():
                 size = output.shape[channels_axis]
-                positions = with_mixed_channels(one.tracer.positions(x), size, channels_axis)
+                positions = mix_channels(one.tracer.positions(x), size, channels_axis)
         one.tracer.continue_at(output, x, positions)
         return output
 

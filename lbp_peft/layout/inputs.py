@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .dependencies import described
 from .masks import is_mask
-from .positions import FIRST_TEXT, encode, moved_to, number_of
+from .positions import FIRST_TEXT, encode, number_of, renumber
 from .tracer import PositionTracer
 from .trails import Origin
 
@@ -116,7 +116,7 @@ def start(tracer: PositionTracer, inputs: dict[str, Any], merge_size: int = 1) -
             positions = positions_of_images(name, tensor, sizes, merge_size)
             if positions is not None and positions.numel():  # a model may join images of several inputs in one sequence
                 count = int(number_of(positions[(-1,) * positions.dim()])) + 1
-                positions, num_images = moved_to(positions, num_images), num_images + count
+                positions, num_images = renumber(positions, num_images), num_images + count
         text_shape = _text_shape(name, tensor)
         if positions is None and text_shape is not None:
             source = by_kind.setdefault(_kind_of_text(name), FIRST_TEXT + len(by_kind))

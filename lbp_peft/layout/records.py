@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..bases.grids import TokenLayout
 from ..transforms import outside_transforms
-from .positions import FIRST_TEXT, mixed
+from .positions import FIRST_TEXT, mix
 from .recognition import NoTokensError, SingleTokenError, UnknownLayoutError, read_layout
 from .tracer import PositionTracer
 from .trails import Origin
@@ -82,7 +82,7 @@ def record_of_positions(positions: Tensor, x: Tensor, channels_axis: int) -> Lay
     shape = token_shape(x, channels_axis)
     with outside_transforms(), torch.no_grad():
         try:
-            found = read_layout(mixed(positions, channels_axis).squeeze(channels_axis))
+            found = read_layout(mix(positions, channels_axis).squeeze(channels_axis))
         except UnknownLayoutError as error:
             benign = (SingleTokenError, NoTokensError) if x.dim() == 2 else SingleTokenError
             is_surprising = not isinstance(error, benign)
@@ -93,7 +93,7 @@ def record_of_positions(positions: Tensor, x: Tensor, channels_axis: int) -> Lay
 def positions_of_tokens(tracer: PositionTracer, x: Tensor, channels_axis: int) -> Tensor | None:
     """The position of each token of x, in its shape without channels."""
     positions = tracer.positions(x)
-    return None if positions is None else mixed(positions, channels_axis).squeeze(channels_axis)
+    return None if positions is None else mix(positions, channels_axis).squeeze(channels_axis)
 
 
 def fitting(records: list[LayoutRecord], number: int, shape: tuple[int, ...]) -> LayoutRecord:

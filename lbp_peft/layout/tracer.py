@@ -20,15 +20,15 @@ from ..transforms import in_transform, outside_transforms
 from .contents import Consulted, version_of
 from .operation_names import DATA_INDEPENDENT, FILLED, FINITENESS, LENDING, MIXING, RANDOM, READING, SPATIAL, name_of
 from .operations import RULES, RULES_BY_RESULT
-from .positions import FIRST_TEXT, LOST, compact, condensed
+from .positions import FIRST_TEXT, LOST, compact, condense
 from .trails import Origin, Trail, Trails, shares_memory
 
 
 class PositionTracer(TorchFunctionMode):
     """Context in which the positions of tensors are followed through every operation.
 
-    Operations that move data are applied to the positions; for others `operations.py` has a rule. After an operation
-    without a rule there are no positions.
+    The rules in `operations/` say what each operation does to positions. After an operation without a rule there are no
+    positions.
 
     Args:
         model: The module that is called. Its parameters and buffers count as constants, so an index among them picks
@@ -255,7 +255,7 @@ def _with_input_first(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[
 def _condensed(found: Any) -> Any:
     """What a rule has found, with all positions condensed."""
     if isinstance(found, Tensor):
-        return condensed(found)
+        return condense(found)
     return [_condensed(one) for one in found] if isinstance(found, (tuple, list)) else found
 
 
