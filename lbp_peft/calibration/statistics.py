@@ -44,7 +44,7 @@ class TokenStatistics:
         return all(bool(torch.isfinite(one).all()) for sums in (self.inputs, self.gradients) for one in sums.values())
 
 
-def pooled(parts: Iterable[TokenStatistics]) -> TokenStatistics:
+def pool(parts: Iterable[TokenStatistics]) -> TokenStatistics:
     """The statistics of several layers together. Each layer's gradients count the same, whatever their size."""
     result = TokenStatistics()
     for part in parts:

@@ -18,10 +18,10 @@ from ..calibration import Option, TokenStatistics, allocate
 from ..measure.undisturbed import LossFunction, device_of
 from ..ops.plan import FixedBasis
 from ..projection import num_coefficients, projection
-from ..tuner.calibrate import agreed_leaders, choose, collect
+from ..tuner.calibrate import agreed_leaders, choose_basis, collect
 from ..tuner.layers.base import LBPWHTLayer
 from ..tuner.layers.rule import BackwardRule
-from ..tuner.observing import Seen, layers_of, observe, sum_over_processes, unwrapped
+from ..tuner.observing import Observation, layers_of, observe, sum_over_processes, unwrap
 from .bounds import Bounds
 
 # The ranks that are tried, up to block_size**2.
@@ -130,7 +130,7 @@ def allocate_ranks(
         raise ValueError('Give a budget: memory="1x" for as much memory as now, or multiply_adds.')
     if iter(batches) is batches:
         raise ValueError("The batches are used twice: give a list or a DataLoader, not an iterator.")
-    model = unwrapped(model)
+    model = unwrap(model)
     rules = {name: rule for name, layer in layers_of(model).items() if (rule := _active_rule(layer)) is not None}
     selections = {name: [rule.chosen_by] for name, rule in rules.items() if rule.chosen_by is not None}
     statistics: dict[str, TokenStatistics] = {}
@@ -178,7 +178,7 @@ class _Curves:
         self._sums: dict[tuple[str, str, int], Tensor] = {}
         self._leaders: dict[str, str] = {}
 
-    def add(self, seen: Seen) -> None:
+    def add(self, seen: Observation) -> None:
         """Add one call of a layer."""
         if self._leaders.setdefault(seen.name, seen.shares_with) != seen.shares_with:
             self._leaders[seen.name] = seen.name
@@ -192,7 +192,11 @@ class _Curves:
             self._add(seen, _INPUT, bases, lambda project: project(seen.g).norm() / norm if norm > 0 else norm + 1)
 
     def _add(
-        self, seen: Seen, which: str, bases: _RankedBases, cosine_of: Callable[[Callable[[Tensor], Tensor]], Tensor]
+        self,
+        seen: Observation,
+        which: str,
+        bases: _RankedBases,
+        cosine_of: Callable[[Callable[[Tensor], Tensor]], Tensor],
     ) -> None:
         num_images, num_tokens, c_in = seen.x.shape
         c_out = seen.g.shape[2]
@@ -295,7 +299,7 @@ class _RankedBases(NamedTuple):
 
         def make(rank: int) -> Basis:
             if rank not in made:
-                made[rank] = choose(name, replace(selection, r=rank), statistics)
+                made[rank] = choose_basis(name, replace(selection, r=rank), statistics)
             return made[rank]
 
         return _RankedBases(make, _ranks(selection.r, selection.block_size**2), selection.r)

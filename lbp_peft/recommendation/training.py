@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..measure.steps import idle_optimiser, timed_step
-from ..measure.warming_up import warmed_up
+from ..measure.steps import idle_optimiser, time_step
+from ..measure.warming_up import run_until_warm
 from .candidates import Candidate
 from .trial import SEED, Job, RetainedLoss
 
@@ -41,11 +41,11 @@ class Training:
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         self._optimiser = idle_optimiser(trained)
         self._number = 0
-        warmed_up(self._model, self.step)
+        run_until_warm(self._model, self.step)
         self._number = 0  # so that all candidates train on the same batch in a round
 
     def step(self) -> float:
         """Run a step on the next batch, and return its duration."""
         batch = self._batches[self._number % len(self._batches)]
         self._number += 1
-        return sum(timed_step(self._model, batch, self._loss, self._optimiser))
+        return sum(time_step(self._model, batch, self._loss, self._optimiser))

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from ..measure.activations import SavedActivations, saved_activations
 from ..measure.gradients import compare
 from ..measure.memory import peak_memory
-from ..measure.steps import idle_optimiser, timed_step
+from ..measure.steps import idle_optimiser, time_step
 from ..measure.timing import now
 from ..measure.undisturbed import LossFunction, device_of, loss_of_output
-from ..measure.warming_up import warmed_up
+from ..measure.warming_up import run_until_warm
 from ..tuner.layers.base import LBPWHTLayer
 from ..tuner.report import layout_report
 from .candidates import Candidate, NotApplicableError
@@ -159,15 +159,15 @@ def _run_trial(model: nn.Module, job: Job, candidate: Candidate) -> Trial:
     def step() -> float:
         optimiser.zero_grad(set_to_none=True)
         torch.manual_seed(SEED)
-        return sum(timed_step(model, second, loss, optimiser, clear=False))
+        return sum(time_step(model, second, loss, optimiser, clear=False))
 
     with warnings.catch_warnings(), peak_memory(device) as peak:
         warnings.simplefilter("ignore")
         # In the first step the optimiser creates its state, and base weights are put away. It runs on a whole batch,
         # since what is in memory when the state is created decides where the heap has gaps.
-        timed_step(model, first, loss, optimiser)
-        timed_step(model, second, counted_loss, optimiser)
-        seconds = warmed_up(model, step)
+        time_step(model, first, loss, optimiser)
+        time_step(model, second, counted_loss, optimiser)
+        seconds = run_until_warm(model, step)
     trial = Trial(candidate.label, peak.bytes, saved.bytes, seconds, warm_up_seconds=now() - began - seconds)
     trial.is_settled = device.type != "cpu"
     report = layout_report(model)

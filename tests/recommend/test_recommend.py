@@ -24,7 +24,7 @@ from transformers import (
 
 import lbp_peft
 from lbp_peft import BudgetError, LBPWHTConfig
-from lbp_peft.measure.steps import timed_step
+from lbp_peft.measure.steps import time_step
 from lbp_peft.measure.warming_up import preparations
 from lbp_peft.recommendation import CANDIDATES, Bounds, Candidate, runners, search, turns, worker
 from lbp_peft.recommendation.candidates import in_order, with_checkpointing
@@ -351,7 +351,7 @@ def test_steps_that_trace_the_model_are_never_timed(monkeypatch):
 
     def told(model, *given, **settings):
         before = preparations(model)
-        times = timed_step(model, *given, **settings)
+        times = time_step(model, *given, **settings)
         steps.append((model, preparations(model) != before))
         return times
 
@@ -363,8 +363,8 @@ def test_steps_that_trace_the_model_are_never_timed(monkeypatch):
     in_rounds: list[tuple[object, bool]] = []
     monkeypatch.setattr(search, "ProcessRunner", lambda job: (_ for _ in ()).throw(runners.WorkerError("no")))
     monkeypatch.setattr(runners.LocalRunner, "measure", lambda self, one, seconds: trial(one.label, seconds=0.01))
-    monkeypatch.setattr("lbp_peft.recommendation.trial.timed_step", told)
-    monkeypatch.setattr("lbp_peft.recommendation.training.timed_step", told)
+    monkeypatch.setattr("lbp_peft.recommendation.trial.time_step", told)
+    monkeypatch.setattr("lbp_peft.recommendation.training.time_step", told)
     monkeypatch.setattr(turns, "_rounds", rounds)
     compressed = Candidate("compressed", {"r": 3, "compress_activations": "all", "base_weights": "dropped"})
     model = tiny_vit()

@@ -185,9 +185,9 @@ class WaitingBaseWeight(nn.Module):
                 continue
             hooks = getattr(trained, "_post_accumulate_grad_hooks", None) or {}
             if self._can_wait(weight, self.lbpwht_base_weights[name]) and not any(
-                isinstance(hook, _AtEndOfBackward) and hook.layer() is self for hook in hooks.values()
+                isinstance(hook, _PutAwayHook) and hook.layer() is self for hook in hooks.values()
             ):
-                hook = _AtEndOfBackward(weakref.ref(self))
+                hook = _PutAwayHook(weakref.ref(self))
                 hook.handle = trained.register_post_accumulate_grad_hook(hook)
 
     # Changes of the layer by nn.Module or PEFT
@@ -218,7 +218,7 @@ class WaitingBaseWeight(nn.Module):
         self._watch_training()
 
 
-class _AtEndOfBackward:
+class _PutAwayHook:
     """A hook on a trained parameter that puts the base weight away once the whole backward pass is over.
 
     It does not do so earlier, since the pass may go through parts of the graph in which the base weight was used.

@@ -20,7 +20,7 @@ from ...ops.elementwise import elementwise_function
 from ...ops.layer_norm import compressed_layer_norm
 from ...ops.rms_norm import compressed_rms_norm
 from ...transforms import in_forward_mode, in_transform
-from ..layers.calling import parts_are_watched
+from ..layers.calling import submodules_are_watched
 from ..layers.rule import BackwardRule
 from .block_patch import BlockPatch, attach_to_block_module, blocks_with_layers
 from .forward_patch import PATCH_ATTR, UnpatchedForward, plain_forward
@@ -57,7 +57,7 @@ class ActivationPatch(BlockPatch):
         if kwargs or len(args) != 1 or in_transform() or in_forward_mode() or not args[0].requires_grad:
             return plain(host, *args, **kwargs)
         (x,) = args
-        if self.word not in self._words(host) or parts_are_watched(host):
+        if self.word not in self._words(host) or submodules_are_watched(host):
             return plain(host, x)
         if self.word == "norm" and _is_plain_layer_norm(host, x):
             return compressed_layer_norm(x, host.weight, host.bias, host.eps)

@@ -30,7 +30,7 @@ from ..layers.calling import (
     has_to_be_called,
     has_to_be_called_for,
     is_offloaded,
-    parts_are_watched,
+    submodules_are_watched,
 )
 from ..layers.rule import BackwardRule
 from ..patches.forward_patch import ForwardPatch, UnpatchedForward, plain_forward
@@ -112,7 +112,7 @@ class LBPWHTStacked(nn.Module, ForwardPatch, LBPWHTLayer):
         full_plan = self._in_full_precision(x, plan)
         if full_plan is None:
             return plain(host, x)
-        if parts_are_watched(host):
+        if submodules_are_watched(host):
             self._fall_back(x, *WATCHED, cause=WATCHED[0])
             return plain(host, x)
         layer = _ChannelsLast(UnpatchedForward(host), x.dim()) if self._on_images else UnpatchedForward(host)
