@@ -96,7 +96,7 @@ def positions_of_tokens(tracer: PositionTracer, x: Tensor, channels_axis: int) -
     return None if positions is None else mix(positions, channels_axis).squeeze(channels_axis)
 
 
-def fitting(records: list[LayoutRecord], number: int, shape: tuple[int, ...]) -> LayoutRecord:
+def matching_record(records: list[LayoutRecord], number: int, shape: tuple[int, ...]) -> LayoutRecord:
     """The record of the same call in the traced pass, or else the only record with this number of tokens."""
     if number < len(records) and fits(records[number], shape):
         return records[number]

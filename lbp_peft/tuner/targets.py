@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..encoder import adaptable_layers, encoder_linears, of_the_encoder
-from ..layout.inputs import merge_size, named_inputs, start
+from ..layout.inputs import assign_positions, merge_size, named_inputs
 from ..layout.records import read_record
 from ..layout.tracer import PositionTracer
 from ..measure.undisturbed import undisturbed
@@ -69,7 +69,7 @@ def _layers_with_tokens(model: nn.Module, batch: Mapping[str, Any]) -> list[str]
     kinds: dict[str, set[str]] = {}
     with undisturbed(model), torch.compiler.set_stance("force_eager"), ExitStack() as stack:
         model.train()
-        texts = start(tracer, named_inputs(model, (), dict(batch)), merge_size(model))
+        texts = assign_positions(tracer, named_inputs(model, (), dict(batch)), merge_size(model))
 
         def note(name: str, axis: int, module: nn.Module, args: tuple) -> None:
             with tracer.paused(), torch.no_grad():

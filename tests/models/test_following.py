@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lbp_peft import exact_backward, layout_report, verify_layout
 from lbp_peft.layout import recognition
-from lbp_peft.layout.inputs import start
+from lbp_peft.layout.inputs import assign_positions
 from lbp_peft.layout.positions import column_of, number_of, row_of
 from lbp_peft.layout.recognition import UnknownLayoutError, read_layout
 from lbp_peft.layout.tracer import PositionTracer
@@ -882,7 +882,7 @@ def traced(operation, shape=(2, 3, 8, 12)):
     """The image, row and column (in pixels) of each element of the result of an operation on images."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     tracer = PositionTracer(nn.Module())
-    start(tracer, {"x": x})
+    assign_positions(tracer, {"x": x})
     with tracer:
         y = operation(x)
     positions = tracer.positions(y)
