@@ -113,14 +113,14 @@ class _CompressedAttention(torch.autograd.Function):
         rounded, mask = saved[:6], saved[6] if len(saved) > 6 else None
         with backward_pass(), torch.autocast(grads[0].device.type, enabled=False):  # so that the logits are float32
             if ctx.state.by_products:
-                gradients = _by_products(rounded, grads[0], ctx.state.scale)
+                gradients = _gradients_by_products(rounded, grads[0], ctx.state.scale)
             else:
-                gradients = _run_again(rounded, mask, grads[0], ctx.state)
+                gradients = _gradients_by_autograd(rounded, mask, grads[0], ctx.state)
         return None, *(once_differentiable(gradients, grads[0]) if second_order else gradients), None
 
 
 def _mean_over_keys(t: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean of keys or values (N, heads, S, d) over those that a mask lets any query see; (N, heads, 1, d)."""
+    """The mean (N, heads, 1, d) of the keys or values (N, heads, S, d) that a mask does not hide from all queries."""
     if mask is None:
         return t.mean(-2, keepdim=True)
     seen = mask
@@ -131,7 +131,7 @@ def _mean_over_keys(t: Tensor, mask: Tensor | None) -> Tensor:
     return (t.where(seen, 0).sum(-2, keepdim=True, dtype=torch.float32) / count).to(t.dtype)
 
 
-def _by_products(rounded: Sequence[Tensor], grad: Tensor, scale: float | None) -> list[Tensor]:
+def _gradients_by_products(rounded: Sequence[Tensor], grad: Tensor, scale: float | None) -> list[Tensor]:
     values, scales = rounded[::2], rounded[1::2]
     flat = [(v.flatten(0, 1), s.flatten(0, 1)) for v, s in zip(values, scales, strict=True)]
 
@@ -149,7 +149,7 @@ def _by_products(rounded: Sequence[Tensor], grad: Tensor, scale: float | None) -
     return [gradient.to(grad.dtype) for gradient in gradients]
 
 
-def _run_again(rounded: Sequence[Tensor], mask: Tensor | None, grad: Tensor, state: _State) -> list[Tensor]:
+def _gradients_by_autograd(rounded: Sequence[Tensor], mask: Tensor | None, grad: Tensor, state: _State) -> list[Tensor]:
     q, k, v = (
         dequantize_groups(t, s, grad.dtype).requires_grad_() for t, s in zip(rounded[::2], rounded[1::2], strict=True)
     )

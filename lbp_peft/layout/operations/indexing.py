@@ -77,7 +77,7 @@ def _index_select(tracer: Tracer, x: Tensor, *args: Any, **kwargs: Any) -> Resul
     order = ("indices", "dim") if name == "take_along_dim" else ("dim", "index")
     named = dict(zip(order, args, strict=False)) | kwargs
     index, axis = named.get("index", named.get("indices")), named.get("dim")
-    if axis is None or not (tracer.is_constant(index) or _have_same_places(positions, [axis])):
+    if index is None or axis is None or not (tracer.is_constant(index) or _have_same_places(positions, [axis])):
         return None
     others = {key: value for key, value in kwargs.items() if key != "sparse_grad"}
     selected: Tensor = getattr(torch, name)(positions, *args, **others)
