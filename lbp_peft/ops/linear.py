@@ -159,8 +159,8 @@ class _EagerLowRankLinear(_LowRankLinear):
 class _LowRankLinearWithoutProduct(torch.autograd.Function):
     """[`_LowRankLinear`] without a product: it saves the same tensors, and its output has a shape but no values.
 
-    Together with [`_ValuesForOutput`] it saves before it multiplies. A gradient checkpoint that is run again stops after
-    the last tensor that is saved, and then leaves out the product.
+    Together with [`_ValuesForOutput`] it saves before it multiplies. A gradient checkpoint that is run again stops
+    after the last tensor that is saved, and then leaves out the product.
     """
 
     @staticmethod

@@ -281,9 +281,9 @@ def test_cosines_are_those_of_the_same_model_gone_through_exactly(candidate, tmp
     def gradients(one, dtype):
         torch.manual_seed(0)
         adapted = one.apply_to(tiny_vit(), ["classifier"]).train()
-        from lbp_peft.recommendation.trial import _move_off_zero
+        from lbp_peft.recommendation.trial import _perturb_lora
 
-        _move_off_zero(adapted)
+        _perturb_lora(adapted)
         batch = batches()[1]
         adapted.to(dtype)(pixel_values=batch["pixel_values"].to(dtype), labels=batch["labels"]).loss.backward()
         return {plain_name(n): p.grad.double() for n, p in adapted.named_parameters() if p.grad is not None}
