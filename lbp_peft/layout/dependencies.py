@@ -358,7 +358,7 @@ def _slots(kind: type) -> list[str]:
     return [name for name in found if not name.startswith("__")]
 
 
-def _contents(cell: Any) -> Any:
+def _contents(cell: types.CellType) -> object:
     try:
         return cell.cell_contents
     except ValueError:  # not assigned yet

@@ -90,7 +90,7 @@ class PositionTracer(TorchFunctionMode):
         """The trail of a tensor; None if it is not known to depend on the input."""
         return self._trails.get(tensor)
 
-    def positions(self, tensor: Any) -> Tensor | None:
+    def positions(self, tensor: object) -> Tensor | None:
         """The positions of a tensor's elements, in its shape; None if there are none."""
         trail = self._trails.get(tensor) if isinstance(tensor, Tensor) else None
         return None if trail is None else trail.positions
@@ -110,7 +110,9 @@ class PositionTracer(TorchFunctionMode):
         before = self._trails.get(x) or Trail(None)
         self._trails.put(output, Trail(positions, _advance_origins([before]), before.lost_by, before.is_certain))
 
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, function: Callable[..., Any], types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if self._is_paused:
             return function(*args, **kwargs)
@@ -210,7 +212,7 @@ class PositionTracer(TorchFunctionMode):
 
     def _note(
         self,
-        result: Any,
+        result: object,
         name: str,
         args: tuple,
         kwargs: dict[str, Any],
@@ -219,7 +221,8 @@ class PositionTracer(TorchFunctionMode):
         layer: str = "",
     ) -> None:
         outputs = [args[0]] if name in ("__setitem__", "__set__") else list(_tensors_in(result))
-        of_outputs = list(positions) if isinstance(positions, (tuple, list)) else [positions]
+        several = [positions] if positions is None or isinstance(positions, Tensor) else positions
+        of_outputs: list[Tensor | None] = list(several)
         of_outputs += [None] * (len(outputs) - len(of_outputs))
         origins = _advance_origins(trails)
         if layer:  # the first one embeds patches
@@ -309,7 +312,7 @@ def _caller() -> str:
     return "the model"
 
 
-def _tensors_in(values: Any) -> Iterator[Tensor]:
+def _tensors_in(values: object) -> Iterator[Tensor]:
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, dict):

@@ -6,6 +6,8 @@ import json
 import textwrap
 from typing import TYPE_CHECKING, Any
 
+from peft import LoraConfig
+
 from .candidates import LORA
 from .table import WIDTH
 
@@ -38,7 +40,7 @@ def as_python(recommendation: Recommendation) -> str:
     return "\n".join(lines)
 
 
-def _lora_settings(config: Any) -> dict[str, Any]:
+def _lora_settings(config: LoraConfig) -> dict[str, Any]:
     """The arguments with which code makes the same `LoraConfig`."""
     targets = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
     saved = {"modules_to_save": list(config.modules_to_save)} if config.modules_to_save else {}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .trial import Trial
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from .result import Recommendation
 
 _MIB = 2**20
@@ -82,7 +84,7 @@ def _point(trial: Trial) -> tuple[float, float]:
     return trial.peak_bytes / _MIB, trial.cosine or 0.0
 
 
-def _outline(front: list[Trial], axes: Any) -> tuple[list[float], list[float]]:
+def _outline(front: list[Trial], axes: Axes) -> tuple[list[float], list[float]]:
     """The outline of the area that the settings of the front dominate, up to the borders of the figure."""
     if not front:
         return [], []

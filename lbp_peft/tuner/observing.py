@@ -150,7 +150,7 @@ def _hooks(
     """Within the block, forward passes hand inputs of layers, and gradients of their outputs, to `receive`."""
     last: list[tuple[weakref.ref[Tensor], str]] = []
 
-    def note(module: nn.Module, args: tuple, y: Any, layer: LBPWHTLayer) -> None:
+    def note(module: nn.Module, args: tuple, y: object, layer: LBPWHTLayer) -> None:
         name, ran = layer.layer_name, layer.last_backward
         if not args or not isinstance(y, Tensor) or not y.requires_grad or ran is None:
             return

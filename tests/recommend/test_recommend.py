@@ -557,7 +557,7 @@ def test_a_fork_that_is_killed_is_told_apart():
             yield str(number)
 
     fork = worker._Fork(answers)
-    assert [fork.answer() for _ in range(4)] == ["0", "1", "", ""] and fork.ended() == OUT_OF_MEMORY
+    assert [fork.request() for _ in range(4)] == ["0", "1", "", ""] and fork.close() == OUT_OF_MEMORY
 
 
 def test_a_model_from_a_file_is_made_known_to_transformers():

@@ -24,7 +24,7 @@ def _getitem(tracer: Tracer, x: Tensor, index: Any) -> Result:
     return positions[index] if _have_same_places(positions, picked) else None
 
 
-def _axes_of_index(index: Any, num_axes: int, tracer: Tracer) -> list[int]:
+def _axes_of_index(index: object, num_axes: int, tracer: Tracer) -> list[int]:
     """The axes along which an index may pick other places in the next pass."""
     parts = list(index) if isinstance(index, tuple) else [index]
     consumed = sum(_num_axes_of(part) for part in parts)
@@ -42,7 +42,7 @@ def _axes_of_index(index: Any, num_axes: int, tracer: Tracer) -> list[int]:
     return picked
 
 
-def _num_axes_of(part: Any) -> int:
+def _num_axes_of(part: object) -> int:
     """The number of axes of the tensor that one part of an index applies to."""
     if part is None or part is Ellipsis:
         return 0

@@ -12,7 +12,7 @@ from .registry import Result, Tracer, rule
 
 
 @rule("linear")
-def _linear(tracer: Tracer, x: Tensor, weight: Tensor, bias: Any = None) -> Result:
+def _linear(tracer: Tracer, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Result:
     return mix_channels(tracer.positions(x), weight.shape[0])
 
 
@@ -37,7 +37,7 @@ def _addmm(tracer: Tracer, bias: Tensor, a: Tensor, b: Tensor, **kwargs: Any) ->
 
 
 @rule("einsum")
-def _einsum(tracer: Tracer, equation: Any, *operands: Any) -> Result:
+def _einsum(tracer: Tracer, equation: object, *operands: Any) -> Result:
     if not isinstance(equation, str):
         return None
     operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands

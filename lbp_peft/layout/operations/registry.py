@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class Tracer(Protocol):
     def trail(self, tensor: Tensor) -> Trail | None:
         """The trail of a tensor; None if it is not known to depend on the input."""
 
-    def positions(self, tensor: Any) -> Tensor | None:
+    def positions(self, tensor: object) -> Tensor | None:
         """The positions of a tensor's elements, in its shape; None if there are none."""
 
     def is_constant(self, tensor: Tensor) -> bool:
@@ -57,7 +57,7 @@ def _decorator(rules: dict[str, Rule], names: Sequence[str]) -> Callable[[Rule],
     return register
 
 
-def are_constant(tracer: Tracer, values: Any) -> bool:
+def are_constant(tracer: Tracer, values: object) -> bool:
     """Whether all tensors in nested arguments are the same in each pass."""
     if isinstance(values, Tensor):
         return tracer.is_constant(values)

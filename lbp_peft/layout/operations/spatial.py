@@ -5,8 +5,8 @@ An output of a convolution or of pooling has the position of the centre of its w
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +15,11 @@ from torch import Tensor
 from ..positions import NOWHERE, compact, mix, resample, sample
 from .registry import Result, Tracer, rule, rule_by_result
 
+PerAxis: TypeAlias = int | Sequence[int]  # one number for all axes, or one for each
+
 
 @rule("pad")
-def _pad(tracer: Tracer, x: Tensor, pad: Any, mode: str = "constant", value: Any = None) -> Result:
+def _pad(tracer: Tracer, x: Tensor, pad: Sequence[int], mode: str = "constant", value: object = None) -> Result:
     positions = tracer.positions(x)
     if positions is None:
         return None
@@ -45,7 +47,7 @@ def _im2col(tracer: Tracer, x: Tensor, *args: Any, **kwargs: Any) -> Result:
 
 
 @rule("col2im")
-def _col2im(tracer: Tracer, x: Tensor, output_size: Any, kernel_size: Any, *args: Any, **kwargs: Any) -> Result:
+def _col2im(tracer: Tracer, x: Tensor, output_size: PerAxis, kernel_size: PerAxis, *args: Any, **kwargs: Any) -> Result:
     positions = tracer.positions(x)
     if positions is None:
         return None
@@ -85,10 +87,10 @@ def _convolution(
     tracer: Tracer,
     x: Tensor,
     weight: Tensor,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
+    bias: Tensor | None = None,
+    stride: PerAxis = 1,
+    padding: PerAxis | str = 0,
+    dilation: PerAxis = 1,
     groups: int = 1,
 ) -> Result:
     num_axes = weight.dim() - 2
@@ -111,7 +113,12 @@ def _convolution(
 
 
 def _sample_centres(
-    positions: Tensor, kernel: Any, stride: Any, padding: Any, dilation: Any, ceil_mode: bool = False
+    positions: Tensor,
+    kernel: Sequence[int],
+    stride: PerAxis,
+    padding: PerAxis | str,
+    dilation: PerAxis,
+    ceil_mode: bool = False,
 ) -> Tensor:
     """The positions of the centres of all windows of a convolution or of pooling."""
     num_axes = len(kernel)
@@ -131,7 +138,7 @@ def _sample_centres(
     return positions
 
 
-def _number_for_axis(value: Any, i: int) -> int:
+def _number_for_axis(value: PerAxis, i: int) -> int:
     """The number that an argument such as a stride gives for axis i."""
     if isinstance(value, int):
         return value
@@ -141,7 +148,13 @@ def _number_for_axis(value: Any, i: int) -> int:
 @rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "lp_pool2d")
 @rule("max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices")
 def _pool(
-    tracer: Tracer, x: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, *args: Any, **kwargs: Any
+    tracer: Tracer,
+    x: Tensor,
+    kernel_size: PerAxis,
+    stride: PerAxis | None = None,
+    padding: PerAxis = 0,
+    *args: Any,
+    **kwargs: Any,
 ) -> Result:
     positions = tracer.positions(x)
     if positions is None:
@@ -157,7 +170,9 @@ def _pool(
 
 
 @rule("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_avg_pool3d")
-def _adaptive_pool(tracer: Tracer, x: Tensor, output_size: Any, *args: Any, **kwargs: Any) -> Result:
+def _adaptive_pool(
+    tracer: Tracer, x: Tensor, output_size: int | Sequence[int | None], *args: Any, **kwargs: Any
+) -> Result:
     positions = tracer.positions(x)
     if positions is None:
         return None

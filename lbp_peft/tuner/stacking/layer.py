@@ -216,7 +216,7 @@ def _lora_parts(host: Any, x: Tensor) -> list[_LoraParts] | None:
         return None if host.merged else []
     if host.merged:
         return []
-    found = []
+    all_parts = []
     for name in host.active_adapters:
         if name not in host.lora_A:
             continue
@@ -226,8 +226,8 @@ def _lora_parts(host: Any, x: Tensor) -> list[_LoraParts] | None:
             return None
         if down.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             return None  # the layer casts its input and its output
-        found.append(_LoraParts(down, up, dropout, host.scaling[name]))
-    return found
+        all_parts.append(_LoraParts(down, up, dropout, host.scaling[name]))
+    return all_parts
 
 
 def _branches(host: Any, x: Tensor, parts: list[_LoraParts]) -> list[Branch]:
