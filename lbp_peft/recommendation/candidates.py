@@ -164,7 +164,7 @@ CANDIDATES: tuple[Candidate, ...] = (
 )
 
 
-def sort_candidates(candidates: Sequence[Candidate], lora: bool, memory_is_unbounded: bool) -> list[Candidate]:
+def sort_candidates(candidates: Sequence[Candidate], lora: bool, only_time_is_bounded: bool) -> list[Candidate]:
     """The candidates in the order in which they are tried, the most informative ones first.
 
     One of each kind comes first, then the candidates that can be recommended, and last those that are shown for
@@ -172,13 +172,13 @@ def sort_candidates(candidates: Sequence[Candidate], lora: bool, memory_is_unbou
 
     Args:
         lora: Whether a setting that trains LoRA's factors is sought, and not one that trains whole weights.
-        memory_is_unbounded: Whether only the step time has a bound. Then settings come before their variants, which
+        only_time_is_bounded: Whether only the step time has a bound. Then settings come before their variants, which
             take longer.
     """
     kinds, others = candidates[:KINDS], candidates[KINDS:]
 
     def key(candidate: Candidate) -> tuple[bool, bool]:
-        return candidate.lora is not lora, memory_is_unbounded and candidate.saves_memory
+        return candidate.lora is not lora, only_time_is_bounded and candidate.saves_memory
 
     return [*kinds, *sorted(others, key=key)]
 

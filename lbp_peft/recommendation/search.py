@@ -131,6 +131,18 @@ def _check(model: nn.Module, mixed_precision: str | None, minutes: float) -> Non
 
 
 class _Search:
+    """One search: tries the candidates, trains the best ones in turns, and recommends one.
+
+    Args:
+        job: The model and the data.
+        candidates: The candidates.
+        bounds: The bounds of the recommended setting.
+        lora: Whether that setting is to train LoRA's factors.
+        deadline: The time, by `time.monotonic()`, at which the search has to end.
+        minutes: The minutes until then, for messages.
+        progress: Whether to show a progress bar.
+    """
+
     def __init__(
         self,
         job: Job,
@@ -144,8 +156,8 @@ class _Search:
         if job.precision == "no":
             job.precision = None
         self.job, self.bounds, self.lora, self.progress = job, bounds, lora, progress
-        memory_is_unbounded = bounds.memory is None and bounds.step_time is not None
-        ordered = sort_candidates(candidates, lora, memory_is_unbounded)
+        only_time_is_bounded = bounds.memory is None and bounds.step_time is not None
+        ordered = sort_candidates(candidates, lora, only_time_is_bounded)
         self.candidates = {candidate.label: candidate for candidate in ordered}
         self.deadline, self.minutes = deadline, minutes
         self.trials: dict[str, Trial] = {}
@@ -171,8 +183,8 @@ class _Search:
         if not self.trials:
             with tempfile.TemporaryDirectory() as folder:
                 self.job.folder = folder
-                with LocalRunner(self.job) as runner:
-                    self._measure(runner)
+                with LocalRunner(self.job) as local_runner:
+                    self._measure(local_runner)
         return self._make_recommendation(time.monotonic() - start)
 
     def _measure(self, runner: Runner) -> None:
@@ -244,6 +256,7 @@ class _Search:
 
     @property
     def reference(self) -> Reference:
+        """The trials to compare with, as far as there are any yet."""
         return Reference(self._exact_trial(lora=False), self._exact_trial(lora=True))
 
     def _exact_trial(self, lora: bool) -> Trial | None:
