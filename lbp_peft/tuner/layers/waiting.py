@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ...layout import LayoutFinder
-from .storage import FileStamp, in_host_memory, in_own_file, release_pages
+from .storage import FileStamp, copy_to_host_memory, copy_to_file, release_pages
 
 RESIDENT, DROPPED = "resident", "dropped"
 BASE_WEIGHTS = ("auto", RESIDENT, "cpu", "disk", DROPPED)
@@ -81,7 +81,7 @@ class WaitingBaseWeight(nn.Module):
         else:
             on_disk = where == "disk" and self._put_on_disk(weight)
             if not on_disk:
-                weight.data = in_host_memory(weight)
+                weight.data = copy_to_host_memory(weight)
             self._is_on_host = True
         self._waits_at = weight.data_ptr()
 
@@ -101,7 +101,7 @@ class WaitingBaseWeight(nn.Module):
             self._file = file
             return True
         try:
-            weight.data = in_own_file(weight)
+            weight.data = copy_to_file(weight)
         except OSError as error:
             instead = "in memory" if _is_on_cpu(weight) else "in the CPU's memory"
             self.finder.warn_once(

@@ -173,14 +173,14 @@ def _rms_norm_of(host: nn.Module) -> _RMSNorm | None:
     twin._parameters = {} if weight is None and "weight" not in host._parameters else {"weight": other}
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            found = plain_class.forward(twin, x)
+            y = plain_class.forward(twin, x)
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return None
     for shift in (0.0, 1.0):
         norm = _RMSNorm(names[0], shift)
         expected = x * (x.square().mean(-1, keepdim=True) + norm.eps(host, x)).rsqrt()
         expected = expected if other is None else expected * (other + shift)
-        if isinstance(found, Tensor) and found.shape == x.shape and torch.allclose(found, expected, 1e-5, 1e-6):
+        if isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y, expected, 1e-5, 1e-6):
             return norm
     return None
 

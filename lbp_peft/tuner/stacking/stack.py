@@ -84,15 +84,15 @@ class Stack:
         """Activate the modules_to_save of the active adapters, of those beneath before those on top.
 
         Args:
-            on_top: The names of the modules that each active LBP-WHT adapter has brought, by name of the adapter.
+            on_top: The names of the modules_to_save of each active LBP-WHT adapter, by name of the adapter.
             inference_mode: Whether they are frozen.
         """
         active = self.active_adapters
         for name, module in self.base_model.named_modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
-                brought = [one for one, saved in on_top.items() if any(f".{name}".endswith(f".{s}") for s in saved)]
-                here = [one for one in active if one in module._adapters]
-                _set_adapter(module, here or brought or active, inference_mode=inference_mode)
+                above = [one for one, saved in on_top.items() if any(f".{name}".endswith(f".{s}") for s in saved)]
+                beneath = [one for one in active if one in module._adapters]
+                _set_adapter(module, beneath or above or active, inference_mode=inference_mode)
 
     def delete_adapter(self, name: str) -> None:
         if isinstance(self.holder, PeftModel):
