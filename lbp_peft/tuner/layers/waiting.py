@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ...layout import LayoutFinder
-from .storage import FileStamp, copy_to_host_memory, copy_to_file, release_pages
+from .storage import FileStamp, copy_to_file, copy_to_host_memory, release_pages
 
 RESIDENT, DROPPED = "resident", "dropped"
 BASE_WEIGHTS = ("auto", RESIDENT, "cpu", "disk", DROPPED)

@@ -147,15 +147,15 @@ class Stack:
         Args:
             of_whole_model: The state dict of the model that LBP-WHT made of this one.
         """
-        found = {}
+        tensors = {}
         for wrapper, module in self.base_model.named_modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
                 prefix = f"{_PREFIX}{wrapper}."
                 own = {prefix + key: tensor for key, tensor in module.state_dict().items()}
                 own = {key.removeprefix(prefix): of_whole_model.get(key, tensor) for key, tensor in own.items()}
                 for name in module.active_adapters:
-                    found.update({prefix + k: t for k, t in module.adapter_state_dict(name, own).items()})
-        return found
+                    tensors.update({prefix + k: t for k, t in module.adapter_state_dict(name, own).items()})
+        return tensors
 
     def state_dict(self, of_whole_model: dict[str, Tensor], incomplete: list[str]) -> dict[str, Tensor]:
         """The trained tensors of all adapters.
@@ -164,7 +164,7 @@ class Stack:
             of_whole_model: The state dict of the model that LBP-WHT made of this one.
             incomplete: Names of adapters of which `of_whole_model` has no tensors.
         """
-        found = {}
+        tensors = {}
         for name in self.configs:
             given = {}
             if name not in incomplete:
@@ -177,8 +177,8 @@ class Stack:
             for key, tensor in tensors.items():
                 key = without_wrappers(key)
                 if ".lbpwht_" not in key:
-                    found[f"{KEYS}{name}.{_PREFIX if not key.startswith('base_model.') else ''}{key}"] = tensor
-        return found
+                    tensors[f"{KEYS}{name}.{_PREFIX if not key.startswith('base_model.') else ''}{key}"] = tensor
+        return tensors
 
     def _names(self) -> set[str]:
         """The names of all tensors. A state dict has them too, but FSDP gathers it from all processes."""
