@@ -47,7 +47,9 @@ def _im2col(tracer: Tracer, x: Tensor, *args: Any, **kwargs: Any) -> Result:
 
 
 @rule("col2im")
-def _col2im(tracer: Tracer, x: Tensor, output_size: PerAxis, kernel_size: PerAxis, *args: Any, **kwargs: Any) -> Result:
+def _col2im(
+    tracer: Tracer, x: Tensor, output_size: PerAxis, kernel_size: int | tuple[int, ...], *args: Any, **kwargs: Any
+) -> Result:
     positions = tracer.positions(x)
     if positions is None:
         return None
