@@ -841,7 +841,7 @@ def _read_and_fail():
 
 
 def test_a_layout_that_is_not_known_keeps_nothing_alive():
-    recognition._read.clear()
+    recognition._results.clear()
     with without_garbage_collection():
         assert _read_and_fail()() is None
         assert _read_and_fail()() is None  # it is known now that it is not known
@@ -853,7 +853,7 @@ def test_a_traced_pass_leaves_nothing_behind(monkeypatch):
     monkeypatch.setattr(
         PositionTracer, "__init__", lambda self, *given: seen.append(weakref.ref(self)) or trace(self, *given)
     )
-    recognition._read.clear()
+    recognition._results.clear()
     with without_garbage_collection():
         for _ in range(2):
             model = adapted(Net(lambda tokens: tokens[:, 1:]))  # one patch is missing

@@ -27,7 +27,7 @@ from lbp_peft import BudgetError, LBPWHTConfig
 from lbp_peft.measure.steps import time_step
 from lbp_peft.measure.warming_up import preparations
 from lbp_peft.recommendation import CANDIDATES, Bounds, Candidate, runners, search, turns, worker
-from lbp_peft.recommendation.candidates import in_order, with_checkpointing
+from lbp_peft.recommendation.candidates import sort_candidates, with_checkpointing
 from lbp_peft.recommendation.choice import Reference, choose, undominated, verdict
 from lbp_peft.recommendation.figure import pareto_front
 from lbp_peft.recommendation.table import WIDTH
@@ -161,7 +161,7 @@ def test_where_nothing_helps_the_verdict_says_so():
     )
     slow = trial("slow", 500, 1.5, 0.9)
     assert "50 % of the peak memory, at 50 % longer steps" in verdict(slow, False, "rule", REFERENCE, "cpu")
-    assert verdict(FULL, False, "rule", REFERENCE, "cpu", is_alone=True) == "It has rule."
+    assert verdict(FULL, False, "rule", REFERENCE, "cpu", without_lbp_wht=True) == "It has rule."
     assert "Its gradients are exact." in verdict(slow, False, "rule", REFERENCE, "cpu")
     narrow = trial("narrow", 500, 1.0, 1.0, adapted_layers=12)
     assert "None of its layers" in verdict(narrow, False, "rule", REFERENCE, "cpu")
@@ -190,11 +190,11 @@ def test_the_candidates_are_those_that_were_promised():
 
 
 def test_what_tells_most_about_the_question_is_tried_first():
-    labels = [one.label for one in in_order(CANDIDATES, lora=False, memory_is_free=False)]
+    labels = [one.label for one in sort_candidates(CANDIDATES, lora=False, only_time_is_bounded=False)]
     assert labels[:5] == [*(one.label for one in CANDIDATES[:4]), "full fine-tuning + checkpointing"]
     assert labels.index("LBP-WHT r=10 + compression") < labels.index("LBP-WHT r=3")
     assert all("LoRA" in label for label in labels[-12:]) and len(labels) == len(CANDIDATES)
-    labels = [one.label for one in in_order(CANDIDATES, lora=True, memory_is_free=True)]
+    labels = [one.label for one in sort_candidates(CANDIDATES, lora=True, only_time_is_bounded=True)]
     assert labels[4:7] == ["LoRA + LBP-WHT r=3", "LoRA + LBP-WHT r=21", "LoRA + LBP-WHT r=10, dx adaptive"]
 
 
