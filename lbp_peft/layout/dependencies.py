@@ -279,20 +279,20 @@ class _Snapshot:
             self._containers[id(container)] = container
 
     def _describe_function(self, function: types.FunctionType, depth: int) -> Hashable:
-        found = []
+        parts = []
         for index, cell in enumerate(function.__closure__ or ()):
             get = functools.partial(_contents, cell)
             self._getters[id(function), index] = get
-            found.append(self._describe(get(), depth + 1))
+            parts.append(self._describe(get(), depth + 1))
         for values in (function.__defaults__, function.__kwdefaults__):
             if values:
-                found.append(self._describe(values, depth))
-        found += self._describe_globals(function)
-        return tuple(found)
+                parts.append(self._describe(values, depth))
+        parts += self._describe_globals(function)
+        return tuple(parts)
 
     def _describe_globals(self, function: types.FunctionType) -> list[Hashable]:
         """The global variables that a function uses, and those that functions of the same kind use that it calls."""
-        found: list[Hashable] = []
+        parts: list[Hashable] = []
         for name in function.__code__.co_names:
             value = function.__globals__.get(name)
             if isinstance(value, types.FunctionType):
@@ -307,8 +307,8 @@ class _Snapshot:
             ):
                 self._at = name
                 self._getters[id(function.__globals__), name] = functools.partial(function.__globals__.get, name)
-                found.append((name, self._describe(value, 2 if _is_users(value) else 1)))
-        return found
+                parts.append((name, self._describe(value, 2 if _is_users(value) else 1)))
+        return parts
 
     def _watch_class(self, cls: type) -> None:
         """Describe simple attributes of a class, and the global variables that its methods use."""
@@ -316,14 +316,14 @@ class _Snapshot:
             key = f"class {base.__module__}.{base.__qualname__}"
             if base.__module__.partition(".")[0] in _LIBRARIES or key in self.described:
                 continue
-            found: list[Hashable] = []
+            parts: list[Hashable] = []
             for name, value in vars(base).items():
                 if type(value) in _SIMPLE and not name.startswith("__"):
                     self._getters[key, name] = functools.partial(getattr, base, name, None)
-                    found.append((name, value))
+                    parts.append((name, value))
                 elif isinstance(value, types.FunctionType):
-                    found += self._describe_globals(value)
-            self.described[key] = tuple(found)
+                    parts += self._describe_globals(value)
+            self.described[key] = tuple(parts)
 
 
 # The global variables of these packages are not changed by users.
@@ -351,11 +351,11 @@ def _is_unseen(value: object) -> bool:
 
 def _slots(kind: type) -> list[str]:
     """The attributes that objects of a class of Python code have besides their dictionary."""
-    found: list[str] = []
+    names: list[str] = []
     for base in kind.__mro__:
         slots = base.__dict__.get("__slots__", ())
-        found += [slots] if isinstance(slots, str) else slots
-    return [name for name in found if not name.startswith("__")]
+        names += [slots] if isinstance(slots, str) else slots
+    return [name for name in names if not name.startswith("__")]
 
 
 def _contents(cell: types.CellType) -> object:

@@ -187,10 +187,10 @@ def _read_several(rows: np.ndarray) -> _Grid | _Grids | None:
         row = piece >> 20 & 2**20 - 1
         known = piece >= 0
         of_scales = _split(piece, (row[:, 1:] < row[:, :-1]) & known[:, 1:] & known[:, :-1])
-        found = _read_all([piece]) or _read_all(of_scales)
-        if not found:
+        grids = _read_all([piece]) or _read_all(of_scales)
+        if not grids:
             return None
-        parts += found
+        parts += grids
     if len(parts) < 2:
         return None
     return replace(parts[0], packed=len(parts)) if len(set(parts)) == 1 else _Grids(tuple(parts), source)
@@ -203,7 +203,7 @@ def _split(rows: np.ndarray, begins: np.ndarray) -> list[np.ndarray]:
 
 def _read_all(pieces: list[np.ndarray]) -> list[_Grid]:
     """The grid of each piece; none if one of them has none."""
-    found = []
+    grids = []
     for piece in pieces:
         try:
             grid = _read_grid(piece)
@@ -211,8 +211,8 @@ def _read_all(pieces: list[np.ndarray]) -> list[_Grid]:
             return []
         if grid.packed > 1:
             return []
-        found.append(replace(grid, spacing=0))
-    return found
+        grids.append(replace(grid, spacing=0))
+    return grids
 
 
 def _read_grid(rows: np.ndarray) -> _Grid:

@@ -82,12 +82,12 @@ def record_of_positions(positions: Tensor, x: Tensor, channels_axis: int) -> Lay
     shape = token_shape(x, channels_axis)
     with outside_transforms(), torch.no_grad():
         try:
-            found = read_layout(mix(positions, channels_axis).squeeze(channels_axis))
+            recognised = read_layout(mix(positions, channels_axis).squeeze(channels_axis))
         except UnknownLayoutError as error:
             benign = (SingleTokenError, NoTokensError) if x.dim() == 2 else SingleTokenError
             is_surprising = not isinstance(error, benign)
             return LayoutRecord(None, str(error), shape=shape, is_surprising=is_surprising, remedy=error.remedy)
-    return LayoutRecord(found.layout, shape=shape, source=found.source)
+    return LayoutRecord(recognised.layout, shape=shape, source=recognised.source)
 
 
 def positions_of_tokens(tracer: PositionTracer, x: Tensor, channels_axis: int) -> Tensor | None:
