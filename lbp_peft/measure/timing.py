@@ -1,4 +1,4 @@
-"""Times several programs in turns, and computes ratios and quartiles of their times."""
+"""Times several programs in turns, and computes the spread of their times."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ import torch
 Result = TypeVar("Result")
 
 
-def run_interleaved(runs: Sequence[Callable[[], Result]], rounds: Iterable[object]) -> list[list[Result]]:
+def interleaved(runs: Sequence[Callable[[], Result]], rounds: Iterable[object]) -> list[list[Result]]:
     """Call all functions once in each round, and return the results of each function.
 
     Other work on the machine slows all functions of a round alike, so compare times within a round, as [`ratios`] does.
     """
     results: list[list[Result]] = [[] for _ in runs]
     for _ in rounds:
-        for run, of_run in zip(runs, results, strict=True):
-            of_run.append(run())
+        for run, own in zip(runs, results, strict=True):
+            own.append(run())
     return results
 
 
@@ -45,7 +45,7 @@ def now() -> float:
 
 def ratios(times: Sequence[float], reference: Sequence[float]) -> list[float]:
     """The ratio of each round's time to the reference's in the same round."""
-    return [time / other for time, other in zip(times, reference, strict=True)]
+    return [own / other for own, other in zip(times, reference, strict=True)]
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

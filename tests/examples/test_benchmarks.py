@@ -31,7 +31,7 @@ from torch import nn
 from lbp_peft.bases.grids import TokenLayout
 from lbp_peft.measure import multiply_adds
 from lbp_peft.measure.memory import allocated
-from lbp_peft.measure.timing import quartiles, ratios, rounds_within, run_interleaved
+from lbp_peft.measure.timing import interleaved, quartiles, ratios, rounds_within
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 CPU = torch.device("cpu")
@@ -43,7 +43,7 @@ N = 1000
 
 def test_runs_take_turns():
     order = []
-    results = run_interleaved([lambda: order.append("a") or 1, lambda: order.append("b") or 2], range(3))
+    results = interleaved([lambda: order.append("a") or 1, lambda: order.append("b") or 2], range(3))
     assert order == list("ababab") and results == [[1, 1, 1], [2, 2, 2]]
 
 
