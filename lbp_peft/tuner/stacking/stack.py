@@ -173,8 +173,8 @@ class Stack:
             if self._names() - given.keys():  # tensors that a method shares between its layers
                 given = self.holder.state_dict() | given
             given = with_wrappers(given, self.holder)
-            tensors = get_peft_model_state_dict(self.holder, given, name, save_embedding_layers=False)
-            for key, tensor in tensors.items():
+            of_adapter = get_peft_model_state_dict(self.holder, given, name, save_embedding_layers=False)
+            for key, tensor in of_adapter.items():
                 key = without_wrappers(key)
                 if ".lbpwht_" not in key:
                     tensors[f"{KEYS}{name}.{_PREFIX if not key.startswith('base_model.') else ''}{key}"] = tensor
