@@ -19,7 +19,7 @@ GROUP = 64  # channels
 _VALUES_AT_ONCE = 2**17
 
 
-def rounded_in_groups(x: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_groups(x: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Round a tensor to int8 with one scale for each group of 64 channels, or for all if 64 does not divide C.
 
     Args:
@@ -78,13 +78,13 @@ def shape_of_scales(shape: Sequence[int]) -> tuple[int, ...]:
     return *rows, channels // _group(channels)
 
 
-def restored(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of [`rounded_in_groups`], up to half a step."""
+def dequantize_groups(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of [`quantize_groups`], up to half a step."""
     grouped = values.unflatten(-1, (scales.shape[-1], -1))
     return (grouped * scales.unsqueeze(-1)).to(dtype).flatten(-2)
 
 
-def rows_with_scales(x: Tensor) -> Tensor:
+def quantize_rows(x: Tensor) -> Tensor:
     """Round each row of a tensor to int8, with the row's scale beside its values.
 
     The result is a single tensor, so that one tensor is saved for each input. Each row has a scale of its own, since
@@ -103,8 +103,8 @@ def rows_with_scales(x: Tensor) -> Tensor:
     return torch.cat((values, scales.view(*x.shape[:-1], BYTES_OF_SCALE)), dim=-1)
 
 
-def restored_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of [`rows_with_scales`], up to half a step."""
+def dequantize_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of [`quantize_rows`], up to half a step."""
     scales = rows[..., -BYTES_OF_SCALE:].contiguous().view(torch.float32)
     return (rows[..., :-BYTES_OF_SCALE] * scales).to(dtype)
 

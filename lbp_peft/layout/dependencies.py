@@ -27,9 +27,9 @@ import numpy as np
 from torch import Tensor, nn
 
 from . import contents
-from .contents import Consulted, Contents, version_of
+from .contents import ConsultedTensor, Contents, version_of
 
-# Attributes that PyTorch manages itself. Parameters, buffers and children are looked at by themselves.
+# Attributes that PyTorch manages itself. Parameters, buffers and children are compared separately.
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
 _SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
@@ -45,17 +45,17 @@ class Dependencies:
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[Tensor], int, Contents]] = {}
 
-    def update(self, consulted: dict[int, Consulted]) -> None:
+    def update(self, consulted: dict[int, ConsultedTensor]) -> None:
         """Record tensors as they were when they were read, by id."""
-        for key, one in consulted.items():
+        for key, read in consulted.items():
             if key not in self._known:
-                self._known[key] = weakref.ref(one.tensor), one.version, one.contents
+                self._known[key] = weakref.ref(read.tensor), read.version, read.contents
 
-    def hold(self, module: nn.Module, state: ModelState) -> bool:
-        """Whether the module still has all of them, with the values that they had then."""
+    def are_unchanged(self, module: nn.Module, state: ModelState) -> bool:
+        """Whether the module still has all of these tensors, with the same values."""
         for ref, version, held in self._known.values():
             tensor = ref()
-            if tensor is None or version_of(tensor) != version or not held.hold(tensor):
+            if tensor is None or version_of(tensor) != version or not held.match(tensor):
                 return False
             if not isinstance(tensor, nn.Parameter) and not state.has(module, tensor):
                 return False
@@ -84,7 +84,7 @@ def _state_of_numpy(generator: Any) -> Hashable:
 
 
 def why_undecided(read_by: str, state: Hashable, generators: Iterable[object], unseen: list[str]) -> str:
-    """What Python code did since tracing began that may make the next pass differ; "" if nothing.
+    """What Python code has done since tracing began that may make the next pass differ; "" if nothing.
 
     Args:
         read_by: Where it read a value of a tensor; "" if nowhere.
@@ -100,7 +100,7 @@ def why_undecided(read_by: str, state: Hashable, generators: Iterable[object], u
 
 
 class ModelState:
-    """Tells whether attributes of a model's modules have changed, at little cost if they have not.
+    """Detects changes in the attributes of a model's modules, at little cost if there are none.
 
     Attributes of attributes count as well: the entries of lists and dictionaries, the fields of a configuration, the
     variables of a function's closure, and attributes of classes and global variables that the methods of modules use.
@@ -116,7 +116,7 @@ class ModelState:
     def key(self, module: nn.Module) -> Hashable:
         """A key that changes when the attributes do. Replicas of a module that are made for one pass share a key."""
         snapshot = self._known.get(module)
-        if snapshot is None or not snapshot.holds():
+        if snapshot is None or not snapshot.is_current():
             snapshot = _Snapshot(module, self._ignored)
             if not getattr(module, "_is_replica", False):
                 self._known[module] = snapshot
@@ -187,8 +187,8 @@ class _Snapshot:
         self._kept = [value for value in values if type(value) in _SIMPLE]
         self._contents = [array.tobytes() for array in self._arrays]
 
-    def holds(self) -> bool:
-        """Whether nothing was replaced since: compared by identity, which takes a fraction of a millisecond."""
+    def is_current(self) -> bool:
+        """Whether no attribute has been replaced since. Comparing identities takes a fraction of a millisecond."""
         if list(map(len, self._dictionaries)) != self._lengths:
             return False
         if list(map(id, self._current_values())) != self._ids:
@@ -246,29 +246,29 @@ class _Snapshot:
             self._watch(value, value)
             return kind, tuple(self._describe(item, depth + 1) for item in value)
         if isinstance(value, dict):
-            return kind, self._of_dictionary(value, depth)
+            return kind, self._describe_dictionary(value, depth)
         if isinstance(value, functools.partial):
             return kind, self._describe((value.func, value.args, value.keywords), depth)
         if isinstance(value, types.MethodType):
             return id(value.__func__), id(value.__self__)
         if isinstance(value, types.FunctionType):
-            return id(value.__code__), self._of_function(value, depth)
+            return id(value.__code__), self._describe_function(value, depth)
         attributes = getattr(value, "__dict__", None)
-        found: list[Any] = [kind]
+        parts: list[Any] = [kind]
         if isinstance(attributes, dict):
-            found.append(self._of_dictionary(attributes, depth))
+            parts.append(self._describe_dictionary(attributes, depth))
         for name in _slots(kind):
             get = functools.partial(getattr, value, name, None)
             self._getters[id(value), name] = get
-            found.append(self._describe(get(), depth + 1))
-        return tuple(found)
+            parts.append(self._describe(get(), depth + 1))
+        return tuple(parts)
 
     def _note_unseen(self, value: object) -> Hashable:
         """Have each pass traced, since the state of a value cannot be compared."""
         self.unseen.append(f"{type(value).__module__}.{type(value).__name__} in {self._at}")
         return str(type(value))
 
-    def _of_dictionary(self, values: dict, depth: int) -> Hashable:
+    def _describe_dictionary(self, values: dict, depth: int) -> Hashable:
         if len(values) > _MOST_ITEMS:
             return len(values)
         self._watch(values, values.values())
@@ -278,21 +278,21 @@ class _Snapshot:
         if not any(isinstance(item, Tensor) for item in items):  # tensors are not kept alive
             self._containers[id(container)] = container
 
-    def _of_function(self, function: types.FunctionType, depth: int) -> Hashable:
-        found = []
+    def _describe_function(self, function: types.FunctionType, depth: int) -> Hashable:
+        parts = []
         for index, cell in enumerate(function.__closure__ or ()):
             get = functools.partial(_contents, cell)
             self._getters[id(function), index] = get
-            found.append(self._describe(get(), depth + 1))
+            parts.append(self._describe(get(), depth + 1))
         for values in (function.__defaults__, function.__kwdefaults__):
             if values:
-                found.append(self._describe(values, depth))
-        found += self._of_globals(function)
-        return tuple(found)
+                parts.append(self._describe(values, depth))
+        parts += self._describe_globals(function)
+        return tuple(parts)
 
-    def _of_globals(self, function: types.FunctionType) -> list[Hashable]:
+    def _describe_globals(self, function: types.FunctionType) -> list[Hashable]:
         """The global variables that a function uses, and those that functions of the same kind use that it calls."""
-        found: list[Hashable] = []
+        parts: list[Hashable] = []
         for name in function.__code__.co_names:
             value = function.__globals__.get(name)
             if isinstance(value, types.FunctionType):
@@ -307,8 +307,8 @@ class _Snapshot:
             ):
                 self._at = name
                 self._getters[id(function.__globals__), name] = functools.partial(function.__globals__.get, name)
-                found.append((name, self._describe(value, 2 if _is_users(value) else 1)))
-        return found
+                parts.append((name, self._describe(value, 2 if _is_users(value) else 1)))
+        return parts
 
     def _watch_class(self, cls: type) -> None:
         """Describe simple attributes of a class, and the global variables that its methods use."""
@@ -316,14 +316,14 @@ class _Snapshot:
             key = f"class {base.__module__}.{base.__qualname__}"
             if base.__module__.partition(".")[0] in _LIBRARIES or key in self.described:
                 continue
-            found: list[Hashable] = []
+            parts: list[Hashable] = []
             for name, value in vars(base).items():
                 if type(value) in _SIMPLE and not name.startswith("__"):
                     self._getters[key, name] = functools.partial(getattr, base, name, None)
-                    found.append((name, value))
+                    parts.append((name, value))
                 elif isinstance(value, types.FunctionType):
-                    found += self._of_globals(value)
-            self.described[key] = tuple(found)
+                    parts += self._describe_globals(value)
+            self.described[key] = tuple(parts)
 
 
 # The global variables of these packages are not changed by users.
@@ -351,21 +351,21 @@ def _is_unseen(value: object) -> bool:
 
 def _slots(kind: type) -> list[str]:
     """The attributes that objects of a class of Python code have besides their dictionary."""
-    found: list[str] = []
+    names: list[str] = []
     for base in kind.__mro__:
         slots = base.__dict__.get("__slots__", ())
-        found += [slots] if isinstance(slots, str) else slots
-    return [name for name in found if not name.startswith("__")]
+        names += [slots] if isinstance(slots, str) else slots
+    return [name for name in names if not name.startswith("__")]
 
 
-def _contents(cell: Any) -> Any:
+def _contents(cell: types.CellType) -> object:
     try:
         return cell.cell_contents
     except ValueError:  # not assigned yet
         return None
 
 
-def described(value: object) -> Hashable:
+def describe(value: object) -> Hashable:
     """A key of an argument that is not a tensor, so that equal arguments have equal keys."""
     return _Describer()._describe(value, 0)
 

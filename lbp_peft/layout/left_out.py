@@ -30,7 +30,7 @@ class PassedLayers:
     """The layers of one traced forward pass that patches of an image pass through without being adapted.
 
     Layers before the first adapted layer are embeddings, and layers after the last one belong to heads or decoders.
-    Neither of them count.
+    Neither count.
 
     Attributes:
         others: The axis of the channels in the input of each layer that could be adapted but is not, by name.

@@ -26,7 +26,7 @@ class Notices:
         self._reset_counts()
 
     def _reset_counts(self) -> None:
-        # What the last traced pass was given, and how often a traced pass differed from the one before in one thing.
+        # The arguments and attributes of the last traced pass, and how often a single one of them was new.
         self._given: dict[str, Hashable] = {}
         self._num_values: Counter[str] = Counter()
         self._num_not_traced: Counter[str] = Counter()
@@ -76,7 +76,7 @@ class Notices:
             "left out",
             f"{listed} {'are' if len(names) > 1 else 'is'} not adapted, though patches of the image pass through on "
             "the way between adapted layers. By default, the layers in the blocks of the encoder are adapted, as the "
-            "model's structure tells. Set target_modules to the layers that you want: targets_from finds them.",
+            "model's structure shows them. Set target_modules to the layers that you want: targets_from finds them.",
         )
 
     def note_read_without_a_call(self, layer_names: list[str]) -> None:
@@ -94,5 +94,5 @@ class Notices:
             self.warn_once(
                 "not traced",
                 f"{layer_name} uses exact backpropagation in some of the forward passes, as may other layers: "
-                f"{NOT_TRACED.why_unknown}, and that has come {_MANY_PASSES} times. {NOT_TRACED.remedy}",
+                f"{NOT_TRACED.why_unknown}, and that has happened {_MANY_PASSES} times. {NOT_TRACED.remedy}",
             )

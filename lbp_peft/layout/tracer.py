@@ -17,18 +17,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..transforms import in_transform, outside_transforms
-from .contents import Consulted, version_of
+from .contents import ConsultedTensor, version_of
 from .operation_names import DATA_INDEPENDENT, FILLED, FINITENESS, LENDING, MIXING, RANDOM, READING, SPATIAL, name_of
 from .operations import RULES, RULES_BY_RESULT
-from .positions import FIRST_TEXT, LOST, compact, condensed
+from .operations.registry import Result, Rule
+from .positions import FIRST_TEXT, LOST, compact, condense
 from .trails import Origin, Trail, Trails, shares_memory
 
 
 class PositionTracer(TorchFunctionMode):
     """Context in which the positions of tensors are followed through every operation.
 
-    Operations that move data are applied to the positions; for others `operations.py` has a rule. After an operation
-    without a rule there are no positions.
+    The rules in `operations/` say what each operation does to positions. After an operation without a rule there are no
+    positions.
 
     Args:
         model: The module that is called. Its parameters and buffers count as constants, so an index among them picks
@@ -57,7 +58,7 @@ class PositionTracer(TorchFunctionMode):
         self.current_name = ""
         self.read_by = ""
         self.applied: set[str] = set()
-        self.consulted: dict[int, Consulted] = {}
+        self.consulted: dict[int, ConsultedTensor] = {}
         self._is_paused = False
         self._trails = Trails(_tensors_of(model))
 
@@ -89,7 +90,7 @@ class PositionTracer(TorchFunctionMode):
         """The trail of a tensor; None if it is not known to depend on the input."""
         return self._trails.get(tensor)
 
-    def positions(self, tensor: Any) -> Tensor | None:
+    def positions(self, tensor: object) -> Tensor | None:
         """The positions of a tensor's elements, in its shape; None if there are none."""
         trail = self._trails.get(tensor) if isinstance(tensor, Tensor) else None
         return None if trail is None else trail.positions
@@ -101,15 +102,17 @@ class PositionTracer(TorchFunctionMode):
             return False
         for one in made_of:
             if id(one) not in self.consulted and (contents := self._trails.contents(one)) is not None:
-                self.consulted[id(one)] = Consulted(one, version_of(one), contents)
+                self.consulted[id(one)] = ConsultedTensor(one, version_of(one), contents)
         return True
 
     def continue_at(self, output: Tensor, x: Tensor, positions: Tensor | None) -> None:
         """Follow the output of a layer with input x that was traced as a single operation."""
         before = self._trails.get(x) or Trail(None)
-        self._trails.put(output, Trail(positions, _one_step_on([before]), before.lost_by, before.is_certain))
+        self._trails.put(output, Trail(positions, _advance_origins([before]), before.lost_by, before.is_certain))
 
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(
+        self, function: Callable[..., Any], types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         kwargs = kwargs or {}
         if self._is_paused:
             return function(*args, **kwargs)
@@ -165,12 +168,13 @@ class PositionTracer(TorchFunctionMode):
 
     def _note_reading(self, name: str, tensors: list[Tensor]) -> None:
         if name == "__bool__" and all((t := self._trails.get(tensor)) and t.of_mask for tensor in tensors):
-            return  # whether there is padding is part of the trace's key
+            return  # the key of the trace says whether there is padding
         are_constant = [self.is_constant(tensor) for tensor in tensors]  # all of them are to be noted
         if not all(are_constant) and not self.read_by and (caller := _caller()):
             self.read_by = f"{name} in {caller}"
 
-    def _apply(self, rule: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    def _apply(self, rule: Rule, name: str, *args: Any, **kwargs: Any) -> Result:
+        """The positions of an operation's result by its rule; None if they are lost."""
         self.current_name = name
         try:
             _signature(rule).bind(self, *args, **kwargs)
@@ -178,17 +182,17 @@ class PositionTracer(TorchFunctionMode):
             return None
         if not in_transform():
             with torch.no_grad():
-                return _condensed(rule(self, *args, **kwargs))
+                return _condense_all(rule(self, *args, **kwargs))
         with outside_transforms(), torch.no_grad():
             try:
-                return _condensed(rule(self, *args, **kwargs))
+                return _condense_all(rule(self, *args, **kwargs))
             except RuntimeError:  # an index that belongs to the transform cannot be read
                 return None
 
     def _has_channels(self, name: str, args: tuple) -> bool:
-        """Whether all that an operation takes for the channels of one place does lie at one place.
+        """Whether the elements along the axis that an operation takes for channels all lie at the same place.
 
-        Otherwise its channels are rows, columns or tokens of the input.
+        If not, that axis runs over rows, columns or tokens of the input.
         """
         positions = self.positions(args[0]) if args else None
         if positions is None:
@@ -208,18 +212,19 @@ class PositionTracer(TorchFunctionMode):
 
     def _note(
         self,
-        result: Any,
+        result: object,
         name: str,
         args: tuple,
         kwargs: dict[str, Any],
-        positions: Any,
+        positions: Result,
         trails: list[Trail],
         layer: str = "",
     ) -> None:
         outputs = [args[0]] if name in ("__setitem__", "__set__") else list(_tensors_in(result))
-        found = list(positions) if isinstance(positions, (tuple, list)) else [positions]
-        found += [None] * (len(outputs) - len(found))
-        origins = _one_step_on(trails)
+        several = [positions] if positions is None or isinstance(positions, Tensor) else positions
+        of_outputs: list[Tensor | None] = list(several)
+        of_outputs += [None] * (len(outputs) - len(of_outputs))
+        origins = _advance_origins(trails)
         if layer:  # the first one embeds patches
             origins = {
                 source: replace(origin, name=layer, steps=0, is_layer=True)
@@ -231,7 +236,7 @@ class PositionTracer(TorchFunctionMode):
         had_positions = any(trail.positions is not None for trail in trails)
         is_certain = all(trail.is_certain for trail in trails) or (name in SPATIAL and self._has_channels(name, args))
         of_mask = all(trail.of_mask for trail in trails) and len(trails) > 0
-        for output, p in zip(outputs, found, strict=False):
+        for output, p in zip(outputs, of_outputs, strict=False):
             if p is not None and p.shape != output.shape:  # another operation of the same name
                 p = None
             newly_lost = had_positions and not lost_by and (p is None or bool((compact(p) == LOST).any()))
@@ -246,28 +251,28 @@ _signature = cache(inspect.signature)
 
 
 def _with_input_first(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of an operation, its first one by place though it was given by name: `torch.flatten(input=x)`."""
+    """The arguments of an operation, with the first one by position even if it was given by name, as `input=x`."""
     if args or "input" not in kwargs:
         return args, kwargs
     return (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
 
 
-def _condensed(found: Any) -> Any:
-    """What a rule has found, with all positions condensed."""
-    if isinstance(found, Tensor):
-        return condensed(found)
-    return [_condensed(one) for one in found] if isinstance(found, (tuple, list)) else found
+def _condense_all(result: Result) -> Result:
+    """Condense the positions that a rule returns."""
+    if isinstance(result, Tensor):
+        return condense(result)
+    return None if result is None else [None if positions is None else condense(positions) for positions in result]
 
 
-def _one_step_on(trails: list[Trail]) -> dict[int, Origin]:
-    """The origins of the result of an operation: of several of one input, a layer, and the one farthest back."""
-    found: dict[int, Origin] = {}
+def _advance_origins(trails: list[Trail]) -> dict[int, Origin]:
+    """The origins of an operation's result: for each input, that of a layer, if any, and the one farthest back."""
+    farthest: dict[int, Origin] = {}
     for trail in [trail for trail in trails if not trail.of_mask] or trails:
         for source, origin in trail.origins.items():
-            other = found.get(source)
+            other = farthest.get(source)
             if other is None or (origin.is_layer, origin.steps) > (other.is_layer, other.steps):
-                found[source] = origin
-    return {source: replace(origin, steps=origin.steps + 1) for source, origin in found.items()}
+                farthest[source] = origin
+    return {source: replace(origin, steps=origin.steps + 1) for source, origin in farthest.items()}
 
 
 def _owners(model: nn.Module, names_of: nn.Module | None = None) -> dict[int, str]:
@@ -290,8 +295,8 @@ _WRAPPED = re.compile(r"\.(base_layer|modules_to_save\.\w+|original_module)$")
 
 
 def _union(several: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    found = {id(tensor): tensor for tensors in several for tensor in tensors}
-    return tuple(found.values())
+    distinct = {id(tensor): tensor for tensors in several for tensor in tensors}
+    return tuple(distinct.values())
 
 
 def _caller() -> str:
@@ -307,7 +312,7 @@ def _caller() -> str:
     return "the model"
 
 
-def _tensors_in(values: Any) -> Iterator[Tensor]:
+def _tensors_in(values: object) -> Iterator[Tensor]:
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, dict):

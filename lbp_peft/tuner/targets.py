@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..encoder import adaptable_layers, encoder_linears, of_the_encoder
-from ..layout.inputs import merge_size, named_inputs, start
+from ..layout.inputs import assign_positions, merge_size, named_inputs
 from ..layout.records import read_record
 from ..layout.tracer import PositionTracer
 from ..measure.undisturbed import undisturbed
@@ -29,7 +29,7 @@ def targets_from(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
       projectors and decoders after them,
     - belong to the encoder: to the part that is given images and no text, if there is one, and not to a decoder.
 
-    Unlike the default, it finds blocks that the structure does not tell, and leaves out layers that would be exact.
+    Unlike the default, it finds blocks that the structure does not reveal, and leaves out layers that would be exact.
 
     Args:
         model: The model, before `get_peft_model`. One forward pass is run in training mode; modes, buffers and random
@@ -47,21 +47,21 @@ def targets_from(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
         raise TypeError('batch must be the keyword arguments of the model, such as {"pixel_values": pixel_values}.')
     if any(isinstance(module, LBPWHTLayer) for module in model.modules()):
         raise ValueError("The model has LBP-WHT layers already. Call targets_from before get_peft_model.")
-    passed = _layers_with_tokens(model, batch)
+    with_tokens = _layers_with_tokens(model, batch)
     blocks = set(encoder_linears(model))
-    places = [index for index, name in enumerate(passed) if name in blocks]
-    between = passed[places[0] : places[-1] + 1] if places else passed
-    found = of_the_encoder(model, between)
-    if not found:
+    places = [index for index, name in enumerate(with_tokens) if name in blocks]
+    between = with_tokens[places[0] : places[-1] + 1] if places else with_tokens
+    targets = of_the_encoder(model, between)
+    if not targets:
         raise ValueError(
             "No layer of an encoder receives tokens whose places are known. Name the layers in target_modules, and the "
             "grid in grid_size."
         )
-    return found
+    return targets
 
 
 def _layers_with_tokens(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
-    """The layers whose input is tokens with known places in all calls, in the order of their first calls.
+    """The layers whose inputs are tokens with known places in all calls, in the order of their first calls.
 
     Words count if no layer receives patches.
     """
@@ -69,7 +69,7 @@ def _layers_with_tokens(model: nn.Module, batch: Mapping[str, Any]) -> list[str]
     kinds: dict[str, set[str]] = {}
     with undisturbed(model), torch.compiler.set_stance("force_eager"), ExitStack() as stack:
         model.train()
-        texts = start(tracer, named_inputs(model, (), dict(batch)), merge_size(model))
+        texts = assign_positions(tracer, named_inputs(model, (), dict(batch)), merge_size(model))
 
         def note(name: str, axis: int, module: nn.Module, args: tuple) -> None:
             with tracer.paused(), torch.no_grad():
@@ -82,8 +82,8 @@ def _layers_with_tokens(model: nn.Module, batch: Mapping[str, Any]) -> list[str]
         stack.enter_context(tracer)
         stack.enter_context(torch.enable_grad())  # as in training, since some models run other code without gradients
         model(**batch)
-    of_images = [name for name, found in kinds.items() if found == {"patches"}]
-    return of_images or [name for name, found in kinds.items() if found == {"words"}]
+    of_images = [name for name, of_calls in kinds.items() if of_calls == {"patches"}]
+    return of_images or [name for name, of_calls in kinds.items() if of_calls == {"words"}]
 
 
 def _kind_of_tokens(tracer: PositionTracer, texts: dict[int, str], x: Tensor, channels_axis: int) -> str:
