@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..bounded import BoundedCache
 from ..transforms import in_transform, outside_transforms
 from . import compiled
-from .dependencies import ModelState, random_state, why_undecided
+from .dependencies import random_state, why_undecided
 from .hooks import PassHooks
 from .inputs import (
     assign_positions,
@@ -35,6 +35,7 @@ from .inputs import (
 )
 from .left_out import PassedLayer, PassedLayers, without_projections
 from .masks import is_mask, mask_of, padding_mask_of
+from .model_state import ModelState
 from .notices import Notices
 from .passes import ForwardPass, KeptPositions, Trace, same
 from .positions import compact, mix_channels

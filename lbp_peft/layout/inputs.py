@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .dependencies import describe
+from .descriptions import describe
 from .masks import is_mask
 from .positions import FIRST_TEXT, encode, number_of, renumber
 from .tracer import PositionTracer

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .dependencies import changed
+from .descriptions import changed
 from .inputs import TENSORS
 from .records import NOT_TRACED
 

@@ -113,56 +113,66 @@ class PositionTracer(TorchFunctionMode):
     def __torch_function__(
         self, function: Callable[..., Any], types: object, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        kwargs = kwargs or {}
         if self._is_paused:
-            return function(*args, **kwargs)
-        name = name_of(function)
-        given = list(_tensors_in((args, kwargs)))
-        if name in READING:
-            self._note_reading(name, given)
-        if name in LENDING:
-            self._trails.lend(given[0], name)
-        trails = [trail for t in given if (trail := self._trails.get(t)) is not None]
-        versions = [version_of(t) for t in given]
-        if not trails:
-            result = function(*args, **kwargs)
-            changed = [t for t, version in zip(given, versions, strict=True) if version_of(t) != version]
-            for tensor in changed if name != "__set__" else given[:1]:
-                self._trails.note_version(tensor)
-                self._trails.lose(tensor, name)  # and perhaps changed otherwise in the next pass
-            if name in RANDOM:
-                self._note(result, name, args, kwargs, None, trails)
-            elif (given or name in DATA_INDEPENDENT) and not changed:
-                made_of = [self._trails.made_of(t) for t in given]
-                if all(one is not None for one in made_of):
-                    for tensor in _tensors_in(result):
-                        self._trails.put_constant(tensor, _union(one for one in made_of if one is not None))
-            return result
+            return function(*args, **(kwargs or {}))
+        operation = _Operation(function, args, kwargs or {})
+        if operation.name in READING:
+            self._note_reading(operation.name, operation.tensors)
+        if operation.name in LENDING:
+            self._trails.lend(operation.tensors[0], operation.name)
+        trails = [trail for t in operation.tensors if (trail := self._trails.get(t)) is not None]
+        return self._run(operation, trails) if trails else self._run_without_trails(operation)
+
+    def _run_without_trails(self, operation: _Operation) -> Any:
+        """Run an operation that does not depend on the input, and note which of its results are constants."""
+        name, tensors = operation.name, operation.tensors
+        result = operation.run()
+        changed = operation.changed_tensors()
+        for tensor in changed if name != "__set__" else tensors[:1]:
+            self._trails.note_version(tensor)
+            self._trails.lose(tensor, name)  # and perhaps changed otherwise in the next pass
+        if name in RANDOM:
+            self._note_result(operation, result, None, [])
+        elif (tensors or name in DATA_INDEPENDENT) and not changed:
+            made_of = [self._trails.made_of(t) for t in tensors]
+            if all(one is not None for one in made_of):
+                for tensor in _tensors_in(result):
+                    self._trails.put_constant(tensor, _union(one for one in made_of if one is not None))
+        return result
+
+    def _run(self, operation: _Operation, trails: list[Trail]) -> Any:
+        """Run an operation that depends on the input, and note the positions of its results.
+
+        Args:
+            operation: The operation.
+            trails: Those of its arguments.
+        """
+        name, tensors, kwargs = operation.name, operation.tensors, operation.kwargs
         has_positions = kwargs.get("out") is None and any(trail.positions is not None for trail in trails)
-        positions, rule_args, rule_kwargs = None, *_with_input_first(args, kwargs)
+        positions, rule_args, rule_kwargs = None, *_with_input_first(operation.args, kwargs)
         if has_positions and name in RULES:  # before the operation, which may change its arguments in place
             positions = self._apply(RULES[name], name, *rule_args, **rule_kwargs)
-        before = self._trails.get(given[0])
-        result = function(*args, **kwargs)
+        before = self._trails.get(tensors[0])
+        result = operation.run()
         if name == "__set__":  # x.data = y
-            positions = self.positions(given[-1])
+            positions = self.positions(tensors[-1])
         if has_positions and name in RULES_BY_RESULT:
             positions = self._apply(RULES_BY_RESULT[name], name, result, *rule_args, **rule_kwargs)
-        layers = self._layers(name, given)
+        layers = self._layers(name, tensors)
         self.applied.update(layers)
         layer = layers[0] if layers and name in MIXING else ""
-        changed = [t for t, version in zip(given, versions, strict=True) if version_of(t) != version]
+        changed = operation.changed_tensors()
         for tensor in changed:
             self._trails.note_version(tensor)
-        self._note(result, name, args, kwargs, positions, trails, layer)
+        self._note_result(operation, result, positions, trails, layer)
         if layer and self._on_layer is not None and isinstance(result, Tensor):
             with self.paused():
-                self._on_layer(layer, next(t for t in given if self._trails.get(t) is not None), result)
-        changes_first = result is given[0] or name in ("__set__", "__setitem__")
+                self._on_layer(layer, next(t for t in tensors if self._trails.get(t) is not None), result)
+        changes_first = result is tensors[0] or name in ("__set__", "__setitem__")
         if changes_first:
-            self._trails.note_change(given[0], before)
+            self._trails.note_change(tensors[0], before)
         for tensor in [*changed, *_tensors_in(kwargs.get("out"))]:
-            if not (changes_first and shares_memory(tensor, given[0])):  # else that is noted above
+            if not (changes_first and shares_memory(tensor, tensors[0])):  # else that is noted above
                 self._trails.lose(tensor, name)
         return result
 
@@ -210,41 +220,71 @@ class PositionTracer(TorchFunctionMode):
         made_of = (one for tensor in constants for one in self._trails.source_of(tensor))
         return [owner for one in made_of if (owner := self._owners.get(id(one)))]
 
-    def _note(
-        self,
-        result: object,
-        name: str,
-        args: tuple,
-        kwargs: dict[str, Any],
-        positions: Result,
-        trails: list[Trail],
-        layer: str = "",
+    def _note_result(
+        self, operation: _Operation, result: object, positions: Result, trails: list[Trail], layer: str = ""
     ) -> None:
+        """Note the trails of an operation's results.
+
+        Args:
+            operation: The operation.
+            result: What it returned.
+            positions: The positions of each result; None where they are lost.
+            trails: Those of its arguments.
+            layer: The name of the layer whose weight it applied, if any.
+        """
+        name, args = operation.name, operation.args
         outputs = [args[0]] if name in ("__setitem__", "__set__") else list(_tensors_in(result))
         several = [positions] if positions is None or isinstance(positions, Tensor) else positions
         of_outputs: list[Tensor | None] = list(several)
         of_outputs += [None] * (len(outputs) - len(of_outputs))
-        origins = _advance_origins(trails)
-        if layer:  # the first one embeds patches
-            origins = {
-                source: replace(origin, name=layer, steps=0, is_layer=True)
-                if source < FIRST_TEXT and not origin.is_layer
-                else origin
-                for source, origin in origins.items()
-            }
+        origins = _embedded(_advance_origins(trails), layer) if layer else _advance_origins(trails)
         lost_by = next((trail.lost_by for trail in trails if trail.lost_by), "")
         had_positions = any(trail.positions is not None for trail in trails)
         is_certain = all(trail.is_certain for trail in trails) or (name in SPATIAL and self._has_channels(name, args))
         of_mask = all(trail.of_mask for trail in trails) and len(trails) > 0
+        has_shape_alone = name in FILLED and len(trails) == 1 and bool(args) and self.trail(args[0]) is not None
         for output, p in zip(outputs, of_outputs, strict=False):
-            if p is not None and p.shape != output.shape:  # another operation of the same name
-                p = None
-            newly_lost = had_positions and not lost_by and (p is None or bool((compact(p) == LOST).any()))
-            has_shape_alone = name in FILLED and len(trails) == 1 and bool(args) and self.trail(args[0]) is not None
             if has_shape_alone or name in FINITENESS:  # what is not finite has no useful gradients anyway
                 self._trails.put_constant(output, ())
                 continue
+            if p is not None and p.shape != output.shape:  # another operation of the same name
+                p = None
+            newly_lost = had_positions and not lost_by and (p is None or bool((compact(p) == LOST).any()))
             self._trails.put(output, Trail(p, origins, name if newly_lost else lost_by, is_certain, of_mask))
+
+
+class _Operation:
+    """One call of an operation, and the tensors among its arguments as they were before it.
+
+    Attributes:
+        name: The operation's name, see [`lbp_peft.layout.operation_names.name_of`].
+        args, kwargs: Its arguments.
+        tensors: The tensors among them.
+    """
+
+    def __init__(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]):
+        self._function, self.args, self.kwargs = function, args, kwargs
+        self.name = name_of(function)
+        self.tensors = list(_tensors_in((args, kwargs)))
+        self._versions = [version_of(tensor) for tensor in self.tensors]
+
+    def run(self) -> Any:
+        """Run the operation, and return what it returns."""
+        return self._function(*self.args, **self.kwargs)
+
+    def changed_tensors(self) -> list[Tensor]:
+        """The tensors among the arguments that have been written to since."""
+        return [t for t, version in zip(self.tensors, self._versions, strict=True) if version_of(t) != version]
+
+
+def _embedded(origins: dict[int, Origin], layer: str) -> dict[int, Origin]:
+    """The origins of a layer's output: images are followed from the first layer, which embeds their patches."""
+    return {
+        source: replace(origin, name=layer, steps=0, is_layer=True)
+        if source < FIRST_TEXT and not origin.is_layer
+        else origin
+        for source, origin in origins.items()
+    }
 
 
 _signature = cache(inspect.signature)
