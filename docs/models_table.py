@@ -56,13 +56,13 @@ def main() -> None:
         "## Vision-language and encoder-decoder models",
         _table(("model type", *with_grids), _rows(vlm_architectures.ARCHITECTURES, with_grids=True)),
         "## timm",
-        _table(("model", *header), _rows(timm_architectures.ARCHITECTURES, prefix="timm ")),
+        _table(("model", *header), _rows(timm_architectures.ARCHITECTURES)),
         made,
     ]
     page.write_text("\n\n".join([before + BEGIN, *tables, END]) + rest.split(END)[1])
 
 
-def _rows(models: Iterable[Any], with_grids: bool = False, prefix: str = "") -> Iterator[tuple[str, ...]]:
+def _rows(models: Iterable[Any], with_grids: bool = False) -> Iterator[tuple[str, ...]]:
     for architecture in sorted(models, key=lambda architecture: architecture.name):
         print(architecture.name, flush=True)
         built_by = [f"`{architecture.task}`"] if hasattr(architecture, "task") else []
