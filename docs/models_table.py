@@ -8,6 +8,7 @@ Needs timm, and the packages of the tests (`pip install ".[test,timm]"`).
 from __future__ import annotations
 
 import datetime
+import json
 import sys
 import warnings
 from collections import Counter
@@ -31,6 +32,10 @@ from models import layers_of  # noqa: E402
 from lbp_peft import TokenLayout  # noqa: E402
 from lbp_peft.bases.packed import PackedLayout  # noqa: E402
 
+# Adapted and low-rank layers in the version of 2026-11-23, which recognised a grid by the number of its tokens.
+BY_COUNTS = json.loads(
+    (DOCS.parent / "examples" / "benchmarks" / "results" / "0.1.0" / "low_rank_by_counts.json").read_text()
+)
 BEGIN, END = "<!-- written by models_table.py: begin -->", "<!-- end -->"
 
 
@@ -46,8 +51,8 @@ def main() -> None:
         f"Made by `python docs/models_table.py` with transformers {transformers.__version__}, timm {timm.__version__} "
         f"and torch {torch.__version__.split('+')[0]}, {datetime.date.today()}."
     )
-    header = ("adapted", "low-rank", "exact")
-    with_grids = ("built by", "adapted", "low-rank", "grids found", "exact")
+    header = ("adapted", "low-rank", "by counts", "exact")
+    with_grids = ("built by", "adapted", "low-rank", "by counts", "grids found", "exact")
     tables = [
         "## transformers",
         _table(("model type", "built by", *header), _rows(architectures.ARCHITECTURES)),
@@ -56,18 +61,20 @@ def main() -> None:
         "## Vision-language and encoder-decoder models",
         _table(("model type", *with_grids), _rows(vlm_architectures.ARCHITECTURES, with_grids=True)),
         "## timm",
-        _table(("model", *header), _rows(timm_architectures.ARCHITECTURES)),
+        _table(("model", *header), _rows(timm_architectures.ARCHITECTURES, prefix="timm ")),
         made,
     ]
     page.write_text("\n\n".join([before + BEGIN, *tables, END]) + rest.split(END)[1])
 
 
-def _rows(models: Iterable[Any], with_grids: bool = False) -> Iterator[tuple[str, ...]]:
+def _rows(models: Iterable[Any], with_grids: bool = False, prefix: str = "") -> Iterator[tuple[str, ...]]:
     for architecture in sorted(models, key=lambda architecture: architecture.name):
         print(architecture.name, flush=True)
         built_by = [f"`{architecture.task}`"] if hasattr(architecture, "task") else []
         adapted, low_rank, grids, exact = _counts(architecture)
-        yield (architecture.name, *built_by, adapted, low_rank, *([grids] if with_grids else []), exact)
+        before = BY_COUNTS.get(f"{prefix}{architecture.name}")
+        by_counts = "" if before is None else f"{before[1]} of {before[0]}"
+        yield (architecture.name, *built_by, adapted, low_rank, by_counts, *([grids] if with_grids else []), exact)
 
 
 def _counts(architecture: Any) -> tuple[str, str, str, str]:
