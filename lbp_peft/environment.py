@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .instructions import of_cpu
+
 PACKAGES = ("torch", "transformers", "peft", "timm", "lbp-peft")
 
 
@@ -52,10 +54,10 @@ def _version(package: str) -> str | None:
 
 
 def _instructions() -> str:
-    """The instruction set that PyTorch uses, and those for products in few bits."""
-    names = ("vnni", "avx512_bf16", "amx_tile")
-    found = [name for name in names if getattr(torch.cpu, f"_is_{name}_supported", lambda: False)()]
-    return " + ".join([torch.backends.cpu.get_cpu_capability(), *found])
+    """The instruction set that PyTorch uses, and those for products in few bits, under oneDNN's limit if it has one."""
+    cpu = of_cpu()
+    names = {"vnni": cpu.int8, "avx512_bf16": cpu.bf16, "amx_tile": cpu.amx}
+    return " + ".join([torch.backends.cpu.get_cpu_capability(), *(name for name, is_used in names.items() if is_used)])
 
 
 def _processor() -> str:

@@ -125,7 +125,8 @@ class Heuristics:
     def project_images_in_pairs(self, kept: int, num_tokens: int, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether projecting two images in one product, half of it zeros, is faster than in a product for each.
 
-        In bfloat16 on CPUs, products of 33 to some 50 rows are cut into tiles that leave half of the units idle.
+        With AMX, products in bfloat16 of 33 to some 50 rows are cut into tiles that leave half of the units idle.
+        Without it, multiplying the zeros takes as long as multiplying other numbers.
 
         Args:
             kept: k, the coefficients of each image.
@@ -133,7 +134,7 @@ class Heuristics:
             dtype, device: The dtype and the device of the tokens.
         """
         fits = 32 < kept <= 50 and num_tokens <= 300
-        return fits and device.type == "cpu" and dtype == torch.bfloat16 and multiplies_bf16(device)
+        return fits and device.type == "cpu" and dtype == torch.bfloat16 and instructions.of_cpu().amx
 
     def use_attention_by_products(self, keys: int, dtype: torch.dtype, device: torch.device) -> bool:
         """Whether matrix products run the backward pass of attention faster than PyTorch's fused operation.

@@ -29,7 +29,7 @@ from lbp_peft.loading.options import option, parse
 from lbp_peft.loading.terminal import plain_messages
 from lbp_peft.measure.timing import now
 from lbp_peft.measure.undisturbed import device_of, loss_of_output, to_device
-from lbp_peft.recommendation.candidates import CANDIDATES, SETTINGS, Candidate, compiled
+from lbp_peft.recommendation.candidates import CANDIDATES, SETTINGS, Candidate, with_compile
 
 MIB = 2**20
 TOLERANCE = 1.05
@@ -96,13 +96,13 @@ def watched(child: subprocess.Popen[str]) -> int:
 
 def train(options: CheckOptions, label: str, precision: str) -> None:
     """Train, and print as JSON the step time and, on a GPU, the peak memory."""
-    candidates = {one.label: one for one in (*CANDIDATES, *compiled(SETTINGS))}
+    candidates = {one.label: one for one in (*CANDIDATES, *with_compile(SETTINGS))}
     candidate: Candidate = candidates[label]
     inputs = load_inputs(options)
     device = device_of(inputs.model)
     batches = to_device(inputs.batches, device)
     torch.manual_seed(0)
-    model = candidate.applied(inputs.model, head_modules(inputs.model)).train()
+    model = candidate.apply_to(inputs.model, head_modules(inputs.model)).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=options.learning_rate)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)

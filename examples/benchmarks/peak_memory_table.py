@@ -134,7 +134,7 @@ def take_turns(options: argparse.Namespace) -> dict[str, Any]:
     for step in steps.values():  # tables are made, and base weights put away
         step.timed()
     turns = rounds_within(options.minutes, options.rounds)
-    seconds = interleaved([step.timed for step in steps.values()], turns)
+    seconds = interleaved([step.timed for step in steps.values()], turns, unmeasured=1)
     wholes = {method: [sum(pair) for pair in own] for method, own in zip(steps, seconds, strict=True)}
     found: dict[str, Any] = {}
     for method, whole in wholes.items():

@@ -223,7 +223,8 @@ def counted(step: Step) -> dict[str, float]:
 def costs(steps: dict[str, Step], rounds: int, minutes: float) -> list[dict[str, Any]]:
     counts = {method: counted(step) for method, step in tqdm(steps.items(), desc="counts", leave=False)}
     taking_turns = tqdm(rounds_within(minutes, rounds), desc="rounds", total=rounds, leave=False)
-    times = dict(zip(steps, interleaved([step.timed for step in steps.values()], taking_turns), strict=True))
+    all_times = interleaved([step.timed for step in steps.values()], taking_turns, unmeasured=1)
+    times = dict(zip(steps, all_times, strict=True))
     wholes = {method: [sum(pair) for pair in own] for method, own in times.items()}
     return [
         {

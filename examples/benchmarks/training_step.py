@@ -5,7 +5,8 @@
     python examples/benchmarks/training_step.py --model segformer-b0 --image-size 512 1024 --batch-size 1 --bf16
 
 A step is a forward and a backward pass on one batch. The methods take turns, round after round, so that other work on
-the machine affects all of them. The table shows medians and, for times, medians of the ratios within a round. The time
+the machine affects all of them. In each turn a method runs two steps, of which the second counts, since the step after
+another method's is longer. The table shows medians and, for times, medians of the ratios within a round. The time
 of the optimiser, fused AdamW, is measured separately and is not part of a step. The cosine is that of the angle between
 the gradients of all trained matrices and those of exact backpropagation, here with random weights and images.
 examples/benchmarks/methods.py describes how methods are written, and docs/benchmarks.md how to read the figures.
@@ -188,7 +189,7 @@ def measured(steps: dict[str, Step], rounds: int, minutes: float) -> list[dict[s
     gc.freeze()  # searching the libraries' and models' many objects for garbage would take longer than small steps
     counts = {method: step.counted() for method, step in tqdm(steps.items(), desc="memory", leave=False)}
     taking_turns = tqdm(rounds_within(minutes, rounds), desc="rounds", total=rounds, leave=False)
-    times = interleaved([step.timed for step in steps.values()], taking_turns)
+    times = interleaved([step.timed for step in steps.values()], taking_turns, unmeasured=1)
     rows = [
         row(method, counts[method], step.cosine(method, steps), own, step.optimizer_seconds(len(own)))
         for (method, step), own in zip(steps.items(), times, strict=True)

@@ -44,7 +44,7 @@ def measure_costs(
     built = [build().to(accelerator.device).train() for build in models]
     counts = [_count(accelerator, model, batch) for model in built]
     runs = [partial(_time, accelerator, model, batch) for model in built]
-    times = interleaved(runs, tqdm(range(rounds), desc="step times", unit="round"))
+    times = interleaved(runs, tqdm(range(rounds), desc="step times", unit="round"), unmeasured=1)
     return [
         Cost(
             trainable=trainable_parameters(model),

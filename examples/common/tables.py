@@ -1,7 +1,8 @@
-"""Tables for the terminal."""
+"""Tables for the terminal and for pages in Markdown."""
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 
@@ -40,6 +41,26 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], width: int = W
             first = ""
         lines += _broken([first, *others], widths)
     return "\n".join(lines)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
+    """A table in Markdown, without the columns that are empty in all rows.
+
+    Args:
+        header: The headings.
+        rows: The cells of each row.
+        text_columns: The number of left-aligned columns; those after them are right-aligned.
+    """
+    alignment = ["---"] * text_columns + ["---:"] * (len(header) - text_columns)
+    used = [index for index in range(len(header)) if any(row[index] for row in rows)]
+    lines = [[line[index] for index in used] for line in (header, alignment, *rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def with_table(text: str, name: str, content: str) -> str:
+    """A page with the content between its markers `<!-- NAME -->` and `<!-- end -->`; unchanged without markers."""
+    pattern = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)"
+    return re.sub(pattern, lambda found: f"{found[1]}\n{content}\n\n{found[2]}", text, flags=re.DOTALL)
 
 
 def _broken(cells: Sequence[str], widths: Sequence[int]) -> list[str]:

@@ -15,7 +15,7 @@ from benchmarks.methods import NotAvailable
 
 from lbp_peft.environment import environment
 from lbp_peft.measure import peak_memory
-from lbp_peft.measure.steps import idle_optimiser, timed_step
+from lbp_peft.measure.steps import idle_optimiser, time_step
 from lbp_peft.measure.timing import interleaved, quartiles, ratios
 from lbp_peft.measure.undisturbed import loss_of_output
 
@@ -46,9 +46,9 @@ def step_times(bench: Bench, methods: list[str], rounds: int) -> dict[str, Any]:
     steps = []
     for model in built.values():
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        steps.append(partial(timed_step, model, batch, loss_of_output, idle_optimiser(trained)))
+        steps.append(partial(time_step, model, batch, loss_of_output, idle_optimiser(trained)))
     interleaved(steps, range(2))  # the first steps allocate memory, and find the layouts
-    times = [[sum(parts) for parts in own] for own in interleaved(steps, range(rounds))]
+    times = [[sum(parts) for parts in own] for own in interleaved(steps, range(rounds), unmeasured=1)]
     return {
         name: {
             "step_ms": [1000 * value for value in quartiles(own)],
@@ -67,7 +67,7 @@ def peak_of(bench: Bench, name: str) -> dict[str, float]:
     optimiser = idle_optimiser(trained)
     with peak_memory(bench.accelerator.device) as peak:
         for _ in range(_STEPS):
-            timed_step(model, batch, loss_of_output, optimiser)
+            time_step(model, batch, loss_of_output, optimiser)
     return {"peak_mib": peak.mib}
 
 

@@ -1,14 +1,13 @@
-"""Tables and figures of docs/paper.md, from the records of `run.py`.
+"""Tables and figures of docs/paper.md, and the table of accuracies of docs/results.md, from the records of `run.py`.
 
 python examples/paper/report.py                 # prints every table
-python examples/paper/report.py --docs docs     # puts tables into docs/paper.md, figures into docs/images
+python examples/paper/report.py --docs docs     # puts tables into the pages, figures into docs/images
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import sys
 from dataclasses import dataclass
@@ -16,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.tables import markdown, with_table
+
 from paper.methods import METHODS
 from paper.pareto import Point, draw_pareto
 from paper.records import COSTS, Experiment, experiments, records_of
@@ -25,6 +26,7 @@ HEADER = (
     "method", "rate", "rank", "trials", "seeds", "validation %", "test {metric} %", "trained", "MFLOPs as in the paper",
     "backward M multiply-adds", "step ms", "/ exact", "peak MiB",
 )  # fmt: skip
+_SCORE = 6  # the index of the score among the cells of a row
 
 
 @dataclass(frozen=True)
@@ -102,9 +104,19 @@ def table(rows: list[Row]) -> str:
     metric = rows[0].record["metric"]
     exact = next((row for row in rows if row.method == "full"), None)
     header = [name.format(metric=metric) for name in HEADER]
-    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *(row.cells(exact) for row in rows)]
-    used = [index for index in range(len(header)) if any(line[index] for line in lines[2:])]
-    return "\n".join("| " + " | ".join(line[index] for index in used) + " |" for line in lines)
+    return markdown(header, [row.cells(exact) for row in rows])
+
+
+def summary(tables: dict[str, list[Row]]) -> str:
+    """A table in Markdown of the test scores of the methods that were tested in every experiment.
+
+    Args:
+        tables: The rows of each experiment, by the heading of its column.
+    """
+    scores = {name: {row.label: row.cells(None)[_SCORE] for row in rows if row.scores} for name, rows in tables.items()}
+    first, *others = scores.values()
+    common = [label for label in first if all(label in other for other in others)]
+    return markdown(["method", *tables], [[label, *(column[label] for column in scores.values())] for label in common])
 
 
 def points(rows: list[Row]) -> dict[str, list[Point]]:
@@ -137,25 +149,21 @@ def _title(config: dict[str, Any]) -> str:
     return f"{config['model']}, {config['protocol']} protocol, {data}{images}"
 
 
-def with_table(text: str, name: str, content: str) -> str:
-    """A page with the content between its markers `<!-- NAME -->` and `<!-- end -->`; unchanged without markers."""
-    pattern = rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)"
-    return re.sub(pattern, lambda found: f"{found[1]}\n{content}\n\n{found[2]}", text, flags=re.DOTALL)
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--records", type=Path, default=RESULTS, help="folder of the records")
-    parser.add_argument("--docs", type=Path, help="folder of paper.md, which gets the tables, and of images/")
+    parser.add_argument("--docs", type=Path, help="the folder of the pages, which get the tables, and of images/")
     parser.add_argument("--figures", type=Path, help="folder for the figures (default: images/ of --docs)")
     options = parser.parse_args(arguments)
     figures = options.figures or (options.docs and options.docs / "images")
+    tables: dict[str, list[Row]] = {}
     for experiment in experiments(options.records):
         rows = rows_of(experiment)
         if not rows:
             continue
+        tables[_title(rows[0].record["config"])] = rows
         content = table(rows)
         print(f"{experiment.table}: {experiment.name}\n\n{content}\n")
         if figures:
@@ -165,6 +173,8 @@ def main(arguments: list[str] | None = None) -> None:
         if options.docs:
             page = options.docs / "paper.md"
             page.write_text(with_table(page.read_text(), experiment.name, content))
+    if options.docs and (page := options.docs / "results.md").exists():
+        page.write_text(with_table(page.read_text(), "accuracies", summary(tables)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The mathematics of calibration: bases chosen from tokens that a layer has seen, and ranks chosen by a budget."""
+"""The mathematics of calibration: bases chosen by a layer's inputs and gradients, and ranks chosen by a budget."""
 
 from .allocation import Option, allocate
 from .selections import CALIBRATED_SELECTIONS, CalibratedSelection

@@ -1,4 +1,4 @@
-"""Spends a budget on the ranks of many gradients, so that the worst of them is as good as can be."""
+"""Allocates a budget to the ranks of many gradients, so that the worst of them is as good as possible."""
 
 from __future__ import annotations
 
@@ -48,31 +48,32 @@ def allocate(
     Raises:
         ValueError: there are no options, or even the cheapest ones exceed the budget.
     """
-    ladders = {key: _improving(own) for key, own in options.items()}
-    chosen = {key: own[0] for key, own in ladders.items()}
+    ladders = {key: _without_useless(of_key) for key, of_key in options.items()}
+    chosen = {key: ladder[0] for key, ladder in ladders.items()}
     spent = [sum(one.memory for one in chosen.values()), sum(one.multiply_adds for one in chosen.values())]
     for what, least, most in (("bytes", spent[0], memory), ("multiply-adds", spent[1], multiply_adds)):
         if least > most:
             raise ValueError(f"The budget of {most:.4g} {what} is below {least:.4g}, which the lowest ranks take.")
-    queue = [(own[0].cosine, number, key, 0) for number, (key, own) in enumerate(ladders.items())]
+    queue = [(ladder[0].cosine, number, key, 0) for number, (key, ladder) in enumerate(ladders.items())]
     heapq.heapify(queue)
     while queue:
         _, number, key, at = heapq.heappop(queue)
         if at + 1 == len(ladders[key]):
             continue
-        now, better = ladders[key][at : at + 2]
-        more = spent[0] + better.memory - now.memory, spent[1] + better.multiply_adds - now.multiply_adds
+        present, better = ladders[key][at : at + 2]
+        more = spent[0] + better.memory - present.memory, spent[1] + better.multiply_adds - present.multiply_adds
         if more[0] <= memory and more[1] <= multiply_adds:
             chosen[key], spent = better, list(more)
             heapq.heappush(queue, (better.cosine, number, key, at + 1))
     return chosen
 
 
-def _improving(options: Sequence[Option]) -> list[Option]:
+def _without_useless(options: Sequence[Option]) -> list[Option]:
+    """The options without those that are no better than a cheaper one."""
     if not options:
         raise ValueError("Each gradient needs at least one option.")
-    found = [options[0]]
+    useful = [options[0]]
     for option in options[1:]:
-        if option.cosine > found[-1].cosine:
-            found.append(option)
-    return found
+        if option.cosine > useful[-1].cosine:
+            useful.append(option)
+    return useful

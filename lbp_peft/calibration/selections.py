@@ -1,4 +1,4 @@
-"""Bases that are chosen by what a layer has seen: "lhe" and "klt".
+"""Bases that are chosen by a layer's inputs and gradients: "lhe" and "klt".
 
 With x the inputs of a layer and g the gradients of its outputs, the weight gradient is dW = sum_n g_n^T x_n. In an
 orthonormal basis of functions f_i over the tokens it falls into one part for each function,

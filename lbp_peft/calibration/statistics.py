@@ -1,4 +1,4 @@
-"""What calibration sums up over the tokens of a layer."""
+"""The sums over the tokens of a layer by which calibration chooses its basis."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class TokenStatistics:
     """Sums over images of a quadratic statistic, for both factors of a layer's weight gradient dW = sum_n g_n^T x_n.
 
     Attributes:
-        inputs: (H, W) -> the statistic of the inputs x on this grid, float64.
-        gradients: (H, W) -> the same of the gradients g of the outputs.
+        inputs: The statistic of the inputs x, float64, by the grid (H, W).
+        gradients: The same of the gradients g of the outputs.
     """
 
     inputs: dict[Grid, Tensor] = field(default_factory=dict)
@@ -35,22 +35,22 @@ class TokenStatistics:
         """
         used = (g != 0).any(dim=2, keepdim=True)
         for sums, tokens in ((self.inputs, x.masked_fill(~used, 0)), (self.gradients, g)):
-            own = statistic(tokens.float() if tokens.dtype.itemsize < 4 else tokens, grid)
-            own = own.to("cpu" if own.device.type == "mps" else own.device, torch.float64)
-            sums[grid] = sums[grid] + own if grid in sums else own
+            added = statistic(tokens.float() if tokens.dtype.itemsize < 4 else tokens, grid)
+            added = added.to("cpu" if added.device.type == "mps" else added.device, torch.float64)
+            sums[grid] = sums[grid] + added if grid in sums else added
 
     def is_finite(self) -> bool:
         """Whether there is no NaN and no infinity."""
         return all(bool(torch.isfinite(one).all()) for sums in (self.inputs, self.gradients) for one in sums.values())
 
 
-def pooled(parts: Iterable[TokenStatistics]) -> TokenStatistics:
-    """The statistics of several layers together. Each layer's gradients count the same, whatever their size."""
+def pool(parts: Iterable[TokenStatistics]) -> TokenStatistics:
+    """Add up the statistics of several layers. Each layer counts the same, whatever the size of its gradients."""
     result = TokenStatistics()
     for part in parts:
-        for sums, own in ((result.inputs, part.inputs), (result.gradients, part.gradients)):
-            size = sum(float(total(one)) for one in own.values())
-            for grid, one in own.items():
+        for sums, of_part in ((result.inputs, part.inputs), (result.gradients, part.gradients)):
+            size = sum(float(total(one)) for one in of_part.values())
+            for grid, one in of_part.items():
                 scaled = one / size if size > 0 else one
                 sums[grid] = sums[grid] + scaled if grid in sums else scaled
     return result

@@ -27,7 +27,7 @@ _CELLS = 256
 _RANGES = (4.0, 8.0, 16.0)
 # The largest distance of f' from its limit at the end of the range. The 16 levels resolve no finer steps either.
 _TOLERANCE = 0.01
-# Values that are computed at once on CPUs, so that the intermediate results stay in the cache.
+# The number of values that CPUs compute at once, so that intermediate results stay in the cache.
 _VALUES_AT_ONCE = 2**17
 _AS_PAIRS = {torch.float32: torch.int64, torch.bfloat16: torch.int32, torch.float16: torch.int32}
 
@@ -59,28 +59,28 @@ class DerivativeTable:
             cells = (flat.float() * self.cells_per_unit).clamp(-128, 127).ceil().to(torch.int32).clamp(-128, 127) + 128
             codes = self._tensor("codes", x.device)[cells].view(-1, 2)
             return codes[:, 0] | codes[:, 1] << 4
-        return self._pack_by_parts(flat)
+        return self._pack_in_blocks(flat)
 
     def packed_shape(self, x: Tensor) -> tuple[int]:
         """The shape of what [`pack`] returns for x."""
         return (-(-x.numel() // 2),)
 
-    def _pack_by_parts(self, flat: Tensor) -> Tensor:
+    def _pack_in_blocks(self, flat: Tensor) -> Tensor:
         packed = flat.new_empty(flat.numel() // 2, dtype=torch.uint8)
         size = min(flat.numel(), _VALUES_AT_ONCE)
         scaled, cells = flat.new_empty(size, dtype=torch.float32), flat.new_empty(size, dtype=torch.int8)
         pairs = flat.new_empty(size // 2, dtype=torch.int32)
         table = self._tensor("pairs of codes", flat.device)
-        for some, found in zip(flat.split(size), packed.split(size // 2), strict=True):
-            n = len(some)
-            part = scaled[:n]
-            if some.dtype == torch.float32:
-                torch.mul(some, self.cells_per_unit, out=part)
+        for inputs, codes in zip(flat.split(size), packed.split(size // 2), strict=True):
+            n = len(inputs)
+            in_cells = scaled[:n]
+            if inputs.dtype == torch.float32:
+                torch.mul(inputs, self.cells_per_unit, out=in_cells)
             else:  # operations on two dtypes are slow, except for copies
-                part.copy_(some).mul_(self.cells_per_unit)
-            cells[:n] = part.clamp_(-128, 127).ceil_()
+                in_cells.copy_(inputs).mul_(self.cells_per_unit)
+            cells[:n] = in_cells.clamp_(-128, 127).ceil_()
             index = pairs[: n // 2].copy_(cells[:n].view(torch.int16)).add_(2**15)
-            torch.index_select(table, 0, index, out=found)
+            torch.index_select(table, 0, index, out=codes)
         return packed
 
     def times_derivative(self, grad: Tensor, packed: Tensor) -> Tensor:
@@ -89,20 +89,20 @@ class DerivativeTable:
             both = torch.stack((packed & 15, packed >> 4), dim=1).flatten()[: grad.numel()]
             return grad * self._tensor("levels", grad.device)[both.to(torch.int32)].to(grad.dtype).view(grad.shape)
         if grad.numel() % 2:
-            grown = torch.cat((grad.reshape(-1), grad.new_zeros(1)))
-            return self._multiply_by_parts(grown, packed)[:-1].view(grad.shape)
-        return self._multiply_by_parts(grad.reshape(-1), packed).view(grad.shape)
+            extended = torch.cat((grad.reshape(-1), grad.new_zeros(1)))
+            return self._multiply_in_blocks(extended, packed)[:-1].view(grad.shape)
+        return self._multiply_in_blocks(grad.reshape(-1), packed).view(grad.shape)
 
-    def _multiply_by_parts(self, flat: Tensor, packed: Tensor) -> Tensor:
+    def _multiply_in_blocks(self, flat: Tensor, packed: Tensor) -> Tensor:
         result = torch.empty_like(flat)
         size = min(flat.numel(), _VALUES_AT_ONCE)
         pairs = flat.new_empty(size // 2, dtype=torch.int32)
         table = self._tensor("pairs of levels", flat.device, flat.dtype)
-        found = flat.new_empty(size // 2, dtype=table.dtype)
-        for some, codes, out in zip(flat.split(size), packed.split(size // 2), result.split(size), strict=True):
+        levels = flat.new_empty(size // 2, dtype=table.dtype)
+        for grads, codes, out in zip(flat.split(size), packed.split(size // 2), result.split(size), strict=True):
             n = len(codes)
-            torch.index_select(table, 0, pairs[:n].copy_(codes), out=found[:n])
-            torch.mul(some, found[:n].view(flat.dtype), out=out)
+            torch.index_select(table, 0, pairs[:n].copy_(codes), out=levels[:n])
+            torch.mul(grads, levels[:n].view(flat.dtype), out=out)
         return result
 
     def _tensor(self, name: str, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:

@@ -15,11 +15,11 @@ from .scaling import largest_magnitude, scaled_to_range
 
 BYTES_OF_SCALE = 4  # float32
 GROUP = 64  # channels
-# Values that are rounded at once on CPUs, so that the intermediate results stay in the cache.
+# The number of values in a block on CPUs.
 _VALUES_AT_ONCE = 2**17
 
 
-def rounded_in_groups(x: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_groups(x: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Round a tensor to int8 with one scale for each group of 64 channels, or for all if 64 does not divide C.
 
     Args:
@@ -35,56 +35,57 @@ def rounded_in_groups(x: Tensor, offset: Tensor | None = None) -> tuple[Tensor, 
         largest = largest_magnitude(grouped, dim=-1)
         values = scaled_to_range(grouped, largest, torch.int8).round_().to(torch.int8)
         return values.flatten(-2), (largest / 127).squeeze(-1)
-    return _rounded_by_parts(x, offset, group)
+    return _quantize_in_blocks(x, offset, group)
 
 
-def _rounded_by_parts(x: Tensor, offset: Tensor | None, group: int) -> tuple[Tensor, Tensor]:
+def _quantize_in_blocks(x: Tensor, offset: Tensor | None, group: int) -> tuple[Tensor, Tensor]:
+    """[`quantize_groups`] on a CPU: block after block, so that intermediate results stay in the cache."""
     # In memory order, so that x need not be copied: queries are transposed views of (N, L, heads, d).
     order = sorted(range(x.dim() - 1), key=lambda axis: -x.stride()[axis])
-    turned = x.permute(*order, -1)
-    if not turned.is_contiguous():
-        order, turned = list(range(x.dim() - 1)), x.contiguous()
+    ordered = x.permute(*order, -1)
+    if not ordered.is_contiguous():
+        order, ordered = list(range(x.dim() - 1)), x.contiguous()
     if offset is not None:
         offset = offset.permute(*order, -1).float()
-    shape = turned.shape
+    shape = ordered.shape
     if offset is None or offset.shape[:-1] == shape[:-1]:
-        turned = turned.view(-1, shape[-1])
+        ordered = ordered.view(-1, shape[-1])
         offset = None if offset is None else offset.reshape(-1, offset.shape[-1])
     elif offset.shape[0] != shape[0]:
         offset = offset.expand(shape[0], *offset.shape[1:])
-    values = x.new_empty(turned.shape, dtype=torch.int8)
-    scales = x.new_empty(*turned.shape[:-1], shape[-1] // group, 1, dtype=torch.float32)
-    at_once = max(_VALUES_AT_ONCE // max(turned[:1].numel(), 1), 1)
-    buffer = x.new_empty(min(at_once, len(turned)), *turned.shape[1:], dtype=torch.float32)
-    for start in range(0, len(turned), at_once):
-        part = slice(start, start + at_once)
-        some = turned[part]
-        found = buffer[: len(some)]
-        if some.dtype != torch.float32:  # operations on two dtypes are slow, except for copies
-            some = found.copy_(some)
+    values = x.new_empty(ordered.shape, dtype=torch.int8)
+    scales = x.new_empty(*ordered.shape[:-1], shape[-1] // group, 1, dtype=torch.float32)
+    rows = max(_VALUES_AT_ONCE // max(ordered[:1].numel(), 1), 1)
+    buffer = x.new_empty(min(rows, len(ordered)), *ordered.shape[1:], dtype=torch.float32)
+    for start in range(0, len(ordered), rows):
+        block = slice(start, start + rows)
+        exact = ordered[block]
+        scaled = buffer[: len(exact)]
+        if exact.dtype != torch.float32:  # operations on two dtypes are slow, except for copies
+            exact = scaled.copy_(exact)
         if offset is not None:
-            some = torch.sub(some, offset[part], out=found)
-        some, found = some.unflatten(-1, (-1, group)), found.unflatten(-1, (-1, group))
-        largest = largest_magnitude(some, dim=-1)
-        values[part].view(found.shape).copy_(scaled_to_range(some, largest, torch.int8, out=found).round_())
-        torch.div(largest, 127, out=scales[part])
+            exact = torch.sub(exact, offset[block], out=scaled)
+        exact, scaled = exact.unflatten(-1, (-1, group)), scaled.unflatten(-1, (-1, group))
+        largest = largest_magnitude(exact, dim=-1)
+        values[block].view(scaled.shape).copy_(scaled_to_range(exact, largest, torch.int8, out=scaled).round_())
+        torch.div(largest, 127, out=scales[block])
     back = [order.index(axis) for axis in range(len(order))]
     return values.view(shape).permute(*back, -1), scales.view(*shape[:-1], shape[-1] // group).permute(*back, -1)
 
 
 def shape_of_scales(shape: Sequence[int]) -> tuple[int, ...]:
-    """That of the scales of a tensor (..., C)."""
+    """The shape of the scales of a tensor of shape (..., C)."""
     *rows, channels = shape
     return *rows, channels // _group(channels)
 
 
-def restored(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of [`rounded_in_groups`], up to half a step."""
+def dequantize_groups(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of [`quantize_groups`], up to half a step."""
     grouped = values.unflatten(-1, (scales.shape[-1], -1))
     return (grouped * scales.unsqueeze(-1)).to(dtype).flatten(-2)
 
 
-def rows_with_scales(x: Tensor) -> Tensor:
+def quantize_rows(x: Tensor) -> Tensor:
     """Round each row of a tensor to int8, with the row's scale beside its values.
 
     The result is a single tensor, so that one tensor is saved for each input. Each row has a scale of its own, since
@@ -103,8 +104,8 @@ def rows_with_scales(x: Tensor) -> Tensor:
     return torch.cat((values, scales.view(*x.shape[:-1], BYTES_OF_SCALE)), dim=-1)
 
 
-def restored_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
-    """The inverse of [`rows_with_scales`], up to half a step."""
+def dequantize_rows(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    """The inverse of [`quantize_rows`], up to half a step."""
     scales = rows[..., -BYTES_OF_SCALE:].contiguous().view(torch.float32)
     return (rows[..., :-BYTES_OF_SCALE] * scales).to(dtype)
 

@@ -86,8 +86,8 @@ def record(key: str, name: str, x: Tensor, channels_axis: int, layouts: str) -> 
 def _plain_record(key: str, name: str, layouts: str, *shape: int) -> tuple:
     """The layout of a layer's inputs of a shape (N, ...) as plain values, if exactly one is known."""
     finder, inputs = FINDERS[key], _inputs.get(key, {})
-    found = _found(finder, name, shape, inputs)
-    if not found and inputs:
+    records = _known_layouts(finder, name, shape, inputs)
+    if not records and inputs:
         try:
             _run_eagerly(finder.model(), inputs)
         except Exception as error:  # a model may fail on zeros in any way
@@ -96,9 +96,9 @@ def _plain_record(key: str, name: str, layouts: str, *shape: int) -> tuple:
                 f"({type(error).__name__}: {error}). Its layers use exact backpropagation. Run it before compiling.",
                 stacklevel=2,
             )
-        found = _found(finder, name, shape, inputs)
-    if len(found) != 1:
-        why = "its tokens had different layouts in different passes" if found else "the model has not run eagerly yet"
+        records = _known_layouts(finder, name, shape, inputs)
+    if len(records) != 1:
+        why = "its tokens had different layouts in different passes" if records else "the model has not run eagerly yet"
         if name not in finder.layers_warned_of:
             finder.layers_warned_of.add(name)
             warnings.warn(
@@ -107,7 +107,7 @@ def _plain_record(key: str, name: str, layouts: str, *shape: int) -> tuple:
                 stacklevel=2,
             )
         return (False, 0, 0, 0, 0, None, None, 1, why, "")
-    (layout, why, text), *_ = found
+    (layout, why, text), *_ = records
     if isinstance(layout, PackedLayout):
         layout, why = None, "its tokens lie on several grids, one after another, which only eager models can use"
         if "packed" not in finder.layers_warned_of:
@@ -124,9 +124,10 @@ def _plain_record(key: str, name: str, layouts: str, *shape: int) -> tuple:
     return (True, *layout.grid, *outside, order, layout.axes, layout.packed, "", text)
 
 
-def _found(
+def _known_layouts(
     finder: LayoutFinder, name: str, shape: tuple[int, ...], inputs: dict[str, Any]
 ) -> list[tuple[TokenLayout | None, str, str]]:
+    """The distinct layouts, reasons and texts in all records of a layer's inputs of a shape (N, ...)."""
     from .records import fits
 
     shapes = {input_name: value[0] for input_name, value in inputs.items() if isinstance(value, tuple)}

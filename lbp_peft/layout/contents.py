@@ -1,4 +1,4 @@
-"""What a tensor holds, so that a change behind PyTorch is noticed."""
+"""Remembers the values of tensors, so that changes behind PyTorch's back are noticed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,15 @@ _PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
 class Contents:
-    """What a tensor holds, which NumPy or another library may change in memory that it shares, at the same version.
+    """The values of a tensor, which NumPy or another library may change in shared memory, without a new version.
 
     Only small tensors on the CPU are copied and compared. Tensors elsewhere and larger ones are trusted, and so are
     parameters whose memory sharded training (FSDP) has freed, since reading them would end the process.
 
     Attributes:
-        is_copied: Whether it is compared.
-        is_reliable: Whether it is compared or trusted; not if it is large and its memory is that of a NumPy array.
+        is_copied: Whether the values were copied, to be compared.
+        is_reliable: Whether they are compared or trusted; not if the tensor is large and shares its memory with a NumPy
+            array.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -29,8 +30,8 @@ class Contents:
         self._copy = tensor.detach().clone() if self.is_copied else None
         self.is_reliable = self.is_copied or not is_on_cpu or not _is_of_numpy(tensor)
 
-    def hold(self, tensor: Tensor) -> bool:
-        """Whether the tensor still holds the same, if it was copied and can be read."""
+    def match(self, tensor: Tensor) -> bool:
+        """Whether the tensor still has these values; True if they were not copied or cannot be read."""
         if self._copy is None:
             return True
         if tensor.device != self._copy.device or tensor.shape != self._copy.shape:
@@ -58,13 +59,13 @@ def storage_of(tensor: Tensor) -> UntypedStorage | None:
 
 
 @dataclass(frozen=True)
-class Consulted:
+class ConsultedTensor:
     """A tensor of a model by whose values tokens were ordered.
 
     Attributes:
         tensor: The tensor.
-        version: Its version at that moment.
-        contents: What it held.
+        version: Its version at the time.
+        contents: Its values.
     """
 
     tensor: Tensor

@@ -2,7 +2,7 @@
 
 The first forward pass with inputs of new shapes is traced, and the layouts are kept; later passes look them up. Layers
 that gradient checkpointing runs again in the backward pass use the layouts of their own forward pass, see `reruns.py`.
-What else the layouts may depend on is checked in each pass, see `dependencies.py`.
+Each pass also checks what else the layouts depend on, see `dependencies.py`.
 """
 
 from __future__ import annotations
@@ -23,21 +23,29 @@ from ..bounded import BoundedCache
 from ..encoder_of_pass import PassedLayer, left_out, without_patches
 from ..transforms import in_transform, outside_transforms
 from . import compiled
-from .dependencies import ModelState, random_state, why_undecided
+from .dependencies import random_state, why_undecided
 from .hooks import PassHooks
-from .inputs import described_inputs, merge_size, named_inputs, positions_of_images, signature, start, tensors_in
+from .inputs import (
+    assign_positions,
+    describe_inputs,
+    merge_size,
+    named_inputs,
+    positions_of_images,
+    signature,
+    tensors_in,
+)
 from .left_out import PassedLayers
 from .masks import is_mask, mask_of, padding_mask_of
+from .model_state import ModelState
 from .notices import Notices
-from .operations import with_mixed_channels
 from .passes import ForwardPass, KeptPositions, Trace, same
-from .positions import compact
+from .positions import compact, mix_channels
 from .records import (
     CALLED_ALONE,
     NOT_TRACED,
     LayoutRecord,
     fits,
-    fitting,
+    matching_record,
     positions_of_tokens,
     read_record,
     record_of_positions,
@@ -46,12 +54,12 @@ from .records import (
 from .reruns import (
     AmbiguousRerunError,
     PassHistory,
+    ambiguity_message,
     calls_to_rerun,
-    cannot_be_told_apart,
+    common_answer,
     forget_rerun,
     frames_to_rerun,
     in_backward,
-    the_only,
 )
 from .tracer import PositionTracer
 
@@ -95,8 +103,9 @@ class LayoutFinder:
         self._alone: BoundedCache[Hashable, LayoutRecord] = BoundedCache(_MOST_TRACES)
         self._state = ModelState(ignored=_is_own)
         # One pass for each distinct trace, setting and mask, for layers whose own pass cannot be found.
-        self._kinds: list[ForwardPass] = []
-        self.key = f"finder {next(_keys)}"  # the compiler takes a number that differs between models for a dynamic one
+        self._distinct: list[ForwardPass] = []
+        # Not a number: the compiler would make one dynamic if it differed between models.
+        self.key = f"finder {next(_keys)}"
         compiled.FINDERS[self.key] = self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -118,13 +127,13 @@ class LayoutFinder:
         others: Mapping[str, int] | None = None,
         checks_targets: bool = False,
     ) -> None:
-        """Follow this model's forward passes from now on, by hooks. Call it again when its modules have changed.
+        """Follow a model's forward passes from now on, by hooks. Call it again when the modules have changed.
 
         Args:
             model: The model.
             layers: The model's adapted layers, by name.
             others: The axis of the channels in the input of each layer that could be adapted but is not, by name.
-            checks_targets: Whether to warn of others that patches pass through on the way between adapted layers.
+            checks_targets: Whether to warn of these other layers if patches pass through them between adapted layers.
         """
         self.detach()
         self._names = frozenset(layers)
@@ -147,12 +156,13 @@ class LayoutFinder:
             return
         if in_backward() and module is not self.model():  # checkpointing runs a part of the model again
             return
-        one = self._begin(module, args, kwargs)
-        self.layouts = one.trace.layouts
-        thread.passes.append((module, one))
-        if one.tracer is not None:
-            one.contexts.enter_context(torch.compiler.set_stance("force_eager"))  # in compiled parts of the model too
-            one.contexts.enter_context(one.tracer)
+        forward_pass = self._begin(module, args, kwargs)
+        self.layouts = forward_pass.trace.layouts
+        thread.passes.append((module, forward_pass))
+        if forward_pass.tracer is not None:
+            # Positions are followed through compiled parts of the model too.
+            forward_pass.contexts.enter_context(torch.compiler.set_stance("force_eager"))
+            forward_pass.contexts.enter_context(forward_pass.tracer)
 
     def before_compiled(self, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> None:
         """The compiler begins to trace a call of the model, whose arguments have these names."""
@@ -171,36 +181,36 @@ class LayoutFinder:
         thread = self._thread
         if not thread.passes or thread.passes[-1][0] is not module:
             return
-        _, one = thread.passes.pop()
-        if one.tracer is not None:
-            self._keep(one)
+        _, forward_pass = thread.passes.pop()
+        if forward_pass.tracer is not None:
+            self._keep(forward_pass)
         self.layouts = ""
-        one.end()
+        forward_pass.end()
 
-    def _keep(self, one: ForwardPass) -> None:
+    def _keep(self, forward_pass: ForwardPass) -> None:
         """Keep the trace of a pass that ends, for later passes with the same inputs."""
-        trace = one.trace
+        trace = forward_pass.trace
         trace.layouts = trace.summary()
         if trace.is_ambiguous():  # calls may come in another order next time
             trace.is_valid = False
-        self.left_out = one.passed.left_out()
+        self.left_out = forward_pass.passed.left_out()
         if self._checks_targets:
-            self._check_targets(one)
-        if one.tracer is not None and (read := self._read_without_a_call(one.tracer.applied, trace)):
+            self._check_targets(forward_pass)
+        if forward_pass.tracer is not None and (read := self._read_without_a_call(forward_pass.tracer.applied, trace)):
             self._notices.note_read_without_a_call(read)
-        if one.decided_by:
+        if forward_pass.decided_by:
             trace.is_valid = False
-            self._notices.note_decisions(one.decided_by)
+            self._notices.note_decisions(forward_pass.decided_by)
         with self._lock:
-            self._traces[one.key] = trace
-            self._traces.move_to_end(one.key)
+            self._traces[forward_pass.key] = trace
+            self._traces.move_to_end(forward_pass.key)
             if len(self._traces) > _MOST_TRACES:
                 self._traces.popitem(last=False)
 
-    def _check_targets(self, one: ForwardPass) -> None:
+    def _check_targets(self, forward_pass: ForwardPass) -> None:
         """Warn where the layers that are adapted by default are not those that the pass shows to be the encoder's."""
-        model, passed = self.model(), one.passed.passed
-        kinds = {name: frozenset(map(_kind_of_tokens, found)) for name, found in one.trace.records.items()}
+        model, passed = self.model(), forward_pass.passed.passed
+        kinds = {name: frozenset(map(_kind_of_tokens, found)) for name, found in forward_pass.trace.records.items()}
         key = (tuple(passed), tuple(kinds.items()))
         if model is None or self._checked.get(key):
             return
@@ -219,7 +229,8 @@ class LayoutFinder:
     def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ForwardPass:
         exact = self.exact
         if in_backward():  # the whole model is run again
-            exact = the_only([other.exact for other in self._passes_to_rerun()], "the model", "exact_backward") or exact
+            answers = [other.exact for other in self._passes_to_rerun()]
+            exact = common_answer(answers, "the model", "exact_backward") or exact
         else:
             forget_rerun()
         inputs = named_inputs(module, args, kwargs)
@@ -229,32 +240,32 @@ class LayoutFinder:
         # choose otherwise; transformers changes it once, with the first loss (`config.problem_type`) or hidden states.
         key = (id(module), self._state.key(module), signature(inputs), has_padding)
         trace = self._traces.get(key)
-        if trace is not None and trace.is_valid and trace.depends_on.hold(module, self._state):
-            one = ForwardPass(trace, exact, padding_masks)
+        if trace is not None and trace.is_valid and trace.depends_on.are_unchanged(module, self._state):
+            forward_pass = ForwardPass(trace, exact, padding_masks)
         elif torch.is_grad_enabled():
-            one = self._begin_traced(module, inputs, ForwardPass(Trace(), exact, padding_masks, key=key))
+            forward_pass = self._begin_traced(module, inputs, ForwardPass(Trace(), exact, padding_masks, key=key))
         else:  # no layer needs its layout unless the pass is run again
-            one = ForwardPass(Trace(is_valid=False), exact, padding_masks)
+            forward_pass = ForwardPass(Trace(is_valid=False), exact, padding_masks)
         with self._lock:
-            if not any(one.is_like(other) for other in self._kinds):
-                self._kinds = [*self._kinds[-_MOST_TRACES:], one]
-        self._history.add(one)
-        return one
+            if not any(forward_pass.is_like(other) for other in self._distinct):
+                self._distinct = [*self._distinct[-_MOST_TRACES:], forward_pass]
+        self._history.add(forward_pass)
+        return forward_pass
 
-    def _begin_traced(self, module: nn.Module, inputs: dict[str, Any], one: ForwardPass) -> ForwardPass:
+    def _begin_traced(self, module: nn.Module, inputs: dict[str, Any], forward_pass: ForwardPass) -> ForwardPass:
         self.num_traced += 1
-        if one.key not in self._traces:
-            self._notices.note_given(described_inputs(inputs) | self._state.described(module))
+        if forward_pass.key not in self._traces:
+            self._notices.note_given(describe_inputs(inputs) | self._state.described(module))
         tensors = [value for _, value in tensors_in(inputs) if isinstance(value, Tensor)]
-        one.trace.input_shapes = tuple(tuple(tensor.shape[1:]) for tensor in tensors)
-        one.generators = self._state.generators(module)
-        one.unseen = self._state.unseen(module)
-        one.random_state = random_state(one.generators)
-        one.passed = PassedLayers(self._others)
-        one.tracer = PositionTracer(module, self.model(), partial(self._note_passed, one))
+        forward_pass.trace.input_shapes = tuple(tuple(tensor.shape[1:]) for tensor in tensors)
+        forward_pass.generators = self._state.generators(module)
+        forward_pass.unseen = self._state.unseen(module)
+        forward_pass.random_state = random_state(forward_pass.generators)
+        forward_pass.passed = PassedLayers(self._others)
+        forward_pass.tracer = PositionTracer(module, self.model(), partial(self._note_passed, forward_pass))
         with outside_transforms():
-            one.texts = start(one.tracer, inputs, self._merge_size)
-        return one
+            forward_pass.texts = assign_positions(forward_pass.tracer, inputs, self._merge_size)
+        return forward_pass
 
     def model(self) -> nn.Module | None:
         """The model that is followed; None if it no longer exists."""
@@ -270,8 +281,8 @@ class LayoutFinder:
             name: The layer's name.
             shapes: The shapes of the inputs without the axis of images, by name or number.
         """
-        if (one := self._current()) is not None:
-            return one.trace.records.get(name, [])
+        if (forward_pass := self._current()) is not None:
+            return forward_pass.trace.records.get(name, [])
         traces = [trace for trace in self._traces.values() if shapes and trace.has_inputs(list(shapes.values()))]
         return [record for trace in traces for record in trace.records.get(name, [])]
 
@@ -289,7 +300,7 @@ class LayoutFinder:
         finally:
             self._kept = None
 
-    # Calls from layers
+    # Calls by layers
 
     def record(self, name: str, x: Tensor, channels_axis: int = -1) -> LayoutRecord:
         """The record of the input of a layer that is being called.
@@ -301,47 +312,49 @@ class LayoutFinder:
         """
         if torch.compiler.is_dynamo_compiling():
             return compiled.record(self.key, name, x, channels_axis, self.layouts)
-        one, shape = self._current(), token_shape(x, channels_axis)
-        if one is None:
+        forward_pass, shape = self._current(), token_shape(x, channels_axis)
+        if forward_pass is None:
             return self._record_to_rerun(name, shape) if in_backward() else self._record_alone(x, channels_axis)
-        number = one.counts.get(name, 0)
-        one.counts[name] = number + 1
-        if one.tracer is not None:
-            record = self._record_traced(one, name, x, channels_axis)
+        number = forward_pass.counts.get(name, 0)
+        forward_pass.counts[name] = number + 1
+        if forward_pass.tracer is not None:
+            record = self._record_traced(forward_pass, name, x, channels_axis)
         else:
-            record = fitting(one.trace.records.get(name, []), number, shape)
+            record = matching_record(forward_pass.trace.records.get(name, []), number, shape)
             if record is NOT_TRACED:
-                one.trace.is_valid = False  # so that the next pass is traced again
+                forward_pass.trace.is_valid = False  # so that the next pass is traced again
                 self._notices.note_not_traced(name)
-        self._note(one, name, record)
+        self._note(forward_pass, name, record)
         return record
 
-    def _note(self, one: ForwardPass, name: str, record: LayoutRecord) -> None:
+    def _note(self, forward_pass: ForwardPass, name: str, record: LayoutRecord) -> None:
         frames = frames_to_rerun()
-        one.note(name, record, frames)
-        self._history.add_frames(one, frames)
+        forward_pass.note(name, record, frames)
+        self._history.add_frames(forward_pass, frames)
 
-    def _note_passed(self, one: ForwardPass, name: str, x: Tensor, output: Tensor) -> None:
-        if one.tracer is None:
+    def _note_passed(self, forward_pass: ForwardPass, name: str, x: Tensor, output: Tensor) -> None:
+        if forward_pass.tracer is None:
             return
-        if self._kept is not None and (positions := one.tracer.positions(output)) is not None:
+        if self._kept is not None and (positions := forward_pass.tracer.positions(output)) is not None:
             self._kept.of_outputs.append(compact(positions))
-        if one.passed.asks_for(name):
-            one.passed.note(name, x, output, read_record(one.tracer, one.texts, x, self._others[name]))
+        if forward_pass.passed.asks_for(name):
+            record = read_record(forward_pass.tracer, forward_pass.texts, x, self._others[name])
+            forward_pass.passed.note(name, x, output, record)
 
-    def _record_traced(self, one: ForwardPass, name: str, x: Tensor, channels_axis: int) -> LayoutRecord:
-        assert one.tracer is not None
-        with one.tracer.paused():
-            record = read_record(one.tracer, one.texts, x, channels_axis)
+    def _record_traced(self, forward_pass: ForwardPass, name: str, x: Tensor, channels_axis: int) -> LayoutRecord:
+        assert forward_pass.tracer is not None
+        with forward_pass.tracer.paused():
+            record = read_record(forward_pass.tracer, forward_pass.texts, x, channels_axis)
             if self._kept is not None:
-                self._kept.of_inputs.setdefault(name, []).append(positions_of_tokens(one.tracer, x, channels_axis))
-        one.trace.records.setdefault(name, []).append(record)
+                positions = positions_of_tokens(forward_pass.tracer, x, channels_axis)
+                self._kept.of_inputs.setdefault(name, []).append(positions)
+        forward_pass.trace.records.setdefault(name, []).append(record)
         if record.layout is not None or record.is_surprising:  # not in a head, which receives one token of each image
-            one.passed.note_adapted(name)
-        # What code does after the last call of a layer decides nothing about the layers.
-        one.trace.depends_on.update(one.tracer.consulted)
-        one.decided_by = one.decided_by or why_undecided(
-            one.tracer.read_by, one.random_state, one.generators, one.unseen
+            forward_pass.passed.note_adapted(name)
+        # What code does after the last call of a layer has no effect on the layers.
+        forward_pass.trace.depends_on.update(forward_pass.tracer.consulted)
+        forward_pass.decided_by = forward_pass.decided_by or why_undecided(
+            forward_pass.tracer.read_by, forward_pass.random_state, forward_pass.generators, forward_pass.unseen
         )
         return record
 
@@ -373,25 +386,25 @@ class LayoutFinder:
         """Run a function of x that only mixes the channels of each token; it is traced as a single operation."""
         if torch.compiler.is_dynamo_compiling():
             return run()
-        one = self._current()
-        if one is None or one.tracer is None:
+        forward_pass = self._current()
+        if forward_pass is None or forward_pass.tracer is None:
             return run()
-        with one.tracer.paused():
+        with forward_pass.tracer.paused():
             output = run()
             with outside_transforms(), torch.no_grad():
                 size = output.shape[channels_axis]
-                positions = with_mixed_channels(one.tracer.positions(x), size, channels_axis)
-        one.tracer.continue_at(output, x, positions)
+                positions = mix_channels(forward_pass.tracer.positions(x), size, channels_axis)
+        forward_pass.tracer.continue_at(output, x, positions)
         return output
 
     def is_exact(self, name: str) -> bool:
         """Whether the backward pass of a layer that is being called is to be exact."""
         if torch.compiler.is_dynamo_compiling():
             return name in self.exact
-        one = self._current()
-        if one is None and in_backward():
-            return the_only([name in other.exact for other in self._passes_to_rerun()], name, "exact_backward")
-        return name in (self.exact if one is None else one.exact)
+        forward_pass = self._current()
+        if forward_pass is None and in_backward():
+            return common_answer([name in other.exact for other in self._passes_to_rerun()], name, "exact_backward")
+        return name in (self.exact if forward_pass is None else forward_pass.exact)
 
     def padding_mask(self, name: str, record: LayoutRecord, x: Tensor) -> Tensor | None:
         """A mask of shape (N, L), True where a word is padding; None if the model was given no attention mask."""
@@ -402,12 +415,12 @@ class LayoutFinder:
         if torch.compiler.is_dynamo_compiling():
             mask = mask_of(self.compiled_padding_masks, record.text)
             return None if mask is None or mask.shape != shape else mask
-        one = self._current()
-        passes = [one] if one is not None else self._passes_to_rerun() if in_backward() else []
+        forward_pass = self._current()
+        passes = [forward_pass] if forward_pass is not None else self._passes_to_rerun() if in_backward() else []
         masks = [mask_of(other.padding_masks, record.text) for other in passes]
         masks = [None if mask is None or mask.shape != shape else mask for mask in masks]
         if not all(same(mask, masks[0]) for mask in masks):
-            raise AmbiguousRerunError(cannot_be_told_apart(name, "attention masks"))
+            raise AmbiguousRerunError(ambiguity_message(name, "attention masks"))
         return masks[0] if masks else None
 
     def warn_once(self, cause: str, message: str) -> None:
@@ -422,15 +435,15 @@ class LayoutFinder:
 
     def _passes_to_rerun(self) -> list[ForwardPass]:
         """The passes that may be the one whose code is run again now."""
-        return self._history.to_rerun() or self._kinds
+        return self._history.to_rerun() or self._distinct
 
     def _record_to_rerun(self, name: str, shape: tuple[int, ...]) -> LayoutRecord:
         passes = self._passes_to_rerun()
-        found = []
-        for one in passes:
-            found += [record for record in calls_to_rerun(one, name) if fits(record, shape)]
-            self._history.add(one)
-        record = the_only([(r.layout, r.why_unknown, r.text) for r in found], name, "layouts of tokens", found)
+        records = []
+        for forward_pass in passes:
+            records += [record for record in calls_to_rerun(forward_pass, name) if fits(record, shape)]
+            self._history.add(forward_pass)
+        record = common_answer([(r.layout, r.why_unknown, r.text) for r in records], name, "layouts of tokens", records)
         if record is None:
             return NOT_TRACED
         if len(passes) == 1:  # a part within the one that is run again will be run again by itself
@@ -451,7 +464,7 @@ def _padding_masks(inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _is_own(module: nn.Module) -> bool:
-    """Whether a module is a layer of this package, whose attributes decide nothing about the model."""
+    """Whether a module is a layer of this package, whose attributes have no effect on the model's code."""
     return isinstance(module.__dict__.get("finder"), LayoutFinder)
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .dependencies import described
+from .descriptions import describe
 from .masks import is_mask
-from .positions import FIRST_TEXT, encode, moved_to, number_of
+from .positions import FIRST_TEXT, encode, number_of, renumber
 from .tracer import PositionTracer
 from .trails import Origin
 
@@ -59,7 +59,7 @@ def tensors_in(inputs: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def signature(inputs: dict[str, Any]) -> tuple:
-    """A key of the inputs that a trace depends on: shapes, dtypes, types, and the values of tensors of image sizes."""
+    """A key of all that a trace depends on in the inputs: shapes, dtypes, types, and the values of tensors of sizes."""
     parts: list[Any] = []
     for name, value in tensors_in(inputs):
         if isinstance(value, Tensor):
@@ -67,11 +67,11 @@ def signature(inputs: dict[str, Any]) -> tuple:
             if _holds_sizes(name, value):
                 parts.append(tuple(value.flatten().tolist()))
         else:
-            parts.append((name, described(value)))
+            parts.append((name, describe(value)))
     return tuple(parts)
 
 
-def described_inputs(inputs: dict[str, Any]) -> dict[str, Hashable]:
+def describe_inputs(inputs: dict[str, Any]) -> dict[str, Hashable]:
     """The parts of [`signature`]: one for all tensors, and others by the name of the argument."""
     parts: dict[str, Hashable] = {}
     tensors = []
@@ -85,19 +85,20 @@ def described_inputs(inputs: dict[str, Any]) -> dict[str, Hashable]:
 
 
 def _holds_sizes(name: str, tensor: Tensor) -> bool:
-    """Whether a tensor gives sizes of images, (images, 2) or with the number of frames before, (images, 3)."""
+    """Whether a tensor holds sizes of images: (images, 2), or (images, 3) with the number of frames first."""
     is_integer = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
     is_small = tensor.dim() == 2 and tensor.shape[1] in (2, 3) and 0 < tensor.numel() <= _MOST_VALUES
     return is_integer and is_small and _SIZES.search(name) is not None
 
 
-def start(tracer: PositionTracer, inputs: dict[str, Any], merge_size: int = 1) -> dict[int, str]:
+def assign_positions(tracer: PositionTracer, inputs: dict[str, Any], merge_size: int = 1) -> dict[int, str]:
     """Assign positions to every tensor among the inputs.
 
     Args:
         tracer: The tracer that follows the tensors from now on.
         inputs: The inputs, by the name of the argument.
-        merge_size: The rows and columns of the units in which packed patches are ordered, as in Qwen-VL; 1 without.
+        merge_size: The rows and columns of the units in which packed patches are ordered, as in Qwen-VL; 1: there are
+            no units.
 
     Returns:
         The name of each text, by its number as an input.
@@ -116,12 +117,12 @@ def start(tracer: PositionTracer, inputs: dict[str, Any], merge_size: int = 1) -
             positions = positions_of_images(name, tensor, sizes, merge_size)
             if positions is not None and positions.numel():  # a model may join images of several inputs in one sequence
                 count = int(number_of(positions[(-1,) * positions.dim()])) + 1
-                positions, num_images = moved_to(positions, num_images), num_images + count
+                positions, num_images = renumber(positions, num_images), num_images + count
         text_shape = _text_shape(name, tensor)
         if positions is None and text_shape is not None:
             source = by_kind.setdefault(_kind_of_text(name), FIRST_TEXT + len(by_kind))
             texts.setdefault(source, name)
-            positions = _of_text(source, tensor, text_shape) if source < 16 else None
+            positions = _positions_of_text(source, tensor, text_shape) if source < 16 else None
             origins = {source: Origin(words.get(_kind_of_text(name), name))}
         tracer.start(tensor, positions, _is_certain(tensor, positions), is_mask(name, tensor), origins)
     for given in sizes:
@@ -138,7 +139,7 @@ def _kind_of_text(name: str) -> str:
 
 
 def _is_certain(tensor: Tensor, positions: Tensor | None) -> bool:
-    """Whether the shape alone tells which axis runs over channels; otherwise the first convolution tells."""
+    """Whether the shape alone shows which axis runs over channels; if not, the first convolution will."""
     if positions is None or not tensor.is_floating_point() or tensor.dim() not in (3, 4, 5):
         return True
     if tensor.dim() == 5:
@@ -154,16 +155,16 @@ def _text_shape(name: str, tensor: Tensor) -> torch.Size | None:
     return tensor.shape if tensor.dim() == 2 and tensor.dtype != torch.bool else None
 
 
-def _of_text(source: int, tensor: Tensor, shape: torch.Size) -> Tensor:
+def _positions_of_text(source: int, tensor: Tensor, shape: torch.Size) -> Tensor:
     count, length = (torch.arange(n, device=tensor.device) for n in shape)
     positions = encode(source, count[:, None], torch.zeros_like(length), length)
     return positions if tensor.dim() == 2 else positions[..., None].expand(tensor.shape)
 
 
 def positions_of_images(name: str, tensor: Tensor, sizes: list[Tensor], merge_size: int) -> Tensor | None:
-    """Positions of the elements of an input, or None if it does not hold images."""
+    """The positions of an input's elements; None if the input does not hold images."""
     for given in sizes:
-        if (packed := _of_patches(tensor, given.tolist(), merge_size)) is not None:
+        if (packed := _positions_of_patches(tensor, given.tolist(), merge_size)) is not None:
             return packed
     if tensor.dim() == 3 and not name.endswith(_SPECTROGRAMS):
         is_image = tensor.shape[0] in (1, 3) and min(tensor.shape[1:]) >= 8
@@ -201,15 +202,15 @@ def _image_axes(tensor: Tensor) -> tuple[int, ...] | None:
     return None
 
 
-def _of_patches(tensor: Tensor, sizes: list[list[int]], merge_size: int) -> Tensor | None:
-    """Positions of images that were cut into patches before: (N, L, features), or packed, (total, features)."""
+def _positions_of_patches(tensor: Tensor, sizes: list[list[int]], merge_size: int) -> Tensor | None:
+    """The positions of images that were cut into patches beforehand: (N, L, features), or packed, (total, features)."""
     counts = [size[-2] * size[-1] * (size[0] if len(size) == 3 else 1) for size in sizes]
     places: list[Tensor] = []
     for size in sizes:
         frames = size[0] if len(size) == 3 else 1
         for _ in range(frames):
             merged = merge_size if len(size) == 3 else 1
-            places.append(_of_grid(len(places), size[-2], size[-1], merged, tensor.device))
+            places.append(_positions_on_grid(len(places), size[-2], size[-1], merged, tensor.device))
     if tensor.dim() == 3 and tensor.shape[0] == len(sizes) and max(counts) <= tensor.shape[1] and len(sizes[0]) == 2:
         rows = [torch.cat((p, p.new_full((tensor.shape[1] - len(p),), -1))) for p in places]
         return torch.stack(rows)[..., None].expand(tensor.shape)
@@ -218,7 +219,7 @@ def _of_patches(tensor: Tensor, sizes: list[list[int]], merge_size: int) -> Tens
     return None
 
 
-def _of_grid(number: int, height: int, width: int, merge_size: int, device: torch.device) -> Tensor:
+def _positions_on_grid(number: int, height: int, width: int, merge_size: int, device: torch.device) -> Tensor:
     row, column = torch.meshgrid(*(torch.arange(n, device=device) for n in (height, width)), indexing="ij")
     positions = encode(IMAGES, torch.full_like(row, number), row, column)
     if merge_size > 1 and height % merge_size == width % merge_size == 0:

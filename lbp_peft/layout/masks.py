@@ -28,7 +28,7 @@ def is_mask(name: str, value: object) -> bool:
 
 
 def padding_mask_of(name: str, mask: Tensor) -> Tensor:
-    """A tensor of the shape of the mask that is True where a word is only padding."""
+    """A tensor of the shape of the mask that is True where a word is padding."""
     if name.endswith(_PADDING):
         return mask != 0
     if mask.is_floating_point():

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .dependencies import changed
+from .descriptions import changed
 from .inputs import TENSORS
 from .records import NOT_TRACED
 
@@ -26,7 +26,7 @@ class Notices:
         self._reset_counts()
 
     def _reset_counts(self) -> None:
-        # What the last traced pass was given, and how often a traced pass differed from the one before in one thing.
+        # The arguments and attributes of the last traced pass, and how often a single one of them was new.
         self._given: dict[str, Hashable] = {}
         self._num_values: Counter[str] = Counter()
         self._num_not_traced: Counter[str] = Counter()
@@ -75,7 +75,7 @@ class Notices:
             "left out",
             f"{_listed(names)} not adapted, though patches of the image pass through, between adapted layers or in "
             "parts of the model that are like blocks of the encoder. By default, the layers in the blocks of the "
-            "encoder are adapted, as the model's structure tells. Set target_modules to the layers that you want: "
+            "encoder are adapted, as the model's structure shows them. Set target_modules to the layers that you want: "
             "targets_from finds them.",
         )
 
@@ -85,7 +85,7 @@ class Notices:
             "without patches",
             f"{_listed(names)} adapted, though no patches of the image pass through, but words of a text or one token "
             "of each image. By default, the layers in the blocks of the encoder are adapted, as the model's structure "
-            "tells. Set target_modules to the layers that you want: targets_from finds those with patches.",
+            "shows them. Set target_modules to the layers that you want: targets_from finds those with patches.",
         )
 
     def note_read_without_a_call(self, layer_names: list[str]) -> None:
@@ -103,7 +103,7 @@ class Notices:
             self.warn_once(
                 "not traced",
                 f"{layer_name} uses exact backpropagation in some of the forward passes, as may other layers: "
-                f"{NOT_TRACED.why_unknown}, and that has come {_MANY_PASSES} times. {NOT_TRACED.remedy}",
+                f"{NOT_TRACED.why_unknown}, and that has happened {_MANY_PASSES} times. {NOT_TRACED.remedy}",
             )
 
 

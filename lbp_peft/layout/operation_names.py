@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 
 
-def name_of(function: Any) -> str:
+def name_of(function: object) -> str:
     """The plain name of an operation: "add" for `torch.add`, `Tensor.add_`, `Tensor.__iadd__` and `Tensor.__radd__`."""
     if function in _SPECIAL:
         return _SPECIAL[function]

@@ -7,7 +7,7 @@ have positions of their own.
 
 Tensors of positions are mostly expanded views, since all channels of a token have the same position. Expanding takes no
 memory, and functions of positions work on what is not expanded ([`compact`]). An operation that copies its input also
-copies what was expanded, so its result is [`condensed`].
+copies what was expanded, so its result goes through [`condense`].
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def encode(source: int, image: Tensor, row: Tensor, column: Tensor) -> Tensor:
     return ((source << 18) + image << 2 * _BITS) + (row * UNITS_PER_PIXEL << _BITS) + column * UNITS_PER_PIXEL
 
 
-def moved_to(positions: Tensor, first: int) -> Tensor:
-    """Positions in images that are numbered from another number on."""
+def renumber(positions: Tensor, first: int) -> Tensor:
+    """The positions, with images numbered from `first` on instead of from 0."""
     if first == 0:
         return positions
     small = compact(positions)
@@ -97,7 +97,7 @@ def compact(positions: Tensor) -> Tensor:
     return positions
 
 
-def condensed(positions: Tensor) -> Tensor:
+def condense(positions: Tensor) -> Tensor:
     """The same positions, expanded along each axis along which they do not vary."""
     small = compact(positions)
     if small.numel() < _FEW:
@@ -119,8 +119,8 @@ def same_places(a: Tensor, b: Tensor) -> bool:
     return bool((place_in_image(compact(a)) == place_in_image(compact(b))).all())
 
 
-def joined(several: list[Tensor], axis: int) -> Tensor:
-    """Positions of what `torch.cat` makes of tensors with these positions."""
+def join(several: list[Tensor], axis: int) -> Tensor:
+    """Concatenate positions as `torch.cat` concatenates the tensors that they belong to."""
     first = several[0]
     if any(p.dim() != first.dim() for p in several):  # `torch.cat` skips empty vectors
         return torch.cat(several, axis)
@@ -137,8 +137,8 @@ def joined(several: list[Tensor], axis: int) -> Tensor:
     return torch.cat(several, axis).expand(shape)
 
 
-def mixed(positions: Tensor, axis: int) -> Tensor:
-    """Positions of mixtures of all elements along an axis, which has size 1 afterwards.
+def mix(positions: Tensor, axis: int) -> Tensor:
+    """The positions of mixtures of all elements along an axis, which has size 1 afterwards.
 
     A mixture of elements of one image gets the smallest row and the smallest column of them: the corner of a patch. If
     all mixtures have the same place in their images, as after global pooling, they are LOST.
@@ -174,6 +174,15 @@ def mixed(positions: Tensor, axis: int) -> Tensor:
     return result.expand(shape)
 
 
+def mix_channels(positions: Tensor | None, size: int, axis: int = -1) -> Tensor | None:
+    """The positions of a result in which each of `size` output channels is a mixture of all input channels."""
+    if positions is None:
+        return None
+    shape = list(positions.shape)
+    shape[axis] = size
+    return mix(positions, axis).expand(shape)
+
+
 def _without_repetitions(positions: Tensor, axis: int) -> Tensor:
     """The positions without those that equal the ones before them along an axis."""
     size, axis = positions.shape[axis], axis % positions.dim()
@@ -184,8 +193,8 @@ def _without_repetitions(positions: Tensor, axis: int) -> Tensor:
     return positions if len(kept) == size else positions.index_select(axis, kept)
 
 
-def merged(operands: list[Tensor], shape: torch.Size) -> Tensor:
-    """Positions of an element-wise function of several operands with known positions, in the shape of its result.
+def merge(operands: list[Tensor], shape: torch.Size) -> Tensor:
+    """The positions of an element-wise function of several operands with known positions, in the shape of its result.
 
     Operands that are broadcast are ignored if there is one that is not, since they say nothing about the axes along
     which they are broadcast. If only one operand has a position, the result has that one. If two have different
@@ -201,7 +210,7 @@ def merged(operands: list[Tensor], shape: torch.Size) -> Tensor:
         )
     result = whole[0].expand(shape)
     for other in whole[1:]:
-        result = _merged_pair(result, other.expand(shape))
+        result = _merge_pair(result, other.expand(shape))
     return result
 
 
@@ -210,7 +219,7 @@ def _covers(positions: Tensor, shape: torch.Size) -> bool:
     return all(size == full for size, full in zip(sizes, shape, strict=True))
 
 
-def _merged_pair(a: Tensor, b: Tensor) -> Tensor:
+def _merge_pair(a: Tensor, b: Tensor) -> Tensor:
     shape = a.shape
     a, b = compact(a), compact(b)
     if a.data_ptr() == b.data_ptr() and a.stride() == b.stride() and a.shape == b.shape:
@@ -247,7 +256,7 @@ def _smallest_step(positions: Tensor, of: Callable[[Tensor], Tensor]) -> int:
     return int(values.diff().min()) if len(values) > 1 else 0
 
 
-def sampled(positions: Tensor, axis: int, places: Tensor) -> Tensor:
+def sample(positions: Tensor, axis: int, places: Tensor) -> Tensor:
     """The positions at the given indices along an axis; indices out of range are clamped."""
     shape = list(positions.shape)
     shape[axis] = len(places)
@@ -257,7 +266,7 @@ def sampled(positions: Tensor, axis: int, places: Tensor) -> Tensor:
     return compact(positions).index_select(axis, places).expand(shape)
 
 
-def _turns(positions: Tensor, axis: int) -> bool:
+def _turns_back(positions: Tensor, axis: int) -> bool:
     """Whether the rows, or the columns, of one image both rise and fall along an axis."""
     size = positions.shape[axis]
     a, b = positions.narrow(axis, 0, size - 1), positions.narrow(axis, 1, size - 1)
@@ -266,7 +275,7 @@ def _turns(positions: Tensor, axis: int) -> bool:
     return any(bool(((step > 0).any(axis) & (step < 0).any(axis)).any()) for step in steps)
 
 
-def pooled(positions: Tensor, axis: int, first: Tensor, length: int, places: Tensor) -> Tensor:
+def sample_mixtures(positions: Tensor, axis: int, first: Tensor, length: int, places: Tensor) -> Tensor:
     """The positions of mixtures of several elements in a row: those of one of them.
 
     They are LOST where the elements are not neighbours in the image, as after rows were brought in another order.
@@ -278,8 +287,13 @@ def pooled(positions: Tensor, axis: int, first: Tensor, length: int, places: Ten
         length: The number of elements of a mixture.
         places: The index of the element whose position each mixture has.
     """
-    result = sampled(positions, axis, places)
-    if length < 2 or positions.shape[axis] == 1 or positions.stride(axis) == 0 or not _turns(compact(positions), axis):
+    result = sample(positions, axis, places)
+    if (
+        length < 2
+        or positions.shape[axis] == 1
+        or positions.stride(axis) == 0
+        or not _turns_back(compact(positions), axis)
+    ):
         return result
     small, last = compact(positions), positions.shape[axis] - 1
     row_step, column_step = (_smallest_step(small, of) for of in (row_of, column_of))
@@ -294,34 +308,34 @@ def pooled(positions: Tensor, axis: int, first: Tensor, length: int, places: Ten
     return torch.where(is_apart & (chosen >= 0), LOST, chosen).expand(result.shape)
 
 
-def resampled(positions: Tensor, axis: int, size: int) -> Tensor:
+def resample(positions: Tensor, axis: int, size: int) -> Tensor:
     """The positions after an axis is resized: a sample of them if it shrinks, linear interpolation if it grows.
 
     Where neighbours along the axis are not neighbours in the image, positions of mixtures of them are LOST.
     """
     old = positions.shape[axis]
     if old == size or old == 1 or positions.stride(axis) == 0:
-        return sampled(positions, axis, torch.zeros(size, dtype=torch.int64) if old == 1 else torch.arange(size))
+        return sample(positions, axis, torch.zeros(size, dtype=torch.int64) if old == 1 else torch.arange(size))
     if size < old:
         first = torch.arange(size) * old // size
-        return pooled(positions, axis, first, -(-old // size), first + (old // size - 1) // 2)
+        return sample_mixtures(positions, axis, first, -(-old // size), first + (old // size - 1) // 2)
     shape = list(positions.shape)
     shape[axis] = size
     positions = compact(positions)
     scaled = torch.arange(size) * old  # in units of 1 / size
     left = (scaled // size).clamp(max=old - 2)
-    a, b = sampled(positions, axis, left), sampled(positions, axis, left + 1)
+    a, b = sample(positions, axis, left), sample(positions, axis, left + 1)
     view = [-1 if d == axis % positions.dim() else 1 for d in range(positions.dim())]
     rest = (scaled - left * size).to(positions.device).view(view)
-    nearest = sampled(positions, axis, scaled // size)
-    row, column = (_interpolated(of(a), of(b), rest, old, size) for of in (row_of, column_of))
+    nearest = sample(positions, axis, scaled // size)
+    row, column = (_interpolate(of(a), of(b), rest, old, size) for of in (row_of, column_of))
     between = (image_of(a) << 2 * _BITS) + (row << _BITS) + column
-    if _turns(positions, axis):  # between halves that were swapped, for instance, there is nothing
+    if _turns_back(positions, axis):  # between halves that were swapped, for instance, there is nothing
         between = torch.where(rest == 0, a, LOST)
     return torch.where((a >= 0) & (b >= 0) & (image_of(a) == image_of(b)), between, nearest).expand(shape)
 
 
-def _interpolated(a: Tensor, b: Tensor, rest: Tensor, old: int, size: int) -> Tensor:
+def _interpolate(a: Tensor, b: Tensor, rest: Tensor, old: int, size: int) -> Tensor:
     """Rows, or columns, on the way from a to b, by `rest` / `size` of it, where `old` of them become `size`.
 
     A new element has the first row of the part that it takes, so a flipped axis has the same rows as one that is not.

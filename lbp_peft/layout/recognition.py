@@ -36,11 +36,11 @@ class NoTokensError(UnknownLayoutError):
 
 
 class SingleTokenError(UnknownLayoutError):
-    """There is one token of each image, so that there is nothing to gain."""
+    """There is one token of each image, so that nothing can be gained."""
 
 
 @dataclass(frozen=True)
-class FoundLayout:
+class RecognisedLayout:
     """The layout of a layer's input, and where its tokens come from.
 
     Attributes:
@@ -52,7 +52,7 @@ class FoundLayout:
     source: int
 
 
-def read_layout(positions: Tensor) -> FoundLayout:
+def read_layout(positions: Tensor) -> RecognisedLayout:
     """The layout of tokens.
 
     Args:
@@ -63,16 +63,16 @@ def read_layout(positions: Tensor) -> FoundLayout:
         UnknownLayoutError: the tokens do not form one grid.
     """
     key = (positions.shape, positions.cpu().numpy().tobytes())  # shared by most layers of a model
-    found = _read.get(key)
-    if found is None:
+    result = _results.get(key)
+    if result is None:
         try:
-            found = _read_layout(positions)
+            result = _read_layout(positions)
         except UnknownLayoutError as error:
-            found = _Failure.of(error)
-        _read[key] = found
-    if isinstance(found, _Failure):
-        raise found.error()
-    return found
+            result = _Failure.of(error)
+        _results[key] = result
+    if isinstance(result, _Failure):
+        raise result.error()
+    return result
 
 
 @dataclass(frozen=True)
@@ -90,16 +90,16 @@ class _Failure:
         return self.kind(self.message)
 
 
-_read: BoundedCache[tuple, FoundLayout | _Failure] = BoundedCache(16)
+_results: BoundedCache[tuple, RecognisedLayout | _Failure] = BoundedCache(16)
 
 
-def _read_layout(positions: Tensor) -> FoundLayout:
+def _read_layout(positions: Tensor) -> RecognisedLayout:
     if not bool((positions >= 0).any()):
         raise NoTokensError("none of its tokens is at a place of the input")
     long_axes = [axis for axis, size in enumerate(positions.shape) if size > 1]
     if not long_axes:
         raise SingleTokenError("its input has a single token")
-    found, failures = [], []
+    candidates, failures = [], []
     for count in range(1, len(long_axes) + 1):
         for token_axes in itertools.combinations(long_axes, count):
             others = [axis for axis in range(positions.dim()) if axis not in token_axes]
@@ -110,8 +110,8 @@ def _read_layout(positions: Tensor) -> FoundLayout:
             except UnknownLayoutError as error:
                 failures.append(_Failure.of(error))
                 continue
-            found.append((grid, token_axes))
-    if not found:
+            candidates.append((grid, token_axes))
+    if not candidates:
         raise max(failures, key=lambda one: not issubclass(one.kind, (NoTokensError, SingleTokenError))).error()
     usual = tuple(range(1, positions.dim()))
 
@@ -123,11 +123,11 @@ def _read_layout(positions: Tensor) -> FoundLayout:
             return True, any(part.order is not None for part in grid.parts), True, is_unusual, 0, -grid.num_tokens
         return False, grid.order is not None, grid.packed > 1, is_unusual, grid.spacing, -grid.num_tokens
 
-    grid, token_axes = min(found, key=preference)
+    grid, token_axes = min(candidates, key=preference)
     axes = None if token_axes == usual else token_axes
     if isinstance(grid, _Grids):
-        return FoundLayout(PackedLayout.of(tuple(part.layout() for part in grid.parts), axes), grid.source)
-    return FoundLayout(replace(grid.layout(), axes=axes, packed=grid.packed), grid.source)
+        return RecognisedLayout(PackedLayout.of(tuple(part.layout() for part in grid.parts), axes), grid.source)
+    return RecognisedLayout(replace(grid.layout(), axes=axes, packed=grid.packed), grid.source)
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class _Grids:
 
 
 def _read_rows(rows: np.ndarray) -> _Grid | _Grids:
-    """The grid, or the grids one after another, that each of several rows (rows, tokens) lies on, the same for all."""
+    """The grid, or the grids one after another, that the tokens of each row (rows, tokens) lie on."""
     try:
         return _read_grid(rows)
     except (NoTokensError, SingleTokenError):
@@ -174,10 +174,10 @@ def _read_rows(rows: np.ndarray) -> _Grid | _Grids:
 
 
 def _read_several(rows: np.ndarray) -> _Grid | _Grids | None:
-    """The grids that come one after another: of several images, windows with tokens of their own, or several scales."""
+    """The grids one after another, as of several images, of windows with their own tokens, or of several scales."""
     if (rows == LOST).any():
         return None
-    rows, source = _of_one_source(np.unique(rows, axis=0))
+    rows, source = _keep_one_source(np.unique(rows, axis=0))
     image = np.where(rows < 0, -1, rows >> 40)
     parts: list[_Grid] = []
     for piece in _split(rows, (image[:, 1:] != image[:, :-1]) & ((image[:, 1:] < 0) | (image[:, :-1] >= 0))):
@@ -187,23 +187,23 @@ def _read_several(rows: np.ndarray) -> _Grid | _Grids | None:
         row = piece >> 20 & 2**20 - 1
         known = piece >= 0
         of_scales = _split(piece, (row[:, 1:] < row[:, :-1]) & known[:, 1:] & known[:, :-1])
-        found = _read_all([piece]) or _read_all(of_scales)
-        if not found:
+        grids = _read_all([piece]) or _read_all(of_scales)
+        if not grids:
             return None
-        parts += found
+        parts += grids
     if len(parts) < 2:
         return None
     return replace(parts[0], packed=len(parts)) if len(set(parts)) == 1 else _Grids(tuple(parts), source)
 
 
 def _split(rows: np.ndarray, begins: np.ndarray) -> list[np.ndarray]:
-    """Pieces of rows (rows, tokens), the next of which begins after a token where it does so in all rows."""
+    """Split rows (rows, tokens) after each token after which another piece begins in all rows."""
     return np.split(rows, np.flatnonzero(begins.all(axis=0)) + 1, axis=1)
 
 
 def _read_all(pieces: list[np.ndarray]) -> list[_Grid]:
     """The grid of each piece; none if one of them has none."""
-    found = []
+    grids = []
     for piece in pieces:
         try:
             grid = _read_grid(piece)
@@ -211,15 +211,15 @@ def _read_all(pieces: list[np.ndarray]) -> list[_Grid]:
             return []
         if grid.packed > 1:
             return []
-        found.append(replace(grid, spacing=0))
-    return found
+        grids.append(replace(grid, spacing=0))
+    return grids
 
 
 def _read_grid(rows: np.ndarray) -> _Grid:
-    """The grid that each of several rows of tokens (rows, tokens) lies on, the same for all."""
+    """The grid that the tokens of each row (rows, tokens) lie on, which is the same for all rows."""
     if (count := _num_packed(rows)) > 1:
         return replace(_read_grid(rows.reshape(len(rows) * count, -1)), packed=count)
-    rows, source = _of_one_source(np.unique(rows, axis=0))
+    rows, source = _keep_one_source(np.unique(rows, axis=0))
     known = rows >= 0
     if not known.any(axis=1).all():
         raise UnknownLayoutError("some of its images have no tokens from a place of the input")
@@ -253,7 +253,7 @@ def _read_grid(rows: np.ndarray) -> _Grid:
 
 
 def _num_packed(rows: np.ndarray) -> int:
-    """How many images of as many tokens each, all of them at some place, come one after another in each row."""
+    """The number of images, all with the same number of tokens, that come one after another in each row."""
     if (rows < 0).any():
         return 1
     images = rows >> 40
@@ -268,7 +268,7 @@ def _num_packed(rows: np.ndarray) -> int:
     return count if (changes == expected).all() else 1
 
 
-def _of_one_source(rows: np.ndarray) -> tuple[np.ndarray, int]:
+def _keep_one_source(rows: np.ndarray) -> tuple[np.ndarray, int]:
     """Keep the tokens of one input, images before texts, and treat those of other inputs as NOWHERE."""
     sources = rows[rows >= 0] >> 58
     if len(sources) == 0:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..bases.grids import TokenLayout
 from ..transforms import outside_transforms
-from .positions import FIRST_TEXT, mixed
+from .positions import FIRST_TEXT, mix
 from .recognition import NoTokensError, SingleTokenError, UnknownLayoutError, read_layout
 from .tracer import PositionTracer
 from .trails import Origin
@@ -82,21 +82,21 @@ def record_of_positions(positions: Tensor, x: Tensor, channels_axis: int) -> Lay
     shape = token_shape(x, channels_axis)
     with outside_transforms(), torch.no_grad():
         try:
-            found = read_layout(mixed(positions, channels_axis).squeeze(channels_axis))
+            recognised = read_layout(mix(positions, channels_axis).squeeze(channels_axis))
         except UnknownLayoutError as error:
             benign = (SingleTokenError, NoTokensError) if x.dim() == 2 else SingleTokenError
             is_surprising = not isinstance(error, benign)
             return LayoutRecord(None, str(error), shape=shape, is_surprising=is_surprising, remedy=error.remedy)
-    return LayoutRecord(found.layout, shape=shape, source=found.source)
+    return LayoutRecord(recognised.layout, shape=shape, source=recognised.source)
 
 
 def positions_of_tokens(tracer: PositionTracer, x: Tensor, channels_axis: int) -> Tensor | None:
     """The position of each token of x, in its shape without channels."""
     positions = tracer.positions(x)
-    return None if positions is None else mixed(positions, channels_axis).squeeze(channels_axis)
+    return None if positions is None else mix(positions, channels_axis).squeeze(channels_axis)
 
 
-def fitting(records: list[LayoutRecord], number: int, shape: tuple[int, ...]) -> LayoutRecord:
+def matching_record(records: list[LayoutRecord], number: int, shape: tuple[int, ...]) -> LayoutRecord:
     """The record of the same call in the traced pass, or else the only record with this number of tokens."""
     if number < len(records) and fits(records[number], shape):
         return records[number]

@@ -40,44 +40,44 @@ class PassHistory:
         self._by_frame: weakref.WeakKeyDictionary[object, ForwardPass] = weakref.WeakKeyDictionary()
         self._lock = threading.Lock()
 
-    def add(self, one: ForwardPass) -> None:
+    def add(self, forward_pass: ForwardPass) -> None:
         """Record that a pass begins, or continues in a rerun."""
         thread, start = threading.get_ident(), next_number()
         with self._lock:
             passes = self._passes.setdefault(thread, deque())
-            if passes and passes[-1][1] is one:
+            if passes and passes[-1][1] is forward_pass:
                 return
-            passes.append((start, one))
+            passes.append((start, forward_pass))
             if len(passes) > _MOST_PASSES:
                 passes.popleft()
                 self._forgotten[thread] = passes[0][0]
 
-    def add_frames(self, one: ForwardPass, frames: tuple[object, ...]) -> None:
+    def add_frames(self, forward_pass: ForwardPass, frames: tuple[object, ...]) -> None:
         """Record that frames of parts that will be run again belong to a pass."""
         for frame in frames:
-            self._by_frame[frame] = one
+            self._by_frame[frame] = forward_pass
 
     def to_rerun(self) -> list[ForwardPass] | None:
         """The passes that may be the one that is run again now; None if they may have been forgotten."""
         frame, _ = rerun_frame()
-        if frame is not None and (one := self._by_frame.get(frame)) is not None:
-            return [one]
+        if frame is not None and (forward_pass := self._by_frame.get(frame)) is not None:
+            return [forward_pass]
         number = current_number()
         if number is None:
             return None
-        found = []
+        candidates = []
         with self._lock:
             for thread, passes in self._passes.items():
                 if number < self._forgotten.get(thread, 0):
                     return None
                 latest = None
-                for start, one in passes:
+                for start, forward_pass in passes:
                     if start > number:
                         break
-                    latest = one
+                    latest = forward_pass
                 if latest is not None:
-                    found.append(latest)
-        return found or None
+                    candidates.append(latest)
+        return candidates or None
 
 
 class _Rerun(threading.local):
@@ -95,16 +95,16 @@ def forget_rerun() -> None:
     _rerun.part = None
 
 
-def calls_to_rerun(one: ForwardPass, name: str) -> list[LayoutRecord]:
+def calls_to_rerun(forward_pass: ForwardPass, name: str) -> list[LayoutRecord]:
     """The records of a layer in the part of a pass that is run again; several if the call cannot be identified."""
-    distinct = list(dict.fromkeys(call.record for call in one.calls if call.name == name))
+    distinct = list(dict.fromkeys(call.record for call in forward_pass.calls if call.name == name))
     if len(distinct) <= 1:
         return distinct
     frame, hook = rerun_frame()
     if frame is not None:
-        calls = [call for call in one.calls if call.is_in(frame)]
+        calls = [call for call in forward_pass.calls if call.is_in(frame)]
     else:  # use_reentrant=True: the part was run, without autograd, right after the executing node had been created
-        calls = [call for call in one.calls if not call.had_grad]
+        calls = [call for call in forward_pass.calls if not call.had_grad]
         number = current_number()
         calls = list(itertools.dropwhile(lambda call: number is None or call.number <= number, calls))
     part = torch._C._current_autograd_node() if hook is None else hook
@@ -182,8 +182,8 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def the_only(answers: list[Any], name: str, what: str, values: list[Any] | None = None) -> Any:
-    """The common answer of all passes that may be run again; None if there are no passes.
+def common_answer(answers: list[Any], name: str, what: str, values: list[Any] | None = None) -> Any:
+    """The answer that all passes that may be run again have in common; None if there are no passes.
 
     Args:
         answers: The answer of each of these passes.
@@ -195,11 +195,11 @@ def the_only(answers: list[Any], name: str, what: str, values: list[Any] | None 
         AmbiguousRerunError: the answers differ.
     """
     if any(answer != answers[0] for answer in answers):
-        raise AmbiguousRerunError(cannot_be_told_apart(name, what))
+        raise AmbiguousRerunError(ambiguity_message(name, what))
     return (answers if values is None else values)[0] if answers else None
 
 
-def cannot_be_told_apart(name: str, what: str) -> str:
+def ambiguity_message(name: str, what: str) -> str:
     """The message for a layer that is run again for an unknown one of several passes."""
     return (
         f"Gradient checkpointing runs {name} again, and it is not known for which of several forward passes with "

@@ -17,18 +17,19 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..transforms import in_transform, outside_transforms
-from .contents import Consulted, version_of
+from .contents import ConsultedTensor, version_of
 from .operation_names import DATA_INDEPENDENT, FILLED, FINITENESS, LENDING, MIXING, RANDOM, READING, SPATIAL, name_of
 from .operations import RULES, RULES_BY_RESULT
-from .positions import FIRST_TEXT, LOST, compact, condensed
+from .operations.registry import Result, Rule
+from .positions import FIRST_TEXT, LOST, compact, condense
 from .trails import Origin, Trail, Trails, shares_memory
 
 
 class PositionTracer(TorchFunctionMode):
     """Context in which the positions of tensors are followed through every operation.
 
-    Operations that move data are applied to the positions; for others `operations.py` has a rule. After an operation
-    without a rule there are no positions.
+    The rules in `operations/` say what each operation does to positions. After an operation without a rule there are no
+    positions.
 
     Args:
         model: The module that is called. Its parameters and buffers count as constants, so an index among them picks
@@ -57,7 +58,7 @@ class PositionTracer(TorchFunctionMode):
         self.current_name = ""
         self.read_by = ""
         self.applied: set[str] = set()
-        self.consulted: dict[int, Consulted] = {}
+        self.consulted: dict[int, ConsultedTensor] = {}
         self._is_paused = False
         self._trails = Trails(_tensors_of(model))
 
@@ -89,7 +90,7 @@ class PositionTracer(TorchFunctionMode):
         """The trail of a tensor; None if it is not known to depend on the input."""
         return self._trails.get(tensor)
 
-    def positions(self, tensor: Any) -> Tensor | None:
+    def positions(self, tensor: object) -> Tensor | None:
         """The positions of a tensor's elements, in its shape; None if there are none."""
         trail = self._trails.get(tensor) if isinstance(tensor, Tensor) else None
         return None if trail is None else trail.positions
@@ -101,76 +102,89 @@ class PositionTracer(TorchFunctionMode):
             return False
         for one in made_of:
             if id(one) not in self.consulted and (contents := self._trails.contents(one)) is not None:
-                self.consulted[id(one)] = Consulted(one, version_of(one), contents)
+                self.consulted[id(one)] = ConsultedTensor(one, version_of(one), contents)
         return True
 
     def continue_at(self, output: Tensor, x: Tensor, positions: Tensor | None) -> None:
         """Follow the output of a layer with input x that was traced as a single operation."""
         before = self._trails.get(x) or Trail(None)
-        self._trails.put(output, Trail(positions, _one_step_on([before]), before.lost_by, before.is_certain))
+        self._trails.put(output, Trail(positions, _advance_origins([before]), before.lost_by, before.is_certain))
 
-    def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
+    def __torch_function__(
+        self, function: Callable[..., Any], types: object, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         if self._is_paused:
-            return function(*args, **kwargs)
-        name = name_of(function)
-        given = list(_tensors_in((args, kwargs)))
-        if name in READING:
-            self._note_reading(name, given)
-        if name in LENDING:
-            self._trails.lend(given[0], name)
-        trails = [trail for t in given if (trail := self._trails.get(t)) is not None]
-        versions = [version_of(t) for t in given]
-        if not trails:
-            result = function(*args, **kwargs)
-            changed = [t for t, version in zip(given, versions, strict=True) if version_of(t) != version]
-            for tensor in changed if name != "__set__" else given[:1]:
-                self._trails.note_version(tensor)
-                self._trails.lose(tensor, name)  # and perhaps changed otherwise in the next pass
-            if name in RANDOM:
-                self._note(result, name, args, kwargs, None, trails)
-            elif (given or name in DATA_INDEPENDENT) and not changed:
-                made_of = [self._trails.made_of(t) for t in given]
-                if all(one is not None for one in made_of):
-                    for tensor in _tensors_in(result):
-                        self._trails.put_constant(tensor, _union(one for one in made_of if one is not None))
-            return result
+            return function(*args, **(kwargs or {}))
+        operation = _Operation(function, args, kwargs or {})
+        if operation.name in READING:
+            self._note_reading(operation.name, operation.tensors)
+        if operation.name in LENDING:
+            self._trails.lend(operation.tensors[0], operation.name)
+        trails = [trail for t in operation.tensors if (trail := self._trails.get(t)) is not None]
+        return self._run(operation, trails) if trails else self._run_without_trails(operation)
+
+    def _run_without_trails(self, operation: _Operation) -> Any:
+        """Run an operation that does not depend on the input, and note which of its results are constants."""
+        name, tensors = operation.name, operation.tensors
+        result = operation.run()
+        changed = operation.changed_tensors()
+        for tensor in changed if name != "__set__" else tensors[:1]:
+            self._trails.note_version(tensor)
+            self._trails.lose(tensor, name)  # and perhaps changed otherwise in the next pass
+        if name in RANDOM:
+            self._note_result(operation, result, None, [])
+        elif (tensors or name in DATA_INDEPENDENT) and not changed:
+            made_of = [self._trails.made_of(t) for t in tensors]
+            if all(one is not None for one in made_of):
+                for tensor in _tensors_in(result):
+                    self._trails.put_constant(tensor, _union(one for one in made_of if one is not None))
+        return result
+
+    def _run(self, operation: _Operation, trails: list[Trail]) -> Any:
+        """Run an operation that depends on the input, and note the positions of its results.
+
+        Args:
+            operation: The operation.
+            trails: Those of its arguments.
+        """
+        name, tensors, kwargs = operation.name, operation.tensors, operation.kwargs
         has_positions = kwargs.get("out") is None and any(trail.positions is not None for trail in trails)
-        positions, rule_args, rule_kwargs = None, *_with_input_first(args, kwargs)
+        positions, rule_args, rule_kwargs = None, *_with_input_first(operation.args, kwargs)
         if has_positions and name in RULES:  # before the operation, which may change its arguments in place
             positions = self._apply(RULES[name], name, *rule_args, **rule_kwargs)
-        before = self._trails.get(given[0])
-        result = function(*args, **kwargs)
+        before = self._trails.get(tensors[0])
+        result = operation.run()
         if name == "__set__":  # x.data = y
-            positions = self.positions(given[-1])
+            positions = self.positions(tensors[-1])
         if has_positions and name in RULES_BY_RESULT:
             positions = self._apply(RULES_BY_RESULT[name], name, result, *rule_args, **rule_kwargs)
-        layers = self._layers(name, given)
+        layers = self._layers(name, tensors)
         self.applied.update(layers)
         layer = layers[0] if layers and name in MIXING else ""
-        changed = [t for t, version in zip(given, versions, strict=True) if version_of(t) != version]
+        changed = operation.changed_tensors()
         for tensor in changed:
             self._trails.note_version(tensor)
-        self._note(result, name, args, kwargs, positions, trails, layer)
+        self._note_result(operation, result, positions, trails, layer)
         if layer and self._on_layer is not None and isinstance(result, Tensor):
             with self.paused():
-                self._on_layer(layer, next(t for t in given if self._trails.get(t) is not None), result)
-        changes_first = result is given[0] or name in ("__set__", "__setitem__")
+                self._on_layer(layer, next(t for t in tensors if self._trails.get(t) is not None), result)
+        changes_first = result is tensors[0] or name in ("__set__", "__setitem__")
         if changes_first:
-            self._trails.note_change(given[0], before)
+            self._trails.note_change(tensors[0], before)
         for tensor in [*changed, *_tensors_in(kwargs.get("out"))]:
-            if not (changes_first and shares_memory(tensor, given[0])):  # else that is noted above
+            if not (changes_first and shares_memory(tensor, tensors[0])):  # else that is noted above
                 self._trails.lose(tensor, name)
         return result
 
     def _note_reading(self, name: str, tensors: list[Tensor]) -> None:
         if name == "__bool__" and all((t := self._trails.get(tensor)) and t.of_mask for tensor in tensors):
-            return  # whether there is padding is part of the trace's key
+            return  # the key of the trace says whether there is padding
         are_constant = [self.is_constant(tensor) for tensor in tensors]  # all of them are to be noted
         if not all(are_constant) and not self.read_by and (caller := _caller()):
             self.read_by = f"{name} in {caller}"
 
-    def _apply(self, rule: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    def _apply(self, rule: Rule, name: str, *args: Any, **kwargs: Any) -> Result:
+        """The positions of an operation's result by its rule; None if they are lost."""
         self.current_name = name
         try:
             _signature(rule).bind(self, *args, **kwargs)
@@ -178,17 +192,17 @@ class PositionTracer(TorchFunctionMode):
             return None
         if not in_transform():
             with torch.no_grad():
-                return _condensed(rule(self, *args, **kwargs))
+                return _condense_all(rule(self, *args, **kwargs))
         with outside_transforms(), torch.no_grad():
             try:
-                return _condensed(rule(self, *args, **kwargs))
+                return _condense_all(rule(self, *args, **kwargs))
             except RuntimeError:  # an index that belongs to the transform cannot be read
                 return None
 
     def _has_channels(self, name: str, args: tuple) -> bool:
-        """Whether all that an operation takes for the channels of one place does lie at one place.
+        """Whether the elements along the axis that an operation takes for channels all lie at the same place.
 
-        Otherwise its channels are rows, columns or tokens of the input.
+        If not, that axis runs over rows, columns or tokens of the input.
         """
         positions = self.positions(args[0]) if args else None
         if positions is None:
@@ -206,68 +220,99 @@ class PositionTracer(TorchFunctionMode):
         made_of = (one for tensor in constants for one in self._trails.source_of(tensor))
         return [owner for one in made_of if (owner := self._owners.get(id(one)))]
 
-    def _note(
-        self,
-        result: Any,
-        name: str,
-        args: tuple,
-        kwargs: dict[str, Any],
-        positions: Any,
-        trails: list[Trail],
-        layer: str = "",
+    def _note_result(
+        self, operation: _Operation, result: object, positions: Result, trails: list[Trail], layer: str = ""
     ) -> None:
+        """Note the trails of an operation's results.
+
+        Args:
+            operation: The operation.
+            result: What it returned.
+            positions: The positions of each result; None where they are lost.
+            trails: Those of its arguments.
+            layer: The name of the layer whose weight it applied, if any.
+        """
+        name, args = operation.name, operation.args
         outputs = [args[0]] if name in ("__setitem__", "__set__") else list(_tensors_in(result))
-        found = list(positions) if isinstance(positions, (tuple, list)) else [positions]
-        found += [None] * (len(outputs) - len(found))
-        origins = _one_step_on(trails)
-        if layer:  # the first one embeds patches
-            origins = {
-                source: replace(origin, name=layer, steps=0, is_layer=True)
-                if source < FIRST_TEXT and not origin.is_layer
-                else origin
-                for source, origin in origins.items()
-            }
+        several = [positions] if positions is None or isinstance(positions, Tensor) else positions
+        of_outputs: list[Tensor | None] = list(several)
+        of_outputs += [None] * (len(outputs) - len(of_outputs))
+        origins = _embedded(_advance_origins(trails), layer) if layer else _advance_origins(trails)
         lost_by = next((trail.lost_by for trail in trails if trail.lost_by), "")
         had_positions = any(trail.positions is not None for trail in trails)
         is_certain = all(trail.is_certain for trail in trails) or (name in SPATIAL and self._has_channels(name, args))
         of_mask = all(trail.of_mask for trail in trails) and len(trails) > 0
-        for output, p in zip(outputs, found, strict=False):
-            if p is not None and p.shape != output.shape:  # another operation of the same name
-                p = None
-            newly_lost = had_positions and not lost_by and (p is None or bool((compact(p) == LOST).any()))
-            has_shape_alone = name in FILLED and len(trails) == 1 and bool(args) and self.trail(args[0]) is not None
+        has_shape_alone = name in FILLED and len(trails) == 1 and bool(args) and self.trail(args[0]) is not None
+        for output, p in zip(outputs, of_outputs, strict=False):
             if has_shape_alone or name in FINITENESS:  # what is not finite has no useful gradients anyway
                 self._trails.put_constant(output, ())
                 continue
+            if p is not None and p.shape != output.shape:  # another operation of the same name
+                p = None
+            newly_lost = had_positions and not lost_by and (p is None or bool((compact(p) == LOST).any()))
             self._trails.put(output, Trail(p, origins, name if newly_lost else lost_by, is_certain, of_mask))
+
+
+class _Operation:
+    """One call of an operation, and the tensors among its arguments as they were before it.
+
+    Attributes:
+        name: The operation's name, see [`lbp_peft.layout.operation_names.name_of`].
+        args, kwargs: Its arguments.
+        tensors: The tensors among them.
+    """
+
+    def __init__(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]):
+        self._function, self.args, self.kwargs = function, args, kwargs
+        self.name = name_of(function)
+        self.tensors = list(_tensors_in((args, kwargs)))
+        self._versions = [version_of(tensor) for tensor in self.tensors]
+
+    def run(self) -> Any:
+        """Run the operation, and return what it returns."""
+        return self._function(*self.args, **self.kwargs)
+
+    def changed_tensors(self) -> list[Tensor]:
+        """The tensors among the arguments that have been written to since."""
+        return [t for t, version in zip(self.tensors, self._versions, strict=True) if version_of(t) != version]
+
+
+def _embedded(origins: dict[int, Origin], layer: str) -> dict[int, Origin]:
+    """The origins of a layer's output: images are followed from the first layer, which embeds their patches."""
+    return {
+        source: replace(origin, name=layer, steps=0, is_layer=True)
+        if source < FIRST_TEXT and not origin.is_layer
+        else origin
+        for source, origin in origins.items()
+    }
 
 
 _signature = cache(inspect.signature)
 
 
 def _with_input_first(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The arguments of an operation, its first one by place though it was given by name: `torch.flatten(input=x)`."""
+    """The arguments of an operation, with the first one by position even if it was given by name, as `input=x`."""
     if args or "input" not in kwargs:
         return args, kwargs
     return (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
 
 
-def _condensed(found: Any) -> Any:
-    """What a rule has found, with all positions condensed."""
-    if isinstance(found, Tensor):
-        return condensed(found)
-    return [_condensed(one) for one in found] if isinstance(found, (tuple, list)) else found
+def _condense_all(result: Result) -> Result:
+    """Condense the positions that a rule returns."""
+    if isinstance(result, Tensor):
+        return condense(result)
+    return None if result is None else [None if positions is None else condense(positions) for positions in result]
 
 
-def _one_step_on(trails: list[Trail]) -> dict[int, Origin]:
-    """The origins of the result of an operation: of several of one input, a layer, and the one farthest back."""
-    found: dict[int, Origin] = {}
+def _advance_origins(trails: list[Trail]) -> dict[int, Origin]:
+    """The origins of an operation's result: for each input, that of a layer, if any, and the one farthest back."""
+    farthest: dict[int, Origin] = {}
     for trail in [trail for trail in trails if not trail.of_mask] or trails:
         for source, origin in trail.origins.items():
-            other = found.get(source)
+            other = farthest.get(source)
             if other is None or (origin.is_layer, origin.steps) > (other.is_layer, other.steps):
-                found[source] = origin
-    return {source: replace(origin, steps=origin.steps + 1) for source, origin in found.items()}
+                farthest[source] = origin
+    return {source: replace(origin, steps=origin.steps + 1) for source, origin in farthest.items()}
 
 
 def _owners(model: nn.Module, names_of: nn.Module | None = None) -> dict[int, str]:
@@ -290,8 +335,8 @@ _WRAPPED = re.compile(r"\.(base_layer|modules_to_save\.\w+|original_module)$")
 
 
 def _union(several: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    found = {id(tensor): tensor for tensors in several for tensor in tensors}
-    return tuple(found.values())
+    distinct = {id(tensor): tensor for tensors in several for tensor in tensors}
+    return tuple(distinct.values())
 
 
 def _caller() -> str:
@@ -307,7 +352,7 @@ def _caller() -> str:
     return "the model"
 
 
-def _tensors_in(values: Any) -> Iterator[Tensor]:
+def _tensors_in(values: object) -> Iterator[Tensor]:
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, dict):

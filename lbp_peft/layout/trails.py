@@ -90,7 +90,7 @@ class Trails:
     def contents(self, tensor: Tensor) -> Contents | None:
         """What one of the model's tensors holds; None if that was changed in this pass, or cannot be relied on."""
         contents = self._contents.get(tensor)
-        return contents if contents is not None and contents.hold(tensor) and contents.is_reliable else None
+        return contents if contents is not None and contents.match(tensor) and contents.is_reliable else None
 
     def put(self, tensor: Tensor, trail: Trail) -> None:
         """Follow a tensor from here."""

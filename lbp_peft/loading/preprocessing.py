@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, PretrainedConfig, ViTImageProcessor
+from transformers import AutoImageProcessor, CLIPImageProcessor, PretrainedConfig, ViTImageProcessor
 
 from .options import DataOptions, as_size
 from .storedimages import as_rgb
@@ -34,7 +34,7 @@ class Preprocessor:
         assert options.model is not None
         size = as_size(options.image_size)
         try:
-            self.processor = AutoImageProcessor.from_pretrained(options.model)
+            self.processor = _adjustable(AutoImageProcessor.from_pretrained(options.model))
         except (OSError, ValueError) as error:
             file = Path(options.model).expanduser() / "preprocessor_config.json"
             if file.exists():
@@ -84,3 +84,18 @@ class Preprocessor:
             crop = {"do_center_crop": False} if hasattr(self.processor, "do_center_crop") else {}
             arguments = arguments | {"do_resize": False} | crop
         return self.processor(images=image, return_tensors="pt", **arguments)["pixel_values"][0]
+
+
+def _adjustable(processor: Any) -> Any:
+    """The processor, or for one of timm's, which takes no size and no other arguments, one that does the same."""
+    data: dict[str, Any] | None = getattr(processor, "data_config", None)
+    if hasattr(processor, "size") or data is None:
+        return processor
+    _, height, width = data["input_size"]
+    return CLIPImageProcessor(
+        size={"shortest_edge": int(min(height, width) / data["crop_pct"])},
+        crop_size={"height": height, "width": width},
+        resample=Image.Resampling[data["interpolation"].upper()],
+        image_mean=list(data["mean"]),
+        image_std=list(data["std"]),
+    )

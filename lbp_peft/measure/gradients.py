@@ -50,7 +50,7 @@ class GradientQuality:
     def __str__(self) -> str:
         lines = [f"gradient cosine {self.cosine:.4f}, norm ratio {self.norm_ratio:.3f} (1 and 1: exact)"]
         ordered = sorted(self.tensors.items(), key=lambda item: item[1].cosine)
-        lines += [f"  {own.cosine:.4f}  {own.norm_ratio:.3f}  {name}" for name, own in ordered[:_SHOWN]]
+        lines += [f"  {quality.cosine:.4f}  {quality.norm_ratio:.3f}  {name}" for name, quality in ordered[:_SHOWN]]
         if len(ordered) > _SHOWN:
             lines.append(
                 f"  and {len(ordered) - _SHOWN} tensors with cosines of at least {ordered[_SHOWN][1].cosine:.4f}"
@@ -100,31 +100,33 @@ def gradient_quality(model: nn.Module, batch: Any, loss_fn: LossFunction | None 
     def gradients() -> dict[str, Tensor]:
         with same_random_numbers(device), torch.enable_grad():
             loss = (loss_fn or loss_of_output)(model, batch)
-            found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-        return {name: grad for name, grad in zip(trained, found, strict=True) if grad is not None}
+            computed = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        return {name: grad for name, grad in zip(trained, computed, strict=True) if grad is not None}
 
     with undisturbed(model), torch.compiler.set_stance("force_eager"):
         model.train()
         with exact_backward(model):
             exact = gradients()
-        found = gradients()
-    return compare(found, exact, [name for name in exact if name.startswith(tuple(adapted)) and exact[name].dim() > 1])
+        low_rank = gradients()
+    return compare(
+        low_rank, exact, [name for name in exact if name.startswith(tuple(adapted)) and exact[name].dim() > 1]
+    )
 
 
-def compare(found: dict[str, Tensor], exact: dict[str, Tensor], counted: Iterable[str]) -> GradientQuality:
+def compare(gradients: dict[str, Tensor], exact: dict[str, Tensor], counted: Iterable[str]) -> GradientQuality:
     """Compare gradients by name. Tensors whose gradients are zero in both are left out.
 
     Args:
-        found: The gradients to judge.
+        gradients: The gradients to compare with the exact ones.
         exact: The exact gradients.
         counted: The names of the tensors that make up the totals.
     """
     counted = set(counted)
     tensors, total = {}, [0.0, 0.0, 0.0]
     for name, expected in exact.items():
-        if name not in found:
+        if name not in gradients:
             continue
-        sums = _sums(found[name], expected)
+        sums = _sums(gradients[name], expected)
         if sums[1] == sums[2] == 0:
             continue
         tensors[name] = _quality(*sums)
@@ -134,10 +136,10 @@ def compare(found: dict[str, Tensor], exact: dict[str, Tensor], counted: Iterabl
     return GradientQuality(whole.cosine, whole.norm_ratio, tensors)
 
 
-def _sums(found: Tensor, expected: Tensor) -> tuple[float, float, float]:
+def _sums(gradient: Tensor, exact: Tensor) -> tuple[float, float, float]:
     """The inner product of two tensors, and the squares of their norms."""
-    one, other = found.detach().flatten().float(), expected.detach().flatten().to(found.device).float()
-    return float(one @ other), float(one @ one), float(other @ other)
+    a, b = gradient.detach().flatten().float(), exact.detach().flatten().to(gradient.device).float()
+    return float(a @ b), float(a @ a), float(b @ b)
 
 
 def _quality(product: float, square: float, expected: float) -> TensorQuality:

@@ -91,11 +91,11 @@ def _reset_high_water_mark() -> bool:
 
 @contextmanager
 def _sampled(result: PeakMemory) -> Iterator[None]:
-    """Sample the resident set every five milliseconds."""
-    process, over = psutil.Process(), threading.Event()
+    """Sample the resident set every five milliseconds while the block runs."""
+    process, is_over = psutil.Process(), threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.005):
+        while not is_over.wait(0.005):
             result.bytes = max(result.bytes, process.memory_info().rss)
 
     watcher = threading.Thread(target=watch, daemon=True)
@@ -103,7 +103,7 @@ def _sampled(result: PeakMemory) -> Iterator[None]:
     try:
         yield
     finally:
-        over.set()
+        is_over.set()
         watcher.join()
         result.bytes = max(result.bytes, process.memory_info().rss)
 
@@ -128,10 +128,10 @@ def allocated(device: torch.device) -> Iterator[Allocated]:
     On a GPU, PyTorch's allocator counts. On a CPU, all allocations and releases of tensors are read from PyTorch's
     profiler and summed up in order.
 
+    On a CPU, releases of memory from before the block do not count.
+
     Yields:
         [`Allocated`], complete when the block ends.
-
-    On a CPU, releases of memory from before the block do not count.
     """
     result = Allocated()
     gc.collect()

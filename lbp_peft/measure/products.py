@@ -40,18 +40,16 @@ def multiply_adds() -> Iterator[MultiplyAdds]:
     result.total = counter.get_total_flops() // 2
 
 
-def _of_product(left: torch.Size, right: torch.Size, *args: object, **kwargs: object) -> int:
+def _flops_of_product(left: torch.Size, right: torch.Size, *args: object, **kwargs: object) -> int:
     """The FLOPs of a product (M, K) x (K, N)."""
     return 2 * math.prod(left) * right[1]
 
 
-def _of_product_added_in_place(
-    to: torch.Size, left: torch.Size, right: torch.Size, *args: object, **kwargs: object
-) -> int:
-    return _of_product(left, right)
+def _flops_of_addmm_(to: torch.Size, left: torch.Size, right: torch.Size, *args: object, **kwargs: object) -> int:
+    return _flops_of_product(left, right)
 
 
-def _of_convolution_backward(
+def _flops_of_convolution_backward(
     grad_shape: torch.Size, x_shape: torch.Size, weight_shape: torch.Size, *args: Any, **kwargs: object
 ) -> int:
     """Count the multiply-adds of the forward pass for each gradient.
@@ -64,7 +62,7 @@ def _of_convolution_backward(
     return 2 * x_shape[0] * pixels * math.prod(weight_shape) * sum(output_mask[:2])
 
 
-def _of_attention(query: torch.Size, key: torch.Size, value: torch.Size, *args: object, **kwargs: object) -> int:
+def _flops_of_attention(query: torch.Size, key: torch.Size, value: torch.Size, *args: object, **kwargs: object) -> int:
     """The FLOPs of q k^T and softmax(q k^T) v, of shapes (N, heads, L, d), (N, heads, M, d) and (N, heads, M, e).
 
     A causal mask saves nothing, as in PyTorch's formulas for other kinds of fused attention.
@@ -72,18 +70,18 @@ def _of_attention(query: torch.Size, key: torch.Size, value: torch.Size, *args: 
     return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-def _of_attention_backward(
+def _flops_of_attention_backward(
     grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *args: object, **kwargs: object
 ) -> int:
     """Count two products for each of the forward pass, and q k^T again, since it was not saved."""
     scores = math.prod(query[:-1]) * key[-2]
-    return 2 * _of_attention(query, key, value) + 2 * scores * query[-1]
+    return 2 * _flops_of_attention(query, key, value) + 2 * scores * query[-1]
 
 
 _FORMULAS = {
-    torch.ops.aten._int_mm: _of_product,
-    torch.ops.aten.addmm_: _of_product_added_in_place,
-    torch.ops.aten.convolution_backward: _of_convolution_backward,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _of_attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _of_attention_backward,
+    torch.ops.aten._int_mm: _flops_of_product,
+    torch.ops.aten.addmm_: _flops_of_addmm_,
+    torch.ops.aten.convolution_backward: _flops_of_convolution_backward,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _flops_of_attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _flops_of_attention_backward,
 }

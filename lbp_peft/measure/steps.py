@@ -15,7 +15,7 @@ from .memory import peak_memory
 from .products import multiply_adds
 from .timing import now
 from .undisturbed import LossFunction, device_of, loss_of_output, to_device, undisturbed
-from .warming_up import warmed_up
+from .warming_up import run_until_warm
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,11 @@ def step_cost(model: nn.Module, batch: Any, loss_fn: LossFunction | None = None,
         check_finite(optimiser)
         optimiser.step()
         optimiser.zero_grad()
-        step = partial(timed_step, model, batch, loss_fn, optimiser)
+        step = partial(time_step, model, batch, loss_fn, optimiser)
         with peak_memory(device) as peak:
-            warmed_up(model, step)
+            run_until_warm(model, step)
             times = [step() for _ in range(steps)]
-    forward_s, backward_s, optimiser_s = (statistics.median(own) for own in zip(*times, strict=True))
+    forward_s, backward_s, optimiser_s = (statistics.median(part) for part in zip(*times, strict=True))
     number = sum(parameter.numel() for parameter in trained)
     return StepCost(forward_s, backward_s, optimiser_s, saved.bytes, peak.bytes, forward.total, backward.total, number)
 
@@ -115,7 +115,7 @@ def check_finite(optimiser: torch.optim.Optimizer) -> None:
         raise ValueError("the gradients of the batch are not finite")
 
 
-def timed_step(
+def time_step(
     model: nn.Module, batch: Any, loss_fn: LossFunction, optimiser: torch.optim.Optimizer, clear: bool = True
 ) -> tuple[float, float, float]:
     """Run a training step.

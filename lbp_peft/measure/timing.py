@@ -12,14 +12,25 @@ import torch
 Result = TypeVar("Result")
 
 
-def interleaved(runs: Sequence[Callable[[], Result]], rounds: Iterable[object]) -> list[list[Result]]:
+def interleaved(
+    runs: Sequence[Callable[[], Result]], rounds: Iterable[object], unmeasured: int = 0
+) -> list[list[Result]]:
     """Call all functions once in each round, and return the results of each function.
 
     Other work on the machine slows all functions of a round alike, so compare times within a round, as [`ratios`] does.
+
+    Args:
+        runs: The functions.
+        rounds: As many rounds as it has items.
+        unmeasured: How many times a function is called before the call whose result counts. Training steps need one:
+            the step after another method's takes longer, because it gets memory back that the C library has just
+            returned to the system.
     """
     results: list[list[Result]] = [[] for _ in runs]
     for _ in rounds:
         for run, own in zip(runs, results, strict=True):
+            for _ in range(unmeasured):
+                run()
             own.append(run())
     return results
 

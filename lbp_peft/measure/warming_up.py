@@ -12,10 +12,10 @@ Result = TypeVar("Result")
 _MOST_STEPS = 4
 
 
-def warmed_up(model: nn.Module, step: Callable[[], Result]) -> Result:
-    """Run steps of a model, and return the result of the first one that neither traced nor compiled anything.
+def run_until_warm(model: nn.Module, step: Callable[[], Result]) -> Result:
+    """Run steps of a model until one neither traces nor compiles anything, and return its result.
 
-    A model whose Python code may take another path in each pass is traced in each pass; then the fourth step counts.
+    A model whose Python code may take another path in each pass is traced each time; the fourth step is then the last.
     """
     result = None
     for _ in range(_MOST_STEPS):

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..formats.in_groups import restored
+from ..formats.in_groups import dequantize_groups
 from ..transforms import backward_pass
-from .kept import kept_in_groups
+from .kept import keep_quantized
 from .layer_state import LayerRecord, same_autocast, to_save
 from .once_differentiable import once_differentiable
 
@@ -58,13 +58,13 @@ class _CompressedLayer(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         ctx.state, x, *held = inputs
-        ctx.save_for_backward(*kept_in_groups(x), *to_save(held))
+        ctx.save_for_backward(*keep_quantized(x), *to_save(held))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         state, second_order = ctx.state, torch.is_grad_enabled()
         values, scales, *held = ctx.saved_tensors
-        x = restored(values, scales, state.dtype)
+        x = dequantize_groups(values, scales, state.dtype)
         _, needs_x, *trained = ctx.needs_input_grad
         with backward_pass(), torch.enable_grad(), state.autocast():
             x.requires_grad_(needs_x)

@@ -321,12 +321,12 @@ def _make_signs(rows: int, columns: int, dtype: torch.dtype, device: torch.devic
     """Signs from one bit of a hash of each entry's row and column, so that no random generator has to be restored."""
     row = torch.arange(rows, device=device)[:, None]
     column = torch.arange(columns, device=device)[None, :]
-    bits = _scrambled(_scrambled(row + 1) + column)
+    bits = _scramble(_scramble(row + 1) + column)
     return (1 - 2 * (bits & 1)).to(dtype) / columns
 
 
-def _scrambled(values: Tensor) -> Tensor:
-    """A bijection of the integers below 2**32 in which every bit of the result depends on all bits of the input.
+def _scramble(values: Tensor) -> Tensor:
+    """Apply a bijection of the integers below 2**32. Every bit of the result depends on all bits of the argument.
 
     It alternates multiplications by odd numbers and shifts. Argument and result are int64 tensors.
     """

@@ -135,11 +135,8 @@ def _gradients(query: Tensor, key: Tensor, value: Tensor, grad: Tensor, scale: f
 
     def of_heads(part: slice) -> tuple[Tensor, Tensor, Tensor]:
         v = values[part]
-        return (
-            queries[part],
-            keys[part],
-            v - v.mean(1, keepdim=True),
-        )  # subtracted in the dtype of v: the mean cancels anyway
+        centred = v - v.mean(1, keepdim=True)  # in the dtype of v: rounding the mean has no effect, since it cancels
+        return queries[part], keys[part], centred
 
     return gradients_by_products(of_heads, (query.shape, key.shape, value.shape), grad, scale)
 

@@ -66,7 +66,7 @@ class SavedBranch(NamedTuple):
 _Group = TypeVar("_Group", BranchTensors, BranchNeeds, SavedBranch)
 
 
-def grouped(items: Sequence[Any], tuple_type: type[_Group]) -> list[_Group]:
+def group(items: Sequence[Any], tuple_type: type[_Group]) -> list[_Group]:
     """Split a flat sequence, which holds the fields of one tuple after another, into these tuples."""
     size = len(tuple_type._fields)
     return [tuple_type(*items[start : start + size]) for start in range(0, len(items), size)]

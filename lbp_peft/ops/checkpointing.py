@@ -20,14 +20,17 @@ from torch.utils import checkpoint
 from ..transforms import must_be_functional
 
 
-def _code_of_pack_hook(of: str) -> CodeType | None:
-    """The code of the hook by which one of the two passes saves tensors; None if PyTorch has no such hook."""
-    constants = getattr(getattr(checkpoint, of, None), "__init__", None)
-    code = getattr(constants, "__code__", None)
-    found = [
-        part for part in getattr(code, "co_consts", ()) if isinstance(part, CodeType) and part.co_name == "pack_hook"
-    ]
-    return found[0] if len(found) == 1 else None
+def _code_of_pack_hook(class_name: str) -> CodeType | None:
+    """The code of the hook by which one of the two passes saves tensors; None if PyTorch has no such hook.
+
+    Args:
+        class_name: The name of the class whose constructor defines the hook.
+    """
+    constructor = getattr(getattr(checkpoint, class_name, None), "__init__", None)
+    code = getattr(constructor, "__code__", None)
+    constants = getattr(code, "co_consts", ())
+    hooks = [one for one in constants if isinstance(one, CodeType) and one.co_name == "pack_hook"]
+    return hooks[0] if len(hooks) == 1 else None
 
 
 _FIRST, _AGAIN = _code_of_pack_hook("_checkpoint_hook"), _code_of_pack_hook("_recomputation_hook")

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..formats.in_groups import restored
+from ..formats.in_groups import dequantize_groups
 from ..instructions import multiplies_bf16
 from ..transforms import backward_pass, in_forward_mode, in_transform
 from .attention import attention, gradients_by_products
-from .kept import kept_in_groups
+from .kept import keep_quantized
 from .layer_state import to_save
 from .once_differentiable import once_differentiable
 
@@ -99,7 +99,7 @@ class _CompressedAttention(torch.autograd.Function):
     def forward(ctx: Any, state: _State, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
         ctx.state, ctx.dtype = state, query.dtype
         mean = functools.partial(_mean_over_keys, mask=mask)
-        rounded = *kept_in_groups(query), *kept_in_groups(key, mean), *kept_in_groups(value, mean)
+        rounded = *keep_quantized(query), *keep_quantized(key, mean), *keep_quantized(value, mean)
         ctx.save_for_backward(*rounded, *to_save([] if mask is None else [mask]))
         y = F.scaled_dot_product_attention(
             query, key, value, mask, 0.0, state.is_causal, scale=state.scale, enable_gqa=state.enable_gqa
@@ -113,14 +113,14 @@ class _CompressedAttention(torch.autograd.Function):
         rounded, mask = saved[:6], saved[6] if len(saved) > 6 else None
         with backward_pass(), torch.autocast(grads[0].device.type, enabled=False):  # so that the logits are float32
             if ctx.state.by_products:
-                gradients = _by_products(rounded, grads[0], ctx.state.scale)
+                gradients = _gradients_by_products(rounded, grads[0], ctx.state.scale)
             else:
-                gradients = _run_again(rounded, mask, grads[0], ctx.state)
+                gradients = _gradients_by_autograd(rounded, mask, grads[0], ctx.state)
         return None, *(once_differentiable(gradients, grads[0]) if second_order else gradients), None
 
 
 def _mean_over_keys(t: Tensor, mask: Tensor | None) -> Tensor:
-    """The mean of keys or values (N, heads, S, d) over those that a mask lets any query see; (N, heads, 1, d)."""
+    """The mean (N, heads, 1, d) of the keys or values (N, heads, S, d) that a mask does not hide from all queries."""
     if mask is None:
         return t.mean(-2, keepdim=True)
     seen = mask
@@ -131,12 +131,12 @@ def _mean_over_keys(t: Tensor, mask: Tensor | None) -> Tensor:
     return (t.where(seen, 0).sum(-2, keepdim=True, dtype=torch.float32) / count).to(t.dtype)
 
 
-def _by_products(rounded: Sequence[Tensor], grad: Tensor, scale: float | None) -> list[Tensor]:
+def _gradients_by_products(rounded: Sequence[Tensor], grad: Tensor, scale: float | None) -> list[Tensor]:
     values, scales = rounded[::2], rounded[1::2]
     flat = [(v.flatten(0, 1), s.flatten(0, 1)) for v, s in zip(values, scales, strict=True)]
 
     def of_heads(part: slice) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (restored(v[part], s[part], torch.float32) for v, s in flat)
+        q, k, v = (dequantize_groups(v[part], s[part], torch.float32) for v, s in flat)
         return q, k, v
 
     # Where there are instructions for bfloat16, its products are several times as fast, and its rounding is finer than
@@ -149,8 +149,10 @@ def _by_products(rounded: Sequence[Tensor], grad: Tensor, scale: float | None) -
     return [gradient.to(grad.dtype) for gradient in gradients]
 
 
-def _run_again(rounded: Sequence[Tensor], mask: Tensor | None, grad: Tensor, state: _State) -> list[Tensor]:
-    q, k, v = (restored(t, s, grad.dtype).requires_grad_() for t, s in zip(rounded[::2], rounded[1::2], strict=True))
+def _gradients_by_autograd(rounded: Sequence[Tensor], mask: Tensor | None, grad: Tensor, state: _State) -> list[Tensor]:
+    q, k, v = (
+        dequantize_groups(t, s, grad.dtype).requires_grad_() for t, s in zip(rounded[::2], rounded[1::2], strict=True)
+    )
     with torch.enable_grad():
         y = F.scaled_dot_product_attention(
             q, k, v, mask, 0.0, state.is_causal, scale=state.scale, enable_gqa=state.enable_gqa

@@ -97,7 +97,7 @@ class _LowRankPointwise(torch.autograd.Function):
         ctx.weight_dtype = weight.dtype
         ctx.is_tracked = in_transform()
         with tracked_by_transforms():
-            x_hat = _rows(x, state.weight_projection) if needs_weight else None
+            x_hat = _project(x, state.weight_projection) if needs_weight else None
         if x_hat is not None and state.weight_projection is not None:
             x_hat = x_hat.to(state.plan.saved_dtype(x_hat.dtype)) if in_transform() else state.plan.to_saved(x_hat)
         ctx.save_for_backward(x_hat, weight if needs_x else None)
@@ -117,7 +117,7 @@ def _gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
     _, needs_x, needs_weight, needs_bias = ctx.needs_input_grad
     grad_x = grad_weight = grad_bias = g_hat = None
     if needs_weight:
-        g_hat = _rows(grad_y, state.weight_projection, is_gradient=True)
+        g_hat = _project(grad_y, state.weight_projection, is_gradient=True)
         matrix_grad = weight_grad(g_hat, state.plan.from_saved(saved_x, grad_y.dtype))
         grad_weight = matrix_grad.unflatten(1, (-1, *[1] * (grad_y.dim() - 2))).to(ctx.weight_dtype)
     if needs_x:
@@ -144,7 +144,7 @@ def _input_grad(state: _State, weight: Tensor, grad_y: Tensor, g_hat: Tensor | N
         return _convolution(grad_y)(grad_y, weight.to(grad_y.dtype).transpose(0, 1))
     lifting: Lifting | None
     if input_projection is None:
-        lifting, g_hat = None, _rows(grad_y, None)
+        lifting, g_hat = None, _project(grad_y, None)
     elif g_hat is not None and weight_projection and input_projection.basis == weight_projection.basis:
         lifting = weight_projection
     else:
@@ -161,8 +161,8 @@ def _convolution(x: Tensor) -> Callable[..., Tensor]:
     return F.conv2d if x.dim() == 4 else F.conv1d
 
 
-def _rows(x: Tensor, projection: Projection | None, is_gradient: bool = False) -> Tensor:
-    """(N, C, H, W) or (N, C, L) -> (N, k, C), or (N, L, C) without a projection."""
+def _project(x: Tensor, projection: Projection | None, is_gradient: bool = False) -> Tensor:
+    """Project pixels: (N, C, H, W) or (N, C, L) -> (N, k, C), or (N, L, C) without a projection."""
     if x.dim() == 4 and projection is not None:
         return projection.project_image(x)
     tokens = x.flatten(2).transpose(1, 2)

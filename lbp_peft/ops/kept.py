@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..formats.in_groups import rounded_in_groups, shape_of_scales
+from ..formats.in_groups import quantize_groups, shape_of_scales
 from .checkpointing import empty, saved_tensors_are_discarded
 
 
@@ -30,10 +30,10 @@ def keep(x: Tensor) -> Tensor:
     return _keep(x) if torch.compiler.is_compiling() else x
 
 
-def kept_in_groups(x: Tensor, offset: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
-    """What is saved of x in 8 bits, see [`lbp_peft.formats.in_groups.rounded_in_groups`].
+def keep_quantized(x: Tensor, offset: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    """Quantize x, to be saved in 8 bits, see [`lbp_peft.formats.in_groups.quantize_groups`].
 
-    In the first pass of gradient checkpointing, which throws it away, nothing is computed.
+    The first pass of gradient checkpointing throws away what is saved, so nothing is computed in it.
 
     Args:
         x: Shape (..., C).
@@ -41,5 +41,5 @@ def kept_in_groups(x: Tensor, offset: Callable[[Tensor], Tensor] | None = None) 
     """
     if saved_tensors_are_discarded():
         return empty(x, x.shape, torch.int8), empty(x, shape_of_scales(x.shape), torch.float32)
-    values, scales = rounded_in_groups(x, None if offset is None else offset(x))
+    values, scales = quantize_groups(x, None if offset is None else offset(x))
     return keep(values), keep(scales)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats.in_groups import restored
+from ..formats.in_groups import dequantize_groups
 from ..transforms import backward_pass
-from .kept import keep, kept_in_groups
+from .kept import keep, keep_quantized
 from .layer_state import to_save
 from .once_differentiable import once_differentiable
 
@@ -44,7 +44,7 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
         y, mean, rstd = torch.native_layer_norm(x, (x.shape[-1],), weight, bias, eps)
-        kept = (*kept_in_groups(x, lambda _: mean), keep(rstd))
+        kept = (*keep_quantized(x, lambda _: mean), keep(rstd))
         ctx.save_for_backward(*kept, *to_save([t for t in (weight,) if t is not None]))
         return y
 
@@ -55,7 +55,7 @@ class _LayerNorm(torch.autograd.Function):
         weight = weights[0] if weights else None
         grad = grads[0]
         with backward_pass():
-            centred = restored(values, scales, grad.dtype)
+            centred = dequantize_groups(values, scales, grad.dtype)
             # The kernel needs some tensor in the bias's place to compute its gradient, and does not read it.
             gradients = torch.ops.aten.native_layer_norm_backward(
                 grad, centred, (grad.shape[-1],), torch.zeros_like(rstd), rstd, weight, weight, ctx.needs_input_grad[:3]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 # Attributes that every module has and that no result depends on, mostly hooks; they are not restored.
-_LEFT_ALONE = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
+_NOT_RECORDED = frozenset(vars(nn.Module())) - {"training", "_parameters", "_buffers", "_modules"}
 _CONSTANTS = frozenset({bool, int, float, str, type(None)})
 _MAPPINGS = (dict, OrderedDict, defaultdict)
 
@@ -44,9 +44,9 @@ class LayerRecord:
             (
                 module,
                 {
-                    name: value if type(value) in _CONSTANTS else self._recorded(value, memo)
+                    name: value if type(value) in _CONSTANTS else self._record(value, memo)
                     for name, value in vars(module).items()
-                    if name not in _LEFT_ALONE
+                    if name not in _NOT_RECORDED
                 },
             )
             for module in layer.modules()
@@ -75,22 +75,22 @@ class LayerRecord:
         Changes that the layer makes to itself within the block are discarded, since the forward pass made them already.
         """
         memo: dict[int, Any] = {}
-        found = []
+        states = []
         for module, attributes in self._attributes:
-            now = vars(module)
-            then = {name: value for name, value in now.items() if name in _LEFT_ALONE}
-            then.update({name: _restored(value, tensors, memo) for name, value in attributes.items()})
-            found.append((module, now, then))
+            current = vars(module)
+            recorded = {name: value for name, value in current.items() if name in _NOT_RECORDED}
+            recorded.update({name: _restore(value, tensors, memo) for name, value in attributes.items()})
+            states.append((module, current, recorded))
         try:
-            for module, _, then in found:
-                object.__setattr__(module, "__dict__", then)
+            for module, _, recorded in states:
+                object.__setattr__(module, "__dict__", recorded)
             yield
         finally:
-            for module, now, _ in found:
-                object.__setattr__(module, "__dict__", now)
+            for module, current, _ in states:
+                object.__setattr__(module, "__dict__", current)
 
-    def _recorded(self, value: Any, memo: dict[int, Any]) -> Any:
-        """A copy of an attribute in which slots stand for tensors. An object that occurs repeatedly is copied once."""
+    def _record(self, value: Any, memo: dict[int, Any]) -> Any:
+        """Copy an attribute, with slots in place of tensors. An object that occurs repeatedly is copied once."""
         if isinstance(value, Tensor):
             if id(value) not in memo:
                 memo[id(value)] = _Slot(len(self._tensors))
@@ -100,13 +100,13 @@ class LayerRecord:
                 copy = memo[id(value)] = value.copy()
                 for key, item in value.items():
                     if type(item) not in _CONSTANTS:
-                        copy[key] = self._recorded(item, memo)
+                        copy[key] = self._record(item, memo)
         elif type(value) is list:
             if id(value) not in memo:
                 copy = memo[id(value)] = []
-                copy.extend(self._recorded(item, memo) for item in value)
+                copy.extend(self._record(item, memo) for item in value)
         elif type(value) is tuple:
-            return tuple(self._recorded(item, memo) for item in value)
+            return tuple(self._record(item, memo) for item in value)
         elif type(value) is set:
             memo.setdefault(id(value), value.copy())
         return memo.get(id(value), value)
@@ -119,23 +119,23 @@ class _Slot:
         self.index = index
 
 
-def _restored(value: Any, tensors: Sequence[Tensor], memo: dict[int, Any]) -> Any:
-    """The inverse of [`LayerRecord._recorded`]: fill the slots with tensors. The record itself is not changed."""
+def _restore(value: Any, tensors: Sequence[Tensor], memo: dict[int, Any]) -> Any:
+    """The inverse of [`LayerRecord._record`]: fill the slots with tensors. The record itself is not changed."""
     cls = type(value)
     if cls in _CONSTANTS:
         return value
     if cls is _Slot:
         return tensors[value.index]
     if cls is tuple:
-        return tuple(_restored(item, tensors, memo) for item in value)
+        return tuple(_restore(item, tensors, memo) for item in value)
     if cls not in _MAPPINGS and cls not in (list, set):
         return value
     if id(value) not in memo:
         copy = memo[id(value)] = value.copy()
         if cls is list:
-            copy[:] = [_restored(item, tensors, memo) for item in value]
+            copy[:] = [_restore(item, tensors, memo) for item in value]
         elif cls is not set:
-            copy.update({key: _restored(item, tensors, memo) for key, item in value.items()})
+            copy.update({key: _restore(item, tensors, memo) for key, item in value.items()})
     return memo[id(value)]
 
 

@@ -42,7 +42,7 @@ from ..formats.weight_cache import Origin
 from ..projection import Projection
 from ..transforms import backward_pass, in_dispatch_mode, in_forward_mode, in_transform, must_be_functional
 from .autocast import cast_as_autocast_would
-from .branches import Branch, BranchNeeds, BranchTensors, SavedBranch, factors, grouped
+from .branches import Branch, BranchNeeds, BranchTensors, SavedBranch, factors, group
 from .checkpointing import only_saved_tensors_matter
 from .leading_tokens import LeadingTokens, leading_tokens_with_gradient
 from .once_differentiable import once_differentiable
@@ -94,7 +94,7 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def forward(state: _State, x: Tensor, weight: Tensor, bias: Tensor | None, *of_branches: Tensor | None) -> Tensor:
         dtype = weight.dtype if state.cast_weight is None else state.cast_weight
-        branches = grouped(of_branches, BranchTensors)
+        branches = group(of_branches, BranchTensors)
         if state.sums_weight:
             for branch, scaling in zip(branches, state.scalings, strict=True):
                 if branch.bias is not None:
@@ -102,17 +102,17 @@ class _LowRankLinear(torch.autograd.Function):
             return F.linear(x, summed_weight(weight, factors(branches), state.scalings, dtype), bias).detach()
         y = F.linear(x, weight.to(dtype), bias)
         # Selective checkpointing, a dispatch mode, keeps results of products and refuses changes in place.
-        must_keep = in_transform() or in_dispatch_mode()
+        must_be_out_of_place = in_transform() or in_dispatch_mode()
         for branch, scaling in zip(branches, state.scalings, strict=True):
             update = F.linear(F.linear(x if branch.x is None else branch.x, branch.down), branch.up, branch.bias)
-            y = y + update * scaling if must_keep else y.add_(update.mul_(scaling))
+            y = y + update * scaling if must_be_out_of_place else y.add_(update.mul_(scaling))
         return y.detach()  # F.linear's result is a view of a matrix: autograd refuses to change those in place
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         state: _State
         state, x, weight, _, *of_branches = inputs
-        branches, needs = grouped(of_branches, BranchTensors), _needed(ctx)
+        branches, needs = group(of_branches, BranchTensors), _needed(ctx)
         ctx.state = state
         ctx.weight_dtype = weight.dtype
         ctx.is_tracked = in_transform()
@@ -156,11 +156,11 @@ class _EagerLowRankLinear(_LowRankLinear):
         return output
 
 
-class _SavedFirst(torch.autograd.Function):
+class _LowRankLinearWithoutProduct(torch.autograd.Function):
     """[`_LowRankLinear`] without a product: it saves the same tensors, and its output has a shape but no values.
 
-    Together with [`_WithValues`] it saves before it multiplies. A gradient checkpoint that is run again stops after the
-    last tensor that is saved, and then leaves out the product.
+    Together with [`_ValuesForOutput`] it saves before it multiplies. A gradient checkpoint that is run again stops
+    after the last tensor that is saved, and then leaves out the product.
     """
 
     @staticmethod
@@ -171,8 +171,8 @@ class _SavedFirst(torch.autograd.Function):
     backward = staticmethod(_LowRankLinear.backward)
 
 
-class _WithValues(torch.autograd.Function):
-    """Gives the output of [`_SavedFirst`] its values."""
+class _ValuesForOutput(torch.autograd.Function):
+    """Returns the values for the output of [`_LowRankLinearWithoutProduct`], and passes the gradient on to it."""
 
     @staticmethod
     def forward(place: Tensor, values: Tensor) -> Tensor:
@@ -190,7 +190,7 @@ class _WithValues(torch.autograd.Function):
 def _needed(ctx: Any) -> _Needs:
     """Which arguments need a gradient, according to the context that autograd keeps of a call."""
     _, x, weight, bias, *of_branches = ctx.needs_input_grad
-    return _Needs(x, weight, bias, grouped(of_branches, BranchNeeds))
+    return _Needs(x, weight, bias, group(of_branches, BranchNeeds))
 
 
 def _gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
@@ -198,7 +198,7 @@ def _gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
     state: _State = ctx.state
     plan, needs = state.plan, _needed(ctx)
     saved_x, weight, *of_branches = ctx.saved_tensors
-    branches = grouped(of_branches, SavedBranch)
+    branches = group(of_branches, SavedBranch)
     weight_projection: Projection | LeadingTokens | None = state.weight_projection
     input_projection: InputProjection | LeadingTokens | None = state.input_projection
     precision = precision_now(plan.precision)
@@ -208,12 +208,12 @@ def _gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
         weight_projection = input_projection = leading
         precision = FULL  # rounding W would take longer
 
-    def restored(rows: Tensor) -> Tensor:
-        """The rows of a saved input that belong to those of the projected gradient."""
+    def load(rows: Tensor) -> Tensor:
+        """Read a saved input, in the dtype of products, at the rows that the projected gradient has."""
         return plan.from_saved(rows if leading is None else leading.project_gradient(rows), grad_y.dtype)
 
     # The gradients of weights and biases
-    x_hat: Tensor | None = None if saved_x is None else restored(saved_x)
+    x_hat: Tensor | None = None if saved_x is None else load(saved_x)
     g_hat: Tensor | None = None
     grad_weight: Tensor | None = None
     grad_bias: Tensor | None = None
@@ -228,7 +228,7 @@ def _gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
     for branch, needed, scaling in zip(branches, needs.branches, state.scalings, strict=True):
         grad_down, grad_up = None, None
         if needed.down or needed.up:
-            z_hat = x_hat if branch.x_hat is None else restored(branch.x_hat)
+            z_hat = x_hat if branch.x_hat is None else load(branch.x_hat)
             # If a factor is trained, the branch's own input is saved, or x.
             assert g_hat is not None and z_hat is not None
             grad_down, grad_up = _factor_grads(g_hat, z_hat, branch, needed, scaling)
@@ -249,8 +249,8 @@ def _gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
         coefficients, of_own_x = _input_coefficients(
             state, needs, branches, ctx.have_own_x, g_hat=g_hat, weight=weight, precision=precision
         )
-        grads_of_own_x = [_lifted(rows, lifting, grad_y, plan.layout) for rows in of_own_x]
-        grad_x = _lifted(coefficients, lifting, grad_y, plan.layout)
+        grads_of_own_x = [_lift(rows, lifting, grad_y, plan.layout) for rows in of_own_x]
+        grad_x = _lift(coefficients, lifting, grad_y, plan.layout)
 
     gradients = [grad_x, grad_weight, grad_bias if needs.bias else None]
     for grad_own_x, trained in zip(grads_of_own_x, grads_of_branches, strict=True):
@@ -317,7 +317,7 @@ def _sums_weight_again(state: _State, precision: Precision, g_hat: Tensor, weigh
     return heuristics.active().sum_weights(num_images * g_hat.shape[1], *weight.shape)
 
 
-def _lifted(
+def _lift(
     coefficients: Tensor | None,
     lifting: Lifting | LeadingTokens | None,
     grad_y: Tensor,
@@ -371,7 +371,7 @@ def low_rank_linear(
         >>> y = low_rank_linear(x, weight, bias, plan=plan)
     """
     if in_forward_mode():
-        return _plain(x, weight, bias, branches)
+        return _exact_linear(x, weight, bias, branches)
     original_x, original_weight = x, weight
     others = [bias]
     for branch in branches:
@@ -389,17 +389,17 @@ def low_rank_linear(
         sums_weight=not exact_forward and _sums_weight(x, weight, others[1:], plan),
     )
     if only_saved_tensors_matter():
-        place = _SavedFirst.apply(state, x, weight, *others)
+        place = _LowRankLinearWithoutProduct.apply(state, x, weight, *others)
         with torch.no_grad():
             values = _LowRankLinear.forward(state, x, weight, *others)
-        return _WithValues.apply(place, values)
+        return _ValuesForOutput.apply(place, values)
     function = _LowRankLinear if must_be_functional() else _EagerLowRankLinear
     return function.apply(state, x, weight, *others)
 
 
 def _sums_weight(x: Tensor, weight: Tensor, of_branches: Sequence[Tensor | None], plan: BackwardPlan) -> bool:
     """Whether y is one product with the sum of the weight and the branches."""
-    branches = grouped(of_branches, BranchTensors)
+    branches = group(of_branches, BranchTensors)
     if not branches or any(branch.x is not None for branch in branches):
         return False
     num_rows = math.prod(x.shape[:-1])
@@ -408,8 +408,8 @@ def _sums_weight(x: Tensor, weight: Tensor, of_branches: Sequence[Tensor | None]
     return sums_weight(x, weight, factors(branches), num_rows)
 
 
-def _plain(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch]) -> Tensor:
-    """The same layer, differentiated by PyTorch."""
+def _exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch]) -> Tensor:
+    """The same layer, differentiated by autograd."""
     y = F.linear(x, weight, bias)
     for branch in branches:
         down = F.linear(x if branch.x is None else branch.x, branch.down)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..bases.base import Basis
 from ..bases.grids import TokenLayout
-from ..formats.in_groups import BYTES_OF_SCALE, restored_rows, rows_with_scales
+from ..formats.in_groups import BYTES_OF_SCALE, dequantize_rows, quantize_rows
 from ..formats.products import Precision, saved_dtype
 from ..projection import Projection, num_coefficients, projection
 from .checkpointing import empty
@@ -181,7 +181,7 @@ class BackwardPlan:
     def to_saved(self, x_hat: Tensor) -> Tensor:
         """Convert a projected input, shape (N, k, C), to the form in which it is saved for the weight gradient."""
         if self.saves_8_bits and x_hat.dtype != torch.float64:
-            return keep(rows_with_scales(x_hat))
+            return keep(quantize_rows(x_hat))
         return x_hat.to(self.saved_dtype(x_hat.dtype))
 
     def empty_saved(self, x: Tensor, shape: tuple[int, int, int]) -> Tensor:
@@ -193,7 +193,7 @@ class BackwardPlan:
 
     def from_saved(self, saved: Tensor, dtype: torch.dtype) -> Tensor:
         """The inverse of [`to_saved`], up to rounding; `dtype` is that of the layer's input or of its gradient."""
-        return restored_rows(saved, self.saved_dtype(dtype)) if saved.dtype == torch.int8 else saved
+        return dequantize_rows(saved, self.saved_dtype(dtype)) if saved.dtype == torch.int8 else saved
 
     def weight_projection(self, dtype: torch.dtype, device: torch.device) -> Projection | None:
         """The projection for the weight gradient; None: it is exact."""

@@ -47,11 +47,11 @@ def low_rank_layer(
         x: Shape (N, L, C_in), or (N, H, W, C_in) with L = H W.
         plan: How the backward pass is run, see [`BackwardPlan`]. Its basis of the weight gradient serves all trained
             parameters of the layer. Its number format is not used: the layer multiplies in its own.
-        fingerprint: Returns a value that is another one after changes of the layer that its tensors' version counters
-            do not record, such as merging an adapter.
+        fingerprint: Returns a value that changes with those changes of the layer that its tensors' version counters do
+            not record, such as merging an adapter.
 
-    Dropout of the input is respected: the parameters see what it left of x, and no gradient passes through what it
-    dropped.
+    Dropout of the input is respected: the parameters multiply what it left of x, and no gradient passes through what
+    it dropped.
 
     Returns:
         Shape (N, ..., C_out).
@@ -69,7 +69,7 @@ def low_rank_layer(
     dropped: list[Tensor] = []
     if input_projection is None:
         # Plain autograd through the layer, with its parameters held fixed, is exact and saves no input.
-        with forwards_replaced(dropouts, lambda module, z: _noted(F.dropout(z, module.p), dropped)):
+        with forwards_replaced(dropouts, lambda module, z: _append(F.dropout(z, module.p), dropped)):
             fixed = {name: p.detach() for name, p in parameters.items()}
             y = functional_call(layer, fixed, (x,))
         dropped = [z.detach() for z in dropped]
@@ -77,7 +77,7 @@ def low_rank_layer(
 
         def drop(module: nn.Dropout, z: Tensor) -> Tensor:
             with torch.enable_grad():  # so that gradients reach x through the dropout
-                return _noted(F.dropout(x if z is x else x.to(z.dtype), module.p), dropped)
+                return _append(F.dropout(x if z is x else x.to(z.dtype), module.p), dropped)
 
         with torch.no_grad(), forwards_replaced(dropouts, drop):
             y = layer(x)
@@ -209,11 +209,11 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         row_grads, _ = _differentiate(state, zeros, held, rows, inputs_too=True, trained=[False] * len(held))
         input_grads = [z.unflatten(0, g_hat.shape[:2]) for z in row_grads]
 
-    def lifted(z: Tensor) -> Tensor:
+    def lift(z: Tensor) -> Tensor:
         return z if lifting is None else lifting.of_dtype(z.dtype).lift(z)
 
     input_grads = [
-        from_tokens(lifted(z), shape, state.plan.layout) if needed and z is not None else None
+        from_tokens(lift(z), shape, state.plan.layout) if needed and z is not None else None
         for z, shape, needed in zip(input_grads, ctx.shapes, needs.inputs, strict=True)
     ]
     return [*input_grads, *tensor_grads]
@@ -256,6 +256,7 @@ def _differentiate(
     return row_grads, [next(trained_grads) if needed else None for needed in trained]
 
 
-def _noted(z: Tensor, notes: list[Tensor]) -> Tensor:
-    notes.append(z)
+def _append(z: Tensor, tensors: list[Tensor]) -> Tensor:
+    """Append a tensor to a list, and return the tensor."""
+    tensors.append(z)
     return z

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats.in_groups import restored
+from ..formats.in_groups import dequantize_groups
 from ..transforms import backward_pass
 from .checkpointing import empty, saved_tensors_are_discarded
-from .kept import keep, kept_in_groups
+from .kept import keep, keep_quantized
 from .layer_state import to_save
 from .once_differentiable import once_differentiable
 
@@ -46,7 +46,7 @@ class _RMSNorm(torch.autograd.Function):
             rstd = empty(x, (*x.shape[:-1], 1), torch.float32)
         else:
             rstd = keep((x.float().square().mean(-1, keepdim=True) + eps).rsqrt())
-        ctx.save_for_backward(*kept_in_groups(x), rstd, *to_save([t for t in (weight,) if t is not None]))
+        ctx.save_for_backward(*keep_quantized(x), rstd, *to_save([t for t in (weight,) if t is not None]))
         return y.detach()
 
     @staticmethod
@@ -56,7 +56,7 @@ class _RMSNorm(torch.autograd.Function):
         _, needs_x, needs_weight, *_ = ctx.needs_input_grad
         grad_x = grad_weight = None
         with backward_pass():
-            g, normalised = grads[0].float(), restored(values, scales, torch.float32) * rstd
+            g, normalised = grads[0].float(), dequantize_groups(values, scales, torch.float32) * rstd
             if needs_weight:
                 (weight,) = weights
                 grad_weight = (g * normalised).flatten(0, -2).sum(0).to(weight.dtype)

@@ -20,11 +20,11 @@ from .tokens import as_tokens
 class _Shared(threading.local):
     """The last projected input in the innermost [`shared_projections`] of this thread; None outside of any."""
 
-    last: _Projected | None = None
+    last: _ProjectedInput | None = None
 
 
 @dataclass
-class _Projected:
+class _ProjectedInput:
     """An input and its saved projection, by weak references, so that neither tensor is kept alive."""
 
     x: Callable[[], Tensor | None] = lambda: None
@@ -43,7 +43,7 @@ def shared_projections() -> Iterator[None]:
     Changes cannot be detected with certainty, since version counters miss writes through `.data` or NumPy. Nested
     blocks and other threads share nothing with it.
     """
-    before, _shared.last = _shared.last, _Projected()
+    before, _shared.last = _shared.last, _ProjectedInput()
     try:
         yield
     finally:

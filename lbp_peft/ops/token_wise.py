@@ -12,7 +12,7 @@ from .dropout import active_dropouts, forwards_replaced, random_state_restored
 def why_not_token_wise(layer: nn.Module, num_features: int, dtype: torch.dtype, device: torch.device) -> str:
     """The reason why a layer does not apply the same affine map to each token in each call; "" if it does.
 
-    The layer is run on a few random tokens with its trained parameters disturbed, since many adapters do nothing before
+    The layer is run on a few random tokens with its trained parameters perturbed, since many adapters do nothing before
     they are trained. Dropout of the layer's input is allowed; other dropout is not.
     """
     if random := _random_parts(layer):
@@ -23,21 +23,21 @@ def why_not_token_wise(layer: nn.Module, num_features: int, dtype: torch.dtype, 
         return torch.randn(*shape, generator=generator).to(device, dtype)
 
     a, b = draw(2, 3, num_features), draw(2, 3, num_features)
-    disturbed = {
+    perturbed = {
         name: p.detach() + 0.1 * torch.randn(p.shape, generator=generator).to(p)
         for name, p in layer.named_parameters()
         if p.requires_grad
     }
-    strange: list[Tensor] = []
+    other_inputs: list[Tensor] = []
 
     def run(x: Tensor) -> Tensor:
         def pass_on(module: nn.Module, z: Tensor) -> Tensor:
             if z is not x and not (z.dtype != x.dtype and z.shape == x.shape):
-                strange.append(z)
+                other_inputs.append(z)
             return z
 
         with forwards_replaced(active_dropouts(layer), pass_on):
-            return functional_call(layer, disturbed, (x,)).double()
+            return functional_call(layer, perturbed, (x,)).double()
 
     fixed = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
     with torch.enable_grad(), random_state_restored(device):
@@ -47,7 +47,7 @@ def why_not_token_wise(layer: nn.Module, num_features: int, dtype: torch.dtype, 
         at_a, at_zero = run(a), run(torch.zeros_like(a))
         scale = at_a.abs().max() + 1e-6
         tolerance = scale * (2e-3 if dtype.itemsize >= 4 and not torch.is_autocast_enabled(device.type) else 5e-2)
-        if strange:
+        if other_inputs:
             return "it drops out more than its input"
         if at_a.shape[:-1] != a.shape[:-1]:
             return "it changes the number of tokens"

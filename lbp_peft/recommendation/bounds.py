@@ -11,7 +11,7 @@ _BYTES = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "KI": 2**10, "MI": 2**
 
 
 class BudgetError(ValueError):
-    """No measured setting keeps within the bounds. The message has the lowest possible value, and its setting.
+    """No measured setting keeps within the bounds. The message gives the lowest possible value and its setting.
 
     Attributes:
         table: The measurements as text.
@@ -60,17 +60,19 @@ class Bounds:
 
     @property
     def least_cosine(self) -> float:
+        """The bound of the cosine, or its default."""
         return DEFAULT_MIN_COSINE if self.min_cosine is None else self.min_cosine
 
-    def most_memory(self, full: float | None) -> float:
+    def max_bytes(self, full: float | None) -> float:
         """The bound of memory in bytes, given full fine-tuning's; infinite if there is none."""
-        return _in_full(self.memory, self.memory_is_relative, full, "memory")
+        return _absolute(self.memory, self.memory_is_relative, full, "memory")
 
-    def most_seconds(self, full: float | None) -> float:
-        return _in_full(self.step_time, self.step_time_is_relative, full, "step_time")
+    def max_seconds(self, full: float | None) -> float:
+        """The bound of the step time in seconds, given full fine-tuning's; infinite if there is none."""
+        return _absolute(self.step_time, self.step_time_is_relative, full, "step_time")
 
 
-def _in_full(bound: float | None, is_relative: bool, full: float | None, name: str) -> float:
+def _absolute(bound: float | None, is_relative: bool, full: float | None, name: str) -> float:
     if bound is None:
         return math.inf
     if not is_relative:

@@ -1,4 +1,4 @@
-"""The settings that are compared. To add some, add a line to `SETTINGS` or a variant to `VARIANTS`."""
+"""The settings that are compared. To add one, add a line to `SETTINGS`, or a function of settings to `VARIANTS`."""
 
 from __future__ import annotations
 
@@ -67,8 +67,8 @@ class Candidate:
             return LBPWHTConfig(**self.lbp_wht, train_base_weight=False, stack_on=lora)
         return LBPWHTConfig(**self.lbp_wht, modules_to_save=saved)
 
-    def applied(self, model: nn.Module, heads: list[str]) -> nn.Module:
-        """Change a model in place, so that it can be trained in this way.
+    def apply_to(self, model: nn.Module, heads: list[str]) -> nn.Module:
+        """Change a model in place, so that it is trained in this way.
 
         Raises:
             NotApplicableError: the setting cannot be used with the model.
@@ -80,15 +80,15 @@ class Candidate:
                 adapted = model if config is None else get_peft_model(model, config)
             except ValueError as error:
                 raise NotApplicableError(str(error)) from error
-            if self.checkpointing:  # not before: PEFT would then have the embeddings' output require a gradient
+            if self.checkpointing:  # only now, or PEFT would make the embeddings' output require a gradient
                 enable_checkpointing(adapted)
             if self.compiled:
                 adapted.compile()
         return adapted
 
 
-# The order is that of importance: if time is short, the last ones are left out. The first four differ in kind: full
-# fine-tuning, LoRA, LBP-WHT, and LBP-WHT on LoRA.
+# The order is that of importance: if time is short, the last settings are left out. The first four are one of each
+# kind: full fine-tuning, LoRA, LBP-WHT, and LBP-WHT on LoRA.
 KINDS = 4
 R10, LORA_R10 = "LBP-WHT r=10", "LoRA + LBP-WHT r=10"
 _ADAPTIVE = {"r": 10, "grad_input_rank": 24, "grad_input_basis": "adaptive"}
@@ -124,7 +124,7 @@ def with_both(candidate: Candidate) -> Candidate | None:
 
 
 def with_dropped_base_weights(candidate: Candidate) -> Candidate | None:
-    """One setting is enough: the effect is the same for all that train copies of weights."""
+    """Drop the base weights of a single setting: the effect is the same for all that train copies of weights."""
     if candidate.label != R10 or candidate.lbp_wht is None:
         return None
     return _variant(candidate, "no base weights", lbp_wht=candidate.lbp_wht | {"base_weights": "dropped"})
@@ -140,7 +140,8 @@ def _variant(candidate: Candidate, what: str, **changes: Any) -> Candidate:
     return replace(candidate, label=label, no_better_than=candidate.label, saves_memory=True, **changes)
 
 
-# Each function returns a variant of a setting that saves memory, or None. Its gradients are not better.
+# Each function returns a variant of a setting that saves memory and has no better gradients; None if there is no such
+# variant.
 VARIANTS: tuple[Callable[[Candidate], Candidate | None], ...] = (
     with_checkpointing,
     with_compressed_activations,
@@ -151,8 +152,8 @@ VARIANTS: tuple[Callable[[Candidate], Candidate | None], ...] = (
 
 
 def variants(settings: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """All variants of the settings that `VARIANTS` make."""
-    return tuple(changed for variant in VARIANTS for one in settings if (changed := variant(one)))
+    """All variants of the settings, by the functions in `VARIANTS`."""
+    return tuple(variant for vary in VARIANTS for setting in settings if (variant := vary(setting)))
 
 
 CANDIDATES: tuple[Candidate, ...] = (
@@ -163,7 +164,7 @@ CANDIDATES: tuple[Candidate, ...] = (
 )
 
 
-def in_order(candidates: Sequence[Candidate], lora: bool, memory_is_free: bool) -> list[Candidate]:
+def sort_candidates(candidates: Sequence[Candidate], lora: bool, only_time_is_bounded: bool) -> list[Candidate]:
     """The candidates in the order in which they are tried, the most informative ones first.
 
     One of each kind comes first, then the candidates that can be recommended, and last those that are shown for
@@ -171,20 +172,25 @@ def in_order(candidates: Sequence[Candidate], lora: bool, memory_is_free: bool) 
 
     Args:
         lora: Whether a setting that trains LoRA's factors is sought, and not one that trains whole weights.
-        memory_is_free: Whether memory does not count, so that settings come before their variants.
+        only_time_is_bounded: Whether only the step time has a bound. Then settings come before their variants, which
+            take longer.
     """
     kinds, others = candidates[:KINDS], candidates[KINDS:]
-    return [*kinds, *sorted(others, key=lambda one: (one.lora is not lora, memory_is_free and one.saves_memory))]
+
+    def key(candidate: Candidate) -> tuple[bool, bool]:
+        return candidate.lora is not lora, only_time_is_bounded and candidate.saves_memory
+
+    return [*kinds, *sorted(others, key=key)]
 
 
-def compiled(candidates: tuple[Candidate, ...]) -> Iterator[Candidate]:
+def with_compile(candidates: Sequence[Candidate]) -> Iterator[Candidate]:
     """The same candidates under `torch.compile`."""
     for candidate in candidates:
         yield replace(candidate, label=f"{candidate.label} + compile", compiled=True)
 
 
 def enable_checkpointing(model: nn.Module) -> None:
-    """Have a model of transformers or timm compute activations again in the backward pass.
+    """Turn on gradient checkpointing in a model of transformers or timm.
 
     Raises:
         NotApplicableError: the model has no gradient checkpointing.
@@ -216,8 +222,8 @@ def _with_checkpointing(model: nn.Module) -> tuple[str, nn.Module]:
     raise NotApplicableError("the model has no gradient checkpointing")
 
 
-def sharing_copy(model: nn.Module) -> nn.Module:
-    """A copy of the model whose parameters share memory with the original's."""
+def copy_with_shared_parameters(model: nn.Module) -> nn.Module:
+    """Copy a model. The copy's parameters share memory with the original's."""
     shared = {
         id(parameter): nn.Parameter(parameter.detach(), requires_grad=parameter.requires_grad)
         for parameter in model.parameters()
@@ -226,7 +232,7 @@ def sharing_copy(model: nn.Module) -> nn.Module:
 
 
 def lora_targets(model: nn.Module) -> list[str]:
-    """The linear layers of the encoder, by suffixes of their names if these match no other layer.
+    """The names of the encoder's linear layers; only their last parts, if these match no other layer.
 
     Raises:
         NotApplicableError: there are none.
@@ -235,7 +241,7 @@ def lora_targets(model: nn.Module) -> list[str]:
     if not names:
         raise NotApplicableError("no linear layers were found in blocks of an encoder")
     ends = {name.rpartition(".")[2] for name in names}
-    found = [
+    matched = [
         name for name, module in model.named_modules() if name.rpartition(".")[2] in ends and layer_type_of(module)
     ]
-    return sorted(ends) if sorted(found) == sorted(names) and not any(end.isdigit() for end in ends) else names
+    return sorted(ends) if sorted(matched) == sorted(names) and not any(end.isdigit() for end in ends) else names

@@ -58,29 +58,29 @@ def choose(trials: Sequence[Trial], bounds: Bounds, reference: Reference) -> tup
     Raises:
         BudgetError: none keeps within the bounds.
     """
-    most_bytes = bounds.most_memory(reference.full_bytes)
-    most_seconds = bounds.most_seconds(reference.full_seconds)
+    max_bytes = bounds.max_bytes(reference.full_bytes)
+    max_seconds = bounds.max_seconds(reference.full_seconds)
     measured = [trial for trial in trials if not trial.failure]
     within = [
         trial
         for trial in measured
-        if trial.peak_bytes <= most_bytes
-        and trial.seconds <= most_seconds
+        if trial.peak_bytes <= max_bytes
+        and trial.seconds <= max_seconds
         and (trial.cosine is None or trial.cosine >= bounds.least_cosine)
     ]
     if not within:
-        raise BudgetError(_nothing_within(measured, bounds, most_bytes, most_seconds))
-    price, rule = price_of(bounds)
+        raise BudgetError(_message_of_failure(measured, bounds, max_bytes, max_seconds))
+    price, rule = objective(bounds)
     least = min(map(price, within))
-    # If the cosine is optimised, all differences count, since they are small.
+    # Differences in the cosine are small, so that smaller ones count.
     margin = _SAME_COSINE if bounds.memory and bounds.step_time else _NEGLIGIBLE * least
-    equal = [trial for trial in within if price(trial) <= least + margin]
-    best = max(equal, key=lambda trial: (_cosine(trial), -trial.seconds * trial.peak_bytes))
+    nearly_equal = [trial for trial in within if price(trial) <= least + margin]
+    best = max(nearly_equal, key=lambda trial: (_cosine(trial), -trial.seconds * trial.peak_bytes))
     return next((exact for exact in within if _is_as_good(exact, best, reference)), best), rule
 
 
 def _is_as_good(exact: Trial, best: Trial, reference: Reference) -> bool:
-    """Whether full fine-tuning or LoRA takes as little time and memory as the best setting."""
+    """Whether a trial is that of full fine-tuning or LoRA, and takes as little time and memory as the best setting."""
     negligible = 1 + _NEGLIGIBLE
     return (
         exact in (reference.full, reference.lora)
@@ -89,8 +89,8 @@ def _is_as_good(exact: Trial, best: Trial, reference: Reference) -> bool:
     )
 
 
-def price_of(bounds: Bounds) -> tuple[Callable[[Trial], float], str]:
-    """The quantity that is minimised, and the rule in words."""
+def objective(bounds: Bounds) -> tuple[Callable[[Trial], float], str]:
+    """The quantity that is to be minimised, and the rule in words."""
     good = f"a gradient cosine of at least {bounds.least_cosine:g}"
     within = "of the measured settings that keep within"
     if bounds.memory and bounds.step_time:
@@ -109,8 +109,8 @@ def _cosine(trial: Trial) -> float:
     return -math.inf if trial.cosine is None else trial.cosine
 
 
-def _nothing_within(trials: Sequence[Trial], bounds: Bounds, most_bytes: float, most_seconds: float) -> str:
-    """The lowest possible value for each bound by itself, and for both together."""
+def _message_of_failure(trials: Sequence[Trial], bounds: Bounds, max_bytes: float, max_seconds: float) -> str:
+    """The message of the error: the lowest possible value for each bound by itself, or for both together."""
     good = [trial for trial in trials if trial.cosine is None or trial.cosine >= bounds.least_cosine]
     if not trials:
         return "No setting could be measured."
@@ -121,35 +121,35 @@ def _nothing_within(trials: Sequence[Trial], bounds: Bounds, most_bytes: float, 
             f"{best.label}."
         )
     parts = []
-    if all(trial.peak_bytes > most_bytes for trial in good):
+    if all(trial.peak_bytes > max_bytes for trial in good):
         least = min(good, key=lambda trial: trial.peak_bytes)
         parts.append(
             f"No setting with a gradient cosine of at least {bounds.least_cosine:g} keeps within "
-            f"{most_bytes / 2**20:.0f} MiB of memory. The least is {least.peak_bytes / 2**20:.0f} MiB, with "
+            f"{max_bytes / 2**20:.0f} MiB of memory. The least is {least.peak_bytes / 2**20:.0f} MiB, with "
             f"{least.label}."
         )
-    if all(trial.seconds > most_seconds for trial in good):
+    if all(trial.seconds > max_seconds for trial in good):
         least = min(good, key=lambda trial: trial.seconds)
         parts.append(
             f"No setting with a gradient cosine of at least {bounds.least_cosine:g} takes at most "
-            f"{1e3 * most_seconds:.0f} ms a step. The shortest is {1e3 * least.seconds:.0f} ms, with {least.label}."
+            f"{1e3 * max_seconds:.0f} ms a step. The shortest is {1e3 * least.seconds:.0f} ms, with {least.label}."
         )
     if not parts:
-        small = min((one for one in good if one.seconds <= most_seconds), key=lambda trial: trial.peak_bytes)
-        quick = min((one for one in good if one.peak_bytes <= most_bytes), key=lambda trial: trial.seconds)
+        small = min((trial for trial in good if trial.seconds <= max_seconds), key=lambda trial: trial.peak_bytes)
+        quick = min((trial for trial in good if trial.peak_bytes <= max_bytes), key=lambda trial: trial.seconds)
         parts.append(
-            f"No setting keeps within {most_bytes / 2**20:.0f} MiB and {1e3 * most_seconds:.0f} ms a step together. "
+            f"No setting keeps within {max_bytes / 2**20:.0f} MiB and {1e3 * max_seconds:.0f} ms a step together. "
             f"Within that time the least memory is {small.peak_bytes / 2**20:.0f} MiB, with {small.label}; within that "
             f"memory the shortest step is {1e3 * quick.seconds:.0f} ms, with {quick.label}."
         )
     return " ".join(parts)
 
 
-def in_the_running(trials: Sequence[Trial]) -> list[Trial]:
+def undominated(trials: Sequence[Trial]) -> list[Trial]:
     """The trials that are not dominated in memory, step time and gradients, up to negligible differences."""
     measured = [trial for trial in trials if not trial.failure]
 
-    def is_beaten(trial: Trial) -> bool:
+    def is_dominated(trial: Trial) -> bool:
         return any(
             other is not trial
             and other.peak_bytes <= trial.peak_bytes
@@ -158,37 +158,41 @@ def in_the_running(trials: Sequence[Trial]) -> list[Trial]:
             for other in measured
         )
 
-    return [trial for trial in measured if not is_beaten(trial)]
+    return [trial for trial in measured if not is_dominated(trial)]
 
 
-def verdict(chosen: Trial, is_lora: bool, rule: str, reference: Reference, device: str, is_alone: bool = False) -> str:
-    """The reason for the setting and its gain, or that there is none, in one or two sentences.
+def verdict(
+    chosen: Trial, is_lora: bool, rule: str, reference: Reference, device: str, without_lbp_wht: bool = False
+) -> str:
+    """The reason for the setting, in a few sentences: the rule, and what it gains over the exact setting, if anything.
 
     Args:
-        is_alone: Whether no setting of LBP-WHT could be measured.
+        without_lbp_wht: Whether no setting of LBP-WHT could be measured.
     """
-    exact, here = reference.of(is_lora), f"on this {device_in_words(device)}"
+    exact, on_this_device = reference.of(is_lora), f"on this {device_name(device)}"
     if exact is None:
         return f"It has {rule}. {'LoRA' if is_lora else 'Full fine-tuning'}, to compare it with, could not be measured."
     if chosen.label == exact.label:
-        return f"It has {rule}." + ("" if is_alone else f" So LBP-WHT gains nothing {here}: keep {exact.label}.")
+        return f"It has {rule}." + (
+            "" if without_lbp_wht else f" So LBP-WHT gains nothing {on_this_device}: keep {exact.label}."
+        )
     time, memory = chosen.seconds / exact.seconds, chosen.peak_bytes / exact.peak_bytes
     gained = [*_gain(time, "of the step time"), *_gain(memory, "of the peak memory")]
     lost = [*_loss(time, "longer steps"), *_loss(memory, "more memory")]
-    at = f", at {' and '.join(lost)}" if lost else ""
+    cost = f", at {' and '.join(lost)}" if lost else ""
     if not gained:
-        return f"It has {rule}. But {here} it gains nothing over {exact.label} in time or memory{at}."
-    equal = "" if lost or len(gained) == 2 else _equal(time, exact.label)
-    gain = f"what you gain over {exact.label} is {' and '.join(gained)}{at}"
-    other = reference.lora
+        return f"It has {rule}. But {on_this_device} it gains nothing over {exact.label} in time or memory{cost}."
+    unchanged = "" if lost or len(gained) == 2 else _unchanged(time, exact.label)
+    gain = f"what you gain over {exact.label} is {' and '.join(gained)}{cost}"
+    lora = reference.lora
     hint = ""
-    if not is_lora and other is not None and other.seconds < chosen.seconds and other.peak_bytes < chosen.peak_bytes:
-        hint = f" {other.label}, which trains fewer weights, takes less of both: {LORA_INSTEAD}."
-    return f"It has {rule}. O{here[1:]} {equal}{gain}.{_quality(chosen)}{hint}"
+    if not is_lora and lora is not None and lora.seconds < chosen.seconds and lora.peak_bytes < chosen.peak_bytes:
+        hint = f" {lora.label}, which trains fewer weights, takes less of both: {LORA_INSTEAD}."
+    return f"It has {rule}. O{on_this_device[1:]} {unchanged}{gain}.{_quality(chosen)}{hint}"
 
 
-def device_in_words(device: str) -> str:
-    """A device of PyTorch, such as "cuda:0", as people call it."""
+def device_name(device: str) -> str:
+    """The usual name of a device of PyTorch: "GPU" for "cuda:0"."""
     kind = device.partition(":")[0]
     return {"cpu": "CPU", "cuda": "GPU"}.get(kind, kind)
 
@@ -207,7 +211,7 @@ def _quality(chosen: Trial) -> str:
     return f" Its gradients have a cosine of {chosen.cosine:.2f} with the exact ones."
 
 
-def _equal(time: float, exact: str) -> str:
+def _unchanged(time: float, exact: str) -> str:
     return f"{exact} is as fast; " if abs(time - 1) < _NEGLIGIBLE else f"{exact} needs as much memory; "
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .trial import Trial
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from .result import Recommendation
 
 _MIB = 2**20
@@ -16,7 +18,7 @@ _MIB = 2**20
 _COLOURS = {"exact": "#999999", "low-rank": "#0072B2", "front": "#D55E00"}
 
 
-def plot(found: Recommendation, path: str | Path) -> None:
+def plot(recommendation: Recommendation, path: str | Path) -> None:
     """Plot cosines against peak memory with the Pareto front. The size of a point is its step time.
 
     Raises:
@@ -26,15 +28,15 @@ def plot(found: Recommendation, path: str | Path) -> None:
         from matplotlib.figure import Figure
     except ImportError:
         raise ImportError('The figure needs matplotlib: pip install "lbp-peft[cli]"') from None
-    measured = [trial for trial in found.trials.values() if not trial.failure and trial.cosine is not None]
+    measured = [trial for trial in recommendation.trials.values() if not trial.failure and trial.cosine is not None]
     figure = Figure(figsize=(11, 6), layout="constrained")
     axes = figure.subplots()
     longest = max(trial.seconds for trial in measured)
     marks = []
     for number, trial in enumerate(measured, 1):
-        candidate = found.candidates[trial.label]
+        candidate = recommendation.candidates[trial.label]
         marks += axes.plot(
-            *_place(trial),
+            *_point(trial),
             marker="s" if candidate.lora else "o",
             markersize=20 * math.sqrt(trial.seconds / longest),
             color=_COLOURS["exact" if candidate.is_exact else "low-rank"],
@@ -43,13 +45,13 @@ def plot(found: Recommendation, path: str | Path) -> None:
             label=f"{number}: {trial.label}, {1e3 * trial.seconds:.0f} ms",
         )
     for is_lora in (False, True):
-        front = pareto_front([trial for trial in measured if found.candidates[trial.label].lora is is_lora])
+        front = pareto_front([trial for trial in measured if recommendation.candidates[trial.label].lora is is_lora])
         axes.step(*_outline(front, axes), where="post", color=_COLOURS["front"], linestyle=":" if is_lora else "-")
-    for places in _close_ones([_place(trial) for trial in measured]):
+    for places in _group_close_points([_point(trial) for trial in measured]):
         numbers = ", ".join(str(index + 1) for index in places)
-        axes.annotate(numbers, _place(measured[places[0]]), (5, 9), textcoords="offset points", fontsize=8)
-    if found.setting is not None:
-        axes.plot(*_place(found.chosen), "o", markersize=28, markerfacecolor="none", markeredgecolor="black")
+        axes.annotate(numbers, _point(measured[places[0]]), (5, 9), textcoords="offset points", fontsize=8)
+    if recommendation.setting is not None:
+        axes.plot(*_point(recommendation.chosen), "o", markersize=28, markerfacecolor="none", markeredgecolor="black")
     axes.set_xlabel("peak memory, MiB")
     axes.set_ylabel("cosine of the gradients with the exact ones")
     axes.set_title(
@@ -77,23 +79,23 @@ def pareto_front(trials: list[Trial]) -> list[Trial]:
     return front
 
 
-def _place(trial: Trial) -> tuple[float, float]:
-    """Where the figure shows a trial."""
+def _point(trial: Trial) -> tuple[float, float]:
+    """The coordinates at which the figure shows a trial."""
     return trial.peak_bytes / _MIB, trial.cosine or 0.0
 
 
-def _outline(front: list[Trial], axes: Any) -> tuple[list[float], list[float]]:
-    """The outline of the area that settings of the front match or beat, up to the borders of the figure."""
+def _outline(front: list[Trial], axes: Axes) -> tuple[list[float], list[float]]:
+    """The outline of the area that the settings of the front dominate, up to the borders of the figure."""
     if not front:
         return [], []
     right, low = axes.get_xlim()[1], axes.get_ylim()[0]
     axes.autoscale(False)
-    xs, ys = zip(*map(_place, front), strict=True)
+    xs, ys = zip(*map(_point, front), strict=True)
     return [xs[0], *xs, right], [low, *ys, ys[-1]]
 
 
-def _close_ones(places: list[tuple[float, float]]) -> list[list[int]]:
-    """The indices of points, in groups that are so close that one label serves the group."""
+def _group_close_points(places: list[tuple[float, float]]) -> list[list[int]]:
+    """The indices of points, in groups so close that they share a label."""
     (left, right), (low, high) = ((min(values), max(values)) for values in zip(*places, strict=True))
     wide, tall = (right - left) or 1.0, (high - low) or 1.0
     groups: list[list[int]] = []

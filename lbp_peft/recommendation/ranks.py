@@ -18,16 +18,16 @@ from ..calibration import Option, TokenStatistics, allocate
 from ..measure.undisturbed import LossFunction, device_of
 from ..ops.plan import FixedBasis
 from ..projection import num_coefficients, projection
-from ..tuner.calibrate import agreed_leaders, choose, collect
+from ..tuner.calibrate import agreed_leaders, choose_basis, collect
 from ..tuner.layers.base import LBPWHTLayer
 from ..tuner.layers.rule import BackwardRule
-from ..tuner.observing import Seen, layers_of, observe, sum_over_processes, unwrapped
+from ..tuner.observing import Observation, layers_of, observe, sum_over_processes, unwrap
 from .bounds import Bounds
 
 # The ranks that are tried, up to block_size**2.
 RANKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 18, 21, 28, 36, 45, 55, 64, 78, 105, 136, 171, 210, 256)
 _WEIGHT, _INPUT = "weight", "input"
-_EXACT = 10**9  # in the place of a rank, so that it can be sorted and sent to other processes
+_EXACT = 10**9  # stands for no rank; a number, so that it can be sorted and sent to other processes
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,12 @@ class RankAllocation:
 
 
 class _Gradient(NamedTuple):
-    """A gradient of layers that have one rank for it: layers with the same input, or a single layer."""
+    """A gradient of layers that share its rank: of layers with the same input, or of a single layer.
+
+    Attributes:
+        leader: The name of the first of these layers.
+        which: "weight" or "input".
+    """
 
     leader: str
     which: str
@@ -105,7 +110,7 @@ def allocate_ranks(
 
     Args:
         model: A `PeftModel` with LBP-WHT and one active adapter, with or without DDP.
-        batches: As in [`lbp_peft.calibrate`]; a list or a DataLoader, since "lhe" and "klt" go through them twice.
+        batches: As in [`lbp_peft.calibrate`]; a list or a DataLoader, since "lhe" and "klt" use them twice.
         memory: The most that the layers may save of their inputs for one batch of this size: "120MiB", bytes, or as a
             multiple of what the present ranks save, such as "1x".
         multiply_adds: The most multiply-adds in the layers' backward pass for one batch: a number, or as a multiple of
@@ -124,17 +129,17 @@ def allocate_ranks(
     if memory is None and multiply_adds is None:
         raise ValueError('Give a budget: memory="1x" for as much memory as now, or multiply_adds.')
     if iter(batches) is batches:
-        raise ValueError("The batches are gone through twice: give a list or a DataLoader, not an iterator.")
-    model = unwrapped(model)
-    layers = {name: layer for name, layer in layers_of(model).items() if _rule(layer) is not None}
-    selections = {name: [one] for name, layer in layers.items() if (one := _rule_of(layer).chosen_by) is not None}
+        raise ValueError("The batches are used twice: give a list or a DataLoader, not an iterator.")
+    model = unwrap(model)
+    rules = {name: rule for name, layer in layers_of(model).items() if (rule := _active_rule(layer)) is not None}
+    selections = {name: [rule.chosen_by] for name, rule in rules.items() if rule.chosen_by is not None}
     statistics: dict[str, TokenStatistics] = {}
     if selections:
         collected = collect(model, batches, loss_fn, selections)
         statistics = {name: one for (name, _), one in collected.statistics.items()}
-    curves = _Curves({name: _rule_of(layer) for name, layer in layers.items()}, statistics)
-    number, _ = observe(model, batches, loss_fn, layers, curves.add)
-    options, present, leaders, cosines = curves.measured(number, device_of(model))
+    curves = _Curves(rules, statistics)
+    number, _ = observe(model, batches, loss_fn, rules, curves.add)
+    options, present, leaders, cosines = curves.measurements(number, device_of(model))
     if not any(key.which == _WEIGHT for key in options):
         raise ValueError("No layer with a trained weight has tokens on a known grid: there are no ranks to allocate.")
     total = [sum(getattr(one, cost) for one in present.values()) for cost in ("memory", "multiply_adds")]
@@ -155,7 +160,7 @@ def allocate_ranks(
 
 
 class _Curves:
-    """The cosines and costs of the gradients of layers, by rank, summed over calls.
+    """Cosines and costs of the layers' gradients by rank, summed over calls.
 
     Args:
         rules: The rule of each layer, by the layer's name.
@@ -163,9 +168,9 @@ class _Curves:
     """
 
     def __init__(self, rules: dict[str, BackwardRule], statistics: dict[str, TokenStatistics]):
-        self._bases = {name: _BasesByRank.of(name, rule, statistics.get(name)) for name, rule in rules.items()}
+        self._bases = {name: _RankedBases.of(name, rule, statistics.get(name)) for name, rule in rules.items()}
         self._input_bases = {
-            name: _BasesByRank.of_walsh(rule.input_gradient.basis)
+            name: _RankedBases.of_walsh(rule.input_gradient.basis)
             for name, rule in rules.items()
             if isinstance(rule.input_gradient, FixedBasis)
         }
@@ -173,7 +178,7 @@ class _Curves:
         self._sums: dict[tuple[str, str, int], Tensor] = {}
         self._leaders: dict[str, str] = {}
 
-    def add(self, seen: Seen) -> None:
+    def add(self, seen: Observation) -> None:
         """Add one call of a layer."""
         if self._leaders.setdefault(seen.name, seen.shares_with) != seen.shares_with:
             self._leaders[seen.name] = seen.name
@@ -187,7 +192,11 @@ class _Curves:
             self._add(seen, _INPUT, bases, lambda project: project(seen.g).norm() / norm if norm > 0 else norm + 1)
 
     def _add(
-        self, seen: Seen, which: str, bases: _BasesByRank, cosine_of: Callable[[Callable[[Tensor], Tensor]], Tensor]
+        self,
+        seen: Observation,
+        which: str,
+        bases: _RankedBases,
+        cosine_of: Callable[[Callable[[Tensor], Tensor]], Tensor],
     ) -> None:
         num_images, num_tokens, c_in = seen.x.shape
         c_out = seen.g.shape[2]
@@ -195,8 +204,8 @@ class _Curves:
             basis = bases.make(rank)
             kept = num_coefficients(seen.layout, basis)
             is_exact = kept == num_tokens
-            own = projection(seen.layout, basis, seen.x.dtype, seen.x.device)
-            cosine = 1.0 if own is None else float(cosine_of(own.project))
+            layer_projection = projection(seen.layout, basis, seen.x.dtype, seen.x.device)
+            cosine = 1.0 if layer_projection is None else float(cosine_of(layer_projection.project))
             saved = num_images * kept * c_in * seen.x.dtype.itemsize if which == _WEIGHT else 0
             projecting = 0 if is_exact else kept * num_tokens * (c_in + c_out)
             values = [1.0, cosine, saved, num_images * (kept * c_in * c_out + projecting)]
@@ -206,8 +215,8 @@ class _Curves:
             if is_exact:
                 break
 
-    def measured(self, num_batches: int, device: torch.device) -> _Measured:
-        """The sums of all processes. Every process has to call it."""
+    def measurements(self, num_batches: int, device: torch.device) -> _Measurements:
+        """The measurements of all processes. Every process has to call this."""
         counted: dict[Any, Tensor] = {("", "", 0): torch.tensor([float(num_batches)], dtype=torch.float64)}
         sums = sum_over_processes(counted | self._sums, device)
         number = float(sums.pop(("", "", 0)))
@@ -225,26 +234,31 @@ class _Curves:
             )
         options = {
             key: [
-                Option(None if rank == _EXACT else rank, min(own)[0], own[0][1], sum(one[2] for one in own))
-                for rank, own in sorted(by_rank.items())
-                if len(own) == max(map(len, by_rank.values()))  # ranks that were tried for all of its layers
+                Option(
+                    None if rank == _EXACT else rank,
+                    min(of_layers)[0],
+                    of_layers[0][1],
+                    sum(row[2] for row in of_layers),
+                )
+                for rank, of_layers in sorted(by_rank.items())
+                if len(of_layers) == max(map(len, by_rank.values()))  # ranks that were tried for all of its layers
             ]
             for key, by_rank in rows.items()
         }
         present = {}
-        for key, own in options.items():
+        for key, of_key in options.items():
             bases = (self._bases if key.which == _WEIGHT else self._input_bases)[members[key]]
             assert bases is not None
-            at_most = [one for one in own if one.rank is not None and one.rank <= bases.present]
-            is_exact = own[-1].rank is None and len(at_most) == len(own) - 1
-            present[key] = own[-1] if is_exact else at_most[-1]
+            up_to_present = [option for option in of_key if option.rank is not None and option.rank <= bases.present]
+            is_exact = of_key[-1].rank is None and len(up_to_present) == len(of_key) - 1
+            present[key] = of_key[-1] if is_exact else up_to_present[-1]
         cosines: dict[tuple[str, str], dict[int, float]] = {}
         for (name, which, rank), row in sums.items():
             cosines.setdefault((name, which), {})[rank] = float(row[1] / row[0])
-        return _Measured(options, present, leaders, cosines)
+        return _Measurements(options, present, leaders, cosines)
 
 
-class _Measured(NamedTuple):
+class _Measurements(NamedTuple):
     """The options for the ranks of gradients.
 
     Attributes:
@@ -260,8 +274,8 @@ class _Measured(NamedTuple):
     cosines: dict[tuple[str, str], dict[int, float]]
 
 
-class _BasesByRank(NamedTuple):
-    """The bases that a gradient may have.
+class _RankedBases(NamedTuple):
+    """The bases that a gradient may have, by rank.
 
     Attributes:
         make: A function from the rank to the basis.
@@ -274,31 +288,31 @@ class _BasesByRank(NamedTuple):
     present: int
 
     @staticmethod
-    def of(name: str, rule: BackwardRule, statistics: TokenStatistics | None) -> _BasesByRank | None:
+    def of(name: str, rule: BackwardRule, statistics: TokenStatistics | None) -> _RankedBases | None:
         """The bases of a weight gradient; None if there are no statistics by which to choose them."""
         selection = rule.chosen_by
         if selection is None:
-            return _BasesByRank.of_walsh(rule.weight_basis)
+            return _RankedBases.of_walsh(rule.weight_basis)
         if statistics is None:
             return None
         made: dict[int, Basis] = {}
 
         def make(rank: int) -> Basis:
             if rank not in made:
-                made[rank] = choose(name, replace(selection, r=rank), statistics)
+                made[rank] = choose_basis(name, replace(selection, r=rank), statistics)
             return made[rank]
 
-        return _BasesByRank(make, _ranks(selection.r, selection.block_size**2), selection.r)
+        return _RankedBases(make, _ranks(selection.r, selection.block_size**2), selection.r)
 
     @staticmethod
-    def of_walsh(basis: Basis) -> _BasesByRank | None:
+    def of_walsh(basis: Basis) -> _RankedBases | None:
         """The bases of a selection of Walsh functions; None for any other basis, which has no rank."""
         if isinstance(basis, BasisSet):
             make: Callable[[int], Basis] = lambda rank: replace(basis, r=rank)  # noqa: E731
-            return _BasesByRank(make, _ranks(basis.r, basis.block_size**2), basis.r)
+            return _RankedBases(make, _ranks(basis.r, basis.block_size**2), basis.r)
         if isinstance(basis, ListedBasis):
             length = len(basis.pairs)
-            return _BasesByRank(lambda r: replace(basis, pairs=basis.pairs[:r]), _ranks(length, length), length)
+            return _RankedBases(lambda r: replace(basis, pairs=basis.pairs[:r]), _ranks(length, length), length)
         return None
 
 
@@ -311,28 +325,33 @@ def _weight_gradient(x: Tensor, g: Tensor) -> Tensor:
     return g.flatten(0, 1).t() @ x.flatten(0, 1)
 
 
-def _cosine(found: Tensor, exact: Tensor) -> Tensor:
+def _cosine(gradient: Tensor, exact: Tensor) -> Tensor:
     """The cosine of two tensors; 1 if both are zero."""
-    norms = found.norm() * exact.norm()
-    return (found * exact).sum() / norms if norms > 0 else torch.tensor(float(not exact.any()))
+    norms = gradient.norm() * exact.norm()
+    return (gradient * exact).sum() / norms if norms > 0 else torch.tensor(float(not exact.any()))
 
 
 def _budget(given: str | float | None, present: float) -> float:
+    """A budget as a number; infinite if none is given.
+
+    Args:
+        given: The budget as the user writes it.
+        present: The cost of the present ranks, of which the budget may be a multiple.
+    """
     bounds = Bounds.parse(memory=given)
     if bounds.memory is None:
         return math.inf
-    # So that "1x" is not missed by the rounding of sums.
+    # The small excess keeps "1x" within the budget in spite of rounding.
     return bounds.memory * present * (1 + 1e-9) if bounds.memory_is_relative else bounds.memory
 
 
-def _rule(layer: LBPWHTLayer) -> BackwardRule | None:
+def _active_rule(layer: LBPWHTLayer) -> BackwardRule | None:
+    """The rule of the active adapter; None if no LBP-WHT adapter is active in the layer.
+
+    Raises:
+        ValueError: several are active.
+    """
     active = [layer.lbpwht_rule[name] for name in layer.active_adapters if name in layer.lbpwht_rule]
     if len(active) > 1:
         raise ValueError("Ranks are allocated for one adapter at a time: activate one with model.set_adapter(name).")
     return active[0] if active else None
-
-
-def _rule_of(layer: LBPWHTLayer) -> BackwardRule:
-    rule = _rule(layer)
-    assert rule is not None
-    return rule

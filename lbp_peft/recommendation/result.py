@@ -28,7 +28,7 @@ class Recommendation:
     Attributes:
         config: For `peft.get_peft_model`: an [`lbp_peft.LBPWHTConfig`], a `LoraConfig`, or None where full fine-tuning
             is best.
-        setting: The [`Candidate`] that is recommended; it tells whether gradient checkpointing goes with the
+        setting: The [`Candidate`] that is recommended. It says whether gradient checkpointing goes with the
             configuration.
         reason: The reason, in one or two sentences.
         trials: The trial of each candidate, by its label.
@@ -62,41 +62,43 @@ class Recommendation:
         Raises:
             BudgetError: none keeps within the bounds.
         """
-        own = [trial for label, trial in self.trials.items() if self.candidates[label].lora is lora]
+        eligible = [trial for label, trial in self.trials.items() if self.candidates[label].lora is lora]
         untried = self._why_untried(lora)
         try:
-            try:  # a single step says little about the time
-                chosen, rule = choose([trial for trial in own if trial.is_timed], self.bounds, self.reference)
+            try:  # trials that were not timed in turns have the time of a single step, which says little
+                chosen, rule = choose([trial for trial in eligible if trial.is_timed], self.bounds, self.reference)
             except BudgetError:
-                chosen, rule = choose(own, self.bounds, self.reference)
+                chosen, rule = choose(eligible, self.bounds, self.reference)
         except BudgetError as error:
             raise BudgetError(f"{untried}{error}{self._remedies(lora)}", self.table) from None
         self.setting = self.candidates[chosen.label]
         self.config = self.setting.config(model, self.heads)
-        reason = verdict(chosen, lora, rule, self.reference, self.device, is_alone=bool(untried))
+        reason = verdict(chosen, lora, rule, self.reference, self.device, without_lbp_wht=bool(untried))
         self.reason = f"{reason} {untried}".strip()
 
     def _remedies(self, lora: bool) -> str:
         """What may help if no setting keeps within the bounds: more time, or LoRA."""
         text = ""
-        own = [label for label, one in self.candidates.items() if one.lora is lora]
-        late = sum(self.left_out.get(label) == NO_TIME for label in own)
-        late += sum(label in self.trials and self.trials[label].failure == TOO_LONG for label in own)
+        eligible = [label for label, candidate in self.candidates.items() if candidate.lora is lora]
+        late = sum(self.left_out.get(label) == NO_TIME for label in eligible)
+        late += sum(label in self.trials and self.trials[label].failure == TOO_LONG for label in eligible)
         if late:
             text = f" There was no time for {late} other setting{'s' * (late > 1)}: give more minutes."
         if not lora:
             others = [trial for label, trial in self.trials.items() if self.candidates[label].lora]
             with suppress(ValueError):
-                found, _ = choose(others, self.bounds, self.reference)
-                text += f" {found.label}, which trains fewer weights, keeps within the bounds: {LORA_INSTEAD}."
+                best, _ = choose(others, self.bounds, self.reference)
+                text += f" {best.label}, which trains fewer weights, keeps within the bounds: {LORA_INSTEAD}."
         return text
 
     def _why_untried(self, lora: bool) -> str:
-        """A sentence for the case that no setting with LBP-WHT could be measured; else ""."""
-        own = [label for label, one in self.candidates.items() if one.lora is lora and not one.is_exact]
-        if not own or any(label in self.trials and not self.trials[label].failure for label in own):
+        """A sentence that says why no setting with LBP-WHT could be measured; "" if one was."""
+        labels = [
+            label for label, candidate in self.candidates.items() if candidate.lora is lora and not candidate.is_exact
+        ]
+        if not labels or any(label in self.trials and not self.trials[label].failure for label in labels):
             return ""
-        why = {self.trials[label].failure if label in self.trials else self.left_out.get(label, "") for label in own}
+        why = {self.trials[label].failure if label in self.trials else self.left_out.get(label, "") for label in labels}
         which = "LoRA with LBP-WHT" if lora else "LBP-WHT"
         return f"No setting of {which} could be measured ({'; '.join(sorted(filter(None, why)))}). "
 

@@ -1,4 +1,4 @@
-"""The table of a recommendation: a row for each setting, and the meaning of the columns."""
+"""The table of a recommendation: one row for each setting, and the meaning of the columns."""
 
 from __future__ import annotations
 
@@ -11,39 +11,48 @@ if TYPE_CHECKING:
     from .result import Recommendation
 
 WIDTH = 100
-_MOST_NAMED = 4  # of the settings left out for one reason
+_MOST_NAMED = 4  # settings that are left out for the same reason
 _MIB = 2**20
 _COLUMNS = ("step ms", "/full", "/LoRA", "peak MiB", "/full", "/LoRA", "saved MiB", "/full", "/LoRA", "cosine")
 
 
-def as_table(found: Recommendation) -> str:
+def as_table(recommendation: Recommendation) -> str:
     """The table as text, at most 100 columns wide."""
-    measured = [trial for trial in found.trials.values() if not trial.failure]
-    rows = [_row(found, trial) for trial in measured]
+    measured = [trial for trial in recommendation.trials.values() if not trial.failure]
+    rows = [_row(recommendation, trial) for trial in measured]
     heading = [_two_lines(column) for column in _COLUMNS]
     widths = [max(map(len, column)) for column in zip(*map(_cells_of, rows), *zip(*heading, strict=True), strict=True)]
-    label = WIDTH - 2 - sum(widths) - len(widths)
+    label_width = WIDTH - 2 - sum(widths) - len(widths)
     lines = [
-        f"  {name:<{label}} " + _aligned([pair[line] for pair in heading], widths)
+        f"  {name:<{label_width}} " + _align([pair[line] for pair in heading], widths)
         for line, name in enumerate(("", "setting"))
     ]
     lines.append("-" * WIDTH)
     for mark, name, *cells in rows:
-        lines += [f"{mark} {name}"] if len(name) > label else []
-        start = f"{mark} {name:<{label}} " if len(name) <= label else " " * (label + 3)
-        lines.append(start + _aligned(cells, widths))
-    return "\n".join([*lines, "", *_legend(found, measured), *_layers(measured), *_not_measured(found), *_notes(found)])
+        lines += [f"{mark} {name}"] if len(name) > label_width else []
+        start = f"{mark} {name:<{label_width}} " if len(name) <= label_width else " " * (label_width + 3)
+        lines.append(start + _align(cells, widths))
+    return "\n".join(
+        [
+            *lines,
+            "",
+            *_legend(recommendation, measured),
+            *_layers(measured),
+            *_not_measured(recommendation),
+            *_notes(recommendation),
+        ]
+    )
 
 
 def wrapped(text: str) -> list[str]:
-    """The lines of a text that is as wide as the table."""
+    """The lines of a text, broken at the width of the table."""
     return textwrap.wrap(text, WIDTH, break_on_hyphens=False)
 
 
-def _row(found: Recommendation, trial: Trial) -> list[str]:
+def _row(recommendation: Recommendation, trial: Trial) -> list[str]:
     """The mark of the recommended setting, the label and the cells."""
-    full, lora = found.reference.full, found.reference.lora
-    row = [">" if found.setting and trial.label == found.setting.label else " ", trial.label]
+    full, lora = recommendation.reference.full, recommendation.reference.lora
+    row = [">" if recommendation.setting and trial.label == recommendation.setting.label else " ", trial.label]
     for name, scale, mark in (
         ("seconds", 1e3, "" if trial.is_timed else "~"),
         ("peak_bytes", 1 / _MIB, "" if trial.is_settled else "~"),
@@ -68,13 +77,15 @@ def _two_lines(heading: str) -> tuple[str, str]:
     return upper, lower
 
 
-def _aligned(cells: list[str], widths: list[int]) -> str:
+def _align(cells: list[str], widths: list[int]) -> str:
     return " ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
 
 
-def _legend(found: Recommendation, measured: list[Trial]) -> list[str]:
+def _legend(recommendation: Recommendation, measured: list[Trial]) -> list[str]:
     single = "" if all(trial.is_timed for trial in measured) else "; ~ from a single step"
-    notes = [f"{found.libraries_bytes / _MIB:.0f} MiB of it are Python and its libraries"] * bool(found.libraries_bytes)
+    notes = [f"{recommendation.libraries_bytes / _MIB:.0f} MiB of it are Python and its libraries"] * bool(
+        recommendation.libraries_bytes
+    )
     notes += ["~ estimated from a few steps"] * any(not trial.is_settled for trial in measured)
     more = [f"      {'; '.join(notes)}."] * bool(notes)
     return [
@@ -90,24 +101,24 @@ def _legend(found: Recommendation, measured: list[Trial]) -> list[str]:
 
 
 def _layers(measured: list[Trial]) -> list[str]:
-    """How many layers LBP-WHT does not go through exactly, where that is not all of them."""
-    adapted = max((one.adapted_layers for one in measured), default=0)
-    low = sorted({one.low_rank_layers for one in measured if one.adapted_layers})
-    if not low or low[0] == adapted:
+    """The number of layers with a low-rank backward pass, unless it is all of the adapted ones."""
+    adapted = max((trial.adapted_layers for trial in measured), default=0)
+    numbers = sorted({trial.low_rank_layers for trial in measured if trial.adapted_layers})
+    if not numbers or numbers[0] == adapted:
         return []
-    number = f"{low[0] or 'none'} of {adapted} layers"
-    if len(low) > 1:
-        number = f"{low[0]} to {low[-1]} of {adapted} layers, depending on the setting"
+    number = f"{numbers[0] or 'none'} of {adapted} layers"
+    if len(numbers) > 1:
+        number = f"{numbers[0]} to {numbers[-1]} of {adapted} layers, depending on the setting"
     return wrapped(
         f"LBP-WHT has a low-rank backward pass in {number}, and an exact one in the others: `lbp-peft report` says why."
     )
 
 
-def _not_measured(found: Recommendation) -> list[str]:
+def _not_measured(recommendation: Recommendation) -> list[str]:
     """The settings that failed or were left out, by reason."""
-    failed = {label: trial.failure for label, trial in found.trials.items() if trial.failure}
+    failed = {label: trial.failure for label, trial in recommendation.trials.items() if trial.failure}
     lines = []
-    for heading, reasons in (("Failed", failed), ("Left out", found.left_out)):
+    for heading, reasons in (("Failed", failed), ("Left out", recommendation.left_out)):
         grouped: dict[str, list[str]] = {}
         for label, why in reasons.items():
             grouped.setdefault(why, []).append(label)
@@ -118,5 +129,5 @@ def _not_measured(found: Recommendation) -> list[str]:
     return lines
 
 
-def _notes(found: Recommendation) -> list[str]:
-    return [line for note in found.notes for line in wrapped(note)]
+def _notes(recommendation: Recommendation) -> list[str]:
+    return [line for note in recommendation.notes for line in wrapped(note)]

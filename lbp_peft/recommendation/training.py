@@ -7,18 +7,18 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..measure.steps import idle_optimiser, timed_step
-from ..measure.warming_up import warmed_up
+from ..measure.steps import idle_optimiser, time_step
+from ..measure.warming_up import run_until_warm
 from .candidates import Candidate
-from .trial import SEED, Job, KeptLoss
+from .trial import SEED, Job, RetainedLoss
 
 
 class Step(NamedTuple):
     """The measurements of a training step.
 
     Attributes:
-        seconds: Its duration.
-        peak_bytes: The most memory that its process has had at once so far; 0 if that is not measured.
+        seconds: The duration of the step.
+        peak_bytes: The most bytes that its process has had in memory at once so far; 0 if that is not measured.
     """
 
     seconds: float
@@ -26,7 +26,7 @@ class Step(NamedTuple):
 
 
 class Training:
-    """A candidate in training, after the steps that trace and compile the model. The learning rate is 0.
+    """A candidate that is trained with a learning rate of 0. The steps that trace and compile the model come first.
 
     Args:
         model: The plain model, which is changed.
@@ -36,16 +36,16 @@ class Training:
 
     def __init__(self, model: nn.Module, job: Job, candidate: Candidate):
         torch.manual_seed(SEED)
-        self._batches, self._loss = job.batches, KeptLoss(job)
-        self._model = candidate.applied(model, job.heads).train()
+        self._batches, self._loss = job.batches, RetainedLoss(job)
+        self._model = candidate.apply_to(model, job.heads).train()
         trained = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
         self._optimiser = idle_optimiser(trained)
         self._number = 0
-        warmed_up(self._model, self.step)
-        self._number = 0  # so that all candidates have the same batch in a round
+        run_until_warm(self._model, self.step)
+        self._number = 0  # so that all candidates train on the same batch in a round
 
     def step(self) -> float:
         """Run a step on the next batch, and return its duration."""
         batch = self._batches[self._number % len(self._batches)]
         self._number += 1
-        return sum(timed_step(self._model, batch, self._loss, self._optimiser))
+        return sum(time_step(self._model, batch, self._loss, self._optimiser))

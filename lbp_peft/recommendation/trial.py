@@ -1,4 +1,4 @@
-"""Measures a candidate in a few training steps."""
+"""Trials: measurements of a candidate in a few training steps."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from ..measure.activations import SavedActivations, saved_activations
 from ..measure.gradients import compare
 from ..measure.memory import peak_memory
-from ..measure.steps import idle_optimiser, timed_step
+from ..measure.steps import idle_optimiser, time_step
 from ..measure.timing import now
 from ..measure.undisturbed import LossFunction, device_of, loss_of_output
-from ..measure.warming_up import warmed_up
+from ..measure.warming_up import run_until_warm
 from ..tuner.layers.base import LBPWHTLayer
 from ..tuner.report import layout_report
 from .candidates import Candidate, NotApplicableError
@@ -26,7 +26,7 @@ from .candidates import Candidate, NotApplicableError
 SEED = 0
 OUT_OF_MEMORY, TOO_LONG, NO_TIME = "out of memory", "takes longer than the time that was left", "no time"
 UNEXPECTED = "cannot be trained: "  # the beginning of other failures
-_LORA_NOISE = 1e-3
+_LORA_PERTURBATION = 1e-3
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Job:
         heads: The names of modules that adapters train in full.
         precision: "bf16" or "fp16" for autocast; None: no autocast.
         threads: The number of threads of PyTorch on a CPU.
-        folder: A folder for exact gradients, for later trials.
+        folder: A folder for the exact gradients, which later trials read.
     """
 
     model: nn.Module
@@ -70,8 +70,8 @@ class Trial:
         peak_bytes: The most bytes in use at once, with weights, gradients and AdamW's state.
         saved_bytes: The bytes that the forward pass saves for the backward pass.
         seconds: The time of a training step, in which nothing was traced or compiled.
-        cosine, norm_ratio: The comparison of the gradients of the adapted layers' matrices with the exact ones, as one
-            vector; None if there are no exact ones.
+        cosine, norm_ratio: The cosine between the gradients of the adapted layers' matrices, as one vector, and the
+            exact ones, and the ratio of their norms; None if there are no exact ones.
         low_rank_layers, adapted_layers: The numbers of layers whose backward pass was not exact, and of all layers with
             LBP-WHT.
         is_timed: Whether `seconds` is from rounds in which the candidates took turns, and not from a single step.
@@ -100,11 +100,12 @@ class Trial:
         return asdict(self)
 
 
-class KeptLoss:
-    """The loss function of a job, which holds its last value until it has the next one.
+class RetainedLoss:
+    """The loss function of a job, which retains each value until it has the next one.
 
-    So does the variable `loss` of most training loops. The memory of the graph behind it is small, but scattered: while
-    it is in use in the next forward pass, a heap has more gaps. That is as much as 12 % of the resident set.
+    The variable `loss` of most training loops does so too. The graph behind the value takes little memory, but it is
+    scattered: as long as it is in use in the next forward pass, the heap has more gaps, of up to 12 % of the resident
+    set.
     """
 
     def __init__(self, job: Job):
@@ -126,7 +127,7 @@ def try_candidate(model: nn.Module, job: Job, candidate: Candidate) -> Trial:
         The trial, whose peak memory includes all other data of the process.
     """
     try:
-        return _tried(model, job, candidate)
+        return _run_trial(model, job, candidate)
     except NotApplicableError as error:
         return Trial(candidate.label, failure=str(error))
     except (torch.OutOfMemoryError, MemoryError):
@@ -135,19 +136,19 @@ def try_candidate(model: nn.Module, job: Job, candidate: Candidate) -> Trial:
         return Trial(candidate.label, failure=f"{UNEXPECTED}{error or type(error).__name__}")
 
 
-def _tried(model: nn.Module, job: Job, candidate: Candidate) -> Trial:
+def _run_trial(model: nn.Module, job: Job, candidate: Candidate) -> Trial:
     device = device_of(model)
     torch.manual_seed(SEED)
-    model = candidate.applied(model, job.heads).train()
+    model = candidate.apply_to(model, job.heads).train()
     if candidate.lora:
-        _move_off_zero(model)
+        _perturb_lora(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise NotApplicableError("it trains no parameters of this model")
     optimiser = idle_optimiser(trained)
     first, second = job.batches[0], job.batches[1 % len(job.batches)]
     began = now()
-    saved, loss = SavedActivations(), KeptLoss(job)
+    saved, loss = SavedActivations(), RetainedLoss(job)
 
     def counted_loss(model: nn.Module, batch: Any) -> Tensor:
         with saved_activations(model) as counted:
@@ -158,15 +159,15 @@ def _tried(model: nn.Module, job: Job, candidate: Candidate) -> Trial:
     def step() -> float:
         optimiser.zero_grad(set_to_none=True)
         torch.manual_seed(SEED)
-        return sum(timed_step(model, second, loss, optimiser, clear=False))
+        return sum(time_step(model, second, loss, optimiser, clear=False))
 
     with warnings.catch_warnings(), peak_memory(device) as peak:
         warnings.simplefilter("ignore")
-        # In the first step the optimiser makes its state, and base weights are put away. It takes a whole batch, since
-        # what is in memory when the state is made decides where gaps are left in the heap.
-        timed_step(model, first, loss, optimiser)
-        timed_step(model, second, counted_loss, optimiser)
-        seconds = warmed_up(model, step)
+        # In the first step the optimiser creates its state, and base weights are put away. It runs on a whole batch,
+        # since what is in memory when the state is created decides where the heap has gaps.
+        time_step(model, first, loss, optimiser)
+        time_step(model, second, counted_loss, optimiser)
+        seconds = run_until_warm(model, step)
     trial = Trial(candidate.label, peak.bytes, saved.bytes, seconds, warm_up_seconds=now() - began - seconds)
     trial.is_settled = device.type != "cpu"
     report = layout_report(model)
@@ -177,24 +178,24 @@ def _tried(model: nn.Module, job: Job, candidate: Candidate) -> Trial:
 
 
 @torch.no_grad()
-def _move_off_zero(model: nn.Module) -> None:
-    """Change LoRA's factor B a little, as the first steps do: it starts at zero, where A has no gradient."""
+def _perturb_lora(model: nn.Module) -> None:
+    """Change LoRA's factor B a little, as the first steps do: it starts at zero, so that A has no gradient."""
     generator = torch.Generator().manual_seed(SEED)
     for name, parameter in sorted(model.named_parameters()):
         if ".lora_B." in name and parameter.requires_grad:
-            parameter.add_(_LORA_NOISE * torch.randn(parameter.shape, generator=generator).to(parameter))
+            parameter.add_(_LORA_PERTURBATION * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
 def _compare_gradients(trial: Trial, model: nn.Module, job: Job, candidate: Candidate) -> None:
-    """Fill in the cosine and the norm ratio with the exact gradients in the job's folder, if there are any yet."""
-    found = {
+    """Compare the gradients with the exact ones in the job's folder, if there are any yet, or write them there."""
+    gradients = {
         plain_name(name): parameter.grad
         for name, parameter in model.named_parameters()
         if parameter.requires_grad and parameter.grad is not None
     }
     file = Path(job.folder, "lora.pt" if candidate.lora else "full.pt")
     if candidate.is_exact and not file.exists():
-        torch.save(found, file)
+        torch.save(gradients, file)
     if candidate.is_exact:
         trial.cosine = trial.norm_ratio = 1.0
         return
@@ -202,13 +203,13 @@ def _compare_gradients(trial: Trial, model: nn.Module, job: Job, candidate: Cand
         return
     exact = torch.load(file, mmap=True, map_location="cpu", weights_only=True)
     layers = [plain_name(name) + "." for name, module in model.named_modules() if isinstance(module, LBPWHTLayer)]
-    counted = [name for name in found if name.startswith(tuple(layers)) and found[name].dim() > 1]
-    quality = compare({name: found[name].cpu() for name in counted}, exact, counted)
+    matrices = [name for name in gradients if name.startswith(tuple(layers)) and gradients[name].dim() > 1]
+    quality = compare({name: gradients[name].cpu() for name in matrices}, exact, matrices)
     trial.cosine, trial.norm_ratio = quality.cosine, quality.norm_ratio
 
 
 def plain_name(name: str) -> str:
-    """The name that a parameter or module of an adapted model has in the plain model, or in LoRA's alone."""
+    """The name that a parameter or module of an adapted model has in the plain model, or in a model with LoRA alone."""
     name = name.removeprefix("base_model.model.")
     for before, after in (
         (".lbpwht_weight.default", ".weight"),

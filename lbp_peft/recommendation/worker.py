@@ -1,8 +1,8 @@
 """The process that measures candidates on a CPU, started as `python -m lbp_peft.recommendation.worker JOB.pt`.
 
-It reads requests, one from each line, as JSON, and writes one answer to each line. There are three: "try" a candidate,
-whose answer is the trial, start to "train" it, and run a "step" of that training, whose answer is that step. On Linux
-each candidate is tried in a fork of this process, and trained in another one, so that it does not inherit memory of
+It reads requests and writes answers, one on each line, as JSON. There are three requests: "try" a candidate, which is
+answered by the trial; start to "train" it; and run a "step" of that training, which is answered by the step. On Linux
+each candidate is tried in a fork of this process and trained in another one, so that it does not inherit the memory of
 earlier ones and need not load the libraries and the model again. This process itself computes nothing, since threads do
 not survive a fork.
 """
@@ -26,52 +26,52 @@ from transformers import PreTrainedModel
 
 from ..measure.memory import resident_now
 from .candidates import Candidate
-from .processes import CAN_FORK, pickle_module
+from .runners import CAN_FORK, pickle_module
 from .training import Step, Training
 from .trial import OUT_OF_MEMORY, Job, Trial, try_candidate
 
-_OF_TRAINING = ("transformers.trainer", "datasets")  # further modules that a training program has in memory
+_TRAINING_LIBRARIES = ("transformers.trainer", "datasets")  # which a training program has in memory too
 
 
 def main(path: str) -> None:
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # so that output of libraries is not taken for an answer
+    os.dup2(2, 1)  # so that what libraries print is not taken for an answer
     warnings.simplefilter("ignore")
-    for name in _OF_TRAINING:
+    for name in _TRAINING_LIBRARIES:
         with suppress(ImportError):
             importlib.import_module(name)
     libraries = resident_now()
     job: Job = torch.load(path, weights_only=False, pickle_module=pickle_module())
-    make_known(job.model)
+    run_constructors(job.model)
     gc.collect()
     answers.write(json.dumps({"libraries": libraries["VmRSS"]}) + "\n")
     answers.flush()
-    forks: dict[str, _Fork] = {}  # those that train, by the label of their candidate
+    forks: dict[str, _Fork] = {}  # the forks that train, by the label of their candidate
     for line in sys.stdin:
         request = json.loads(line)
         candidate = Candidate(**request["candidate"])
         if not CAN_FORK:
-            answer = _tried(job, candidate, 0)
+            answer = _try(job, candidate, 0)
         elif request["what"] == "try":
-            answer = _in_a_fork(job, candidate)
+            answer = _try_in_fork(job, candidate)
         else:
             if request["what"] == "train":
-                forks[candidate.label] = _Fork(partial(_trained, job, candidate))
-            answer = forks[candidate.label].answer() or json.dumps({"failure": forks.pop(candidate.label).ended()})
+                forks[candidate.label] = _Fork(partial(_train, job, candidate))
+            answer = forks[candidate.label].request() or json.dumps({"failure": forks.pop(candidate.label).close()})
         answers.write(answer + "\n")
         answers.flush()
 
 
-def make_known(model: nn.Module) -> None:
-    """Run the constructors of the model's transformers classes, which a model loaded from a file has not run here.
+def run_constructors(model: nn.Module) -> None:
+    """Run the constructors of the model's transformers classes on the meta device, where they take no memory.
 
-    They register what a class can do: without that, SegFormer for one finds no hidden states to decode. On the meta
-    device they take no memory.
+    A model that is loaded from a file has not run them in this process. They register what a class can do: without
+    that, SegFormer, for instance, finds no hidden states to decode.
     """
     known: set[type] = set()
     for module in model.modules():
         if isinstance(module, PreTrainedModel) and type(module) not in known:
-            known |= {type(part) for part in module.modules()}
+            known |= {type(child) for child in module.modules()}
             with suppress(Exception), torch.device("meta"):
                 type(module)(module.config)
 
@@ -80,11 +80,11 @@ class _Fork:
     """A fork of this process that answers requests.
 
     Args:
-        answers: A function of the requests and of the bytes that a new process would have in memory in addition to
-            those that the fork measures. It yields an answer to each request.
+        answer: A function that yields an answer to each request. Its arguments are the requests, and the bytes that a
+            new process would have in memory in addition to those that the fork measures.
     """
 
-    def __init__(self, answers: Callable[[Iterable[str], int], Iterator[str]]):
+    def __init__(self, answer: Callable[[Iterable[str], int], Iterator[str]]):
         inherited = resident_now()
         requests, requested = os.pipe()
         answered, written = os.pipe()
@@ -97,8 +97,8 @@ class _Fork:
                 # A fork starts without some pages of the libraries' files that a new process would have in memory.
                 missing = inherited["RssFile"] - resident_now()["RssFile"]
                 with os.fdopen(requests) as lines, os.fdopen(written, "w") as out:
-                    for answer in answers(lines, missing):
-                        out.write(answer + "\n")
+                    for line in answer(lines, missing):
+                        out.write(line + "\n")
                         out.flush()
                 status = 0
             finally:
@@ -107,15 +107,15 @@ class _Fork:
         os.close(written)
         self._requests, self._answers = os.fdopen(requested, "w"), os.fdopen(answered)
 
-    def answer(self) -> str:
-        """The answer to one more request; "" if the fork has ended."""
+    def request(self) -> str:
+        """Send a request, and return the answer; "" if the fork has ended."""
         with suppress(BrokenPipeError):
             self._requests.write("\n")
             self._requests.flush()
         return self._answers.readline().strip()
 
-    def ended(self) -> str:
-        """End the fork, and return why it has ended before, if it has."""
+    def close(self) -> str:
+        """End the fork, and return the reason if it had ended by itself."""
         with suppress(BrokenPipeError):
             self._requests.close()
         self._answers.close()
@@ -124,13 +124,13 @@ class _Fork:
         return OUT_OF_MEMORY if killed == signal.SIGKILL else f"its process was ended by signal {killed}"
 
 
-def _in_a_fork(job: Job, candidate: Candidate) -> str:
-    fork = _Fork(lambda requests, missing: (_tried(job, candidate, missing) for _ in requests))
-    answer, why = fork.answer(), fork.ended()
+def _try_in_fork(job: Job, candidate: Candidate) -> str:
+    fork = _Fork(lambda requests, missing: (_try(job, candidate, missing) for _ in requests))
+    answer, why = fork.request(), fork.close()
     return answer or json.dumps(Trial(candidate.label, failure=why).as_dict())
 
 
-def _trained(job: Job, candidate: Candidate, requests: Iterable[str], missing: int) -> Iterator[str]:
+def _train(job: Job, candidate: Candidate, requests: Iterable[str], missing: int) -> Iterator[str]:
     """Train a candidate. The first request starts its training, and each later one asks for a step."""
     training = None
     torch.set_num_threads(job.threads)
@@ -146,7 +146,7 @@ def _trained(job: Job, candidate: Candidate, requests: Iterable[str], missing: i
             yield json.dumps({"failure": str(error)})
 
 
-def _tried(job: Job, candidate: Candidate, missing: int) -> str:
+def _try(job: Job, candidate: Candidate, missing: int) -> str:
     """Try a candidate, and return the trial as JSON.
 
     Args:

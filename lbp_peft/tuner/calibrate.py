@@ -1,4 +1,4 @@
-"""Chooses the bases of an adapted model's layers by what they see in a few training steps."""
+"""Calibration: chooses the bases of an adapted model's layers by their inputs and gradients in a few training steps."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from ..bases.base import Basis
 from ..bases.calibrated import LeftOutBasis
 from ..calibration import CalibratedSelection, TokenStatistics
-from ..calibration.statistics import pooled
+from ..calibration.statistics import pool
 from ..measure.undisturbed import LossFunction, device_of
-from .observing import NOT_CALLED, Seen, gathered_from_processes, layers_of, observe, sum_over_processes, unwrapped
+from .observing import NOT_CALLED, Observation, gather_from_processes, layers_of, observe, sum_over_processes, unwrap
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Calibration:
 
 
 def calibrate(model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction | None = None) -> Calibration:
-    """Choose the bases of all layers whose selection is "lhe" or "klt", by what they see in a few training steps.
+    """Choose the bases of all layers whose selection is "lhe" or "klt", by a few training steps.
 
     Call it before training. It may be called again at any time, to choose the bases again. A forward and a backward
     pass with exact gradients are run on each batch, which takes the time and memory of a step of full fine-tuning
@@ -70,14 +70,14 @@ def calibrate(model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction | 
 
     Raises:
         ValueError: no active adapter has such a selection, there are no batches, the gradients are not finite, no layer
-            can be calibrated, a grid has more than 4096 tokens for "klt", the model is sharded, or returns no loss.
+            can be calibrated, a grid has more than 4096 tokens for "klt", the model is sharded, or it returns no loss.
         RuntimeError: its gradient checkpointing is reentrant, which `torch.autograd.grad` does not support.
 
     Example:
         >>> model = get_peft_model(vit, LBPWHTConfig(r=8, selection="klt", modules_to_save=["classifier"]))
         >>> print(lbp_peft.calibrate(model, itertools.islice(loader, 4)))
     """
-    model = unwrapped(model)
+    model = unwrap(model)
     layers = layers_of(model)
     wanted = {
         (name, adapter): selection
@@ -100,7 +100,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction | 
         if statistics is not None:
             key = selection, id(statistics)
             if key not in made:
-                made[key] = choose(name, selection, statistics)
+                made[key] = choose_basis(name, selection, statistics)
             chosen[name, adapter] = made[key]
     if not chosen:
         reasons = ", ".join(dict.fromkeys(collected.unseen.values()))
@@ -114,11 +114,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction | 
     return Calibration({name: basis for (name, _), basis in chosen.items()}, collected.unseen, collected.num_batches)
 
 
-def choose(name: str, selection: CalibratedSelection, statistics: TokenStatistics) -> Basis:
-    """The basis of a layer.
+def choose_basis(name: str, selection: CalibratedSelection, statistics: TokenStatistics) -> Basis:
+    """Choose the basis of a layer by its statistics.
 
     Raises:
-        ValueError: it cannot be chosen; the message names the layer.
+        ValueError: no basis can be chosen; the message names the layer.
     """
     try:
         return selection.choose(statistics)
@@ -127,15 +127,15 @@ def choose(name: str, selection: CalibratedSelection, statistics: TokenStatistic
 
 
 @dataclass(frozen=True)
-class Collected:
-    """What layers have seen in some training steps.
+class CollectedStatistics:
+    """Statistics of layers in a few training steps.
 
     Attributes:
-        num_batches: The batches of all processes together.
-        statistics: (name of the layer, name of the selection) -> its statistics; one object for all layers that receive
-            the same tensor.
-        leaders: Name of the layer -> that of the first layer that received the same tensor.
-        unseen: Name of the layer -> why it was not seen.
+        num_batches: The number of batches of all processes together.
+        statistics: The statistics by the names of the layer and of the selection; one object for all layers that
+            receive the same tensor.
+        leaders: The name of the first layer that received the same tensor, by the name of each layer.
+        unseen: The reason why a layer was not observed, by the layer's name.
     """
 
     num_batches: int
@@ -149,11 +149,12 @@ def collect(
     batches: Iterable[Any],
     loss_fn: LossFunction | None,
     wanted: dict[str, list[CalibratedSelection]],
-) -> Collected:
-    """Run batches, and sum up the statistics that the selections of some layers need, over all processes.
+) -> CollectedStatistics:
+    """Run batches, and sum up the statistics that selections need, over all processes.
 
     Args:
-        wanted: Name of the layer -> its selections.
+        model, batches, loss_fn: As in [`calibrate`].
+        wanted: The selections of each layer to observe, by the layer's name.
 
     Raises:
         ValueError: there are no batches, a grid is too large, or the sums are not finite.
@@ -161,8 +162,8 @@ def collect(
     sums: dict[tuple[str, str], TokenStatistics] = {}
     leaders: dict[str, str] = {}
 
-    def see(seen: Seen) -> None:
-        if not seen.trains_weight:  # it needs no basis
+    def add(seen: Observation) -> None:
+        if not seen.trains_weight:  # no basis is needed
             return
         if leaders.setdefault(seen.name, seen.shares_with) != seen.shares_with:
             leaders[seen.name] = seen.name
@@ -171,10 +172,10 @@ def collect(
                 selection.check(seen.layout.grid)
             except ValueError as error:
                 raise ValueError(f"{seen.name} cannot be calibrated: {error}.") from None
-            own = sums.setdefault((seen.name, selection.name), TokenStatistics())
-            own.add(seen.layout.grid, *_on_grid(seen), selection.statistic)
+            layer_sums = sums.setdefault((seen.name, selection.name), TokenStatistics())
+            layer_sums.add(seen.layout.grid, *_grid_tokens(seen), selection.statistic)
 
-    number, unseen = observe(model, batches, loss_fn, wanted, see)
+    number, unseen = observe(model, batches, loss_fn, wanted, add)
     counted = torch.tensor(float(number), dtype=torch.float64)
     flat: dict[tuple, Tensor] = {("", "", 0, (0, 0)): counted}
     for (name, selection), one in sums.items():
@@ -184,23 +185,25 @@ def collect(
     number = int(flat.pop(("", "", 0, (0, 0))))
     if number == 0:
         raise ValueError("There are no batches to calibrate by.")
-    found: dict[tuple[str, str], TokenStatistics] = {}
+    of_layers: dict[tuple[str, str], TokenStatistics] = {}
     for (name, selection, factor, grid), tensor in flat.items():
-        own = found.setdefault((name, selection), TokenStatistics())
-        (own.gradients if factor else own.inputs)[grid] = tensor
+        one = of_layers.setdefault((name, selection), TokenStatistics())
+        (one.gradients if factor else one.inputs)[grid] = tensor
     leaders = agreed_leaders(leaders)
     groups: dict[tuple[str, str], list[TokenStatistics]] = {}
-    for (name, selection), one in found.items():
+    for (name, selection), one in of_layers.items():
         if not one.is_finite():
             raise ValueError(f"The inputs or gradients of {name} are not finite: is the loss NaN?")
         groups.setdefault((leaders[name], selection), []).append(one)
-    of_groups = {key: pooled(parts) for key, parts in groups.items()}
-    statistics = {(name, selection): of_groups[leaders[name], selection] for name, selection in found}
-    return Collected(number, statistics, leaders, {name: why for name, why in unseen.items() if name not in leaders})
+    of_groups = {key: pool(parts) for key, parts in groups.items()}
+    statistics = {(name, selection): of_groups[leaders[name], selection] for name, selection in of_layers}
+    return CollectedStatistics(
+        number, statistics, leaders, {name: why for name, why in unseen.items() if name not in leaders}
+    )
 
 
-def _on_grid(seen: Seen) -> tuple[Tensor, Tensor]:
-    """x and g without the tokens outside the grid, row by row."""
+def _grid_tokens(seen: Observation) -> tuple[Tensor, Tensor]:
+    """x and g of the tokens on the grid, row by row."""
     layout = seen.layout
     inner = slice(layout.num_prefix_tokens, layout.num_tokens - layout.num_suffix_tokens)
     x, g = seen.x[:, inner], seen.g[:, inner]
@@ -211,9 +214,9 @@ def _on_grid(seen: Seen) -> tuple[Tensor, Tensor]:
 
 
 def agreed_leaders(leaders: dict[str, str]) -> dict[str, str]:
-    """The leaders in which all processes agree. A layer whose leader differs between processes leads itself."""
-    found: dict[str, set[str]] = {}
-    for own in gathered_from_processes(leaders):
-        for name, leader in own.items():
-            found.setdefault(name, set()).add(leader)
-    return {name: one.pop() if len(one) == 1 else name for name, one in found.items()}
+    """The leaders on which all processes agree. A layer whose leader differs between processes leads itself."""
+    proposed: dict[str, set[str]] = {}
+    for of_process in gather_from_processes(leaders):
+        for name, leader in of_process.items():
+            proposed.setdefault(name, set()).add(leader)
+    return {name: several.pop() if len(several) == 1 else name for name, several in proposed.items()}

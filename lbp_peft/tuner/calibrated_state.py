@@ -34,7 +34,7 @@ def calibrated_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]
 def take_bases(
     model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]
 ) -> tuple[dict[LBPWHTLayer, Basis], dict[str, Tensor]]:
-    """The bases in a checkpoint, by layer, and its other tensors. The layers are not changed.
+    """Split a checkpoint into the bases, by layer, and its other tensors. The layers are not changed.
 
     If the checkpoint is refused, an adapter that was only just created to hold it is removed again.
 
@@ -51,12 +51,12 @@ def take_bases(
             states.setdefault(known, {})[own_key] = tensor
         else:
             rest[key] = tensor
-    found = {}
+    bases = {}
     for name, state in states.items():
         selection = layers[name].lbpwht_rule[adapter_name].chosen_by
         assert selection is not None
         try:
-            found[layers[name]] = selection.restore(state)
+            bases[layers[name]] = selection.restore(state)
         except ValueError as error:
             refuse_checkpoint(
                 model,
@@ -64,11 +64,11 @@ def take_bases(
                 f"The basis of {name} in this checkpoint does not fit adapter {adapter_name!r}: {error}. Check that "
                 "its adapter_config.json is the one that it was saved with.",
             )
-    return found, rest
+    return bases, rest
 
 
 def put_bases(model: nn.Module, bases: dict[LBPWHTLayer, Basis], adapter_name: str) -> None:
-    """Have an adapter use these bases. A layer without a basis in a calibrated checkpoint counts as left out."""
+    """Make an adapter use these bases. A layer without a basis in a calibrated checkpoint counts as left out."""
     made: dict[Basis, Basis] = {}  # equal ones become one object, whose matrices are made once
     for layer in _calibrated_layers(model, adapter_name).values() if bases else ():
         rule = layer.lbpwht_rule[adapter_name]

@@ -1,4 +1,4 @@
-"""Gives the targeted layers of a model their LBP-WHT adapters."""
+"""Puts LBP-WHT adapters into the targeted layers of a model."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def prepare(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -> None:
 def _shared_parameters(model: nn.Module) -> set[int]:
     """Ids of the parameters that several modules use."""
     counts = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    return {one for one, count in counts.items() if count > 1}
+    return {parameter for parameter, count in counts.items() if count > 1}
 
 
 def _default_targets(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -> set[str]:
@@ -108,9 +108,9 @@ def create_and_replace(
     **_: object,
 ) -> None:
     """Give one layer an adapter: replace the layer, or patch it if another method has adapted it."""
-    rank = _of_layer(config.rank_pattern, config.r, current_key)
-    input_rank = _of_layer(config.grad_input_rank_pattern, config.grad_input_rank, current_key)
-    selection = _of_layer(config.selection_pattern, config.selection, current_key)
+    rank = _setting_of_layer(config.rank_pattern, config.r, current_key)
+    input_rank = _setting_of_layer(config.grad_input_rank_pattern, config.grad_input_rank, current_key)
+    selection = _setting_of_layer(config.selection_pattern, config.selection, current_key)
     weight_basis = config.weight_basis(rank, selection)
     rule = BackwardRule(
         weight_basis=weight_basis,
@@ -125,16 +125,16 @@ def create_and_replace(
     base = target.get_base_layer() if isinstance(target, LBPWHTLinear) else target
     is_needed = id(getattr(base, "weight", None)) in tuner._needed_elsewhere and config.base_weights != DROPPED
     base_weights = RESIDENT if is_needed else config.base_weights
-    inside = getattr(target, PATCH_ATTR, None)
-    if isinstance(inside, LBPWHTStacked):
-        inside.lbpwht_rule[adapter_name] = rule
+    patch = getattr(target, PATCH_ATTR, None)
+    if isinstance(patch, LBPWHTStacked):
+        patch.lbpwht_rule[adapter_name] = rule
     elif isinstance(target, LBPWHTLinear):
         target.update_layer(adapter_name, rule, config.train_base_weight, config.inference_mode, base_weights)
-    elif isinstance(target, BaseTunerLayer) or _trained_by_others(target, tuner.model):
-        inside = LBPWHTStacked(layout_finder(tuner.model), current_key, {adapter_name: rule})
-        attach(target, inside.train(target.training))
+    elif isinstance(target, BaseTunerLayer) or _is_trained_by_others(target, tuner.model):
+        patch = LBPWHTStacked(layout_finder(tuner.model), current_key, {adapter_name: rule})
+        attach(target, patch.train(target.training))
         if has_own_forward(target):
-            inside.finder.warn_once(
+            patch.finder.warn_once(
                 "own forward",
                 f"{current_key} uses exact backpropagation, as do any layers like it: its forward method was replaced "
                 "on the instance, so LBP-WHT is never called. Replace it on the layer's class, or use a forward hook.",
@@ -153,7 +153,7 @@ def create_and_replace(
                 layer.drop_base_weight()
 
 
-def _of_layer(patterns: Mapping[str, _Setting], default: _Setting, name: str) -> _Setting:
+def _setting_of_layer(patterns: Mapping[str, _Setting], default: _Setting, name: str) -> _Setting:
     return patterns.get(get_pattern_key(list(patterns), name), default)
 
 
@@ -191,7 +191,7 @@ def detach_all(model: nn.Module) -> set[LayoutFinder]:
     return finders
 
 
-def _trained_by_others(target: nn.Module, model: nn.Module) -> bool:
+def _is_trained_by_others(target: nn.Module, model: nn.Module) -> bool:
     """Whether another method trains a layer's own parameters, as LoRA's bias="all" does."""
     return has_other_adapters(model) and any(p.requires_grad for p in target.parameters())
 
@@ -218,16 +218,15 @@ def _other_layers(model: nn.Module) -> dict[str, int]:
         for module in model.modules()
         if isinstance(module, LBPWHTLayer) or isinstance(getattr(module, PATCH_ATTR, None), LBPWHTLayer)
     ]
-    inside = {id(part) for module in adapted for part in module.modules()}
+    inside_adapted = {id(child) for module in adapted for child in module.modules()}
     return {
         name.removesuffix(".base_layer"): layer_type.channels_axis
         for name, module in model.named_modules()
-        if id(module) not in inside and (layer_type := layer_type_of(module)) is not None
+        if id(module) not in inside_adapted and (layer_type := layer_type_of(module)) is not None
     }
 
 
 def layout_finder(model: nn.Module) -> LayoutFinder:
-    """The layout finder that all layers of a model share, of all its adapters."""
-    return (
-        next((module.finder for module in model.modules() if isinstance(module, LBPWHTLayer)), None) or LayoutFinder()
-    )
+    """The layout finder that all LBP-WHT layers of a model share; a new one if it has none."""
+    finders = (module.finder for module in model.modules() if isinstance(module, LBPWHTLayer))
+    return next(finders, None) or LayoutFinder()

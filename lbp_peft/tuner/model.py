@@ -254,8 +254,8 @@ class LBPWHTModel(BaseTuner):
             self.active_adapter = own
         if beneath := [name for name in names if name in self.stack.configs]:
             self.stack.set_adapter(beneath, inference_mode=inference_mode)
-        brought = {name: self.peft_config[name].modules_to_save or [] for name in self.active_adapters}
-        self.stack.activate_modules_to_save(brought, inference_mode)
+        modules_to_save = {name: self.peft_config[name].modules_to_save or [] for name in self.active_adapters}
+        self.stack.activate_modules_to_save(modules_to_save, inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
         if self.stack is not None and adapter_name in self.stack.configs:
@@ -295,13 +295,13 @@ class LBPWHTModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        found = {key: state_dict[key] for key in sorted(adapter_keys(model, adapter_name))}
-        found.update(calibrated_tensors(model, adapter_name))
+        tensors = {key: state_dict[key] for key in sorted(adapter_keys(model, adapter_name))}
+        tensors.update(calibrated_tensors(model, adapter_name))
         if (stack := _stack_of(model)) is not None:
             config.stack_on, config.stack_active = stack.describe()
-            found.update(stack.modules_to_save(state_dict))
-            found.update(stack.state_dict(state_dict, unwanted_adapter_names))
-        return found
+            tensors.update(stack.modules_to_save(state_dict))
+            tensors.update(stack.state_dict(state_dict, unwanted_adapter_names))
+        return tensors
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:

@@ -1,4 +1,4 @@
-"""Runs additional training steps with exact gradients, and passes on what the adapted layers see in them."""
+"""Runs additional training steps with exact gradients, and observes the inputs and gradients of adapted layers."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ NOT_CALLED = "it was not called, or what it computes depends on nothing that is 
 
 
 @dataclass(frozen=True)
-class Seen:
-    """One call of a layer in a training step.
+class Observation:
+    """One call of a layer in a training step, with the gradient of its output.
 
     Attributes:
         name: The layer's name.
@@ -65,8 +65,8 @@ class _EveryToken(Basis):
     synthesis = analysis
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model within DDP.
+def unwrap(model: nn.Module) -> nn.Module:
+    """Remove the wrapper of DDP from a model.
 
     Raises:
         ValueError: the model has no LBP-WHT layers, or its parameters are sharded.
@@ -93,7 +93,7 @@ def observe(
     batches: Iterable[Any],
     loss_fn: LossFunction | None,
     names: Iterable[str],
-    see: Callable[[Seen], None],
+    receive: Callable[[Observation], None],
 ) -> tuple[int, dict[str, str]]:
     """Run a forward and a backward pass on each batch, in training mode and with exact gradients.
 
@@ -104,10 +104,10 @@ def observe(
         batches: What the model is called with, as in `lbp_peft.gradient_quality`; any number of them.
         loss_fn: (model, batch) -> scalar loss. None: `model(**batch).loss`.
         names: The layers to observe.
-        see: It receives each call of these layers whose tokens lie on one known grid, and must keep no tensor.
+        receive: It is called with each call of these layers whose tokens lie on one known grid. It must keep no tensor.
 
     Returns:
-        The number of batches, and, by name, why layers were not seen.
+        The number of batches, and the reason why a layer was not observed, by the layer's name.
     """
     device, names = device_of(model), set(names)
     unseen = dict.fromkeys(sorted(names), NOT_CALLED)
@@ -115,10 +115,10 @@ def observe(
     if not trained:
         raise ValueError("The model has no trained parameters, so there are no gradients to calibrate by.")
     number = 0
-    with undisturbed(model), torch.compiler.set_stance("force_eager"), _exact(model), torch.enable_grad():
+    with undisturbed(model), torch.compiler.set_stance("force_eager"), _exact_gradients(model), torch.enable_grad():
         model.train()
         for batch in batches:
-            with _hooks(model, names, unseen, see):
+            with _hooks(model, names, unseen, receive):
                 loss = (loss_fn or loss_of_output)(model, to_device(batch, device))
                 # Unlike loss.backward(), this runs no hooks of parameters: DDP's reduction is one.
                 torch.autograd.grad(loss, trained, allow_unused=True)
@@ -127,28 +127,30 @@ def observe(
 
 
 @contextmanager
-def _exact(model: nn.Module) -> Iterator[None]:
+def _exact_gradients(model: nn.Module) -> Iterator[None]:
     """Have all layers find their layouts and run exact backpropagation, whether they are calibrated or not."""
     rules = {layer: layer.lbpwht_rule for layer in layers_of(model).values()}
     whole = _EveryToken()
     try:
-        for layer, own in rules.items():
+        for layer, of_layer in rules.items():
             layer.lbpwht_rule = {
                 name: replace(rule, weight_basis=whole, input_gradient=FixedBasis(whole), compress=())
-                for name, rule in own.items()
+                for name, rule in of_layer.items()
             }
         yield
     finally:
-        for layer, own in rules.items():
-            layer.lbpwht_rule = own
+        for layer, of_layer in rules.items():
+            layer.lbpwht_rule = of_layer
 
 
 @contextmanager
-def _hooks(model: nn.Module, names: set[str], unseen: dict[str, str], see: Callable[[Seen], None]) -> Iterator[None]:
-    """Within the block, forward passes hand what layers receive, and its gradients, to `see`."""
+def _hooks(
+    model: nn.Module, names: set[str], unseen: dict[str, str], receive: Callable[[Observation], None]
+) -> Iterator[None]:
+    """Within the block, forward passes hand inputs of layers, and gradients of their outputs, to `receive`."""
     last: list[tuple[weakref.ref[Tensor], str]] = []
 
-    def note(module: nn.Module, args: tuple, y: Any, layer: LBPWHTLayer) -> None:
+    def note(module: nn.Module, args: tuple, y: object, layer: LBPWHTLayer) -> None:
         name, ran = layer.layer_name, layer.last_backward
         if not args or not isinstance(y, Tensor) or not y.requires_grad or ran is None:
             return
@@ -165,7 +167,7 @@ def _hooks(model: nn.Module, names: set[str], unseen: dict[str, str], see: Calla
         def take(grad: Tensor) -> None:
             with torch.no_grad():
                 tokens, gradients = (as_tokens(t.detach().movedim(axis, -1), layout) for t in (x, grad))
-                see(Seen(name, layout, tokens, gradients, first, trains_weight, x.requires_grad))
+                receive(Observation(name, layout, tokens, gradients, first, trains_weight, x.requires_grad))
 
         y.register_hook(take)
 
@@ -179,12 +181,12 @@ def _hooks(model: nn.Module, names: set[str], unseen: dict[str, str], see: Calla
         yield
 
 
-def gathered_from_processes(own: Value) -> list[Value]:
-    """What each process of `torch.distributed` passes, by rank; all have to call it. Without processes, one's own."""
+def gather_from_processes(value: Value) -> list[Value]:
+    """The values that all processes of `torch.distributed` pass, by rank. Every process has to call this."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [own]
-    gathered: list[Value] = [own] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, own)
+        return [value]
+    gathered: list[Value] = [value] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, value)
     return gathered
 
 
@@ -195,13 +197,13 @@ def sum_over_processes(sums: dict[Key, Tensor], device: torch.device) -> dict[Ke
         sums: Float64 tensors, or on devices without it float32, by keys that can be compared. They are not changed.
         device: The device of this process.
     """
-    shapes = gathered_from_processes({key: tuple(one.shape) for key, one in sums.items()})
+    shapes = gather_from_processes({key: tuple(one.shape) for key, one in sums.items()})
     if len(shapes) == 1:
         return sums
     result = {}
-    merged: dict[Any, tuple[int, ...]] = {key: shape for own in shapes for key, shape in own.items()}
-    for key in sorted(merged):
-        own = sums.get(key, torch.zeros(merged[key], dtype=torch.float64))
-        result[key] = own.to(device, copy=True)
+    all_shapes: dict[Any, tuple[int, ...]] = {key: shape for of_process in shapes for key, shape in of_process.items()}
+    for key in sorted(all_shapes):
+        value = sums.get(key, torch.zeros(all_shapes[key], dtype=torch.float64))
+        result[key] = value.to(device, copy=True)
         torch.distributed.all_reduce(result[key])
     return result

@@ -39,11 +39,12 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class LayoutReport:
-    """How the backward pass of each adapted layer ran last; print it for totals and a table.
+    """How the backward pass of each adapted layer last ran. Printed, it shows totals and a table.
 
     Attributes:
-        layers: Name of the layer -> its last [`BackwardPass`], None if it has not run in training mode yet.
-        features: Name of the layer -> C_in, the channels of its input; None where it is not known.
+        layers: The last [`BackwardPass`] of each layer, by the layer's name; None if the layer has not run in training
+            mode yet.
+        features: C_in, the number of input channels, by the layer's name; None where it is not known.
     """
 
     layers: dict[str, BackwardPass | None]
@@ -51,12 +52,12 @@ class LayoutReport:
 
     @property
     def exact(self) -> dict[str, str]:
-        """Layers that fell back to, or were meant for, exact backpropagation -> why."""
+        """The reasons for exact backpropagation, by the layer's name."""
         return {name: ran.why_exact for name, ran in self.layers.items() if ran is not None and ran.why_exact}
 
     @property
     def low_rank(self) -> list[str]:
-        """Layers whose backward pass was low-rank or in low precision."""
+        """The names of the layers whose backward pass was low-rank or in low precision."""
         return [name for name, ran in self.layers.items() if ran is not None and not ran.why_exact]
 
     def as_text(self, verbose: bool = False) -> str:
@@ -66,7 +67,7 @@ class LayoutReport:
             verbose: One row for each layer, all columns, and what they mean; else one row for each group of like
                 layers, whose names differ in numbers alone.
         """
-        heading, *rows = self._shown(verbose)
+        heading, *rows = self._heading_and_rows(verbose)
         meanings = [f"{name}: {COLUMNS[name]}" for name in heading if verbose or name in _TO_EXPLAIN]
         below: list[str] = []
         if _FOUND_BY in heading:
@@ -74,8 +75,8 @@ class LayoutReport:
             if max((len(row[index]) for row in rows), default=0) > _MOST_FOUND_BY:
                 below = ["", *(row.pop(index) for row in rows)]
                 heading.remove(_FOUND_BY)
-        table = _aligned([heading, *rows], below)
-        return "\n".join([*_wrapped(self._totals()), "", *table, "", *_wrapped(meanings)])
+        table = _align([heading, *rows], below)
+        return "\n".join([*_wrap(self._totals()), "", *table, "", *_wrap(meanings)])
 
     def __str__(self) -> str:
         return self.as_text()
@@ -91,7 +92,7 @@ class LayoutReport:
         return pandas.DataFrame(self._rows(verbose=True), columns=list(COLUMNS))
 
     def _repr_html_(self) -> str:
-        names, *rows = self._shown(verbose=False)
+        names, *rows = self._heading_and_rows(verbose=False)
         style = 'style="text-align: left; white-space: nowrap"'
         heading = "".join(
             f'<th {style} title="{html.escape(COLUMNS[name])}">{html.escape(name)}</th>' for name in names
@@ -100,16 +101,16 @@ class LayoutReport:
         totals = "<br>".join(map(html.escape, self._totals()))
         return f"<p>{totals}</p><table><thead><tr>{heading}</tr></thead><tbody>{body}</tbody></table>"
 
-    def _shown(self, verbose: bool) -> list[list[str]]:
-        """The heading and the rows, of which the reasons for exact layers are short."""
+    def _heading_and_rows(self, verbose: bool) -> list[list[str]]:
+        """The heading and the rows, in which marks stand for the reasons of exact layers."""
         marks = self._marks()
-        shown = [name for name in COLUMNS if verbose or name != _FOUND_BY or not self._common_start()]
-        start = self._common_start()  # which the totals say
+        shown = [name for name in COLUMNS if verbose or name != _FOUND_BY or not self._common_origin()]
+        start = self._common_origin()  # the totals name it
         rows = [dict(zip(COLUMNS, row, strict=True)) for row in self._rows(verbose)]
         return [shown, *([marks.get(row[name], row[name]).removeprefix(f"{start} ") for name in shown] for row in rows)]
 
     def _marks(self) -> dict[str, str]:
-        """What the last column says of an exact layer -> a short mark for it, which the totals explain."""
+        """A short mark for each text in the last column of an exact layer. The totals explain the marks."""
         reasons = [why for why, _ in Counter(self.exact.values()).most_common()]
         numbers = [f" ({number})" for number in range(1, len(reasons) + 1)] if len(reasons) > 1 else [""]
         return {f"exact: {why}": f"exact{number}" for why, number in zip(reasons, numbers, strict=False)}
@@ -136,12 +137,12 @@ class LayoutReport:
                 f"Values kept of their inputs, each counted once: {kept / 1e6:.2f} M of {total / 1e6:.2f} M for each "
                 f"image or window ({100 * kept / total:.0f} %)."
             )
-        if start := self._common_start():
+        if start := self._common_origin():
             lines.append(f"The grids were {start}.")
         return lines
 
-    def _common_start(self) -> str:
-        """Where the tokens of all layers were followed from; "" if from several places."""
+    def _common_origin(self) -> str:
+        """The beginning of the layers' `known_by`, if all tokens were followed from the same place; else ""."""
         starts = {ran.known_by.partition(" through ")[0] for ran in self.layers.values() if ran and ran.known_by}
         return starts.pop() if len(starts) == 1 and all(one.startswith("followed from ") for one in starts) else ""
 
@@ -150,14 +151,14 @@ class LayoutReport:
             return [(name, *_cells(ran)) for name, ran in self.layers.items()]
         groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
         for name, ran in self.layers.items():
-            # How far the grid was followed grows from block to block, and does not tell groups apart.
+            # The number of operations grows from block to block. It must not make groups of single layers.
             cells = tuple(_NUM_OPERATIONS.sub("", cell) for cell in _cells(ran))
             groups.setdefault((re.sub(r"\d+", "#", name), cells), []).append(name)
         rows = []
         for names in groups.values():
             first, last = _cells(self.layers[names[0]]), _cells(self.layers[names[-1]])
             cells = tuple(_up_to(one, other) for one, other in zip(first, last, strict=True))
-            rows += [(name, *cells) for name in _grouped(names)]
+            rows += [(name, *cells) for name in _group_names(names)]
         return rows
 
 
@@ -167,11 +168,11 @@ _FOUND_BY = "found by"
 _MOST_FOUND_BY = 26  # characters of that column; what is longer stands on a line below the row
 
 
-def _aligned(rows: list[list[str]], below: list[str]) -> list[str]:
-    """Rows as lines with their columns aligned; names for which there is no room get a line of their own.
+def _align(rows: list[list[str]], below: list[str]) -> list[str]:
+    """The rows as lines with aligned columns. A name for which there is no room gets a line of its own.
 
     Args:
-        below: The text below each row; [] for none.
+        below: The text below each row; empty: there is none.
     """
     widths = [max(map(len, column)) for column in zip(*(row[1:] for row in rows), strict=True)]
     room = WIDTH - sum(width + 2 for width in widths)
@@ -186,7 +187,7 @@ def _aligned(rows: list[list[str]], below: list[str]) -> list[str]:
     return lines
 
 
-def _wrapped(lines: list[str]) -> list[str]:
+def _wrap(lines: list[str]) -> list[str]:
     return [part for line in lines for part in textwrap.wrap(line, WIDTH, subsequent_indent="  ")]
 
 
@@ -194,7 +195,7 @@ def _cells(ran: BackwardPass | None) -> tuple[str, ...]:
     """All columns but the name."""
     if ran is None:
         return (*["-"] * (len(COLUMNS) - 2), "not called in training mode yet")
-    grid = _words_for_grids(ran.layout) if ran.layout else "-"
+    grid = _format_grids(ran.layout) if ran.layout else "-"
     outside = str(ran.layout.num_outside) if ran.layout else "-"
     kept = [str(ran.grad_weight_rows), str(ran.grad_input_rows)] if not ran.why_exact else ["-", "-"]
     how = f"exact: {ran.why_exact}" if ran.why_exact else "low-rank"
@@ -209,8 +210,8 @@ def _up_to(first: str, last: str) -> str:
     return f"{start} {number} to {last.removeprefix(f'{start} ')}"
 
 
-def _grouped(names: list[str]) -> list[str]:
-    """Names that differ in numbers alone, as one where these are all combinations of the numbers at each place.
+def _group_names(names: list[str]) -> list[str]:
+    """Names that differ in numbers alone, as one name for all combinations of these numbers.
 
     layers.0.fc, layers.1.fc, layers.2.fc -> layers.{0..2}.fc
     """
@@ -220,8 +221,10 @@ def _grouped(names: list[str]) -> list[str]:
     columns = [sorted(set(column), key=_as_number) for column in zip(*parts, strict=True)]
     if math.prod(map(len, columns)) != len(names):  # some combinations are missing: split where the fewest differ
         split = min((index for index, column in enumerate(columns) if len(column) > 1), key=lambda i: len(columns[i]))
-        inner = [[name for name, own in zip(names, parts, strict=True) if own[split] == one] for one in columns[split]]
-        return [group for own in inner for group in _grouped(own)]
+        inner = [
+            [name for name, words in zip(names, parts, strict=True) if words[split] == one] for one in columns[split]
+        ]
+        return [group for several in inner for group in _group_names(several)]
     return [_with_sets(columns)]
 
 
@@ -244,7 +247,7 @@ def _as_number(text: str) -> tuple[int, str]:
     return (int(text), "") if text.isdigit() else (-1, text)
 
 
-def _words_for_grids(layout: TokenLayout) -> str:
+def _format_grids(layout: TokenLayout) -> str:
     """The grids of a layout, such as "8 x 12" or "8 x 12, 4 x 8"; of many, the first ones."""
     grids = layout.grids if isinstance(layout, PackedLayout) else (layout.grid,)
     shown = ", ".join(f"{height} x {width}" for height, width in grids[:3])
@@ -288,8 +291,8 @@ def exact_backward(model: nn.Module) -> Iterator[None]:
         _count_blocks(layers, -1)
 
 
-# How many blocks of exact_backward hold each layer at the moment. Blocks of several threads, or of parts of a model,
-# may end in another order than they began in.
+# The number of blocks of exact_backward that each layer is in. Blocks of several threads, or of parts of a model, may
+# end in another order than they began in.
 _num_blocks: weakref.WeakKeyDictionary[LayoutFinder, Counter[str]] = weakref.WeakKeyDictionary()
 _lock = threading.Lock()
 

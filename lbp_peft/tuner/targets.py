@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..encoder import adaptable_layers, encoder_linears
 from ..encoder_of_pass import PassedLayer, encoder_of_pass
-from ..layout.inputs import merge_size, named_inputs, start
+from ..layout.inputs import assign_positions, merge_size, named_inputs
 from ..layout.records import read_record
 from ..layout.tracer import PositionTracer
 from ..measure.undisturbed import undisturbed
@@ -32,7 +32,7 @@ def targets_from(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
     - belong to the encoder: to the part that is given images and no text, if there is one, and not to a decoder. The
       name of a class tells a decoder or a head only after the other blocks, and if these have more weights.
 
-    Unlike the default, it finds blocks that the structure does not tell, and leaves out layers that would be exact.
+    Unlike the default, it finds blocks that the structure does not reveal, and leaves out layers that would be exact.
 
     Args:
         model: The model, before `get_peft_model`. One forward pass is run in training mode; modes, buffers and random
@@ -50,17 +50,17 @@ def targets_from(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
         raise TypeError('batch must be the keyword arguments of the model, such as {"pixel_values": pixel_values}.')
     if any(isinstance(module, LBPWHTLayer) for module in model.modules()):
         raise ValueError("The model has LBP-WHT layers already. Call targets_from before get_peft_model.")
-    found = encoder_of_pass(model, _layers_with_tokens(model, batch), set(encoder_linears(model)))
-    if not found:
+    targets = encoder_of_pass(model, _layers_with_tokens(model, batch), set(encoder_linears(model)))
+    if not targets:
         raise ValueError(
             "No layer of an encoder receives tokens whose places are known. Name the layers in target_modules, and the "
             "grid in grid_size."
         )
-    return found
+    return targets
 
 
 def _layers_with_tokens(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, PassedLayer]:
-    """The layers whose input is tokens with known places in all calls, by name, in the order of their first calls.
+    """The layers whose inputs are tokens with known places in all calls, by name, in the order of their first calls.
 
     Words count if no layer receives patches.
     """
@@ -69,7 +69,7 @@ def _layers_with_tokens(model: nn.Module, batch: Mapping[str, Any]) -> dict[str,
     layers: dict[str, PassedLayer] = {}
     with undisturbed(model), torch.compiler.set_stance("force_eager"), ExitStack() as stack:
         model.train()
-        texts = start(tracer, named_inputs(model, (), dict(batch)), merge_size(model))
+        texts = assign_positions(tracer, named_inputs(model, (), dict(batch)), merge_size(model))
 
         def note(name: str, axis: int, module: nn.Module, args: tuple) -> None:
             with tracer.paused(), torch.no_grad():
@@ -87,8 +87,8 @@ def _layers_with_tokens(model: nn.Module, batch: Mapping[str, Any]) -> dict[str,
         stack.enter_context(tracer)
         stack.enter_context(torch.enable_grad())  # as in training, since some models run other code without gradients
         model(**batch)
-    of_images = {name: layers[name] for name, found in kinds.items() if found == {"patches"}}
-    return of_images or {name: layers[name] for name, found in kinds.items() if found == {"words"}}
+    of_images = {name: layers[name] for name, of_calls in kinds.items() if of_calls == {"patches"}}
+    return of_images or {name: layers[name] for name, of_calls in kinds.items() if of_calls == {"words"}}
 
 
 def _kind_of_tokens(tracer: PositionTracer, texts: dict[int, str], x: Tensor, channels_axis: int) -> str:

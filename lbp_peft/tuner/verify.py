@@ -83,20 +83,25 @@ def verify_layout(model: nn.Module, batch: Mapping[str, Any]) -> LayoutCheck:
         with finder.keeping_positions() as kept:
             before = _inputs(model, layers, batch)
         left_out = tuple(layer.name for layer in finder.left_out)
-        every = [*kept.of_outputs, *(p for several in kept.of_inputs.values() for p in several if p is not None)]
-        rows, columns = _lines(every, row_of), _lines(every, column_of)
-        found = {}
+        all_positions = [
+            *kept.of_outputs,
+            *(p for several in kept.of_inputs.values() for p in several if p is not None),
+        ]
+        rows, columns = _lines(all_positions, row_of), _lines(all_positions, column_of)
+        after = {}
         for down, across in _PLACES:
             pixel = _place_near(down, height, rows), _place_near(across, width, columns)
             changed = image.clone()
             changed[..., pixel[0], pixel[1]] += 10 * image.std() + 1
-            found[pixel] = _inputs(model, layers, {**batch, name: changed})
-    return replace(_compare(layers, before, found, kept.of_inputs), left_out=left_out)
+            after[pixel] = _inputs(model, layers, {**batch, name: changed})
+    return replace(_compare(layers, before, after, kept.of_inputs), left_out=left_out)
 
 
-def _lines(every: list[Tensor], of: Callable[[Tensor], Tensor]) -> list[np.ndarray]:
+def _lines(all_positions: list[Tensor], of: Callable[[Tensor], Tensor]) -> list[np.ndarray]:
     """The rows, or the columns, at which tokens of images lie, in pixels, for each of several tensors of positions."""
-    lines = (of(p[(p >= 0) & (source_of(p) < FIRST_TEXT)]).unique().cpu().numpy() / UNITS_PER_PIXEL for p in every)
+    lines = (
+        of(p[(p >= 0) & (source_of(p) < FIRST_TEXT)]).unique().cpu().numpy() / UNITS_PER_PIXEL for p in all_positions
+    )
     return list({one.tobytes(): one for one in lines if len(one) > 1}.values())
 
 
@@ -122,28 +127,36 @@ def _place_near(fraction: float, size: int, several: list[np.ndarray]) -> int:
 
 def _inputs(model: nn.Module, layers: dict[str, LBPWHTLayer], batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
     """The inputs of each layer in one forward pass, with the same random numbers in each pass."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in layers}
+    inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
     hosts = {id(m): m for m in model.modules()}
     with ExitStack() as stack:
         for name, layer in layers.items():
             host = next((m for m in hosts.values() if getattr(m, "low_rank_backward", None) is layer), layer)
 
             def note(module: nn.Module, args: tuple, name: str = name) -> None:
-                seen[name].append(args[0].detach())
+                inputs[name].append(args[0].detach())
 
             stack.callback(host.register_forward_pre_hook(note).remove)
         torch.manual_seed(0)
         with torch.enable_grad():  # as in training, since some models run other code without gradients
             model(**batch)
-    return seen
+    return inputs
 
 
 def _compare(
     layers: dict[str, LBPWHTLayer],
     before: dict[str, list[Tensor]],
-    found: dict[tuple[int, int], dict[str, list[Tensor]]],
+    after: dict[tuple[int, int], dict[str, list[Tensor]]],
     positions: dict[str, list[Tensor | None]],
 ) -> LayoutCheck:
+    """Compare the changes in the inputs of all layers with the recorded positions.
+
+    Args:
+        layers: The layers, by name.
+        before: The inputs of each layer, call by call.
+        after: The same after the change of a pixel, by the pixel.
+        positions: The recorded positions of the tokens of these inputs.
+    """
     confirmed, mixed, unknown, problems = [], [], [], []
     for name, layer in layers.items():
         places = [p for p in positions.get(name, []) if p is not None]
@@ -154,9 +167,9 @@ def _compare(
             problems.append(f"{name}: {why}")
         axis = layer._channels_axis(before[name][0])
         states = set()
-        for pixel, after in found.items():
-            for x, y, place in zip(before[name], after[name], places, strict=True):
-                states.add(_state(x, y, place, axis, pixel))
+        for pixel, inputs in after.items():
+            for x, y, place in zip(before[name], inputs[name], places, strict=True):
+                states.add(_compare_tokens(x, y, place, axis, pixel))
         if wrong := states - {"confirmed", "mixed", "unchanged"}:
             problems.append(f"{name}: {wrong.pop()}")
         elif "confirmed" in states:
@@ -166,7 +179,7 @@ def _compare(
     return LayoutCheck(tuple(confirmed), tuple(mixed), tuple(unknown), tuple(problems))
 
 
-def _state(x: Tensor, y: Tensor, places: Tensor, channels_axis: int, pixel: tuple[int, int]) -> str:
+def _compare_tokens(x: Tensor, y: Tensor, places: Tensor, channels_axis: int, pixel: tuple[int, int]) -> str:
     """Compare the places of the tokens that differ with the pixel that was changed.
 
     Returns:

@@ -133,7 +133,7 @@ def _wrappers(model: nn.Module, adapters: list[str]) -> dict[str, ModulesToSaveW
     Raises:
         ValueError: the copies differ in a buffer, such as running statistics, which cannot be summed.
     """
-    found = {}
+    wrappers = {}
     for name, module in model.named_modules():
         if not isinstance(module, ModulesToSaveWrapper):
             continue
@@ -148,8 +148,8 @@ def _wrappers(model: nn.Module, adapters: list[str]) -> dict[str, ModulesToSaveW
                         f"The adapters {', '.join(adapters)} have different values for the buffer {key} of {name}, "
                         "one of their modules_to_save, and a sum of these has no meaning."
                     )
-        found[name] = module
-    return found
+        wrappers[name] = module
+    return wrappers
 
 
 @torch.no_grad()

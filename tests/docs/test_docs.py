@@ -1,10 +1,11 @@
-"""All links in the documentation have a target, and the tutorial's notebooks run and show their results."""
+"""Links have a target, tables are those of the records, and the tutorial's notebooks run and show their results."""
 
 import json
 import re
 from pathlib import Path
 
 import pytest
+from benchmarks import report
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "docs" / "tutorial").glob("*.ipynb"))
@@ -81,3 +82,9 @@ def test_notebooks_are_stored_with_what_they_print_and_draw(notebook):
             assert any(output.get("name") == "stdout" for output in outputs), source
         assert source.count("plt.show()") == sum("image/png" in output.get("data", {}) for output in outputs), source
         assert not any(output.get("name") == "stderr" or output["output_type"] == "error" for output in outputs)
+
+
+@pytest.mark.parametrize("name", report.TABLES)
+def test_the_tables_of_results_are_those_of_the_records(name):
+    written = f"<!-- table: {name} -->\n\n{report.TABLES[name]()}\n\n<!-- end -->"
+    assert sum(written in page.read_text() for page in PAGES if page.suffix == ".md") == 1

@@ -47,6 +47,16 @@ def test_runs_take_turns():
     assert order == list("ababab") and results == [[1, 1, 1], [2, 2, 2]]
 
 
+def test_only_the_last_call_of_a_turn_counts():
+    calls = {"a": 0, "b": 0}
+
+    def count(name):
+        calls[name] += 1
+        return calls[name]
+
+    assert interleaved([lambda: count("a"), lambda: count("b")], range(2), unmeasured=1) == [[2, 4], [2, 4]]
+
+
 def test_ratios_are_taken_within_a_round_and_quartiles_include_the_ends():
     assert ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
     assert quartiles([5.0, 1.0, 2.0, 4.0, 3.0]) == (2.0, 3.0, 4.0)

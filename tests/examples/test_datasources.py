@@ -1,6 +1,7 @@
 """The data of the example programs: which images are drawn, what is read, and what is refused before training."""
 
 import collections
+import json
 import shutil
 import sys
 
@@ -21,13 +22,14 @@ from common.segmentation import Segmentation, SegmentationOptions
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from models import tiny_vit
 from PIL import Image as PILImage
-from transformers import BertConfig, BertModel, ViTConfig
+from transformers import AutoConfig, AutoImageProcessor, BertConfig, BertModel, ViTConfig
 
 from lbp_peft.loading.classification import classes_in, with_labels
 from lbp_peft.loading.datasources import Source, draw, hold_out
 from lbp_peft.loading.places import local_folder, looks_like_path
 from lbp_peft.loading.preprocessing import Preprocessor
 from lbp_peft.loading.storedimages import as_rgb
+from lbp_peft.loading.views import View
 
 
 @pytest.fixture(autouse=True)
@@ -325,6 +327,22 @@ def test_images_of_every_mode_and_size_become_pixels(tmp_path):
         assert preprocessor(image).shape == (3, 16, 16)
     grey = np.asarray(as_rgb(images[-1]))
     assert grey.shape == (9, 9, 3) and (grey == round(40000 / 257)).all()  # Pillow alone would make it white
+
+
+def test_a_model_of_timm_on_the_hub_is_preprocessed_as_timm_does_at_any_size(tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    whole = timm.create_model("tf_efficientnet_lite0").pretrained_cfg
+    data = {key: whole[key] for key in ("input_size", "interpolation", "crop_pct", "mean", "std", "num_classes")}
+    config = {"model_type": "timm_wrapper", "architecture": "tf_efficientnet_lite0", "num_classes": 1000}
+    config["pretrained_cfg"] = data
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    model = AutoConfig.from_pretrained(tmp_path)
+    image = picture(size=(640, 512))  # 320 x 256 after resizing: both round the margins of other sizes differently
+    by_timm = AutoImageProcessor.from_pretrained(tmp_path).preprocess(image)["pixel_values"][0]
+    step = 1 / 255 / min(data["std"])  # images are rounded to 8 bits after resizing
+    assert (Preprocessor(ClassificationOptions(model=str(tmp_path)), model)(image) - by_timm).abs().max() <= step
+    smaller = Preprocessor(ClassificationOptions(model=str(tmp_path), image_size=[64]), model)
+    assert smaller(image).shape == (3, 64, 64) and smaller(image, View((20, 30, 200, 210))).shape == (3, 64, 64)
 
 
 # Images and label maps of the same names

@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lbp_peft import exact_backward, layout_report, verify_layout
 from lbp_peft.layout import recognition
-from lbp_peft.layout.inputs import start
+from lbp_peft.layout.inputs import assign_positions
 from lbp_peft.layout.positions import column_of, number_of, row_of
 from lbp_peft.layout.recognition import UnknownLayoutError, read_layout
 from lbp_peft.layout.tracer import PositionTracer
@@ -835,7 +835,7 @@ def test_what_is_kept_does_not_grow_with_image_sizes_and_batches():
     finder = next(iter(layers_of(model).values())).finder
     for step in range(150):
         loss_at(model, 8 + 4 * (step % 12), 8 + 4 * (step // 12)).backward()
-    assert len(finder._traces) <= 64 and len(finder._kinds) <= 65
+    assert len(finder._traces) <= 64 and len(finder._distinct) <= 65
     assert sum(len(passes) for passes in finder._history._passes.values()) <= 128
     assert all(one.tracer is None for passes in finder._history._passes.values() for _, one in passes)
 
@@ -865,7 +865,7 @@ def _read_and_fail():
 
 
 def test_a_layout_that_is_not_known_keeps_nothing_alive():
-    recognition._read.clear()
+    recognition._results.clear()
     with without_garbage_collection():
         assert _read_and_fail()() is None
         assert _read_and_fail()() is None  # it is known now that it is not known
@@ -877,7 +877,7 @@ def test_a_traced_pass_leaves_nothing_behind(monkeypatch):
     monkeypatch.setattr(
         PositionTracer, "__init__", lambda self, *given: seen.append(weakref.ref(self)) or trace(self, *given)
     )
-    recognition._read.clear()
+    recognition._results.clear()
     with without_garbage_collection():
         for _ in range(2):
             model = adapted(Net(lambda tokens: tokens[:, 1:]))  # one patch is missing
@@ -906,7 +906,7 @@ def traced(operation, shape=(2, 3, 8, 12)):
     """The image, row and column (in pixels) of each element of the result of an operation on images."""
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     tracer = PositionTracer(nn.Module())
-    start(tracer, {"x": x})
+    assign_positions(tracer, {"x": x})
     with tracer:
         y = operation(x)
     positions = tracer.positions(y)

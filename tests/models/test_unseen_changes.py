@@ -213,9 +213,9 @@ def test_a_parameter_whose_memory_sharded_training_has_freed_is_not_read():
 def test_contents_are_compared_only_while_there_is_memory():
     tensor = torch.arange(4.0)
     held = contents.Contents(tensor)
-    assert held.is_copied and held.hold(tensor)
+    assert held.is_copied and held.match(tensor)
     tensor.untyped_storage().resize_(0)
-    assert held.hold(tensor) and not contents.Contents(tensor).is_copied
+    assert held.match(tensor) and not contents.Contents(tensor).is_copied
     tensor.untyped_storage().resize_(16)
     tensor.copy_(torch.ones(4))
-    assert not held.hold(tensor)
+    assert not held.match(tensor)

@@ -355,7 +355,7 @@ needs_mappings = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason
 
 @needs_mappings
 def test_the_checkpoint_itself_serves_as_the_file(loaded, adapted, tmp_path, monkeypatch):
-    monkeypatch.setattr(waiting, "in_own_file", refusing(AssertionError("a second file")))
+    monkeypatch.setattr(waiting, "copy_to_file", refusing(AssertionError("a second file")))
     model = trained(adapted("disk", loaded))
     assert waiting_layers(model) == set(layers_of(model))
     assert {layer._file.path for layer in layers_of(model).values()} == {str(tmp_path / "base" / "model.safetensors")}

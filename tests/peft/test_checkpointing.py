@@ -105,12 +105,12 @@ def test_nothing_is_rounded_for_nothing(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(kept, "rounded_in_groups", counted(kept.rounded_in_groups))
+    monkeypatch.setattr(kept, "quantize_groups", counted(kept.quantize_groups))
     monkeypatch.setattr(DerivativeTable, "pack", counted(DerivativeTable.pack))
     model = get_peft_model(tiny_vit(), LBPWHTConfig(r=3, grad_input_dtype="full", compress_activations="all"))
     _, expected = step(model)
     in_one_pass = sorted(rounded)
-    assert {"pack", "rounded_in_groups"} == set(rounded)
+    assert {"pack", "quantize_groups"} == set(rounded)
     model.base_model.model.gradient_checkpointing_enable({"use_reentrant": False})
     rounded.clear()
     running = step(model)

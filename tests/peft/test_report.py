@@ -8,7 +8,7 @@ from models import images, tiny_vit
 from peft import get_peft_model
 
 from lbp_peft import LBPWHTConfig, layout_report
-from lbp_peft.tuner.report import COLUMNS, _grouped
+from lbp_peft.tuner.report import COLUMNS, _group_names
 
 
 def adapted(layers=12, **settings):
@@ -88,4 +88,4 @@ def test_notebooks_get_a_table_and_pandas_a_row_for_each_layer():
     ],
 )
 def test_names_are_grouped_by_their_numbers(names, expected):
-    assert _grouped(names) == expected
+    assert _group_names(names) == expected

@@ -17,7 +17,7 @@ import lbp_peft
 from lbp_peft.cli import COMMANDS, inputs, main
 from lbp_peft.cli.inputs import InputOptions, load_inputs
 from lbp_peft.loading.options import Parser
-from lbp_peft.recommendation import CANDIDATES, processes, search
+from lbp_peft.recommendation import CANDIDATES, runners, search
 
 
 @pytest.fixture
@@ -44,9 +44,9 @@ def quick(monkeypatch):
     """Try few candidates, in this process."""
 
     def refuse(job):
-        raise processes.WorkerError("it is tried here")
+        raise runners.WorkerError("it is tried here")
 
-    monkeypatch.setattr(search, "Apart", refuse)
+    monkeypatch.setattr(search, "ProcessRunner", refuse)
     monkeypatch.setitem(search.recommend.__kwdefaults__, "candidates", CANDIDATES[:1])
 
 

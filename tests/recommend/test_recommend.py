@@ -24,11 +24,11 @@ from transformers import (
 
 import lbp_peft
 from lbp_peft import BudgetError, LBPWHTConfig
-from lbp_peft.measure.steps import timed_step
+from lbp_peft.measure.steps import time_step
 from lbp_peft.measure.warming_up import preparations
-from lbp_peft.recommendation import CANDIDATES, Bounds, Candidate, processes, search, turns, worker
-from lbp_peft.recommendation.candidates import in_order, with_checkpointing
-from lbp_peft.recommendation.choice import Reference, choose, in_the_running, verdict
+from lbp_peft.recommendation import CANDIDATES, Bounds, Candidate, runners, search, turns, worker
+from lbp_peft.recommendation.candidates import sort_candidates, with_checkpointing
+from lbp_peft.recommendation.choice import Reference, choose, undominated, verdict
 from lbp_peft.recommendation.figure import pareto_front
 from lbp_peft.recommendation.table import WIDTH
 from lbp_peft.recommendation.training import Step, Training
@@ -69,14 +69,14 @@ REFERENCE = Reference(FULL, LORA)
     ],
 )
 def test_memory_is_read_as_users_write_it(memory, expected):
-    assert Bounds.parse(memory=memory).most_memory(1000.0) == expected
+    assert Bounds.parse(memory=memory).max_bytes(1000.0) == expected
 
 
 @pytest.mark.parametrize(
     ("time", "expected"), [("0.8x", 1.6), ("900ms", 0.9), ("1.2s", 1.2), (3, 3.0), (None, math.inf)]
 )
 def test_step_times_are_read_as_users_write_them(time, expected):
-    assert Bounds.parse(step_time=time).most_seconds(2.0) == pytest.approx(expected)
+    assert Bounds.parse(step_time=time).max_seconds(2.0) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -98,7 +98,7 @@ def test_bounds_that_make_no_sense_are_refused(bad):
 
 def test_a_relative_bound_needs_full_fine_tuning():
     with pytest.raises(ValueError, match="absolute"):
-        Bounds.parse(memory="0.5x").most_memory(None)
+        Bounds.parse(memory="0.5x").max_bytes(None)
 
 
 SMALL, QUICK, GOOD = trial("small", 300, 0.9, 0.85), trial("quick", 600, 0.4, 0.9), trial("good", 700, 0.7, 0.97)
@@ -161,7 +161,7 @@ def test_where_nothing_helps_the_verdict_says_so():
     )
     slow = trial("slow", 500, 1.5, 0.9)
     assert "50 % of the peak memory, at 50 % longer steps" in verdict(slow, False, "rule", REFERENCE, "cpu")
-    assert verdict(FULL, False, "rule", REFERENCE, "cpu", is_alone=True) == "It has rule."
+    assert verdict(FULL, False, "rule", REFERENCE, "cpu", without_lbp_wht=True) == "It has rule."
     assert "Its gradients are exact." in verdict(slow, False, "rule", REFERENCE, "cpu")
     narrow = trial("narrow", 500, 1.0, 1.0, adapted_layers=12)
     assert "None of its layers" in verdict(narrow, False, "rule", REFERENCE, "cpu")
@@ -171,7 +171,7 @@ def test_where_nothing_helps_the_verdict_says_so():
 
 def test_what_another_beats_in_everything_is_not_timed():
     beaten = trial("beaten", 700, 0.8, 0.9)
-    assert in_the_running([QUICK, GOOD, SMALL, beaten]) == [QUICK, GOOD, SMALL]
+    assert undominated([QUICK, GOOD, SMALL, beaten]) == [QUICK, GOOD, SMALL]
     assert pareto_front([GOOD, QUICK, SMALL, beaten]) == [SMALL, QUICK, GOOD]
 
 
@@ -190,11 +190,11 @@ def test_the_candidates_are_those_that_were_promised():
 
 
 def test_what_tells_most_about_the_question_is_tried_first():
-    labels = [one.label for one in in_order(CANDIDATES, lora=False, memory_is_free=False)]
+    labels = [one.label for one in sort_candidates(CANDIDATES, lora=False, only_time_is_bounded=False)]
     assert labels[:5] == [*(one.label for one in CANDIDATES[:4]), "full fine-tuning + checkpointing"]
     assert labels.index("LBP-WHT r=10 + compression") < labels.index("LBP-WHT r=3")
     assert all("LoRA" in label for label in labels[-12:]) and len(labels) == len(CANDIDATES)
-    labels = [one.label for one in in_order(CANDIDATES, lora=True, memory_is_free=True)]
+    labels = [one.label for one in sort_candidates(CANDIDATES, lora=True, only_time_is_bounded=True)]
     assert labels[4:7] == ["LoRA + LBP-WHT r=3", "LoRA + LBP-WHT r=21", "LoRA + LBP-WHT r=10, dx adaptive"]
 
 
@@ -245,7 +245,7 @@ def test_the_lines_of_python_prepare_the_model(found, candidate):
     names = {"model": tiny_vit()}
     exec(chosen.python, names)
     trained = {name for name, parameter in names["model"].named_parameters() if parameter.requires_grad}
-    expected = candidate.applied(tiny_vit(), found.heads)
+    expected = candidate.apply_to(tiny_vit(), found.heads)
     assert trained == {name for name, parameter in expected.named_parameters() if parameter.requires_grad}
     assert names["model"].train()(**batches()[0]).loss.requires_grad
     assert max(map(len, chosen.python.splitlines())) <= WIDTH
@@ -264,7 +264,7 @@ def test_checkpointing_goes_with_all_in_a_model_whose_embeddings_return_a_tuple(
     chosen = replace(found, setting=changed, config=changed.config(swin(), found.heads))
     names = {"model": swin()}
     exec(chosen.python, names)
-    for model in (changed.applied(swin(), found.heads), names["model"]):
+    for model in (changed.apply_to(swin(), found.heads), names["model"]):
         model.train()(**batches()[0]).loss.backward()
         assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
         assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
@@ -280,10 +280,10 @@ def test_cosines_are_those_of_the_same_model_gone_through_exactly(candidate, tmp
 
     def gradients(one, dtype):
         torch.manual_seed(0)
-        adapted = one.applied(tiny_vit(), ["classifier"]).train()
-        from lbp_peft.recommendation.trial import _move_off_zero
+        adapted = one.apply_to(tiny_vit(), ["classifier"]).train()
+        from lbp_peft.recommendation.trial import _perturb_lora
 
-        _move_off_zero(adapted)
+        _perturb_lora(adapted)
         batch = batches()[1]
         adapted.to(dtype)(pixel_values=batch["pixel_values"].to(dtype), labels=batch["labels"]).loss.backward()
         return {plain_name(n): p.grad.double() for n, p in adapted.named_parameters() if p.grad is not None}
@@ -298,9 +298,9 @@ def test_cosines_are_those_of_the_same_model_gone_through_exactly(candidate, tmp
 
 def test_what_cannot_be_handed_to_a_process_is_counted_here_and_failures_are_told(monkeypatch):
     def refuse(self):
-        raise processes.WorkerError("no")
+        raise runners.WorkerError("no")
 
-    monkeypatch.setattr(processes.Apart, "__enter__", refuse)
+    monkeypatch.setattr(runners.ProcessRunner, "__enter__", refuse)
     model = tiny_vit()
     before = state_of(model)
     broken = Candidate("broken", {"r": 3, "target_modules": ["nothing_of_that_name"]})
@@ -312,7 +312,7 @@ def test_what_cannot_be_handed_to_a_process_is_counted_here_and_failures_are_tol
 
 
 def test_without_a_setting_of_lbp_wht_the_result_says_so(monkeypatch):
-    monkeypatch.setattr(search, "Apart", lambda job: (_ for _ in ()).throw(processes.WorkerError("no")))
+    monkeypatch.setattr(search, "ProcessRunner", lambda job: (_ for _ in ()).throw(runners.WorkerError("no")))
     broken = Candidate("broken", {"r": 3, "target_modules": ["nothing_of_that_name"]})
     result = lbp_peft.recommend(tiny_vit(), batches(), candidates=(FEW[0], broken), minutes=1, min_cosine=0.0)
     assert "low-rank backward pass" not in result.table
@@ -340,7 +340,7 @@ def test_where_nothing_keeps_within_the_bounds_more_time_or_lora_may_help(found)
 
 def test_what_takes_too_long_is_ended(monkeypatch):
     worker = "import time; print('{\"libraries\": 0}', flush=True); time.sleep(600)"
-    monkeypatch.setattr(processes.Apart, "_command", lambda self: [sys.executable, "-c", worker])
+    monkeypatch.setattr(runners.ProcessRunner, "_command", lambda self: [sys.executable, "-c", worker])
     with pytest.raises(ValueError, match="longer than the given 0.01 min"):
         lbp_peft.recommend(tiny_vit(), batches(), minutes=0.01)
 
@@ -351,7 +351,7 @@ def test_steps_that_trace_the_model_are_never_timed(monkeypatch):
 
     def told(model, *given, **settings):
         before = preparations(model)
-        times = timed_step(model, *given, **settings)
+        times = time_step(model, *given, **settings)
         steps.append((model, preparations(model) != before))
         return times
 
@@ -361,10 +361,10 @@ def test_steps_that_trace_the_model_are_never_timed(monkeypatch):
         in_rounds.extend(steps)
 
     in_rounds: list[tuple[object, bool]] = []
-    monkeypatch.setattr(search, "Apart", lambda job: (_ for _ in ()).throw(processes.WorkerError("no")))
-    monkeypatch.setattr(processes.Here, "measure", lambda self, one, seconds: trial(one.label, seconds=0.01))
-    monkeypatch.setattr("lbp_peft.recommendation.trial.timed_step", told)
-    monkeypatch.setattr("lbp_peft.recommendation.training.timed_step", told)
+    monkeypatch.setattr(search, "ProcessRunner", lambda job: (_ for _ in ()).throw(runners.WorkerError("no")))
+    monkeypatch.setattr(runners.LocalRunner, "measure", lambda self, one, seconds: trial(one.label, seconds=0.01))
+    monkeypatch.setattr("lbp_peft.recommendation.trial.time_step", told)
+    monkeypatch.setattr("lbp_peft.recommendation.training.time_step", told)
     monkeypatch.setattr(turns, "_rounds", rounds)
     compressed = Candidate("compressed", {"r": 3, "compress_activations": "all", "base_weights": "dropped"})
     model = tiny_vit()
@@ -389,8 +389,8 @@ def test_compiled_settings_are_tried_early_and_do_not_keep_others_from_being_tri
 
     monkeypatch.setattr(search, "time", clock)
     monkeypatch.setattr(search, "take_turns", lambda *_: turns.Scales())
-    monkeypatch.setattr(search, "Apart", lambda job: (_ for _ in ()).throw(processes.WorkerError("no")))
-    monkeypatch.setattr(processes.Here, "measure", measure)
+    monkeypatch.setattr(search, "ProcessRunner", lambda job: (_ for _ in ()).throw(runners.WorkerError("no")))
+    monkeypatch.setattr(runners.LocalRunner, "measure", measure)
     lbp_peft.recommend(tiny_vit(), batches(), minutes=3, compile=True)
     assert tried[:5] == [*(one.label for one in CANDIDATES[:4]), "full fine-tuning + compile"]
     assert len(tried) > 20 and clock.now <= 0.6 * 180
@@ -424,9 +424,9 @@ def test_the_time_limit_holds_with_steps_to_warm_up(monkeypatch, minutes, timed)
 
     monkeypatch.setattr(search, "time", clock)
     monkeypatch.setattr(turns, "time", clock)
-    monkeypatch.setattr(search, "Apart", lambda job: (_ for _ in ()).throw(processes.WorkerError("no")))
-    monkeypatch.setattr(processes.Here, "measure", measure)
-    monkeypatch.setattr(processes.Here, "training", training)
+    monkeypatch.setattr(search, "ProcessRunner", lambda job: (_ for _ in ()).throw(runners.WorkerError("no")))
+    monkeypatch.setattr(runners.LocalRunner, "measure", measure)
+    monkeypatch.setattr(runners.LocalRunner, "start_training", training)
     result = lbp_peft.recommend(tiny_vit(), batches(), candidates=FEW[:3], minutes=minutes)
     assert clock.now <= 60 * minutes
     assert sum(one.is_timed for one in result.trials.values()) == timed
@@ -444,7 +444,7 @@ class Growing:
         return model(**batch).loss
 
 
-@pytest.mark.skipif(not processes.CAN_FORK, reason="candidates train in processes of their own on Linux")
+@pytest.mark.skipif(not runners.CAN_FORK, reason="candidates train in processes of their own on Linux")
 def test_memory_that_grows_in_later_steps_is_predicted():
     """A trial has three or four steps, so that without more of them it would be 256 MiB at the most."""
     result = lbp_peft.recommend(tiny_vit(), batches(), candidates=FEW[:2], minutes=5, loss_fn=Growing(8))
@@ -476,10 +476,11 @@ def measured_as(monkeypatch, trials, steps):
         peaks = iter(steps[candidate.label])
         return lambda: Step(0.5, next(peaks) * 2**20)
 
-    monkeypatch.setattr(search, "Apart", lambda job: (_ for _ in ()).throw(processes.WorkerError("no")))
-    monkeypatch.setattr(processes.Here, "__enter__", lambda self: setattr(self, "libraries", 100 * 2**20) or self)
-    monkeypatch.setattr(processes.Here, "measure", lambda self, one, seconds: replace(trials[one.label]))
-    monkeypatch.setattr(processes.Here, "training", training)
+    monkeypatch.setattr(search, "ProcessRunner", lambda job: (_ for _ in ()).throw(runners.WorkerError("no")))
+    enter = lambda self: setattr(self, "libraries_bytes", 100 * 2**20) or self  # noqa: E731
+    monkeypatch.setattr(runners.LocalRunner, "__enter__", enter)
+    monkeypatch.setattr(runners.LocalRunner, "measure", lambda self, one, seconds: replace(trials[one.label]))
+    monkeypatch.setattr(runners.LocalRunner, "start_training", training)
     monkeypatch.setattr(turns, "_rounds", lambda seconds, end: range(3))
 
 
@@ -518,7 +519,7 @@ def test_what_is_sure_to_keep_within_the_memory_has_its_turn_first(monkeypatch):
 def test_a_process_that_ends_in_turns_leaves_the_rounds_before(monkeypatch):
     trials = {"full": trial("full", 1100), "a": trial("a", 500, 0.5)}
     measured_as(monkeypatch, trials, {"full": (1100, 1200, 1300), "a": (500, 510)})
-    plain = processes.Here.training
+    plain = runners.LocalRunner.start_training
 
     def ends(self, candidate, end):
         step = plain(self, candidate, end)
@@ -527,11 +528,11 @@ def test_a_process_that_ends_in_turns_leaves_the_rounds_before(monkeypatch):
             try:
                 return step()
             except StopIteration:
-                raise processes.WorkerError("it ended") from None
+                raise runners.WorkerError("it ended") from None
 
         return guarded
 
-    monkeypatch.setattr(processes.Here, "training", ends)
+    monkeypatch.setattr(runners.LocalRunner, "start_training", ends)
     result = lbp_peft.recommend(tiny_vit(), batches(), candidates=[Candidate("full"), Candidate("a")], minutes=1)
     assert [round(one.peak_bytes / 2**20) for one in result.trials.values()] == [1200, 510]
 
@@ -547,7 +548,7 @@ def test_what_saves_memory_is_tried_if_the_plain_setting_may_grow_beyond_the_bou
     assert ("smaller" in result.trials) is is_tried
 
 
-@pytest.mark.skipif(not processes.CAN_FORK, reason="needs a fork")
+@pytest.mark.skipif(not runners.CAN_FORK, reason="needs a fork")
 def test_a_fork_that_is_killed_is_told_apart():
     def answers(requests, missing):
         for number, _ in enumerate(requests):
@@ -556,7 +557,7 @@ def test_a_fork_that_is_killed_is_told_apart():
             yield str(number)
 
     fork = worker._Fork(answers)
-    assert [fork.answer() for _ in range(4)] == ["0", "1", "", ""] and fork.ended() == OUT_OF_MEMORY
+    assert [fork.request() for _ in range(4)] == ["0", "1", "", ""] and fork.close() == OUT_OF_MEMORY
 
 
 def test_a_model_from_a_file_is_made_known_to_transformers():
@@ -568,7 +569,7 @@ def test_a_model_from_a_file_is_made_known_to_transformers():
     output_capturing._CAN_RECORD_REGISTRY.clear()  # as in a process that has only loaded the model
     with pytest.raises(TypeError):
         model(images())
-    worker.make_known(model)
+    worker.run_constructors(model)
     assert model(images()).logits.shape[0] == 2
 
 
@@ -597,7 +598,7 @@ def test_mistakes_are_refused_before_anything_is_measured(make, given, settings,
 
 
 def test_a_model_whose_gradients_are_not_finite_is_refused_unharmed(monkeypatch):
-    monkeypatch.setattr(search, "Apart", lambda job: (_ for _ in ()).throw(processes.WorkerError("no")))
+    monkeypatch.setattr(search, "ProcessRunner", lambda job: (_ for _ in ()).throw(runners.WorkerError("no")))
     model = tiny_vit()
     before = state_of(model)
     with pytest.raises(ValueError, match="not finite"):

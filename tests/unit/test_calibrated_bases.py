@@ -1,4 +1,4 @@
-"""The mathematics of bases chosen by what a layer has seen and of ranks by a budget, without PEFT."""
+"""The mathematics of bases chosen by a layer's inputs and gradients and of ranks by a budget, without PEFT."""
 
 import itertools
 import math

@@ -19,7 +19,7 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from lbp_peft import LBPWHTConfig, exact_backward, layout_report
 from lbp_peft.formats import in_groups
-from lbp_peft.formats.in_groups import restored, restored_rows, rounded_in_groups, rows_with_scales
+from lbp_peft.formats.in_groups import dequantize_groups, dequantize_rows, quantize_groups, quantize_rows
 from lbp_peft.measure import multiply_adds, saved_activations
 from lbp_peft.ops.activation import compressed_layer
 from lbp_peft.ops.layer_norm import compressed_layer_norm
@@ -35,10 +35,10 @@ def draw(*shape, seed=0):
 def test_rounding_is_off_by_half_a_step_at_most(channels, scales):
     x = draw(2, 5, channels)
     x[0, 0] = 0
-    values, found = rounded_in_groups(x)
+    values, found = quantize_groups(x)
     assert values.dtype == torch.int8 and values.shape == x.shape and found.shape == (2, 5, scales)
     steps = found.repeat_interleave(channels // scales, -1)
-    assert ((restored(values, found, x.dtype) - x).abs() <= 0.501 * steps).all()
+    assert ((dequantize_groups(values, found, x.dtype) - x).abs() <= 0.501 * steps).all()
     largest = x.unflatten(-1, (scales, -1)).abs().amax(-1)
     torch.testing.assert_close(found, largest / 127, rtol=1e-6, atol=1e-30)
 
@@ -46,7 +46,7 @@ def test_rounding_is_off_by_half_a_step_at_most(channels, scales):
 def test_an_outlier_costs_only_its_group():
     x = draw(1, 3, 256)
     x[..., 7] = 1000
-    error = (restored(*rounded_in_groups(x), x.dtype) - x).abs()
+    error = (dequantize_groups(*quantize_groups(x), x.dtype) - x).abs()
     assert error[..., :64].max() > 1 > 0.1 > error[..., 64:].max()
 
 
@@ -56,12 +56,12 @@ def test_rounding_is_the_same_at_every_scale(dtype, smallest, channels):
     x = (draw(3, 4, channels) * 40).round().clamp(-127, 127) / 128  # of few bits: none is lost
     x[..., ::16] = 1
     x = x.to(dtype)
-    values, scales = rounded_in_groups(x)
+    values, scales = quantize_groups(x)
     for exponent in (smallest, smallest + 3, -10, 10):
-        found, found_scales = rounded_in_groups(x * 2.0**exponent)
+        found, found_scales = quantize_groups(x * 2.0**exponent)
         assert torch.equal(found, values), exponent
         torch.testing.assert_close(found_scales.double(), scales.double() * 2.0**exponent, rtol=1e-4, atol=0)
-        difference = restored(found, found_scales, dtype).double() - x.double() * 2.0**exponent
+        difference = dequantize_groups(found, found_scales, dtype).double() - x.double() * 2.0**exponent
         assert difference.abs().max() <= 0.01 * 2.0**exponent
 
 
@@ -81,7 +81,7 @@ def test_a_layer_is_exact_forward_and_near_backward(name):
     wanted = [x, *layer.parameters()]
     found = torch.autograd.grad(y, wanted, goal)
     # The derivative at the rounded input is what is computed.
-    at = restored(*rounded_in_groups(x.detach()), x.dtype).requires_grad_()
+    at = dequantize_groups(*quantize_groups(x.detach()), x.dtype).requires_grad_()
     expected = torch.autograd.grad(layer(at), [at, *layer.parameters()], goal)
     assert all(torch.equal(f, e) for f, e in zip(found, expected, strict=True))
     exact = torch.autograd.grad(layer(x), wanted, goal)
@@ -302,20 +302,21 @@ def test_rounding_by_parts_and_in_whatever_order(values_at_once, dtype, monkeypa
     x = draw(3, 7, 2, 128).to(dtype).transpose(1, 2)
     for offset in (None, x.mean(-2, keepdim=True), x.mean(-1, keepdim=True), x[:1, :1, :1]):
         exact = x.double() - (0 if offset is None else offset.double())
-        values, scales = rounded_in_groups(x, offset)
+        values, scales = quantize_groups(x, offset)
         largest = exact.unflatten(-1, (2, 64)).abs().amax(-1)
         torch.testing.assert_close(scales.double(), largest / 127, rtol=1e-5, atol=1e-40)
         steps = scales.repeat_interleave(64, -1)
         assert (
-            values.shape == x.shape and ((restored(values, scales, torch.float64) - exact).abs() <= 0.501 * steps).all()
+            values.shape == x.shape
+            and ((dequantize_groups(values, scales, torch.float64) - exact).abs() <= 0.501 * steps).all()
         )
 
 
 def test_a_row_and_its_scale_are_one_tensor():
     x = draw(2, 5, 33) * torch.tensor([1e-20, 1, 1e10, 0, 3]).view(5, 1)
-    rows = rows_with_scales(x)
+    rows = quantize_rows(x)
     assert rows.dtype == torch.int8 and rows.shape == (2, 5, 37)
-    error = (restored_rows(rows, torch.float32) - x).abs()
+    error = (dequantize_rows(rows, torch.float32) - x).abs()
     assert (error <= 0.501 / 127 * x.abs().amax(-1, keepdim=True)).all()
 
 

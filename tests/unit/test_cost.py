@@ -363,14 +363,15 @@ def test_one_matrix_serves_few_coefficients(processor, found, dtype, most):
     )
 
 
-def test_two_images_at_once_are_for_some_forty_coefficients_in_bfloat16(processor):
+def test_two_images_at_once_are_for_some_forty_coefficients_in_bfloat16_with_amx(processor):
     processor(AMX)
     assert HEURISTICS.project_images_in_pairs(41, 197, BF16, CPU)
     for kept, tokens, dtype, device in ((32, 197, BF16, CPU), (64, 197, BF16, CPU), (41, 785, BF16, CPU),
                                         (41, 197, FLOAT, CPU), (41, 197, BF16, GPU)):  # fmt: skip
         assert not HEURISTICS.project_images_in_pairs(kept, tokens, dtype, device)
-    processor(NONE)
-    assert not HEURISTICS.project_images_in_pairs(41, 197, BF16, CPU)
+    for found in (AVX512_BF16, NONE):
+        processor(found)
+        assert not HEURISTICS.project_images_in_pairs(41, 197, BF16, CPU)
 
 
 def test_the_cheaper_projection_is_taken():

@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lbp_peft import LBPWHTConfig, exact_backward, gradient_quality, layout_report
 from lbp_peft.measure import memory, multiply_adds, peak_memory, saved_activations, step_cost, warming_up
-from lbp_peft.measure.warming_up import preparations, warmed_up
+from lbp_peft.measure.warming_up import preparations, run_until_warm
 from lbp_peft.projection import DenseProjection
 
 N, L, C_IN, C_OUT = 2, 64, 12, 20
@@ -309,7 +309,7 @@ def test_models_are_warm_after_steps_that_neither_traced_nor_compiled():
             steps.append(preparations(model) != before)
             return len(steps)
 
-        assert warmed_up(model, step) == len(steps)
+        assert run_until_warm(model, step) == len(steps)
         assert steps[0] and not steps[-1]
 
 
@@ -317,7 +317,7 @@ def test_a_model_that_is_traced_in_each_pass_is_warm_in_the_end(monkeypatch):
     counts = itertools.count()
     monkeypatch.setattr(warming_up, "preparations", lambda model: next(counts))
     steps = itertools.count(1)
-    assert warmed_up(OneLayer(), lambda: next(steps)) == next(steps) - 1 == 4
+    assert run_until_warm(OneLayer(), lambda: next(steps)) == next(steps) - 1 == 4
 
 
 def test_step_cost_refuses_gradients_that_would_do_harm():

@@ -63,7 +63,7 @@ class MixedModel(mixed.MixedModel):
         return model
 
 
-def join_mixed_models() -> None:
+def extend_mixed_models() -> None:
     """Make `PeftMixedModel` take LBP-WHT adapters. Further calls have no effect."""
     if peft.mixed_model.MixedModel is MixedModel:
         return

@@ -36,14 +36,14 @@ def register() -> None:
 
     from ..config import LBPWHTConfig
     from ..model import LBPWHTModel
-    from .mixed import join_mixed_models
-    from .stacked_on_top import stand_in_as_base_layer
+    from .mixed import extend_mixed_models
+    from .stacked_on_top import patch_get_base_layer
 
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(peft.PeftType[NAME.upper()])
     if registered is None:
         register_peft_method(name=NAME, config_cls=LBPWHTConfig, model_cls=LBPWHTModel, is_mixed_compatible=True)
-        join_mixed_models()
-        stand_in_as_base_layer()
+        extend_mixed_models()
+        patch_get_base_layer()
     elif registered is not LBPWHTConfig:
         raise ImportError(
             f"Another package has registered {registered.__module__}.{registered.__qualname__} with PEFT as "

@@ -11,7 +11,7 @@ from ..layers.base import LBPWHTLayer
 from ..layers.linear import LBPWHTLinear
 
 
-def stand_in_as_base_layer() -> None:
+def patch_get_base_layer() -> None:
     """Have `get_base_layer` return an LBP-WHT layer, as long as it computes with a weight of its own.
 
     PEFT returns the innermost layer, whose weight is not in use then: merging another method's adapter into it would
@@ -27,15 +27,16 @@ def stand_in_as_base_layer() -> None:
         while hasattr(layer, "base_layer"):
             layer = layer.base_layer
             if isinstance(layer, LBPWHTLinear) and not isinstance(self, LBPWHTLayer):
-                _say_which_order_is_better(layer)
+                _warn_of_order(layer)
                 if layer.weights_in_effect():
-                    return _with_one_weight(layer)
+                    _check_single_weight(layer)
+                    return layer
         return layer
 
     BaseTunerLayer.get_base_layer = get_base_layer
 
 
-def _say_which_order_is_better(layer: LBPWHTLinear) -> None:
+def _warn_of_order(layer: LBPWHTLinear) -> None:
     layer.finder.warn_once(
         "order",
         f"Another adapter was put on top of LBP-WHT ({layer.layer_name}). It is trained correctly, but not cheaply: it "
@@ -43,11 +44,11 @@ def _say_which_order_is_better(layer: LBPWHTLinear) -> None:
     )
 
 
-def _with_one_weight(layer: LBPWHTLinear) -> LBPWHTLinear:
+def _check_single_weight(layer: LBPWHTLinear) -> None:
+    """Raise ValueError if the weight of a layer is a sum, which no other adapter can be merged into."""
     trained = layer.weights_in_effect()
     if len(trained) > 1:
         raise ValueError(
             f"{layer.layer_name} computes with the sum of {len(trained)} LBP-WHT adapters ({', '.join(trained)}), "
             "which no adapter on top of it can be merged into. Activate one of them, or merge them first."
         )
-    return layer

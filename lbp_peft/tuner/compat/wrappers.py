@@ -15,8 +15,8 @@ def without_wrappers(name: str) -> str:
 def with_wrappers(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """A state dict under the names of the modules, by which PEFT looks for tensors."""
     names = {without_wrappers(name): name for name, _ in model.named_modules()}
-    found = {}
+    renamed = {}
     for key, tensor in state_dict.items():
         module, _, attribute = key.rpartition(".")
-        found[f"{names[module]}.{attribute}" if module in names else key] = tensor
-    return found
+        renamed[f"{names[module]}.{attribute}" if module in names else key] = tensor
+    return renamed

@@ -22,8 +22,8 @@ _before_all, _after_all = module_hooks._global_forward_pre_hooks, module_hooks._
 _before_all_backward, _after_all_backward = module_hooks._global_backward_pre_hooks, module_hooks._global_backward_hooks
 # DeepSpeed's hooks only gather parameters, which reading the parameters does too. PyTorch's own global hooks, such as
 # those of its FLOP counter, only record which module runs. Neither kind needs the module to be called.
-_ONLY_BRING_PARAMETERS = "deepspeed."
-_ONLY_NOTE = "torch."
+_GATHERING_HOOKS = "deepspeed."
+_RECORDING_HOOKS = "torch."
 
 
 # The reason for exact backpropagation through a layer that would have to be run again, and the remedy.
@@ -44,8 +44,8 @@ def has_hooks(module: nn.Module) -> bool:
     of_all: tuple[Mapping[int, object], ...] = (_before_all, _after_all, _before_all_backward, _after_all_backward)
     if not (any(own) or any(of_all)):  # the usual case
         return False
-    only_bring = all(_all_from(_ONLY_BRING_PARAMETERS, hooks) for hooks in own)
-    return not (only_bring and all(_all_from(_ONLY_NOTE, hooks) for hooks in of_all))
+    only_gather = all(_all_from(_GATHERING_HOOKS, hooks) for hooks in own)
+    return not (only_gather and all(_all_from(_RECORDING_HOOKS, hooks) for hooks in of_all))
 
 
 def _all_from(package: str, hooks: Mapping[int, object]) -> bool:
@@ -56,7 +56,7 @@ def has_own_forward(module: nn.Module) -> bool:
     """Whether the forward method was replaced on this instance; accelerate's wrapper does not count."""
     attributes = vars(module)
     forward = attributes.get("_old_forward") or attributes.get("forward")
-    if forward is None or isinstance(forward, _StandIn):
+    if forward is None or isinstance(forward, _ReplacedForward):
         return False
     return getattr(forward, "__func__", None) not in (type(module).forward, plain_class_of(module).forward)
 
@@ -73,10 +73,10 @@ def has_to_be_called_for(module: Any, x: Tensor) -> bool:
     return has_hooks(module) or _offloads(module) or module.weight.device != x.device
 
 
-def parts_are_watched(module: nn.Module) -> bool:
+def submodules_are_watched(module: nn.Module) -> bool:
     """Whether an additional run of the modules inside a module would have an effect, through hooks or offloading."""
-    parts = (part for part in module.modules() if part is not module)
-    return any(has_hooks(part) or has_own_forward(part) or _is_trained_offloaded(part) for part in parts)
+    children = (child for child in module.modules() if child is not module)
+    return any(has_hooks(child) or has_own_forward(child) or _is_trained_offloaded(child) for child in children)
 
 
 def _is_trained_offloaded(module: nn.Module) -> bool:
@@ -97,25 +97,25 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Itera
     name = "_old_forward" if "_old_forward" in attributes else "forward"  # what accelerate's wrapper calls
     thread = threading.get_ident()
     with _lock:
-        stand_in = attributes.get(name)
-        if not isinstance(stand_in, _StandIn):
-            stand_in = attributes[name] = _StandIn(module, stand_in)
-        stand_in.users += 1
-    before = stand_in.forwards.get(thread)
-    stand_in.forwards[thread] = forward
+        replacement = attributes.get(name)
+        if not isinstance(replacement, _ReplacedForward):
+            replacement = attributes[name] = _ReplacedForward(module, replacement)
+        replacement.users += 1
+    before = replacement.forwards.get(thread)
+    replacement.forwards[thread] = forward
     try:
         yield
     finally:
         if before is None:
-            del stand_in.forwards[thread]
+            del replacement.forwards[thread]
         else:
-            stand_in.forwards[thread] = before
+            replacement.forwards[thread] = before
         with _lock:
-            stand_in.users -= 1
-            if stand_in.users == 0 and stand_in.replaced is None:
+            replacement.users -= 1
+            if replacement.users == 0 and replacement.replaced is None:
                 del attributes[name]
-            elif stand_in.users == 0:
-                attributes[name] = stand_in.replaced
+            elif replacement.users == 0:
+                attributes[name] = replacement.replaced
 
 
 _lock = threading.Lock()
@@ -126,7 +126,7 @@ def eagerly(function: Callable[..., Tensor], *args: object) -> Tensor:
     return torch.compiler.disable(function)(*args) if torch.compiler.is_compiling() else function(*args)
 
 
-class _StandIn:
+class _ReplacedForward:
     """Takes the place of a module's forward method while any thread replaces that method.
 
     Attributes:

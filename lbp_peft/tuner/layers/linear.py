@@ -27,7 +27,7 @@ from .calling import (
     has_to_be_called,
     is_offloaded,
     onloaded,
-    parts_are_watched,
+    submodules_are_watched,
 )
 from .rule import BackwardRule
 from .waiting import DROPPED, RESIDENT
@@ -157,7 +157,7 @@ class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
             plan = self._in_full_precision(x, self._plan(x, self.get_base_layer(), trains_weight, rule))
         if plan is None:
             return base(x)
-        if has_own_forward(base) or has_hooks(base) or parts_are_watched(base):
+        if has_own_forward(base) or has_hooks(base) or submodules_are_watched(base):
             self._fall_back(x, *WATCHED, cause=WATCHED[0])
             return base(x)
         if not self._is_token_wise(base, x, None):

@@ -24,16 +24,16 @@ from .rule import BackwardRule
 
 
 class NothingToGainError(LayoutError):
-    """The input has shape (N, C), or one token for each image, so there is nothing to warn of."""
+    """The input has shape (N, C), or one token for each image, so that exact backpropagation needs no warning."""
 
 
-class _Exact(NamedTuple):
+class _ExactDecision(NamedTuple):
     """The decision for exact backpropagation. It is returned, not raised: torch.compile cannot trace the exception.
 
     Attributes:
         why: The reason.
         layout: The layout of the tokens, if it is known.
-        remedy: What the user can do about it; None: there is nothing to warn of.
+        remedy: What the user can do about it; None: no warning is needed.
     """
 
     why: str
@@ -41,7 +41,7 @@ class _Exact(NamedTuple):
     remedy: str | None = None
 
 
-class _Call(NamedTuple):
+class _LayerCall(NamedTuple):
     """A call of a layer: all that the plan of its backward pass depends on.
 
     Attributes:
@@ -59,7 +59,7 @@ class _Call(NamedTuple):
     record: LayoutRecord
 
 
-class _MadePlan(NamedTuple):
+class _StoredPlan(NamedTuple):
     """A plan that a layer keeps for its next calls: making a plan takes longer than a small product."""
 
     plan: BackwardPlan | None
@@ -80,7 +80,7 @@ class BackwardPlanner(BackwardRecorder):
 
     def __init__(self, finder: LayoutFinder, layer_name: str):
         super().__init__(finder, layer_name)
-        self._plans: ScratchCache[Hashable, _MadePlan] = ScratchCache(16)
+        self._plans: ScratchCache[Hashable, _StoredPlan] = ScratchCache(16)
 
     # Differences between types of layers
 
@@ -112,20 +112,20 @@ class BackwardPlanner(BackwardRecorder):
             rule: The settings of the active adapter.
         """
         record = self.finder.record(self.layer_name, x, self._channels_axis(x))
-        call = _Call(x, base, trains_weight, rule, record)
+        call = _LayerCall(x, base, trains_weight, rule, record)
         if torch.compiler.is_compiling():
             return self._plan_or_reason(call)
         if record.text or in_transform():  # the plan depends on the attention mask of the pass, or on the transform
             return self._make_plan(call).plan
         key = self._key(call)
-        made = self._plans.get(key)
-        if made is None:
-            made = self._plans[key] = self._make_plan(call)
-        elif self.last_backward is not made.ran:
-            self.last_backward = made.ran
-        return made.plan
+        stored = self._plans.get(key)
+        if stored is None:
+            stored = self._plans[key] = self._make_plan(call)
+        elif self.last_backward is not stored.ran:
+            self.last_backward = stored.ran
+        return stored.plan
 
-    def _key(self, call: _Call) -> Hashable:
+    def _key(self, call: _LayerCall) -> Hashable:
         """Everything that the plan of a call depends on, as the key of the plans that are kept.
 
         Rules and records are immutable. The kept plans hold references to them, so that their ids are not used again.
@@ -137,15 +137,15 @@ class BackwardPlanner(BackwardRecorder):
             heuristics.active(),
         )  # fmt: skip
 
-    def _make_plan(self, call: _Call) -> _MadePlan:
+    def _make_plan(self, call: _LayerCall) -> _StoredPlan:
         """Make a plan, with the warnings and the record that go with it."""
         self._warn_of_slow_dtype(call.x)
         plan = self._plan_or_reason(call)
         if (ran := self.last_backward) is not None:
             self.last_backward = replace(ran, known_by=source_of_layout(call.record, call.rule, ran))
-        return _MadePlan(plan, self.last_backward, call.rule, call.record)
+        return _StoredPlan(plan, self.last_backward, call.rule, call.record)
 
-    def _plan_or_reason(self, call: _Call) -> BackwardPlan | None:
+    def _plan_or_reason(self, call: _LayerCall) -> BackwardPlan | None:
         """The plan; None after recording why the backward pass is exact."""
         decision = self._decide(call)
         if isinstance(decision, BackwardPlan):
@@ -157,38 +157,38 @@ class BackwardPlanner(BackwardRecorder):
             self._fall_back(call.x, decision.why, decision.remedy, cause=decision.why)
         return None
 
-    def _decide(self, call: _Call) -> BackwardPlan | _Exact:
+    def _decide(self, call: _LayerCall) -> BackwardPlan | _ExactDecision:
         """The plan, or the reason for exact backpropagation."""
         x, rule = call.x, call.rule
-        # Within vmap, requires_grad does not tell whether an outer transform differentiates a tensor.
+        # Within vmap, requires_grad does not say whether an outer transform differentiates a tensor.
         trains_weight, needs_x_grad = (needed or in_transform() for needed in (call.trains_weight, x.requires_grad))
         weight_basis = rule.weight_basis if trains_weight else None
         # The first layer needs no input gradient. It has the precision of the other layers nevertheless: its input is
         # saved accordingly, and under gradient checkpointing it does compute an input gradient.
         input_gradient = rule.input_gradient if needs_x_grad else ExactProduct(precision=rule.input_gradient.precision)
         if weight_basis is None and (not needs_x_grad or input_gradient.is_exact):
-            return _Exact("its weight is not trained and its input gradient is to be exact or is not needed")
+            return _ExactDecision("its weight is not trained and its input gradient is to be exact or is not needed")
         if why := self._why_no_tokens(x):
-            return _Exact(why)
+            return _ExactDecision(why)
         input_gradient = self._adaptive_if_faster(call, input_gradient)
         if weight_basis is None and input_gradient.is_exact:
-            return _Exact(TOO_NARROW)
+            return _ExactDecision(TOO_NARROW)
         without_layout = BackwardPlan(input_gradient=input_gradient)
         if weight_basis is None and not input_gradient.uses_layout:
             return self._with_chosen_precision(call, without_layout)
         try:
             plan = self._plan_with_layout(call, weight_basis, input_gradient)
         except NothingToGainError as error:
-            return _Exact(error.why)
+            return _ExactDecision(error.why)
         except LayoutError as error:
             if input_gradient.needs_layout or not input_gradient.uses_layout or x.dim() < 3:
-                return _Exact(error.why, remedy=error.remedy)
+                return _ExactDecision(error.why, remedy=error.remedy)
             if weight_basis is not None:
                 self._fall_back(x, error.why, error.remedy, cause=error.why, instead="computes exact weight gradients")
             return self._with_chosen_precision(call, without_layout)
         precision = plan.precision.name if needs_x_grad else "full"
         if precision in ("full", AUTO) and min(self._num_rows(x, plan)) == self._num_tokens(x, plan.layout):
-            return _Exact("it would keep as many rows as there are tokens", plan.layout)
+            return _ExactDecision("it would keep as many rows as there are tokens", plan.layout)
         return self._with_chosen_precision(call, plan)
 
     def _why_no_tokens(self, x: Tensor) -> str:
@@ -199,7 +199,7 @@ class BackwardPlanner(BackwardRecorder):
             return "its input has a single token"
         return ""
 
-    def _adaptive_if_faster(self, call: _Call, input_gradient: InputGradient) -> InputGradient:
+    def _adaptive_if_faster(self, call: _LayerCall, input_gradient: InputGradient) -> InputGradient:
         """The same input gradient, or an exact product if an adaptive basis would be slower than that."""
         x = call.x
         if not isinstance(input_gradient, AdaptiveBasis) or x.dim() < 3:
@@ -210,7 +210,9 @@ class BackwardPlanner(BackwardRecorder):
             return input_gradient
         return ExactProduct(precision=input_gradient.precision)
 
-    def _plan_with_layout(self, call: _Call, weight_basis: Basis | None, input_gradient: InputGradient) -> BackwardPlan:
+    def _plan_with_layout(
+        self, call: _LayerCall, weight_basis: Basis | None, input_gradient: InputGradient
+    ) -> BackwardPlan:
         """The plan for tokens whose layout is known, in the precision of the rule.
 
         Raises:
@@ -222,19 +224,19 @@ class BackwardPlanner(BackwardRecorder):
         self._num_rows(call.x, plan)  # raises LayoutError if a basis does not exist for the layout
         return plan
 
-    def _with_chosen_precision(self, call: _Call, plan: BackwardPlan) -> BackwardPlan | _Exact:
+    def _with_chosen_precision(self, call: _LayerCall, plan: BackwardPlan) -> BackwardPlan | _ExactDecision:
         """The plan, with the number format that is fastest for this shape if its precision is "auto"."""
         x = call.x
         if plan.precision.name == AUTO:
             chosen = self._with_fastest_precision(call, plan)
-            if isinstance(chosen, _Exact):
+            if isinstance(chosen, _ExactDecision):
                 return chosen
             plan = chosen
         if plan.precision.name == "full" and min(self._num_rows(x, plan)) == self._num_tokens(x, plan.layout):
-            return _Exact("nothing is faster than exact backpropagation here", plan.layout)
+            return _ExactDecision("nothing is faster than exact backpropagation here", plan.layout)
         return plan
 
-    def _with_fastest_precision(self, call: _Call, plan: BackwardPlan) -> BackwardPlan | _Exact:
+    def _with_fastest_precision(self, call: _LayerCall, plan: BackwardPlan) -> BackwardPlan | _ExactDecision:
         """[`_with_chosen_precision`] for a plan whose precision is "auto"."""
         x = call.x
         shape, dtype = self._shape_of_tokens(x), dtype_of_layer(x)
@@ -251,11 +253,11 @@ class BackwardPlanner(BackwardRecorder):
                 num_images, num_tokens, weight_rows, *features, assumed_dtype, x.device, on_images
             ):
                 self._warn_of_narrow_layers(x)
-                return _Exact(TOO_NARROW, plan.layout)
+                return _ExactDecision(TOO_NARROW, plan.layout)
         name = heuristics.active().fastest_precision(num_images * input_rows, *features, dtype, x.device)
         return plan.with_precision(replace(plan.precision, name=name))
 
-    def _num_features_of(self, call: _Call) -> tuple[int, int]:
+    def _num_features_of(self, call: _LayerCall) -> tuple[int, int]:
         """C_out and C_in."""
         in_features = int(self._shape_of_tokens(call.x)[-1])
         return self._shape_of_weight(call.base).numel() // in_features, in_features
@@ -276,7 +278,7 @@ class BackwardPlanner(BackwardRecorder):
 
     # The layout of the tokens
 
-    def _layout(self, call: _Call) -> tuple[TokenLayout, Tensor | None]:
+    def _layout(self, call: _LayerCall) -> tuple[TokenLayout, Tensor | None]:
         """The layout of the input's tokens, and their padding mask (N, L).
 
         Raises:
@@ -294,7 +296,7 @@ class BackwardPlanner(BackwardRecorder):
         self._check_layout(x, record.layout)
         return record.layout, self.finder.padding_mask(self.layer_name, record, x)
 
-    def _given_layout(self, call: _Call) -> TokenLayout:
+    def _given_layout(self, call: _LayerCall) -> TokenLayout:
         """The layout that the configuration gives, checked against the input."""
         rule = call.rule
         shape, grid = self._shape_of_tokens(call.x), rule.grid_size
@@ -312,10 +314,10 @@ class BackwardPlanner(BackwardRecorder):
 def _check_given(layout: TokenLayout, rule: BackwardRule) -> None:
     """Raise LayoutError where the numbers of tokens outside the grid are not those of the configuration."""
     for side in ("prefix", "suffix"):
-        given, found = getattr(rule, f"num_{side}_tokens"), getattr(layout, f"num_{side}_tokens")
-        if given not in (None, found):
+        given, actual = getattr(rule, f"num_{side}_tokens"), getattr(layout, f"num_{side}_tokens")
+        if given not in (None, actual):
             raise LayoutError(
-                f"num_{side}_tokens={given}, but {found} of its tokens are {'before' if side == 'prefix' else 'after'} "
-                "the patches",
+                f"num_{side}_tokens={given}, but {actual} of its tokens are "
+                f"{'before' if side == 'prefix' else 'after'} the patches",
                 f"Correct num_{side}_tokens, or leave it out.",
             )

@@ -74,8 +74,8 @@ class FileStamp:
             return False
 
 
-def in_own_file(weight: Tensor) -> Tensor:
-    """A copy of a weight in a temporary file that has no name: it disappears with the tensor, or with the process.
+def copy_to_file(weight: Tensor) -> Tensor:
+    """Copy a weight to a temporary file without a name, which disappears with the tensor, or with the process.
 
     Args:
         weight: A contiguous tensor of any shape, dtype and device.
@@ -117,10 +117,10 @@ def release_pages(weight: Tensor) -> FileStamp | None:
         The file; None if the weight lies elsewhere or was changed since it was loaded, and nothing was dropped.
     """
     try:
-        found = _mapping(weight)
-        if found is None:
+        mapping = _mapping(weight)
+        if mapping is None:
             return None
-        path, offset = found
+        path, offset = mapping
         before = FileStamp.of(path)
         digest = hashlib.blake2b(_bytes(weight)).digest()
         if _digest_in_file(path, offset, weight.nbytes) != digest or FileStamp.of(path) != before:
@@ -136,8 +136,8 @@ def release_pages(weight: Tensor) -> FileStamp | None:
     return stamp
 
 
-def in_host_memory(weight: Tensor) -> Tensor:
-    """A copy of a weight in the CPU's memory, pinned for fast transfers if possible."""
+def copy_to_host_memory(weight: Tensor) -> Tensor:
+    """Copy a weight to the CPU's memory, pinned for fast transfers if possible."""
     try:
         copy = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=weight.device.type == "cuda")
     except RuntimeError:  # the system limits how much may be pinned

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ...layout import LayoutFinder
-from .storage import FileStamp, in_host_memory, in_own_file, release_pages
+from .storage import FileStamp, copy_to_file, copy_to_host_memory, release_pages
 
 RESIDENT, DROPPED = "resident", "dropped"
 BASE_WEIGHTS = ("auto", RESIDENT, "cpu", "disk", DROPPED)
@@ -81,7 +81,7 @@ class WaitingBaseWeight(nn.Module):
         else:
             on_disk = where == "disk" and self._put_on_disk(weight)
             if not on_disk:
-                weight.data = in_host_memory(weight)
+                weight.data = copy_to_host_memory(weight)
             self._is_on_host = True
         self._waits_at = weight.data_ptr()
 
@@ -101,7 +101,7 @@ class WaitingBaseWeight(nn.Module):
             self._file = file
             return True
         try:
-            weight.data = in_own_file(weight)
+            weight.data = copy_to_file(weight)
         except OSError as error:
             instead = "in memory" if _is_on_cpu(weight) else "in the CPU's memory"
             self.finder.warn_once(
@@ -185,9 +185,9 @@ class WaitingBaseWeight(nn.Module):
                 continue
             hooks = getattr(trained, "_post_accumulate_grad_hooks", None) or {}
             if self._can_wait(weight, self.lbpwht_base_weights[name]) and not any(
-                isinstance(hook, _AtEndOfBackward) and hook.layer() is self for hook in hooks.values()
+                isinstance(hook, _PutAwayHook) and hook.layer() is self for hook in hooks.values()
             ):
-                hook = _AtEndOfBackward(weakref.ref(self))
+                hook = _PutAwayHook(weakref.ref(self))
                 hook.handle = trained.register_post_accumulate_grad_hook(hook)
 
     # Changes of the layer by nn.Module or PEFT
@@ -218,7 +218,7 @@ class WaitingBaseWeight(nn.Module):
         self._watch_training()
 
 
-class _AtEndOfBackward:
+class _PutAwayHook:
     """A hook on a trained parameter that puts the base weight away once the whole backward pass is over.
 
     It does not do so earlier, since the pass may go through parts of the graph in which the base weight was used.

@@ -20,7 +20,7 @@ from ...ops.elementwise import elementwise_function
 from ...ops.layer_norm import compressed_layer_norm
 from ...ops.rms_norm import compressed_rms_norm
 from ...transforms import in_forward_mode, in_transform
-from ..layers.calling import parts_are_watched
+from ..layers.calling import submodules_are_watched
 from ..layers.rule import BackwardRule
 from .block_patch import BlockPatch, attach_to_block_module, blocks_with_layers
 from .forward_patch import PATCH_ATTR, UnpatchedForward, plain_forward
@@ -57,7 +57,7 @@ class ActivationPatch(BlockPatch):
         if kwargs or len(args) != 1 or in_transform() or in_forward_mode() or not args[0].requires_grad:
             return plain(host, *args, **kwargs)
         (x,) = args
-        if self.word not in self._words(host) or parts_are_watched(host):
+        if self.word not in self._words(host) or submodules_are_watched(host):
             return plain(host, x)
         if self.word == "norm" and _is_plain_layer_norm(host, x):
             return compressed_layer_norm(x, host.weight, host.bias, host.eps)
@@ -173,14 +173,14 @@ def _rms_norm_of(host: nn.Module) -> _RMSNorm | None:
     twin._parameters = {} if weight is None and "weight" not in host._parameters else {"weight": other}
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            found = plain_class.forward(twin, x)
+            y = plain_class.forward(twin, x)
     except (RuntimeError, TypeError, ValueError, AttributeError):
         return None
     for shift in (0.0, 1.0):
         norm = _RMSNorm(names[0], shift)
         expected = x * (x.square().mean(-1, keepdim=True) + norm.eps(host, x)).rsqrt()
         expected = expected if other is None else expected * (other + shift)
-        if isinstance(found, Tensor) and found.shape == x.shape and torch.allclose(found, expected, 1e-5, 1e-6):
+        if isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y, expected, 1e-5, 1e-6):
             return norm
     return None
 

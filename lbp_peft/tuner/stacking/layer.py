@@ -30,7 +30,7 @@ from ..layers.calling import (
     has_to_be_called,
     has_to_be_called_for,
     is_offloaded,
-    parts_are_watched,
+    submodules_are_watched,
 )
 from ..layers.rule import BackwardRule
 from ..patches.forward_patch import ForwardPatch, UnpatchedForward, plain_forward
@@ -112,7 +112,7 @@ class LBPWHTStacked(nn.Module, ForwardPatch, LBPWHTLayer):
         full_plan = self._in_full_precision(x, plan)
         if full_plan is None:
             return plain(host, x)
-        if parts_are_watched(host):
+        if submodules_are_watched(host):
             self._fall_back(x, *WATCHED, cause=WATCHED[0])
             return plain(host, x)
         layer = _ChannelsLast(UnpatchedForward(host), x.dim()) if self._on_images else UnpatchedForward(host)
@@ -216,7 +216,7 @@ def _lora_parts(host: Any, x: Tensor) -> list[_LoraParts] | None:
         return None if host.merged else []
     if host.merged:
         return []
-    found = []
+    all_parts = []
     for name in host.active_adapters:
         if name not in host.lora_A:
             continue
@@ -226,8 +226,8 @@ def _lora_parts(host: Any, x: Tensor) -> list[_LoraParts] | None:
             return None
         if down.weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
             return None  # the layer casts its input and its output
-        found.append(_LoraParts(down, up, dropout, host.scaling[name]))
-    return found
+        all_parts.append(_LoraParts(down, up, dropout, host.scaling[name]))
+    return all_parts
 
 
 def _branches(host: Any, x: Tensor, parts: list[_LoraParts]) -> list[Branch]:

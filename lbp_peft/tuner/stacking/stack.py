@@ -84,15 +84,15 @@ class Stack:
         """Activate the modules_to_save of the active adapters, of those beneath before those on top.
 
         Args:
-            on_top: The names of the modules that each active LBP-WHT adapter has brought, by name of the adapter.
+            on_top: The names of the modules_to_save of each active LBP-WHT adapter, by name of the adapter.
             inference_mode: Whether they are frozen.
         """
         active = self.active_adapters
         for name, module in self.base_model.named_modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
-                brought = [one for one, saved in on_top.items() if any(f".{name}".endswith(f".{s}") for s in saved)]
-                here = [one for one in active if one in module._adapters]
-                _set_adapter(module, here or brought or active, inference_mode=inference_mode)
+                above = [one for one, saved in on_top.items() if any(f".{name}".endswith(f".{s}") for s in saved)]
+                beneath = [one for one in active if one in module._adapters]
+                _set_adapter(module, beneath or above or active, inference_mode=inference_mode)
 
     def delete_adapter(self, name: str) -> None:
         if isinstance(self.holder, PeftModel):
@@ -147,15 +147,15 @@ class Stack:
         Args:
             of_whole_model: The state dict of the model that LBP-WHT made of this one.
         """
-        found = {}
+        tensors = {}
         for wrapper, module in self.base_model.named_modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
                 prefix = f"{_PREFIX}{wrapper}."
                 own = {prefix + key: tensor for key, tensor in module.state_dict().items()}
                 own = {key.removeprefix(prefix): of_whole_model.get(key, tensor) for key, tensor in own.items()}
                 for name in module.active_adapters:
-                    found.update({prefix + k: t for k, t in module.adapter_state_dict(name, own).items()})
-        return found
+                    tensors.update({prefix + k: t for k, t in module.adapter_state_dict(name, own).items()})
+        return tensors
 
     def state_dict(self, of_whole_model: dict[str, Tensor], incomplete: list[str]) -> dict[str, Tensor]:
         """The trained tensors of all adapters.
@@ -164,7 +164,7 @@ class Stack:
             of_whole_model: The state dict of the model that LBP-WHT made of this one.
             incomplete: Names of adapters of which `of_whole_model` has no tensors.
         """
-        found = {}
+        tensors = {}
         for name in self.configs:
             given = {}
             if name not in incomplete:
@@ -173,12 +173,12 @@ class Stack:
             if self._names() - given.keys():  # tensors that a method shares between its layers
                 given = self.holder.state_dict() | given
             given = with_wrappers(given, self.holder)
-            tensors = get_peft_model_state_dict(self.holder, given, name, save_embedding_layers=False)
-            for key, tensor in tensors.items():
+            of_adapter = get_peft_model_state_dict(self.holder, given, name, save_embedding_layers=False)
+            for key, tensor in of_adapter.items():
                 key = without_wrappers(key)
                 if ".lbpwht_" not in key:
-                    found[f"{KEYS}{name}.{_PREFIX if not key.startswith('base_model.') else ''}{key}"] = tensor
-        return found
+                    tensors[f"{KEYS}{name}.{_PREFIX if not key.startswith('base_model.') else ''}{key}"] = tensor
+        return tensors
 
     def _names(self) -> set[str]:
         """The names of all tensors. A state dict has them too, but FSDP gathers it from all processes."""

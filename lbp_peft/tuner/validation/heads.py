@@ -20,10 +20,10 @@ def warn_of_frozen_heads(model: nn.Module) -> None:
         model: The model with its adapters.
     """
     loaded = any(_was_loaded(parameter) for parameter in model.parameters())
-    found = [name for name, module in _layers_of_heads(model) if _is_frozen(module) and _is_fresh(module, loaded)]
-    if not found:
+    fresh = [name for name, module in _layers_of_heads(model) if _is_frozen(module) and _is_fresh(module, loaded)]
+    if not fresh:
         return
-    names = list(dict.fromkeys(_outermost(model, name) for name in found))
+    names = list(dict.fromkeys(_outermost(model, name) for name in fresh))
     several = len(names) > 1
     warnings.warn(
         f"{', '.join(names)} {'are' if several else 'is'} freshly initialised and frozen, so predictions stay random. "
@@ -56,9 +56,11 @@ def _layers_of_heads(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _outermost(model: nn.Module, name: str) -> str:
     """The name of the outermost module that contains this one and no adapted layer; its own name if there is none."""
     parts = name.split(".")
-    around = [".".join(parts[:length]) for length in range(1, len(parts))]
-    free = (one for one in around if not any(isinstance(m, BaseTunerLayer) for m in model.get_submodule(one).modules()))
-    return next(free, name)
+    for length in range(1, len(parts)):
+        outer = ".".join(parts[:length])
+        if not any(isinstance(module, BaseTunerLayer) for module in model.get_submodule(outer).modules()):
+            return outer
+    return name
 
 
 def _is_frozen(module: nn.Module) -> bool:

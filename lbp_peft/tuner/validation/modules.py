@@ -142,18 +142,18 @@ def check_layers(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -> No
     if config.layers_to_transform is None:
         return
     asked = config.layers_to_transform
-    by_index, found = copy.copy(config), []
+    by_index, with_targets = copy.copy(config), []
     names = [name for name, _ in model.named_modules()]
     known = sorted({int(part) for name in names for part in name.split(".") if part.isdecimal()})
     for index in known:
         by_index.layers_to_transform = [index]
         if any(tuner._check_target_module_exists(by_index, name) for name in names):
-            found.append(index)
-    wrong = sorted(set(asked if isinstance(asked, list) else [asked]) - set(found))
+            with_targets.append(index)
+    wrong = sorted(set(asked if isinstance(asked, list) else [asked]) - set(with_targets))
     if wrong:
         raise ValueError(
             f"layers_to_transform has {', '.join(map(str, wrong))}, but the blocks with target modules are "
-            f"{', '.join(map(str, found)) or 'none'}"
+            f"{', '.join(map(str, with_targets)) or 'none'}"
             f"{f' for layers_pattern={config.layers_pattern!r}' if config.layers_pattern else ''}."
         )
 

@@ -152,12 +152,12 @@ def _checked_compression(value: Any) -> str | tuple[str, ...] | None:
     words = [value] if isinstance(value, str) else value
     if not isinstance(words, (list, tuple, set, frozenset)):
         words = [None]
-    found = {"activation" if word == "gelu" else word for word in words if isinstance(word, str)}
-    if len(words) == 0 or not all(isinstance(word, str) for word in words) or not found <= set(COMPRESSIBLE):
+    chosen = {"activation" if word == "gelu" else word for word in words if isinstance(word, str)}
+    if len(words) == 0 or not all(isinstance(word, str) for word in words) or not chosen <= set(COMPRESSIBLE):
         raise ValueError(
             f'compress_activations must be "all", some of {", ".join(COMPRESSIBLE)}, or None, got {show(value)}.'
         )
-    return tuple(word for word in COMPRESSIBLE if word in found)
+    return tuple(word for word in COMPRESSIBLE if word in chosen)
 
 
 # Selections of bases

@@ -1,7 +1,7 @@
-"""Runs trials of candidates: on a CPU each in a process of its own, on a GPU all in this process.
+"""Runners, which try and train candidates: on a CPU in worker processes, on a GPU in this process.
 
 On a CPU, the memory of a process is measured by its resident set, which hardly shrinks when memory is freed. So each
-candidate gets a new process, see worker.py. On a GPU, PyTorch's allocator reports the memory in use.
+candidate runs in a new process, see `worker.py`. On a GPU, PyTorch's allocator reports the memory in use.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from contextlib import ExitStack, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from ..measure.memory import allocated, resident_now
 from ..measure.undisturbed import device_of, tensors_in, undisturbed
-from .candidates import Candidate, sharing_copy
+from .candidates import Candidate, copy_with_shared_parameters
 from .training import Step, Training
 from .trial import TOO_LONG, Job, Trial, try_candidate
 
@@ -43,55 +43,62 @@ def pickle_module() -> Any:
     return dill
 
 
-class Here:
-    """Tries candidates in this process.
+class LocalRunner:
+    """Tries and trains candidates in this process.
 
     On a GPU the peak is that of PyTorch's allocator, less the memory of other tensors of the program. On a CPU it is
     estimated as this process's resident set without the model, plus the memory that PyTorch allocates for the step.
     That leaves out memory that other libraries allocate.
+
+    Attributes:
+        job: The model and the data.
+        libraries_bytes: The memory of Python and its libraries, which peaks on a CPU include.
     """
 
     def __init__(self, job: Job):
-        self.job, self.device = job, device_of(job.model)
-        self.libraries = 0
-        if self.device.type == "cuda":
-            self.others = torch.cuda.memory_allocated(self.device) - _bytes_of(job)
+        self.job, self._device = job, device_of(job.model)
+        self.libraries_bytes = self._other_bytes = 0
+        if self._device.type == "cuda":
+            self._other_bytes = torch.cuda.memory_allocated(self._device) - _bytes_of(job)
         else:
-            self.others = 0
-            self.libraries = max(resident_now()["VmRSS"] - _bytes_of(job), 0)
+            self.libraries_bytes = max(resident_now()["VmRSS"] - _bytes_of(job), 0)
 
-    def __enter__(self) -> Here:
+    def __enter__(self) -> LocalRunner:
         return self
 
     def __exit__(self, *_: object) -> None:
         return
 
     def measure(self, candidate: Candidate, seconds: float) -> Trial:
-        """Try a candidate, however many seconds it takes."""
+        """Try a candidate. The limit of its time is ignored, since a trial in this process cannot be ended."""
         gc.collect()
         with undisturbed(self.job.model):
-            model = sharing_copy(self.job.model)
-            with allocated(self.device) if self.device.type != "cuda" else nullcontext() as counted:
+            model = copy_with_shared_parameters(self.job.model)
+            with allocated(self._device) if self._device.type != "cuda" else nullcontext() as counted:
                 trial = try_candidate(model, self.job, candidate)
         if counted is None:
-            trial.peak_bytes -= self.others
+            trial.peak_bytes -= self._other_bytes
         else:
-            trial.peak_bytes = self.libraries + _bytes_of(self.job) + counted.peak
+            trial.peak_bytes = self.libraries_bytes + _bytes_of(self.job) + counted.peak
             trial.is_counted = True
         return trial
 
-    def training(self, candidate: Candidate, end: float) -> Callable[[], Step]:
-        """Start to train a candidate; what is returned runs a step."""
-        return _training_here(self.job, candidate)
+    def start_training(self, candidate: Candidate, deadline: float) -> Callable[[], Step]:
+        """Start to train a candidate, and return a function that runs a step."""
+        return _start_local_training(self.job, candidate)
 
 
-def _training_here(job: Job, candidate: Candidate) -> Callable[[], Step]:
-    training = Training(sharing_copy(job.model), job, candidate)
+def _start_local_training(job: Job, candidate: Candidate) -> Callable[[], Step]:
+    training = Training(copy_with_shared_parameters(job.model), job, candidate)
     return lambda: Step(training.step())
 
 
-class Apart:
+class ProcessRunner:
     """Tries and trains each candidate in a process of its own.
+
+    Attributes:
+        job: The model and the data.
+        libraries_bytes: The memory of Python and its libraries, which peaks include.
 
     Raises:
         WorkerError: the process cannot be started, or the model, the batches or the loss function cannot be handed to
@@ -100,11 +107,11 @@ class Apart:
 
     def __init__(self, job: Job):
         self.job = job
-        self.libraries = 0
+        self.libraries_bytes = 0
         self._stack = ExitStack()
         self._process: subprocess.Popen[str] | None = None
 
-    def __enter__(self) -> Apart:
+    def __enter__(self) -> ProcessRunner:
         folder = self._stack.enter_context(tempfile.TemporaryDirectory())
         self.job.folder = folder
         self._file = Path(folder, "job.pt")
@@ -117,43 +124,43 @@ class Apart:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        if error is not None:  # interrupted, say: what it is doing is of no use any more
+        if error is not None:  # such as an interrupt: nobody waits for the result any more
             self._kill()
         self._stop()
         self._stack.close()
 
     def measure(self, candidate: Candidate, seconds: float) -> Trial:
-        """Try a candidate; if it takes more than so many seconds, its process is ended."""
+        """Try a candidate. If it takes more than the given seconds, its process is ended."""
         if self._process is None:
             self._start()
         try:
-            trial = Trial(**self._asked("try", candidate, seconds))
+            trial = Trial(**self._request("try", candidate, seconds))
         except WorkerError as error:
             return Trial(candidate.label, failure=str(error))
         if not CAN_FORK:
             self._stop()
         return trial
 
-    def training(self, candidate: Candidate, end: float) -> Callable[[], Step]:
-        """Start to train a candidate; what is returned runs a step.
+    def start_training(self, candidate: Candidate, deadline: float) -> Callable[[], Step]:
+        """Start to train a candidate, and return a function that runs a step.
 
         All candidates train at the same time, each in a process that ends with the search.
 
         Args:
             candidate: The candidate.
-            end: The time, by `time.monotonic()`, at which all processes are ended.
+            deadline: The time, by `time.monotonic()`, at which a process that still runs is ended.
 
         Raises:
             MemoryError: it needs more memory than there is.
-            WorkerError: its process ended; so may each step.
+            WorkerError: its process ended. Each step may raise it too.
         """
         if not CAN_FORK:
-            return _training_here(self.job, candidate)
+            return _start_local_training(self.job, candidate)
         if self._process is None:
             self._start()
 
         def ask(what: str) -> dict[str, Any]:
-            answer = self._asked(what, candidate, end - time.monotonic())
+            answer = self._request(what, candidate, deadline - time.monotonic())
             if why := answer.get("failure"):
                 raise MemoryError(why)
             return answer
@@ -161,11 +168,16 @@ class Apart:
         ask("train")
         return lambda: Step(**ask("step"))
 
-    def _asked(self, what: str, candidate: Candidate, seconds: float) -> dict[str, Any]:
-        """The answer of the process to a request. If it takes more than so many seconds, the process is ended.
+    def _request(self, what: str, candidate: Candidate, seconds: float) -> dict[str, Any]:
+        """Send a request to the process, and return its answer.
+
+        Args:
+            what: "try", "train" or "step", see `worker.py`.
+            candidate: The candidate.
+            seconds: The time after which the process is ended if it has not answered.
 
         Raises:
-            WorkerError: it ended. The next request gets another process.
+            WorkerError: the process ended. The next request starts another one.
         """
         if self._process is None:
             raise WorkerError(TOO_LONG)
@@ -181,7 +193,7 @@ class Apart:
         try:
             self._process.stdin.write(json.dumps({"what": what, "candidate": asdict(candidate)}) + "\n")
             self._process.stdin.flush()
-            return self._answer()
+            return self._read_answer()
         except (WorkerError, BrokenPipeError):
             self._stop()
             why = TOO_LONG if is_late.is_set() else "its process ended, perhaps for lack of memory"
@@ -212,12 +224,12 @@ class Apart:
             start_new_session=CAN_FORK,  # so that it is the leader of a group with its forks
             env=os.environ | {"PYTHONPATH": path, "TOKENIZERS_PARALLELISM": "false"},
         )
-        self.libraries = self._answer()["libraries"]
+        self.libraries_bytes = self._read_answer()["libraries"]
 
     def _command(self) -> list[str]:
         return [sys.executable, "-m", "lbp_peft.recommendation.worker", str(self._file)]
 
-    def _answer(self) -> dict[str, Any]:
+    def _read_answer(self) -> dict[str, Any]:
         assert self._process is not None and self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -241,6 +253,9 @@ class Apart:
             self._process.wait()
         self._errors.close()
         self._process = None
+
+
+Runner: TypeAlias = LocalRunner | ProcessRunner
 
 
 class WorkerError(RuntimeError):
