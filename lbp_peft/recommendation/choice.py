@@ -167,6 +167,11 @@ def verdict(
     """The reason for the setting, in a few sentences: the rule, and what it gains over the exact setting, if anything.
 
     Args:
+        chosen: The trial of the setting.
+        is_lora: Whether it trains LoRA's factors.
+        rule: The rule by which it was chosen, in words.
+        reference: The trials to compare with.
+        device: The device of PyTorch.
         without_lbp_wht: Whether no setting of LBP-WHT could be measured.
     """
     exact, on_this_device = reference.of(is_lora), f"on this {device_name(device)}"
@@ -184,11 +189,33 @@ def verdict(
         return f"It has {rule}. But {on_this_device} it gains nothing over {exact.label} in time or memory{cost}."
     unchanged = "" if lost or len(gained) == 2 else _unchanged(time, exact.label)
     gain = f"what you gain over {exact.label} is {' and '.join(gained)}{cost}"
-    lora = reference.lora
-    hint = ""
-    if not is_lora and lora is not None and lora.seconds < chosen.seconds and lora.peak_bytes < chosen.peak_bytes:
-        hint = f" {lora.label}, which trains fewer weights, takes less of both: {LORA_INSTEAD}."
-    return f"It has {rule}. O{on_this_device[1:]} {unchanged}{gain}.{_quality(chosen)}{hint}"
+    return f"It has {rule}. O{on_this_device[1:]} {unchanged}{gain}.{_quality(chosen)}"
+
+
+def lora_hint(chosen: Trial, of_lora: Sequence[Trial], bounds: Bounds) -> str:
+    """A sentence about the best setting that trains LoRA's factors, if it takes less time and memory; "" if none does.
+
+    Args:
+        chosen: The trial of the recommended setting, which trains whole weights.
+        of_lora: The trials of settings that train LoRA's factors.
+        bounds: The bounds, whose cosine it has to reach.
+    """
+    less = [
+        trial
+        for trial in of_lora
+        if not trial.failure
+        and trial.seconds < chosen.seconds
+        and trial.peak_bytes < chosen.peak_bytes
+        and (trial.cosine is None or trial.cosine >= bounds.least_cosine)
+    ]
+    if not less:
+        return ""
+    best = min(less, key=lambda trial: trial.seconds * trial.peak_bytes)
+    time, memory = best.seconds / chosen.seconds, best.peak_bytes / chosen.peak_bytes
+    return (
+        f" {best.label}, which trains fewer weights, takes {time:.2f} of its step time and {memory:.2f} of its peak "
+        f"memory: {LORA_INSTEAD}."
+    )
 
 
 def device_name(device: str) -> str:

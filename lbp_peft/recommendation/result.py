@@ -14,7 +14,7 @@ from torch import nn
 from ..environment import environment
 from .bounds import Bounds, BudgetError
 from .candidates import LORA, Candidate
-from .choice import LORA_INSTEAD, Reference, choose, verdict
+from .choice import LORA_INSTEAD, Reference, choose, lora_hint, verdict
 from .code import as_python
 from .figure import plot
 from .table import as_table, wrapped
@@ -74,6 +74,9 @@ class Recommendation:
         self.setting = self.candidates[chosen.label]
         self.config = self.setting.config(model, self.heads)
         reason = verdict(chosen, lora, rule, self.reference, self.device, without_lbp_wht=bool(untried))
+        if not lora:
+            of_lora = [trial for label, trial in self.trials.items() if self.candidates[label].lora]
+            reason += lora_hint(chosen, of_lora, self.bounds)
         self.reason = f"{reason} {untried}".strip()
 
     def _remedies(self, lora: bool) -> str:

@@ -28,7 +28,7 @@ from lbp_peft.measure.steps import time_step
 from lbp_peft.measure.warming_up import preparations
 from lbp_peft.recommendation import CANDIDATES, Bounds, Candidate, runners, search, turns, worker
 from lbp_peft.recommendation.candidates import sort_candidates, with_checkpointing
-from lbp_peft.recommendation.choice import Reference, choose, undominated, verdict
+from lbp_peft.recommendation.choice import Reference, choose, lora_hint, undominated, verdict
 from lbp_peft.recommendation.figure import pareto_front
 from lbp_peft.recommendation.table import WIDTH
 from lbp_peft.recommendation.training import Step, Training
@@ -169,6 +169,19 @@ def test_where_nothing_helps_the_verdict_says_so():
     assert "a cosine of 0.90 with the exact ones" in verdict(low, False, "rule", REFERENCE, "cpu")
 
 
+def test_a_setting_on_lora_that_takes_less_of_both_is_told():
+    chosen = trial("chosen", 800, 1.0, 0.9)
+    larger, slower = trial("larger", 900, 0.5, 0.9), trial("slower", 400, 1.5, 0.9)
+    lighter = trial("lighter", 400, 0.5, 0.9)
+    assert lora_hint(chosen, [larger, slower], Bounds()) == ""
+    assert "lighter, which trains fewer weights, takes 0.50 of its step time and 0.50 of its peak memory" in lora_hint(
+        chosen, [larger, slower, lighter], Bounds()
+    )
+    assert (
+        lora_hint(chosen, [trial("poor", 400, 0.5, 0.5), trial("failed", 400, 0.5, 0.9, failure="x")], Bounds()) == ""
+    )
+
+
 def test_what_another_beats_in_everything_is_not_timed():
     beaten = trial("beaten", 700, 0.8, 0.9)
     assert undominated([QUICK, GOOD, SMALL, beaten]) == [QUICK, GOOD, SMALL]
@@ -191,7 +204,8 @@ def test_the_candidates_are_those_that_were_promised():
 
 def test_what_tells_most_about_the_question_is_tried_first():
     labels = [one.label for one in sort_candidates(CANDIDATES, lora=False, only_time_is_bounded=False)]
-    assert labels[:5] == [*(one.label for one in CANDIDATES[:4]), "full fine-tuning + checkpointing"]
+    assert labels[:5] == [*(one.label for one in CANDIDATES[:4]), "LBP-WHT r=10 + compression"]
+    assert labels.index("LBP-WHT r=10 + compression") < labels.index("full fine-tuning + checkpointing")
     assert labels.index("LBP-WHT r=10 + compression") < labels.index("LBP-WHT r=3")
     assert all("LoRA" in label for label in labels[-12:]) and len(labels) == len(CANDIDATES)
     labels = [one.label for one in sort_candidates(CANDIDATES, lora=True, only_time_is_bounded=True)]
