@@ -294,6 +294,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "restricted to AVX2": partial(steps, "vit-b-float32-restricted-to-avx2.json", ALL),
     "AVX-512, float32": partial(steps, "vit-b-float32-avx512.json", ALL),
     "AVX-512, bf16": partial(steps, "vit-b-bf16-avx512.json", ALL),
+    "AVX-512, bf16, again": partial(steps, "vit-b-bf16-avx512-short.json", ALL),
     "AVX-512, compiled, float32": partial(steps, "vit-b-float32-compiled-avx512.json", WITHOUT_OPTIMIZER),
     "AVX-512, peaks": partial(peaks, "vit-b-peak-avx512.json", ("32", "8")),
     "AMX, float32": partial(steps, "vit-b-float32-amx.json", WITHOUT_OPTIMIZER),
