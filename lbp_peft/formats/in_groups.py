@@ -6,7 +6,8 @@ of a norm, are saved in this format. The factors of matrix products are in that 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from .scaling import largest_magnitude, scaled_to_range
 
 BYTES_OF_SCALE = 4  # float32
 GROUP = 64  # channels
-# The number of values in a block on CPUs.
-_VALUES_AT_ONCE = 2**17
+# The number of values in a block on CPUs. Smaller blocks spend a good part of their time in calls of PyTorch.
+_VALUES_AT_ONCE = 2**19
 
 
 def quantize_groups(x: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -53,22 +54,24 @@ def _quantize_in_blocks(x: Tensor, offset: Tensor | None, group: int) -> tuple[T
         offset = None if offset is None else offset.reshape(-1, offset.shape[-1])
     elif offset.shape[0] != shape[0]:
         offset = offset.expand(shape[0], *offset.shape[1:])
-    values = x.new_empty(ordered.shape, dtype=torch.int8)
-    scales = x.new_empty(*ordered.shape[:-1], shape[-1] // group, 1, dtype=torch.float32)
-    rows = max(_VALUES_AT_ONCE // max(ordered[:1].numel(), 1), 1)
-    buffer = x.new_empty(min(rows, len(ordered)), *ordered.shape[1:], dtype=torch.float32)
-    for start in range(0, len(ordered), rows):
-        block = slice(start, start + rows)
-        exact = ordered[block]
+    grouped = ordered.unflatten(-1, (-1, group))
+    values = x.new_empty(grouped.shape, dtype=torch.int8)
+    scales = x.new_empty(*grouped.shape[:-1], 1, dtype=torch.float32)
+    rows = max(_VALUES_AT_ONCE // max(grouped[:1].numel(), 1), 1)
+    buffer = x.new_empty(min(rows, len(grouped)), *grouped.shape[1:], dtype=torch.float32)
+    offsets: Iterable[Tensor | None] = itertools.repeat(None)
+    if offset is not None:
+        offsets = offset.unflatten(-1, (-1, min(group, offset.shape[-1]))).split(rows)
+    blocks = zip(grouped.split(rows), offsets, values.split(rows), scales.split(rows), strict=False)
+    for exact, subtrahend, rounded, scale in blocks:
         scaled = buffer[: len(exact)]
         if exact.dtype != torch.float32:  # operations on two dtypes are slow, except for copies
             exact = scaled.copy_(exact)
-        if offset is not None:
-            exact = torch.sub(exact, offset[block], out=scaled)
-        exact, scaled = exact.unflatten(-1, (-1, group)), scaled.unflatten(-1, (-1, group))
+        if subtrahend is not None:
+            exact = torch.sub(exact, subtrahend, out=scaled)
         largest = largest_magnitude(exact, dim=-1)
-        values[block].view(scaled.shape).copy_(scaled_to_range(exact, largest, torch.int8, out=scaled).round_())
-        torch.div(largest, 127, out=scales[block])
+        rounded.copy_(scaled_to_range(exact, largest, torch.int8, out=scaled).round_())
+        torch.div(largest, 127, out=scale)
     back = [order.index(axis) for axis in range(len(order))]
     return values.view(shape).permute(*back, -1), scales.view(*shape[:-1], shape[-1] // group).permute(*back, -1)
 
