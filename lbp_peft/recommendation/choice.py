@@ -79,6 +79,17 @@ def choose(trials: Sequence[Trial], bounds: Bounds, reference: Reference) -> tup
     return next((exact for exact in within if _is_as_good(exact, best, reference)), best), rule
 
 
+def choose_timed(trials: Sequence[Trial], bounds: Bounds, reference: Reference) -> tuple[Trial, str]:
+    """Choose as [`choose`] does, among the trials that were timed in turns if one of these keeps within the bounds.
+
+    Other trials have the time of a single step, which says little.
+    """
+    try:
+        return choose([trial for trial in trials if trial.is_timed], bounds, reference)
+    except BudgetError:
+        return choose(trials, bounds, reference)
+
+
 def _is_as_good(exact: Trial, best: Trial, reference: Reference) -> bool:
     """Whether a trial is that of full fine-tuning or LoRA, and takes as little time and memory as the best setting."""
     negligible = 1 + _NEGLIGIBLE

@@ -14,7 +14,7 @@ from torch import nn
 from ..environment import environment
 from .bounds import Bounds, BudgetError
 from .candidates import LORA, Candidate
-from .choice import LORA_INSTEAD, Reference, choose, lora_hint, verdict
+from .choice import LORA_INSTEAD, Reference, choose, choose_timed, lora_hint, verdict
 from .code import as_python
 from .figure import plot
 from .table import as_table, wrapped
@@ -65,10 +65,7 @@ class Recommendation:
         eligible = [trial for label, trial in self.trials.items() if self.candidates[label].lora is lora]
         untried = self._why_untried(lora)
         try:
-            try:  # trials that were not timed in turns have the time of a single step, which says little
-                chosen, rule = choose([trial for trial in eligible if trial.is_timed], self.bounds, self.reference)
-            except BudgetError:
-                chosen, rule = choose(eligible, self.bounds, self.reference)
+            chosen, rule = choose_timed(eligible, self.bounds, self.reference)
         except BudgetError as error:
             raise BudgetError(f"{untried}{error}{self._remedies(lora)}", self.table) from None
         self.setting = self.candidates[chosen.label]

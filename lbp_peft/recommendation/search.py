@@ -16,18 +16,18 @@ from tqdm.auto import tqdm
 
 from ..head import head_modules
 from ..instructions import product_dtype
-from ..measure.undisturbed import LossFunction, device_of, to_device
+from ..measure.undisturbed import LossFunction, device_of, to_device, undisturbed
 from ..tuner.validation.names import did_you_mean, unmatched_modules_to_save
 from .bounds import Bounds
 from .candidates import CANDIDATES, KINDS, SETTINGS, Candidate, checkpointing_call, sort_candidates, with_compile
-from .choice import Reference, choose, device_name, objective, undominated
+from .choice import Reference, choose_timed, device_name, objective, undominated
 from .result import Recommendation
 from .runners import LocalRunner, ProcessRunner, Runner, WorkerError
 from .trial import NO_TIME, TOO_LONG, UNEXPECTED, Job, Trial
-from .turns import take_turns
+from .turns import Scales, Turns
 
 _SHARE_OF_TRIALS = 0.6  # of the time; in the rest, the best candidates take turns
-_MOST_TIMED = 6
+_TIMED_FIRST, _MOST_TIMED = 3, 6
 _GROWTH = 1.1  # the factor by which the resident set of a process may grow after the steps of a trial
 
 
@@ -225,12 +225,7 @@ class _Search:
 
     def _end_of_trials(self, usual: float) -> float:
         """The time at which the last trial has to end: the deadline, as long as no setting keeps within the bounds."""
-        eligible = [trial for label, trial in self.trials.items() if self.candidates[label].lora is self.lora]
-        try:
-            choose(eligible, self.bounds, self.reference)
-        except ValueError:  # none does, or full fine-tuning could not be measured, to which a bound is relative
-            return self.deadline
-        return usual
+        return self.deadline if self._choose() is None else usual
 
     def _why_needless(self, candidate: Candidate) -> str:
         """The reason why a candidate cannot be recommended, given the trials so far; "" if it can be."""
@@ -268,14 +263,53 @@ class _Search:
         return None
 
     def _take_turns(self, runner: Runner) -> None:
-        """Train the best candidates in turns, and correct the times and peaks of the others accordingly."""
-        tried = [(self.candidates[trial.label], trial) for trial in self._worth_timing()]
-        scales = take_turns(runner, tried, self.deadline, self.progress)
-        for trial in self.trials.values():
+        """Train the best candidates in turns, and correct the times and peaks of the others accordingly.
+
+        Where the turns show that another setting is the best one, it has its turns too, before the less important ones.
+        """
+        before = {label: (trial.seconds, trial.peak_bytes) for label, trial in self.trials.items()}
+        turns = Turns(runner, self.deadline, self.progress)
+        worth_timing = self._worth_timing()
+        with warnings.catch_warnings(), undisturbed(self.job.model):
+            warnings.simplefilter("ignore")
+            turns.train(self._with_candidates(worth_timing[:_TIMED_FIRST]))
+            self._time_choice(turns, before)
+            turns.train(self._with_candidates(trial for trial in worth_timing if not turns.has(trial)))
+            turns.go_on()
+            self._time_choice(turns, before)
+
+    def _time_choice(self, turns: Turns, before: dict[str, tuple[float, float]]) -> None:
+        """Have the setting that would be recommended take turns, if it has not yet, until that changes no more.
+
+        Args:
+            turns: The turns.
+            before: The step time and the peak of each trial before there were turns, by its label.
+        """
+        self._correct_untimed(before, turns.scales)
+        while (best := self._choose()) is not None and not turns.has(best):
+            if not turns.train(self._with_candidates([best])):
+                return
+            self._correct_untimed(before, turns.scales)
+
+    def _with_candidates(self, trials: Iterable[Trial]) -> list[tuple[Candidate, Trial]]:
+        return [(self.candidates[trial.label], trial) for trial in trials]
+
+    def _correct_untimed(self, before: dict[str, tuple[float, float]], scales: Scales) -> None:
+        """Correct the times and peaks of trials that were not measured in turns, given what they were in the trials."""
+        for label, trial in self.trials.items():
+            seconds, peak_bytes = before[label]
             if not trial.failure and not trial.is_timed:
-                trial.seconds *= scales.seconds
+                trial.seconds = seconds * scales.seconds
             if not trial.failure and not trial.is_settled:
-                trial.peak_bytes += (scales.peak_bytes - 1) * (trial.peak_bytes - self.libraries_bytes)
+                trial.peak_bytes = peak_bytes + (scales.peak_bytes - 1) * (peak_bytes - self.libraries_bytes)
+
+    def _choose(self) -> Trial | None:
+        """The trial of the setting that would be recommended now; None if no setting keeps within the bounds."""
+        eligible = [trial for label, trial in self.trials.items() if self.candidates[label].lora is self.lora]
+        try:
+            return choose_timed(eligible, self.bounds, self.reference)[0]
+        except ValueError:  # none does, or full fine-tuning could not be measured, to which a bound is relative
+            return None
 
     def _worth_timing(self) -> list[Trial]:
         """The trials whose time decides what is recommended, the most important ones first."""

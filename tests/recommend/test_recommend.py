@@ -1,5 +1,6 @@
 """Recommended settings: what is measured and chosen, and that the model is not changed."""
 
+import itertools
 import json
 import math
 import os
@@ -369,7 +370,7 @@ def test_steps_that_trace_the_model_are_never_timed(monkeypatch):
         steps.append((model, preparations(model) != before))
         return times
 
-    def rounds(seconds, end):
+    def rounds(seconds, end, most):
         steps.clear()
         yield from range(2)
         in_rounds.extend(steps)
@@ -386,7 +387,7 @@ def test_steps_that_trace_the_model_are_never_timed(monkeypatch):
     result = lbp_peft.recommend(model, batches(), candidates=(FEW[0], FEW[1], compressed), minutes=5)
     assert same_state(state_of(model), before)
     assert sum(one.is_timed for one in result.trials.values()) == 3
-    assert len(in_rounds) == 6 and not any(prepared for _, prepared in in_rounds)
+    assert len(in_rounds) == 12 and not any(prepared for _, prepared in in_rounds)
 
     steps.clear()
     job = Job(tiny_vit(), batches(8), None, ["classifier"], None, 1, "")
@@ -402,7 +403,7 @@ def test_compiled_settings_are_tried_early_and_do_not_keep_others_from_being_tri
         return trial(candidate.label, seconds=clock.takes(min(100.0 if candidate.compiled else 1.0, seconds)))
 
     monkeypatch.setattr(search, "time", clock)
-    monkeypatch.setattr(search, "take_turns", lambda *_: turns.Scales())
+    monkeypatch.setattr(turns, "_rounds", lambda seconds, end, most: ())
     monkeypatch.setattr(search, "ProcessRunner", lambda job: (_ for _ in ()).throw(runners.WorkerError("no")))
     monkeypatch.setattr(runners.LocalRunner, "measure", measure)
     lbp_peft.recommend(tiny_vit(), batches(), minutes=3, compile=True)
@@ -487,7 +488,8 @@ def measured_as(monkeypatch, trials, steps):
     """Have trials and, by the label, the peak in MiB of each step in turns as given; the libraries take 100 MiB."""
 
     def training(self, candidate, end):
-        peaks = iter(steps[candidate.label])
+        *peaks, last = steps[candidate.label]
+        peaks = itertools.chain(peaks, itertools.repeat(last))
         return lambda: Step(0.5, next(peaks) * 2**20)
 
     monkeypatch.setattr(search, "ProcessRunner", lambda job: (_ for _ in ()).throw(runners.WorkerError("no")))
@@ -495,7 +497,7 @@ def measured_as(monkeypatch, trials, steps):
     monkeypatch.setattr(runners.LocalRunner, "__enter__", enter)
     monkeypatch.setattr(runners.LocalRunner, "measure", lambda self, one, seconds: replace(trials[one.label]))
     monkeypatch.setattr(runners.LocalRunner, "start_training", training)
-    monkeypatch.setattr(turns, "_rounds", lambda seconds, end: range(3))
+    monkeypatch.setattr(turns, "_rounds", lambda seconds, end, most: range(3))
 
 
 def test_what_grows_beyond_the_memory_in_turns_is_not_recommended(monkeypatch):
@@ -516,9 +518,26 @@ def test_what_grows_beyond_the_memory_in_turns_is_not_recommended(monkeypatch):
     assert [one.is_settled for one in result.trials.values()] == [True, True, True, False]
     assert "~320" in result.table and "~540" not in result.table and "estimated from a few steps" in result.table
     assert not result.notes[1:]
-    monkeypatch.setattr(turns, "_rounds", lambda seconds, end: ())
+    monkeypatch.setattr(turns, "_rounds", lambda seconds, end, most: ())
     result = lbp_peft.recommend(tiny_vit(), batches(), candidates=candidates, memory="600MiB", minutes=1)
     assert result.setting.label == "a" and "no time to train with a for more than its first few" in result.notes[1]
+
+
+def test_the_recommended_setting_has_had_its_turns(monkeypatch):
+    """The two settings that seemed best need too much memory in turns, so that the third one gets turns as well."""
+    trials = {
+        "full": trial("full", 1100),
+        "a": trial("a", 540, 0.5),
+        "b": trial("b", 500, 0.8),
+        "c": trial("c", 400, 0.9),
+    }
+    steps = {"full": (1100,), "a": (550, 640), "b": (510, 640), "c": (400, 410)}
+    monkeypatch.setattr(search, "_MOST_TIMED", 3)
+    measured_as(monkeypatch, trials, steps)
+    candidates = [Candidate(label) for label in trials]
+    result = lbp_peft.recommend(tiny_vit(), batches(), candidates=candidates, memory="600MiB", minutes=1)
+    assert result.setting.label == "c" and result.chosen.is_timed and result.chosen.is_settled
+    assert result.chosen.seconds == 0.5 and "~" not in result.table.partition("\n\n")[0]
 
 
 def test_what_is_sure_to_keep_within_the_memory_has_its_turn_first(monkeypatch):
@@ -536,15 +555,14 @@ def test_a_process_that_ends_in_turns_leaves_the_rounds_before(monkeypatch):
     plain = runners.LocalRunner.start_training
 
     def ends(self, candidate, end):
-        step = plain(self, candidate, end)
+        step, number = plain(self, candidate, end), itertools.count()
 
-        def guarded():
-            try:
-                return step()
-            except StopIteration:
-                raise runners.WorkerError("it ended") from None
+        def ending():
+            if candidate.label == "a" and next(number) == 2:
+                raise runners.WorkerError("it ended")
+            return step()
 
-        return guarded
+        return ending
 
     monkeypatch.setattr(runners.LocalRunner, "start_training", ends)
     result = lbp_peft.recommend(tiny_vit(), batches(), candidates=[Candidate("full"), Candidate("a")], minutes=1)
