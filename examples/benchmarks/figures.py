@@ -61,6 +61,6 @@ def _texts(axes: Axes, rows: list[dict[str, Any]], ends: list[float], texts: lis
     for line, (row, end, text) in enumerate(zip(rows, ends, texts, strict=True)):
         over = row.get(ratio)
         if over is not None:
-            text += f"  ({over[1] if isinstance(over, tuple) else over:.2f})"
+            text += f"  ({over if isinstance(over, float) else over[1]:.2f})"
         axes.annotate(text, (end, line), xytext=(5, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_xlim(0, 1.45 * max(ends))

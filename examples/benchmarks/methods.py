@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import Any
 
 import peft
+import torch
 import yaml
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
@@ -61,6 +62,7 @@ DEFAULT_METHODS = (
     "lora-all+lbp-wht+checkpointing",
 )
 
+_VERSIONS = 128  # of the same code that torch.compile keeps
 QUERY_AND_VALUE = ("q_proj", "v_proj", "query", "value")
 Settings = dict[str, Any]
 
@@ -160,6 +162,9 @@ def checkpointing(model: nn.Module, heads: list[str], settings: Settings) -> nn.
 
 
 def compiled(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
+    # The models of all methods run the same code. PyTorch compiles eight versions of it by default, and runs the other
+    # models in eager mode.
+    torch._dynamo.config.recompile_limit = max(_VERSIONS, torch._dynamo.config.recompile_limit)
     model.compile(**settings)
     return model
 

@@ -51,6 +51,10 @@ METHODS = (
     "lbp-wht+checkpointing",
     f"lbp-wht:{compressed()}+checkpointing",
     "lora-all+lbp-wht+checkpointing",
+    f"lora-all+lbp-wht:{compressed()}+checkpointing",
+    "full+checkpointing:every=2",
+    "lbp-wht+checkpointing:every=2",
+    "lora-all+lbp-wht+checkpointing:every=2",
 )
 REFERENCES = (("full", "/ full"), ("lora-all", "/ LoRA all"))
 PARTS = ("peaks", "tensors", "times")  # of a record

@@ -248,12 +248,19 @@ def images_from(files: list[str], count: int, size: tuple[int, int]) -> Tensor:
 # The table
 
 
-def table(folder: Path) -> str:
-    """The records as a table in Markdown, and for each record a line with the machine and the versions."""
-    kinds = ("fidelity", "costs")
-    records = {
-        kind: [json.loads(file.read_text()) for file in sorted(folder.glob(f"rivals-{kind}*.json"))] for kind in kinds
+KINDS = ("fidelity", "costs")
+
+
+def records_in(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The records of each kind."""
+    return {
+        kind: [json.loads(file.read_text()) for file in sorted(folder.glob(f"rivals-{kind}*.json"))] for kind in KINDS
     }
+
+
+def markdown_table(folder: Path) -> str:
+    """The records as a table in Markdown."""
+    records = records_in(folder)
     by_method = {
         kind: {row["method"]: row for record in some for row in record["rows"]} for kind, some in records.items()
     }
@@ -264,7 +271,7 @@ def table(folder: Path) -> str:
     ]  # fmt: skip
     lines = ["| " + " | ".join(header) + " |", "| --- |" + " ---: |" * (len(header) - 2) + " --- |"]
     for row in ROWS:
-        near, cost = (by_method[kind].get(row.method) for kind in kinds)
+        near, cost = (by_method[kind].get(row.method) for kind in KINDS)
         cells = [row.name]
         cells += [f"{near[key]:.3f}" for key in ("dw", "dx", "block_dw", "block_dx")] if near else ["-"] * 4
         if cost:
@@ -274,8 +281,14 @@ def table(folder: Path) -> str:
         else:
             cells += ["-"] * 6
         lines.append("| " + " | ".join([*cells, row.claim]) + " |")
-    machines = [f"{kind}: {in_words(record['environment'])}" for kind in kinds for record in records[kind]]
-    return "\n".join([*lines, "", *machines])
+    return "\n".join(lines)
+
+
+def table(folder: Path) -> str:
+    """The table, and for each record a line with the machine and the versions."""
+    records = records_in(folder)
+    machines = [f"{kind}: {in_words(record['environment'])}" for kind in KINDS for record in records[kind]]
+    return "\n".join([markdown_table(folder), "", *machines])
 
 
 def chosen(methods: list[str] | None) -> tuple[Row, ...]:

@@ -180,7 +180,10 @@ def rows(layers: dict[str, list[Layer]]) -> list[list[str]]:
     return found
 
 
-def main(arguments: list[str] | None = None) -> None:
+HEADER = ["layer", "way", "G MACs", "MB", "launches", *(f"{name}, us" for name in GPUS), "launching, us"]
+
+
+def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         allow_abbrev=False, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -190,16 +193,24 @@ def main(arguments: list[str] | None = None) -> None:
         "--kept", type=int, default=41, help="k of them, here those of r=10 on 14 x 14 patches and [CLS]"
     )
     parser.add_argument("--width", type=int, default=768, help="features; the MLP has four times as many")
-    options = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def rows_of(options: argparse.Namespace) -> list[list[str]]:
+    """The rows of the table for layers of these sizes."""
     sizes = options.batch_size, options.tokens, options.kept
     width = options.width
     square, fc1, fc2 = (
         Layer(*sizes, *features) for features in ((width, width), (width, 4 * width), (4 * width, width))
     )
     layers = {"q, k, v or out": [square], "fc1": [fc1], "fc2": [fc2], "all of a block": [*[square] * 4, fc1, fc2]}
+    return rows(layers)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parsed(arguments)
     print("Worked out from data sheets, not measured; forward + backward.")
-    header = ["layer", "way", "G MACs", "MB", "launches", *(f"{name}, us" for name in GPUS), "launching, us"]
-    print(aligned(header, rows(layers)))
+    print(aligned(HEADER, rows_of(options)))
 
 
 if __name__ == "__main__":

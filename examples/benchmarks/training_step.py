@@ -3,13 +3,15 @@
     python examples/benchmarks/training_step.py
     python examples/benchmarks/training_step.py --model vit-s --batch-size 16 --methods full lora-all lbp-wht:r=21
     python examples/benchmarks/training_step.py --model segformer-b0 --image-size 512 1024 --batch-size 1 --bf16
+    python examples/benchmarks/training_step.py --methods comparison memory
 
 A step is a forward and a backward pass on one batch. The methods take turns, round after round, so that other work on
 the machine affects all of them. In each turn a method runs two steps, of which the second counts, since the step after
 another method's is longer. The table shows medians and, for times, medians of the ratios within a round. The time
 of the optimiser, fused AdamW, is measured separately and is not part of a step. The cosine is that of the angle between
 the gradients of all trained matrices and those of exact backpropagation, here with random weights and images.
-examples/benchmarks/methods.py describes how methods are written, and docs/benchmarks.md how to read the figures.
+examples/benchmarks/methods.py describes how methods are written, comparisons.py names sets of them, and
+docs/benchmarks.md says how to read the figures.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.comparisons import SETS, expanded
 from benchmarks.methods import NotAvailable, adapted, default_methods, words
 from benchmarks.models import MODELS, Batch, Model
 from benchmarks.tables import aligned, number
@@ -256,7 +259,9 @@ def parser(description: str | None) -> argparse.ArgumentParser:
         allow_abbrev=False, description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", choices=MODELS, default="vit-b")
-    parser.add_argument("--methods", nargs="+", metavar="METHOD", default=default_methods())
+    parser.add_argument(
+        "--methods", nargs="+", metavar="METHOD", default=default_methods(), help=f"or a set: {', '.join(SETS)}"
+    )
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--image-size", type=int, nargs="+", help="side, or height and width (default: the model's)")
     parser.add_argument("--bf16", action="store_true", help="everything under bf16 autocast")
@@ -274,6 +279,7 @@ def completed(options: argparse.Namespace, parser: argparse.ArgumentParser) -> a
     if len(sides) > 2:
         parser.error("--image-size takes one side, or height and width")
     options.image_size = (sides[0], sides[-1])
+    options.methods = expanded(options.methods)
     if options.output is None:
         precision = "bf16" if options.bf16 else "float32"
         options.output = Path("runs", "benchmarks", f"{options.model}-{precision}.json")

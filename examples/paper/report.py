@@ -1,4 +1,4 @@
-"""Tables and figures of docs/paper.md, and the table of accuracies of docs/results.md, from the records of `run.py`.
+"""Tables and figures of docs/paper.md, and accuracies on other pages of docs/, from the records of `run.py`.
 
 python examples/paper/report.py                 # prints every table
 python examples/paper/report.py --docs docs     # puts tables into the pages, figures into docs/images
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from dataclasses import dataclass
@@ -22,11 +23,15 @@ from paper.pareto import Point, draw_pareto
 from paper.records import COSTS, Experiment, experiments, records_of
 
 RESULTS = Path(__file__).parent / "results"
+# The rows of the table of warm-ups in docs/choosing-settings.md: the experiment of each.
+WARM_UPS = {
+    "DINOv2-small, read at [CLS], LP_L1-4": "dinov2_small-full-cifar100-1000",
+    "EfficientNet-Lite0, pooled, LP_L1-4": "tf_efficientnet_lite0-partial-cifar100-1000",
+}
 HEADER = (
     "method", "rate", "rank", "trials", "seeds", "validation %", "test {metric} %", "trained", "MFLOPs as in the paper",
     "backward M multiply-adds", "step ms", "/ exact", "peak MiB",
 )  # fmt: skip
-_SCORE = 6  # the index of the score among the cells of a row
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,15 @@ class Row:
         """Standard deviation over the seeds."""
         return statistics.stdev(self.scores) if len(self.scores) > 1 else None
 
+    @property
+    def score(self) -> str:
+        """The mean and the standard deviation in percent; empty if no seed was tested."""
+        if self.mean is None:
+            return ""
+        return f"{100 * self.mean:.1f}" + ("" if self.deviation is None else f" ± {100 * self.deviation:.1f}")
+
     def cells(self, exact: Row | None) -> list[str]:
-        record, config, spread = self.record, self.record["config"], self.deviation
+        record, config = self.record, self.record["config"]
         step = self.cost.get("step_ms")
         reference = exact.cost.get("step_ms") if exact else None
         return [
@@ -73,9 +85,7 @@ class Row:
             str(len(self.trials)),
             str(len(self.scores)),
             f"{100 * max(self.trials):.1f}" if self.trials else "",
-            ""
-            if self.mean is None
-            else f"{100 * self.mean:.1f}" + ("" if spread is None else f" ± {100 * spread:.1f}"),
+            self.score,
             f"{record['trained_parameters'] / 1e6:.2f} M",
             f"{record['paper_flops'] / 1e6:.1f}",
             f"{record['backward_multiply_adds'] / 1e6:.1f}",
@@ -113,10 +123,38 @@ def summary(tables: dict[str, list[Row]]) -> str:
     Args:
         tables: The rows of each experiment, by the heading of its column.
     """
-    scores = {name: {row.label: row.cells(None)[_SCORE] for row in rows if row.scores} for name, rows in tables.items()}
+    scores = {name: {row.label: row.score for row in rows if row.scores} for name, rows in tables.items()}
     first, *others = scores.values()
     common = [label for label in first if all(label in other for other in others)]
     return markdown(["method", *tables], [[label, *(column[label] for column in scores.values())] for label in common])
+
+
+def warm_ups(root: Path) -> str:
+    """A table in Markdown of the paper's setting with and without exact gradients in the first steps.
+
+    Args:
+        root: The folder of the records.
+    """
+    found = {experiment.name: {row.method: row for row in rows_of(experiment)} for experiment in experiments(root)}
+    cells = []
+    for heading, name in WARM_UPS.items():
+        rows = found[name]
+        config = rows["lp_l1-4-warm-up"].record["config"]
+        steps = config["epochs"] * math.ceil(config["train_images"] / config["batch_size"])
+        scores = [f"{rows[method].score} %" for method in ("lp_l1-4", "lp_l1-4-warm-up", "full")]
+        cells.append([heading, f"{METHODS['lp_l1-4-warm-up'].exact_steps} of {steps}", *scores])
+    return markdown(["", "first steps exact", "without warm-up", "with warm-up", "exact backpropagation"], cells)
+
+
+def contents(root: Path) -> dict[str, str]:
+    """All tables by the names of their markers, without those of experiments that have no records."""
+    rows = {experiment.name: rows_of(experiment) for experiment in experiments(root)}
+    tables = {name: table(own) for name, own in rows.items() if own}
+    if tables:
+        tables["accuracies"] = summary({_title(own[0].record["config"]): own for own in rows.values() if own})
+    if set(WARM_UPS.values()) <= tables.keys():
+        tables["warm-ups"] = warm_ups(root)
+    return tables
 
 
 def points(rows: list[Row]) -> dict[str, list[Point]]:
@@ -158,23 +196,19 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--figures", type=Path, help="folder for the figures (default: images/ of --docs)")
     options = parser.parse_args(arguments)
     figures = options.figures or (options.docs and options.docs / "images")
-    tables: dict[str, list[Row]] = {}
-    for experiment in experiments(options.records):
-        rows = rows_of(experiment)
-        if not rows:
-            continue
-        tables[_title(rows[0].record["config"])] = rows
-        content = table(rows)
-        print(f"{experiment.table}: {experiment.name}\n\n{content}\n")
-        if figures:
+    tables = contents(options.records)
+    for name, content in tables.items():
+        print(f"{name}\n\n{content}\n")
+    for page in sorted(options.docs.glob("*.md")) if options.docs else ():
+        text = page.read_text()
+        for name, content in tables.items():
+            text = with_table(text, name, content)
+        page.write_text(text)
+    for experiment in experiments(options.records) if figures else ():
+        if rows := rows_of(experiment):
             figures.mkdir(parents=True, exist_ok=True)
-            name = f"paper-{experiment.name}.png"
-            draw_pareto(figures / name, points(rows), f"{rows[0].record['metric']} %", _title(rows[0].record["config"]))
-        if options.docs:
-            page = options.docs / "paper.md"
-            page.write_text(with_table(page.read_text(), experiment.name, content))
-    if options.docs and (page := options.docs / "results.md").exists():
-        page.write_text(with_table(page.read_text(), "accuracies", summary(tables)))
+            name, title = f"paper-{experiment.name}.png", _title(rows[0].record["config"])
+            draw_pareto(figures / name, points(rows), f"{rows[0].record['metric']} %", title)
 
 
 if __name__ == "__main__":

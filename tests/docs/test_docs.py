@@ -2,10 +2,12 @@
 
 import json
 import re
+import runpy
 from pathlib import Path
 
 import pytest
 from benchmarks import report
+from paper import report as paper_report
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "docs" / "tutorial").glob("*.ipynb"))
@@ -88,3 +90,38 @@ def test_notebooks_are_stored_with_what_they_print_and_draw(notebook):
 def test_the_tables_of_results_are_those_of_the_records(name):
     written = f"<!-- table: {name} -->\n\n{report.TABLES[name]()}\n\n<!-- end -->"
     assert sum(written in page.read_text() for page in PAGES if page.suffix == ".md") == 1
+
+
+def test_the_tables_of_accuracies_are_those_of_the_records():
+    pages = "".join(page.read_text() for page in PAGES if page.suffix == ".md")
+    tables = paper_report.contents(paper_report.RESULTS)
+    assert {"accuracies", "warm-ups"} < tables.keys()
+    for name, table in tables.items():
+        assert pages.count(f"<!-- {name} -->\n\n{table}\n\n<!-- end -->") == 1, name
+
+
+def test_every_marked_table_has_an_entry():
+    marked = {name for page in PAGES for name in re.findall(r"<!-- table: (.+?) -->", page.read_text())}
+    assert marked == report.TABLES.keys()
+
+
+def test_one_program_writes_all_tables_and_figures(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the figures need matplotlib")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    docs = tmp_path / "docs"
+    (docs / "images").mkdir(parents=True)
+    pages = [ROOT / "README.md", *(ROOT / "docs" / name for name in ("results.md", "choosing-settings.md"))]
+    for page in pages:
+        text = page.read_text()
+        marked = re.findall(r"<!-- (.+?) -->\n\n\|", text)
+        for name in marked:
+            text = re.sub(rf"(<!-- {re.escape(name)} -->\n).*?(<!-- end -->)", r"\1\2", text, flags=re.DOTALL)
+        (tmp_path / page.relative_to(ROOT)).write_text(text)
+        assert marked and text != page.read_text()
+    runpy.run_path(str(ROOT / "examples" / "report.py"))["main"](["--docs", str(docs)])
+    for page in pages:
+        assert (tmp_path / page.relative_to(ROOT)).read_text() == page.read_text()
+    images = {path.name for path in (docs / "images").iterdir()}
+    assert images == {"vit-b-float32.png", "vit-b-bf16.png"} | {
+        path.name for path in (ROOT / "docs" / "images").glob("paper-*.png")
+    }

@@ -21,9 +21,11 @@ from benchmarks import (
     tracing_cost,
     training_step,
 )
+from benchmarks.comparisons import COMPARISON, COMPILED, MEMORY, expanded
 from benchmarks.floors import Rates, Work, measure_rates
 from benchmarks.methods import NotAvailable, adapted, default_methods, words
 from benchmarks.models import MODELS, Model
+from benchmarks.records import label
 from models import tiny_vit
 from processes import environment_of
 from torch import nn
@@ -127,6 +129,42 @@ def test_the_defaults_are_what_this_version_knows(monkeypatch):
     assert {"full", "lora-all", "lbp-wht:r=10,grad_input_rank=10"} <= set(known) <= set(methods.DEFAULT_METHODS)
     monkeypatch.setattr(methods, "DEFAULT_METHODS", ("lora-all+lbp-wht:grad_input_dtype=nonsense", "full"))
     assert default_methods() == ["full"]
+
+
+def test_a_set_stands_for_its_methods_and_each_is_measured_once():
+    assert expanded(["full", "comparison", "lora-all:r=4"]) == [*COMPARISON, "lora-all:r=4"]
+    together = expanded(["comparison", "memory"])
+    assert len(together) == len(set(together)) and set(together) == {*COMPARISON, *MEMORY}
+    for method in together:
+        adapted(tiny_vit(image_size=64), method, ["classifier"])
+    assert [words(method)[:-1] for method in COMPILED] == [words(method) for method in COMPARISON]
+    parser = training_step.parser(None)
+    options = training_step.completed(parser.parse_args(["--methods", "memory"]), parser)
+    assert options.methods == list(MEMORY)
+
+
+def test_steps_and_peaks_are_measured_of_the_same_methods():
+    assert {label(method) for method in MEMORY} == {label(method) for method in peak_memory_table.METHODS}
+
+
+def test_every_model_of_a_run_is_compiled(monkeypatch):
+    """By default PyTorch compiles eight versions of the same code, and runs the others in eager mode."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    torch.compiler.reset()
+
+    class Wrapped(nn.Module):
+        def __init__(self, width):
+            super().__init__()
+            self.layer = nn.Linear(width, 1)
+
+        def forward(self, x):
+            return self.layer(x)
+
+    for width in range(1, 11):
+        model = methods.compiled(Wrapped(width), [], {"backend": "eager", "dynamic": False})
+        assert model(torch.ones(2, width)).shape == (2, 1)
+    torch.compiler.reset()
 
 
 def test_what_cannot_be_had_is_said():
