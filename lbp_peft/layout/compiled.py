@@ -1,7 +1,8 @@
-"""Provides layouts while torch.compile traces a model. They come from an eager pass, since positions cannot be traced.
+"""Provides layouts while torch.compile traces a model. They come from an eager pass.
 
-If the model has not run eagerly yet, it runs once, on zeros of the shapes that are being compiled. The compiler calls
-these functions as ordinary Python while it traces, and treats their results as constants of the graph.
+Positions cannot be followed while the compiler traces. If the model has not run eagerly yet, it runs once, on zeros of
+the shapes that are being compiled. The compiler calls these functions as ordinary Python, and treats their results as
+constants of the graph.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..bases.grids import TokenLayout, TokenOrder
+from ..bases.grids import TokenLayout
 from ..bases.packed import PackedLayout
 
 if TYPE_CHECKING:
@@ -156,4 +157,4 @@ def _run_eagerly(model: nn.Module | None, inputs: dict[str, Any]) -> None:
             buffer.copy_(before)
 
 
-__all__ = ["FINDERS", "TokenOrder", "note_inputs", "record"]
+__all__ = ["FINDERS", "note_inputs", "record"]

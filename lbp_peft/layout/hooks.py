@@ -21,7 +21,7 @@ class PassHooks:
         self._handles: list[RemovableHandle] = []
 
     def attach(self, finder: LayoutFinder, model: nn.Module, layer_names: Iterable[str]) -> None:
-        """Have a finder told of the forward passes of a model whose adapted layers have these names."""
+        """Tell a finder of each forward pass of a model, whose adapted layers have these names."""
         containers = {""}
         for name in layer_names:
             parts = name.split(".")

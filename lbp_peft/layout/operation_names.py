@@ -68,7 +68,7 @@ READING = names_in("""
 # Operations that give Python code the memory of a tensor.
 LENDING = names_in("numpy __array__ __dlpack__")
 
-# Operations that tell channels from rows and columns: (N, C, H, W).
+# Operations that take one axis for channels and the others for rows and columns: (N, C, H, W).
 SPATIAL = names_in("""
     conv1d conv2d conv3d conv_transpose2d max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d im2col
     interpolate pixel_unshuffle pixel_shuffle batch_norm instance_norm group_norm

@@ -22,7 +22,7 @@ NOWHERE = -1
 # The position of an element whose place is not known, or that comes from many places at once.
 LOST = -2
 
-# Inputs from this number on are texts, those before it images.
+# Inputs with this number or a higher one are texts; the others are images.
 FIRST_TEXT = 8
 
 UNITS_PER_PIXEL = 4
@@ -47,8 +47,8 @@ def renumber(positions: Tensor, first: int) -> Tensor:
     """The positions, with images numbered from `first` on instead of from 0."""
     if first == 0:
         return positions
-    small = compact(positions)
-    return torch.where(small < 0, small, small + (first << 2 * _BITS)).expand(positions.shape)
+    compacted = compact(positions)
+    return torch.where(compacted < 0, compacted, compacted + (first << 2 * _BITS)).expand(positions.shape)
 
 
 def image_of(positions: Tensor) -> Tensor:
@@ -84,7 +84,9 @@ def place_in_image(positions: Tensor) -> Tensor:
 def spacing(first: Tensor, second: Tensor) -> int:
     """The smallest nonzero distance along either axis between pairs of positions, in quarters of a pixel."""
     known = (first >= 0) & (second >= 0)
-    steps = torch.cat([(of(first) - of(second)).abs()[known].flatten() for of in (row_of, column_of)])
+    steps = torch.cat(
+        [(coordinate(first) - coordinate(second)).abs()[known].flatten() for coordinate in (row_of, column_of)]
+    )
     steps = steps[steps > 0]
     return int(steps.min()) if len(steps) else 0
 
@@ -99,14 +101,14 @@ def compact(positions: Tensor) -> Tensor:
 
 def condense(positions: Tensor) -> Tensor:
     """The same positions, expanded along each axis along which they do not vary."""
-    small = compact(positions)
-    if small.numel() < _FEW:
+    compacted = compact(positions)
+    if compacted.numel() < _FEW:
         return positions
-    for axis, size in enumerate(small.shape):
-        first, last = small.narrow(axis, 0, 1), small.narrow(axis, -1, 1)
-        if size > 1 and torch.equal(first, last) and bool((small == first).all()):
-            small = first
-    return positions if small.shape == compact(positions).shape else small.clone().expand(positions.shape)
+    for axis, size in enumerate(compacted.shape):
+        first, last = compacted.narrow(axis, 0, 1), compacted.narrow(axis, -1, 1)
+        if size > 1 and torch.equal(first, last) and bool((compacted == first).all()):
+            compacted = first
+    return positions if compacted.shape == compact(positions).shape else compacted.clone().expand(positions.shape)
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
@@ -119,22 +121,22 @@ def same_places(a: Tensor, b: Tensor) -> bool:
     return bool((place_in_image(compact(a)) == place_in_image(compact(b))).all())
 
 
-def join(several: list[Tensor], axis: int) -> Tensor:
+def join(tensors: list[Tensor], axis: int) -> Tensor:
     """Concatenate positions as `torch.cat` concatenates the tensors that they belong to."""
-    first = several[0]
-    if any(p.dim() != first.dim() for p in several):  # `torch.cat` skips empty vectors
-        return torch.cat(several, axis)
+    first = tensors[0]
+    if any(p.dim() != first.dim() for p in tensors):  # `torch.cat` skips empty vectors
+        return torch.cat(tensors, axis)
     axis %= first.dim()
     shape = list(first.shape)
-    shape[axis] = sum(p.shape[axis] for p in several)
-    if all(p.shape[axis] == 1 or (p.shape[axis] > 1 and p.stride(axis) == 0) for p in several):
-        ones = [p.narrow(axis, 0, 1) for p in several]
-        if all(equal(p, ones[0]) for p in ones):
-            return ones[0].expand(shape)
+    shape[axis] = sum(p.shape[axis] for p in tensors)
+    if all(p.shape[axis] == 1 or (p.shape[axis] > 1 and p.stride(axis) == 0) for p in tensors):
+        slices = [p.narrow(axis, 0, 1) for p in tensors]
+        if all(equal(p, slices[0]) for p in slices):
+            return slices[0].expand(shape)
     for d, size in enumerate(first.shape):
-        if d != axis and size > 1 and all(p.stride(d) == 0 for p in several):
-            several = [p.narrow(d, 0, 1) for p in several]
-    return torch.cat(several, axis).expand(shape)
+        if d != axis and size > 1 and all(p.stride(d) == 0 for p in tensors):
+            tensors = [p.narrow(d, 0, 1) for p in tensors]
+    return torch.cat(tensors, axis).expand(shape)
 
 
 def mix(positions: Tensor, axis: int) -> Tensor:
@@ -247,12 +249,14 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
 
 def _step(positions: Tensor) -> int:
     """The smallest distance between two rows, or two columns, that occur."""
-    return min((step for of in (row_of, column_of) if (step := _smallest_step(positions, of))), default=0)
+    return min(
+        (step for coordinate in (row_of, column_of) if (step := _smallest_step(positions, coordinate))), default=0
+    )
 
 
-def _smallest_step(positions: Tensor, of: Callable[[Tensor], Tensor]) -> int:
+def _smallest_step(positions: Tensor, coordinate: Callable[[Tensor], Tensor]) -> int:
     """The smallest distance between two rows that occur, or two columns; 0 if there is only one."""
-    values = of(positions[positions >= 0]).unique()
+    values = coordinate(positions[positions >= 0]).unique()
     return int(values.diff().min()) if len(values) > 1 else 0
 
 
@@ -271,14 +275,14 @@ def _turns_back(positions: Tensor, axis: int) -> bool:
     size = positions.shape[axis]
     a, b = positions.narrow(axis, 0, size - 1), positions.narrow(axis, 1, size - 1)
     is_pair = (a >= 0) & (b >= 0) & (image_of(a) == image_of(b))
-    steps = [torch.where(is_pair, of(b) - of(a), 0) for of in (row_of, column_of)]
+    steps = [torch.where(is_pair, coordinate(b) - coordinate(a), 0) for coordinate in (row_of, column_of)]
     return any(bool(((step > 0).any(axis) & (step < 0).any(axis)).any()) for step in steps)
 
 
 def sample_mixtures(positions: Tensor, axis: int, first: Tensor, length: int, places: Tensor) -> Tensor:
     """The positions of mixtures of several elements in a row: those of one of them.
 
-    They are LOST where the elements are not neighbours in the image, as after rows were brought in another order.
+    They are LOST where the elements are not neighbours in the image, as after rows were reordered.
 
     Args:
         positions: The positions.
@@ -295,12 +299,12 @@ def sample_mixtures(positions: Tensor, axis: int, first: Tensor, length: int, pl
         or not _turns_back(compact(positions), axis)
     ):
         return result
-    small, last = compact(positions), positions.shape[axis] - 1
-    row_step, column_step = (_smallest_step(small, of) for of in (row_of, column_of))
+    compacted, last = compact(positions), positions.shape[axis] - 1
+    row_step, column_step = (_smallest_step(compacted, coordinate) for coordinate in (row_of, column_of))
     is_apart = torch.zeros((), dtype=torch.bool, device=positions.device)
     for i in range(length - 1):
         index = (first + i).to(positions.device)
-        a, b = (small.index_select(axis, one.clamp(0, last)) for one in (index, index + 1))
+        a, b = (compacted.index_select(axis, place.clamp(0, last)) for place in (index, index + 1))
         is_pair = (a >= 0) & (b >= 0) & (image_of(a) == image_of(b))
         is_far = ((row_of(a) - row_of(b)).abs() > row_step) | ((column_of(a) - column_of(b)).abs() > column_step)
         is_apart = is_apart | is_pair & is_far
@@ -328,16 +332,16 @@ def resample(positions: Tensor, axis: int, size: int) -> Tensor:
     view = [-1 if d == axis % positions.dim() else 1 for d in range(positions.dim())]
     rest = (scaled - left * size).to(positions.device).view(view)
     nearest = sample(positions, axis, scaled // size)
-    row, column = (_interpolate(of(a), of(b), rest, old, size) for of in (row_of, column_of))
+    row, column = (_interpolate(coordinate(a), coordinate(b), rest, old, size) for coordinate in (row_of, column_of))
     between = (image_of(a) << 2 * _BITS) + (row << _BITS) + column
-    if _turns_back(positions, axis):  # between halves that were swapped, for instance, there is nothing
+    if _turns_back(positions, axis):  # for instance, nothing lies between two halves that were swapped
         between = torch.where(rest == 0, a, LOST)
     return torch.where((a >= 0) & (b >= 0) & (image_of(a) == image_of(b)), between, nearest).expand(shape)
 
 
 def _interpolate(a: Tensor, b: Tensor, rest: Tensor, old: int, size: int) -> Tensor:
-    """Rows, or columns, on the way from a to b, by `rest` / `size` of it, where `old` of them become `size`.
+    """Interpolate rows, or columns, from a to b at the fraction `rest / size`, where `old` elements become `size`.
 
-    A new element has the first row of the part that it takes, so a flipped axis has the same rows as one that is not.
+    Each new element gets the first row of the part that it covers, so that flipping an axis does not change its rows.
     """
     return (a * size + (b - a) * rest + (a - b).clamp(min=0) * (size - old)) // size

@@ -36,7 +36,7 @@ class NoTokensError(UnknownLayoutError):
 
 
 class SingleTokenError(UnknownLayoutError):
-    """There is one token of each image, so that nothing can be gained."""
+    """There is one token of each image, so that a low-rank backward pass gains nothing."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,10 @@ class _Failure:
         return self.kind(self.message)
 
 
+def _is_specific(failure: _Failure) -> bool:
+    return not issubclass(failure.kind, (NoTokensError, SingleTokenError))
+
+
 _results: BoundedCache[tuple, RecognisedLayout | _Failure] = BoundedCache(16)
 
 
@@ -112,7 +116,7 @@ def _read_layout(positions: Tensor) -> RecognisedLayout:
                 continue
             candidates.append((grid, token_axes))
     if not candidates:
-        raise max(failures, key=lambda one: not issubclass(one.kind, (NoTokensError, SingleTokenError))).error()
+        raise max(failures, key=_is_specific).error()
     usual = tuple(range(1, positions.dim()))
 
     def preference(item: tuple[_Grid | _Grids, tuple[int, ...]]) -> tuple:
@@ -174,7 +178,7 @@ def _read_rows(rows: np.ndarray) -> _Grid | _Grids:
 
 
 def _read_several(rows: np.ndarray) -> _Grid | _Grids | None:
-    """The grids one after another, as of several images, of windows with their own tokens, or of several scales."""
+    """The grids that come one after another: of several images, windows with tokens of their own, or several scales."""
     if (rows == LOST).any():
         return None
     rows, source = _keep_one_source(np.unique(rows, axis=0))
@@ -197,12 +201,12 @@ def _read_several(rows: np.ndarray) -> _Grid | _Grids | None:
 
 
 def _split(rows: np.ndarray, begins: np.ndarray) -> list[np.ndarray]:
-    """Split rows (rows, tokens) after each token after which another piece begins in all rows."""
+    """Split rows (rows, tokens) after each token that a new piece follows in all rows."""
     return np.split(rows, np.flatnonzero(begins.all(axis=0)) + 1, axis=1)
 
 
 def _read_all(pieces: list[np.ndarray]) -> list[_Grid]:
-    """The grid of each piece; none if one of them has none."""
+    """The grid of each piece; an empty list if a piece does not lie on a single grid."""
     grids = []
     for piece in pieces:
         try:
@@ -276,7 +280,7 @@ def _keep_one_source(rows: np.ndarray) -> tuple[np.ndarray, int]:
     values = np.unique(sources)
     if len(values) == 1:
         return rows, int(values[0])
-    # An image's rather than a text's, whose source has the larger number: see `inputs.py`.
+    # The first source is that of an image if there is one, since texts have larger numbers: see `inputs.py`.
     return np.where((rows >= 0) & (rows >> 58 != values[0]), -1, rows), int(values[0])
 
 
@@ -317,7 +321,7 @@ def _is_axis(value: np.ndarray, known: np.ndarray, constant_axis: int, rotated: 
     if high.shape[1] == 1:
         return True
     if not (high >= 0).all():
-        return bool((high >= 0).any()) and all(_is_in_one_direction(one[one >= 0][None], rotated) for one in high)
+        return bool((high >= 0).any()) and all(_is_in_one_direction(line[line >= 0][None], rotated) for line in high)
     return _is_in_one_direction(high, rotated)
 
 

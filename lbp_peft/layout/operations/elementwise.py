@@ -40,7 +40,7 @@ def _element_wise(tracer: Tracer, *args: Any, **kwargs: Any) -> Result:
 
 @rule("where")
 def _where(tracer: Tracer, condition: Tensor, *args: Any, **kwargs: Any) -> Result:
-    """Each element is one of two, so the positions of both have to be known, and which one it is unless they agree."""
+    """Each element comes from one of two tensors. If their positions differ, the condition has to be known too."""
     values = [*args, *(kwargs[name] for name in ("self", "input", "other") if name in kwargs)]
     if (
         len(values) == 2 and isinstance(values[0], Tensor) and values[0].dtype == torch.bool
@@ -50,8 +50,8 @@ def _where(tracer: Tracer, condition: Tensor, *args: Any, **kwargs: Any) -> Resu
         return None
     a, b = (positions_or_nowhere(tracer, x) if isinstance(x, Tensor) else None for x in values)
     if a is None or b is None:  # replacing elements by a number does not move them
-        kept = b if a is None else a
-        return None if kept is None else kept.expand(torch.broadcast_shapes(kept.shape, condition.shape))
+        operand = b if a is None else a
+        return None if operand is None else operand.expand(torch.broadcast_shapes(operand.shape, condition.shape))
     shape = torch.broadcast_shapes(condition.shape, a.shape, b.shape)
     a, b = compact(a), compact(b)
     chosen = torch.where(condition, a, b) if tracer.is_constant(condition) else torch.full_like(a, LOST)
@@ -101,12 +101,12 @@ def _embedding(tracer: Tracer, index: Tensor, weight: Tensor, *args: Any, **kwar
     """)
 )
 def _reduce(tracer: Tracer, x: Tensor, *args: Any, **kwargs: Any) -> Result:
-    if args and isinstance(args[0], Tensor):  # the larger or smaller of two
+    if args and isinstance(args[0], Tensor):  # the maximum or minimum of two tensors
         return _element_wise(tracer, x, *args)
     positions = tracer.positions(x)
     axes = kwargs.get("dim", kwargs.get("axis"))
     arguments = list(args)
-    if tracer.current_name in ("norm", "quantile"):  # its order comes first
+    if tracer.current_name in ("norm", "quantile"):  # the order of the norm is the first argument
         arguments = arguments[1:]
     if axes is None and arguments and not isinstance(arguments[0], Tensor):
         axes = arguments.pop(0)

@@ -55,16 +55,16 @@ def _einsum(tracer: Tracer, equation: object, *operands: Any) -> Result:
         for axis in sorted((i for i, letter in enumerate(term) if letter not in output), reverse=True):
             positions = mix(positions, axis).squeeze(axis)
         if bool((compact(positions) >= 0).any()):
-            kept = [letter for letter in term if letter in output]
-            ordered = positions.permute([kept.index(letter) for letter in output if letter in kept])
-            index = tuple(slice(None) if letter in kept else None for letter in output)
+            remaining = [letter for letter in term if letter in output]
+            ordered = positions.permute([remaining.index(letter) for letter in output if letter in remaining])
+            index = tuple(slice(None) if letter in remaining else None for letter in output)
             return ordered[index].expand([sizes[letter] for letter in output])
     return None
 
 
 @rule("scaled_dot_product_attention", "flex_attention")
 def _attention(tracer: Tracer, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Result:
-    """An output has the position of its query, or, in attention among channels, that of its column of the values."""
+    """An output has the position of its query, or, in attention between channels, of its column of the values."""
     positions = mix_channels(tracer.positions(query), value.shape[-1])
     if positions is not None and bool((compact(positions) >= 0).any()):
         return positions
