@@ -69,7 +69,7 @@ class LBPWHTLayer(BackwardPlanner, BaseTunerLayer):
             self._fall_back(x, why, "Use lbp_peft.exact_backward(model) or model.eval() to silence this.", cause=why)
             return None
         if len(rules) > 1:
-            # Activation functions, norms and attention follow each rule by itself.
+            # Rules may differ in this: the patches of activation functions, norms and attention read each of them.
             words = tuple(word for word in COMPRESSIBLE if all(word in rule.compress for rule in rules))
             rules = list({replace(rule, compress=words) for rule in rules})
         if len(rules) > 1:
@@ -79,16 +79,16 @@ class LBPWHTLayer(BackwardPlanner, BaseTunerLayer):
         return rules[0] if rules else None
 
     def _as_one_operation(self, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
-        """Run a function of x that maps each token by itself, as a single operation for the tracer."""
+        """Run a function of x that maps each token independently. The tracer treats it as a single operation."""
         return self.finder.as_one_operation(x, run, self._channels_axis(x))
 
     def _is_token_wise(self, layer: nn.Module, x: Tensor, state: Hashable) -> bool:
-        """Whether a layer maps each token by itself, so that few rows can replace the tokens in its backward pass.
+        """Whether a layer maps each token independently, so that few rows can replace the tokens in its backward pass.
 
         Args:
-            layer: A layer that is not plain.
+            layer: A layer of any type, which is run to find out.
             x: Its input.
-            state: A key of everything that the answer depends on; the layer is tried out once for each state.
+            state: A key of everything that the answer depends on. The layer is tested once for each state.
         """
         if torch.compiler.is_compiling():
             return False

@@ -43,8 +43,8 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
     if not missing and not extra:
         return
     problems = [
-        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for keys, what in ((missing, "missing"), (extra, "unexpected"))
+        f"{len(keys)} {problem} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for keys, problem in ((missing, "missing"), (extra, "unexpected"))
         if keys
     ]
     refuse_checkpoint(

@@ -8,7 +8,7 @@ from typing import Any, TypeGuard
 
 
 def is_int(value: object) -> TypeGuard[int]:
-    """Whether a value is an int, which True and False are not here."""
+    """Whether a value is an int, but neither True nor False."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
