@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .undisturbed import LossFunction, device_of, loss_of_output, same_random_numbers, to_device, undisturbed
+from .undisturbed import LossFunction, device_of, loss_of_output, restore_random_state, to_device, undisturbed
 
 _SHOWN = 8
 
@@ -98,7 +98,7 @@ def gradient_quality(model: nn.Module, batch: Any, loss_fn: LossFunction | None 
     batch = to_device(batch, device)
 
     def gradients() -> dict[str, Tensor]:
-        with same_random_numbers(device), torch.enable_grad():
+        with restore_random_state(device), torch.enable_grad():
             loss = (loss_fn or loss_of_output)(model, batch)
             computed = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
         return {name: grad for name, grad in zip(trained, computed, strict=True) if grad is not None}
@@ -131,7 +131,7 @@ def compare(gradients: dict[str, Tensor], exact: dict[str, Tensor], counted: Ite
             continue
         tensors[name] = _quality(*sums)
         if name in counted:
-            total = [one + other for one, other in zip(total, sums, strict=True)]
+            total = [a + b for a, b in zip(total, sums, strict=True)]
     whole = _quality(*total)
     return GradientQuality(whole.cosine, whole.norm_ratio, tensors)
 
