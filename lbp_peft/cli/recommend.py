@@ -14,7 +14,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from ..loading.classification import ClassificationData
 from ..loading.options import option, parse
@@ -88,7 +87,7 @@ def write(recommendation: Recommendation, options: RecommendOptions, inputs: Inp
     """Write the JSON, the YAML and the figure; return their names, or in place of the figure what it needs."""
     recommendation.to_json(folder / "recommendation.json")
     data_fields = fields(SegmentationData if inputs.task == "segmentation" else ClassificationData)
-    data_settings: dict[str, Any] = {field.name: getattr(options, field.name) for field in data_fields}
+    data_settings: dict[str, object] = {field.name: getattr(options, field.name) for field in data_fields}
     settings = {name: value for name, value in data_settings.items() if value != getattr(_DEFAULTS, name)}
     settings |= {"image_size": list(inputs.size), "batch_size": options.batch_size}
     if options.head_modules is not None:

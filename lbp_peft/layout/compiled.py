@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 FINDERS: weakref.WeakValueDictionary[str, LayoutFinder] = weakref.WeakValueDictionary()
 # The arguments that each finder's model is compiled for: tensors as (shape without batch, dtype), others unchanged.
-_inputs: dict[str, dict[str, Any]] = {}
+_inputs: dict[str, dict[str, object]] = {}
 _BATCH = 2
 
 
-def note_inputs(key: str, args: tuple, kwargs: dict[str, Any]) -> None:
+def note_inputs(key: str, args: tuple, kwargs: dict[str, object]) -> None:
     """Record the arguments with which the model is called while the compiler traces it."""
     _forget_inputs(key)
     for index, value in enumerate(args):
@@ -126,7 +126,7 @@ def _plain_record(key: str, name: str, layouts: str, *shape: int) -> tuple:
 
 
 def _known_layouts(
-    finder: LayoutFinder, name: str, shape: tuple[int, ...], inputs: dict[str, Any]
+    finder: LayoutFinder, name: str, shape: tuple[int, ...], inputs: dict[str, object]
 ) -> list[tuple[TokenLayout | None, str, str]]:
     """The distinct layouts, reasons and texts in all records of a layer's inputs of a shape (N, ...)."""
     from .records import fits
@@ -137,7 +137,7 @@ def _known_layouts(
 
 
 @torch.compiler.disable
-def _run_eagerly(model: nn.Module | None, inputs: dict[str, Any]) -> None:
+def _run_eagerly(model: nn.Module | None, inputs: dict[str, object]) -> None:
     """Run one forward pass for its trace, and undo its other effects."""
     if model is None:
         return

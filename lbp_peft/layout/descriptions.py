@@ -9,9 +9,8 @@ import random
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from enum import Enum
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -38,7 +37,7 @@ class Describer:
     """
 
     def __init__(self) -> None:
-        self.containers: dict[int, Any] = {}
+        self.containers: dict[int, Collection[object]] = {}
         self.getters: dict[Hashable, Callable[[], object]] = {}
         self.arrays: list[np.ndarray] = []
         self.generators: list[object] = []
@@ -95,7 +94,7 @@ class Describer:
         if isinstance(value, types.FunctionType):
             return id(value.__code__), self._describe_function(value, depth)
         attributes = getattr(value, "__dict__", None)
-        parts: list[Any] = [kind]
+        parts: list[object] = [kind]
         if isinstance(attributes, dict):
             parts.append(self._describe_dictionary(attributes, depth))
         for name in _slots(kind):
@@ -114,7 +113,7 @@ class Describer:
         self._watch(values, values.values())
         return tuple((str(key), self.describe(item, depth + 1)) for key, item in list(values.items()))
 
-    def _watch(self, container: object, items: Iterable[object]) -> None:
+    def _watch(self, container: Collection[object], items: Iterable[object]) -> None:
         if not any(isinstance(item, Tensor) for item in items):  # tensors are not kept alive
             self.containers[id(container)] = container
 

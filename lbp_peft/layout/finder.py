@@ -112,7 +112,7 @@ class LayoutFinder:
         empty = {"compiled_padding_masks": {}, "layouts": "", "layers_warned_of": set()}
         return empty | {name: self.__dict__[name] for name in kept}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._reset()
 
@@ -153,7 +153,7 @@ class LayoutFinder:
 
     # Forward passes
 
-    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
         """Begin a pass: a module that contains adapted layers is called."""
         thread = self._thread
         if thread.passes or not self._is_training(module):
@@ -171,7 +171,7 @@ class LayoutFinder:
     def _is_training(self, module: nn.Module) -> bool:
         return module.training or any(layer.training for layer in self._layers)
 
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ForwardPass:
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, object]) -> ForwardPass:
         """Find the trace of an earlier pass with the same inputs and state, or begin to trace this one."""
         exact = self.exact
         if in_backward():  # the whole model is run again
@@ -195,7 +195,7 @@ class LayoutFinder:
         self._history.begin(forward_pass)
         return forward_pass
 
-    def _begin_traced(self, module: nn.Module, inputs: dict[str, Any], forward_pass: ForwardPass) -> ForwardPass:
+    def _begin_traced(self, module: nn.Module, inputs: dict[str, object], forward_pass: ForwardPass) -> ForwardPass:
         """Give a pass a tracer that knows the positions of its inputs."""
         self.num_traced += 1
         if forward_pass.key not in self._traces:
@@ -248,7 +248,7 @@ class LayoutFinder:
         containers = {".".join(part[:length]) for part in parts for length in range(1, len(part) + 1)}
         return sorted(containers & self._names - trace.records.keys())
 
-    def before_compiled(self, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> None:
+    def before_compiled(self, names: tuple[str, ...], args: tuple, kwargs: dict[str, object]) -> None:
         """Prepare for a call of the model that the compiler is about to trace; its arguments have these names."""
         compiled.note_inputs(self.key, args, kwargs)
         self.compiled_padding_masks = padding_masks_in({**dict(zip(names, args, strict=False)), **kwargs})
@@ -391,7 +391,8 @@ class LayoutFinder:
             return name in self.exact
         forward_pass = self._current()
         if forward_pass is None and in_backward():
-            return common_answer([name in other.exact for other in self._history.to_rerun()], name, "exact_backward")
+            answers = [name in other.exact for other in self._history.to_rerun()]
+            return bool(common_answer(answers, name, "exact_backward"))
         return name in (self.exact if forward_pass is None else forward_pass.exact)
 
     def padding_mask(self, name: str, record: LayoutRecord, x: Tensor) -> Tensor | None:
@@ -423,11 +424,11 @@ class LayoutFinder:
 
     def _record_to_rerun(self, name: str, shape: tuple[int, ...]) -> LayoutRecord:
         passes = self._history.to_rerun()
-        records = []
+        records: list[LayoutRecord] = []
         for forward_pass in passes:
             records += [record for record in calls_to_rerun(forward_pass, name) if fits(record, shape)]
             self._history.add(forward_pass)
-        record = common_answer([(r.layout, r.why_unknown, r.text) for r in records], name, "layouts of tokens", records)
+        record = common_answer(records, name, "layouts of tokens", key=lambda r: (r.layout, r.why_unknown, r.text))
         if record is None:
             return NOT_TRACED
         if len(passes) == 1:  # a part within the one that is run again will be run again by itself

@@ -35,7 +35,7 @@ class Notices:
         """Keep the causes that were warned of in copies and pickles, and reset the counts."""
         return {"_causes": self._causes}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._reset_counts()
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
@@ -19,7 +17,7 @@ def name_of(function: object) -> str:
     return _PLAIN_NAMES.get(name, name if name.startswith("__") else name.rstrip("_").lstrip("_"))
 
 
-_SPECIAL: dict[Any, str] = {
+_SPECIAL: dict[object, str] = {
     getattr(Tensor, name).__get__: plain
     for name, plain in {"T": "t_all", "mT": "adjoint", "mH": "adjoint", "H": "adjoint", "data": "clone"}.items()
 }

@@ -17,8 +17,8 @@ import itertools
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch.utils import checkpoint as _checkpointing
@@ -26,6 +26,8 @@ from torch.utils import checkpoint as _checkpointing
 if TYPE_CHECKING:
     from .passes import ForwardPass
     from .records import LayoutRecord
+
+Answer = TypeVar("Answer")
 
 _MOST_PASSES = 128
 _MOST_DISTINCT = 64
@@ -196,21 +198,24 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def common_answer(answers: list[Any], name: str, subject: str, values: list[Any] | None = None) -> Any:
+def common_answer(
+    answers: Sequence[Answer], name: str, subject: str, key: Callable[[Answer], object] | None = None
+) -> Answer | None:
     """The answer that all passes that may be run again have in common; None if there are no passes.
 
     Args:
         answers: The answer of each of these passes.
         name: The layer's name, for the message.
         subject: The subject of the answers, such as "layouts of tokens", for the message.
-        values: One value for each answer. If they are given, the first of them is returned instead of the answer.
+        key: A function of an answer by which answers are compared; None: they are compared themselves.
 
     Raises:
         AmbiguousRerunError: the answers differ.
     """
-    if any(answer != answers[0] for answer in answers):
+    keys: list[object] = list(answers) if key is None else [key(answer) for answer in answers]
+    if any(other != keys[0] for other in keys):
         raise AmbiguousRerunError(ambiguity_message(name, subject))
-    return (answers if values is None else values)[0] if answers else None
+    return answers[0] if answers else None
 
 
 def ambiguity_message(name: str, subject: str) -> str:

@@ -114,7 +114,7 @@ class PositionTracer(TorchFunctionMode):
         self._trails.put(output, Trail(positions, _advance_origins([before]), before.lost_by, before.is_certain))
 
     def __torch_function__(
-        self, function: Callable[..., Any], types: object, args: tuple = (), kwargs: dict | None = None
+        self, function: Callable[..., object], types: object, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if self._is_paused:
             return function(*args, **(kwargs or {}))
@@ -188,7 +188,7 @@ class PositionTracer(TorchFunctionMode):
         if not all(are_constant) and not self.read_by and (caller := _caller()):
             self.read_by = f"{name} in {caller}"
 
-    def _apply(self, rule: Rule, name: str, *args: Any, **kwargs: Any) -> Result:
+    def _apply(self, rule: Rule, name: str, *args: object, **kwargs: object) -> Result:
         """The positions of an operation's result by its rule; None if they are lost."""
         self.current_name = name
         try:
@@ -267,7 +267,7 @@ class _Operation:
         tensors: The tensors among them.
     """
 
-    def __init__(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]):
+    def __init__(self, function: Callable[..., object], args: tuple, kwargs: dict[str, object]):
         self._function, self.args, self.kwargs = function, args, kwargs
         self.name = name_of(function)
         self.tensors = list(_tensors_in((args, kwargs)))
@@ -295,7 +295,7 @@ def _embedded(origins: dict[int, Origin], layer: str) -> dict[int, Origin]:
 _signature = cache(inspect.signature)
 
 
-def _with_input_first(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def _with_input_first(args: tuple, kwargs: dict[str, object]) -> tuple[tuple, dict[str, Any]]:
     """The arguments of an operation, with the first one by position even if it was given by name, as `input=x`."""
     if args or "input" not in kwargs:
         return args, kwargs

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +57,7 @@ class GradientQuality:
         return "\n".join(lines)
 
 
-def gradient_quality(model: nn.Module, batch: Any, loss_fn: LossFunction | None = None) -> GradientQuality:
+def gradient_quality(model: nn.Module, batch: object, loss_fn: LossFunction | None = None) -> GradientQuality:
     """Compare the gradients of one batch with those of exact backpropagation through the same model.
 
     Two forward and backward passes are run in training mode, with the same random numbers. Weights, gradients, buffers

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +42,7 @@ class Calibration:
         return "\n".join(lines)
 
 
-def calibrate(model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction | None = None) -> Calibration:
+def calibrate(model: nn.Module, batches: Iterable[object], loss_fn: LossFunction | None = None) -> Calibration:
     """Choose the bases of all layers whose selection is "lhe" or "klt", by a few training steps.
 
     Call it before training. It may be called again at any time, to choose the bases again. A forward and a backward
@@ -148,7 +147,7 @@ class CollectedStatistics:
 
 def collect(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[object],
     loss_fn: LossFunction | None,
     selections: dict[str, list[CalibratedSelection]],
 ) -> CollectedStatistics:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -55,7 +54,7 @@ class LayoutCheck:
         return "\n".join([*lines, *(self.problems or ["no contradictions"])])
 
 
-def verify_layout(model: nn.Module, batch: Mapping[str, Any]) -> LayoutCheck:
+def verify_layout(model: nn.Module, batch: Mapping[str, object]) -> LayoutCheck:
     """Change an image in a few places and check which tokens of the adapted layers change.
 
     The tokens that change must be those recorded at the changed place. Also, projecting the inputs of each layer onto
@@ -126,7 +125,7 @@ def _place_near(fraction: float, size: int, line_sets: list[np.ndarray]) -> int:
     return int(min(places[is_near], key=lambda place: (round(float(far[place]), 6), abs(place - wanted))))
 
 
-def _inputs(model: nn.Module, layers: dict[str, LBPWHTLayer], batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+def _inputs(model: nn.Module, layers: dict[str, LBPWHTLayer], batch: Mapping[str, object]) -> dict[str, list[Tensor]]:
     """The inputs of each layer in one forward pass, with the same random numbers in each pass."""
     inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
     hosts = {id(m): m for m in model.modules()}

@@ -21,7 +21,7 @@ from .registry import Result, Tracer, positions_or_nowhere, rule
         isfinite logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_xor bitwise_not
     """)
 )
-def _element_wise(tracer: Tracer, *args: Any, **kwargs: Any) -> Result:
+def _element_wise(tracer: Tracer, *args: object, **kwargs: object) -> Result:
     """The result has the positions of those operands that have any.
 
     A sum of tokens with known places and of others with unknown places, such as x + f(x) where f has no rule, keeps the
@@ -39,7 +39,7 @@ def _element_wise(tracer: Tracer, *args: Any, **kwargs: Any) -> Result:
 
 
 @rule("where")
-def _where(tracer: Tracer, condition: Tensor, *args: Any, **kwargs: Any) -> Result:
+def _where(tracer: Tracer, condition: Tensor, *args: object, **kwargs: object) -> Result:
     """Each element comes from one of two tensors. If their positions differ, the condition has to be known too."""
     values = [*args, *(kwargs[name] for name in ("self", "input", "other") if name in kwargs)]
     if (
@@ -68,18 +68,18 @@ def _where(tracer: Tracer, condition: Tensor, *args: Any, **kwargs: Any) -> Resu
         clone detach cpu cuda type_as requires_grad alias resolve_conj resolve_neg conj positive pin_memory tril triu
     """)
 )
-def _keep_first(tracer: Tracer, x: Tensor, *args: Any, **kwargs: Any) -> Result:
+def _keep_first(tracer: Tracer, x: Tensor, *args: object, **kwargs: object) -> Result:
     """The result has the positions of the first argument; those of the others do not matter."""
     return tracer.positions(x)
 
 
 @rule("copy")
-def _copy(tracer: Tracer, x: Tensor, source: Tensor, *args: Any) -> Result:
+def _copy(tracer: Tracer, x: Tensor, source: Tensor, *args: object) -> Result:
     return positions_or_nowhere(tracer, source).expand(x.shape)
 
 
 @rule("fill", "zero")
-def _fill(tracer: Tracer, x: Tensor, *args: Any) -> Result:
+def _fill(tracer: Tracer, x: Tensor, *args: object) -> Result:
     return torch.full((), NOWHERE, device=x.device).expand(x.shape)
 
 
@@ -90,7 +90,7 @@ def _glu(tracer: Tracer, x: Tensor, dim: int = -1) -> Result:
 
 
 @rule("embedding")
-def _embedding(tracer: Tracer, index: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Result:
+def _embedding(tracer: Tracer, index: Tensor, weight: Tensor, *args: object, **kwargs: object) -> Result:
     positions = tracer.positions(index)
     return None if positions is None else positions[..., None].expand(*positions.shape, weight.shape[-1])
 

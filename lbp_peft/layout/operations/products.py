@@ -32,7 +32,7 @@ def _matmul(tracer: Tracer, a: Tensor, b: Tensor) -> Result:
 
 
 @rule("addmm", "baddbmm", "addbmm")
-def _addmm(tracer: Tracer, bias: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> Result:
+def _addmm(tracer: Tracer, bias: Tensor, a: Tensor, b: Tensor, **kwargs: object) -> Result:
     return _matmul(tracer, a, b)
 
 
@@ -63,7 +63,7 @@ def _einsum(tracer: Tracer, equation: object, *operands: Any) -> Result:
 
 
 @rule("scaled_dot_product_attention", "flex_attention")
-def _attention(tracer: Tracer, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Result:
+def _attention(tracer: Tracer, query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object) -> Result:
     """An output has the position of its query, or, in attention between channels, of its column of the values."""
     positions = mix_channels(tracer.positions(query), value.shape[-1])
     if positions is not None and bool((compact(positions) >= 0).any()):
@@ -78,7 +78,7 @@ def _attention(tracer: Tracer, query: Tensor, key: Tensor, value: Tensor, *args:
 
 
 @rule("grid_sample", "grid_sampler")
-def _grid_sample(tracer: Tracer, x: Tensor, grid: Tensor, *args: Any, **kwargs: Any) -> Result:
+def _grid_sample(tracer: Tracer, x: Tensor, grid: Tensor, *args: object, **kwargs: object) -> Result:
     """An output has the position of the token that chose the places to sample, as in deformable attention."""
     positions = tracer.positions(grid)
     if positions is None:
@@ -88,5 +88,5 @@ def _grid_sample(tracer: Tracer, x: Tensor, grid: Tensor, *args: Any, **kwargs: 
 
 
 @rule("multi_head_attention_forward")
-def _multi_head_attention(tracer: Tracer, query: Tensor, *args: Any, **kwargs: Any) -> Result:
+def _multi_head_attention(tracer: Tracer, query: Tensor, *args: object, **kwargs: object) -> Result:
     return [mix_channels(tracer.positions(query), query.shape[-1])]

@@ -212,7 +212,7 @@ class WaitingBaseWeight(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_lost_with": self._overwritten_file()}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__({"_lost_with": None, **state})
         self._waits_at, self._file = 0, None  # the values of a copy are in memory
         self._watch_training()

@@ -146,7 +146,7 @@ class _RMSNorm:
     name_of_eps: str
     shift: float
 
-    def eps(self, host: Any, x: Tensor) -> float:
+    def eps(self, host: nn.Module, x: Tensor) -> float:
         value: float | None = getattr(host, self.name_of_eps)
         return torch.finfo(x.dtype).eps if value is None else value  # as nn.RMSNorm has it
 

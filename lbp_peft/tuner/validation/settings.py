@@ -139,7 +139,7 @@ def _check_rounding(config: LBPWHTConfig) -> None:
     config.compress_activations = _validate_compression(config.compress_activations)
 
 
-def _validate_compression(value: Any) -> str | tuple[str, ...] | None:
+def _validate_compression(value: object) -> str | tuple[str, ...] | None:
     """Check a value of compress_activations, and return None, "all", or words in their usual order."""
     if value is None or is_one_of(value, ["all"]):
         return "all" if value else None
@@ -180,7 +180,7 @@ def _check_selections(config: LBPWHTConfig) -> None:
     }
 
 
-def _validate_selection(config: LBPWHTConfig, name: str, value: Any) -> Any:
+def _validate_selection(config: LBPWHTConfig, name: str, value: object) -> Any:
     """Check a selection, and return its name or a list of pairs of ints, which are lists in JSON."""
     if isinstance(value, (list, tuple)) and value:
         pairs = [tuple(map(as_int, pair)) if isinstance(pair, (list, tuple)) else pair for pair in value]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -48,7 +48,7 @@ def check_stack(config: LBPWHTConfig) -> None:
         raise ValueError(f"stack_active names {', '.join(sorted(unknown))}, but stack_on has {list(config.stack_on)}.")
 
 
-def _validate_config(name: str, given: PeftConfig | dict[str, Any]) -> PeftConfig:
+def _validate_config(name: str, given: PeftConfig | dict[str, object]) -> PeftConfig:
     """Check the configuration of an adapter that LBP-WHT is stacked on. If it is the dict of a checkpoint, convert it.
 
     Raises:

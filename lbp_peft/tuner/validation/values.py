@@ -12,7 +12,7 @@ def is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def as_int(value: Any) -> Any:
+def as_int(value: object) -> Any:
     """An int if the value is an integer of any type, such as NumPy's; otherwise the value unchanged."""
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
