@@ -142,12 +142,12 @@ def _run_eagerly(model: nn.Module | None, inputs: dict[str, object]) -> None:
     if model is None:
         return
     device = next(model.parameters()).device
-    given = {
+    arguments = {
         name: torch.zeros(_BATCH, *value[0], dtype=value[1], device=device) if isinstance(value, tuple) else value
         for name, value in inputs.items()
     }
-    args = [value for name, value in given.items() if name.isdigit()]
-    kwargs = {name: value for name, value in given.items() if not name.isdigit()}
+    args = [value for name, value in arguments.items() if name.isdigit()]
+    kwargs = {name: value for name, value in arguments.items() if not name.isdigit()}
     state = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad(), torch.compiler.set_stance("force_eager"):

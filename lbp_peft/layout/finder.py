@@ -108,9 +108,9 @@ class LayoutFinder:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles keep the hooks and the causes that were warned about, but none of the passes."""
-        kept = ("exact", "_notices", "_hooks", "_merge_size", "_names", "_others", "_checks_targets")
+        pickled = ("exact", "_notices", "_hooks", "_merge_size", "_names", "_others", "_checks_targets")
         empty = {"compiled_padding_masks": {}, "layouts": "", "layers_warned_of": set()}
-        return empty | {name: self.__dict__[name] for name in kept}
+        return empty | {name: self.__dict__[name] for name in pickled}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
@@ -199,7 +199,7 @@ class LayoutFinder:
         """Give a pass a tracer that knows the positions of its inputs."""
         self.num_traced += 1
         if forward_pass.key not in self._traces:
-            self._notices.note_given(describe_inputs(inputs) | self._state.described(module))
+            self._notices.note_inputs(describe_inputs(inputs) | self._state.described(module))
         tensors = [value for _, value in tensors_in(inputs) if isinstance(value, Tensor)]
         forward_pass.trace.input_shapes = tuple(tuple(tensor.shape[1:]) for tensor in tensors)
         forward_pass.generators = self._state.generators(module)

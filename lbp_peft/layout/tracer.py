@@ -7,7 +7,6 @@ import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from torch.overrides import TorchFunctionMode
 
 from ..transforms import in_transform, outside_transforms
 from .contents import ConsultedTensor, version_of
-from .operation_names import DATA_INDEPENDENT, FILLED, FINITENESS, LENDING, MIXING, RANDOM, READING, SPATIAL, name_of
+from .operation_call import OperationCall, tensors_in
+from .operation_names import DATA_INDEPENDENT, FILLED, FINITENESS, LENDING, MIXING, RANDOM, READING, SPATIAL
 from .operations import RULES, RULES_BY_RESULT
 from .operations.registry import Result, Rule
-from .positions import FIRST_TEXT, LOST, compact, condense
-from .trails import Origin, Trail, Trails, shares_memory
+from .positions import LOST, compact, condense
+from .trails import Origin, Trail, Trails, advance_origins, origins_after_layer, shares_memory
 
 
 class PositionTracer(TorchFunctionMode):
@@ -111,14 +111,14 @@ class PositionTracer(TorchFunctionMode):
     def continue_at(self, output: Tensor, x: Tensor, positions: Tensor | None) -> None:
         """Follow the output of a layer with input x that was traced as a single operation."""
         before = self._trails.get(x) or Trail(None)
-        self._trails.put(output, Trail(positions, _advance_origins([before]), before.lost_by, before.is_certain))
+        self._trails.put(output, Trail(positions, advance_origins([before]), before.lost_by, before.is_certain))
 
     def __torch_function__(
         self, function: Callable[..., object], types: object, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if self._is_paused:
             return function(*args, **(kwargs or {}))
-        operation = _Operation(function, args, kwargs or {})
+        operation = OperationCall(function, args, kwargs or {})
         if operation.name in READING:
             self._note_reading(operation.name, operation.tensors)
         if operation.name in LENDING:
@@ -126,7 +126,7 @@ class PositionTracer(TorchFunctionMode):
         trails = [trail for t in operation.tensors if (trail := self._trails.get(t)) is not None]
         return self._run(operation, trails) if trails else self._run_without_trails(operation)
 
-    def _run_without_trails(self, operation: _Operation) -> Any:
+    def _run_without_trails(self, operation: OperationCall) -> Any:
         """Run an operation that does not depend on the input, and record which of its results are constants."""
         name, tensors = operation.name, operation.tensors
         result = operation.run()
@@ -139,11 +139,11 @@ class PositionTracer(TorchFunctionMode):
         elif (tensors or name in DATA_INDEPENDENT) and not changed:
             sources = [self._trails.made_of(t) for t in tensors]
             if all(made_of is not None for made_of in sources):
-                for tensor in _tensors_in(result):
+                for tensor in tensors_in(result):
                     self._trails.put_constant(tensor, _union(made_of for made_of in sources if made_of is not None))
         return result
 
-    def _run(self, operation: _Operation, trails: list[Trail]) -> Any:
+    def _run(self, operation: OperationCall, trails: list[Trail]) -> Any:
         """Run an operation that depends on the input, and record the positions of its results.
 
         Args:
@@ -174,7 +174,7 @@ class PositionTracer(TorchFunctionMode):
         changes_first_argument = result is tensors[0] or name in ("__set__", "__setitem__")
         if changes_first_argument:
             self._trails.note_change(tensors[0], before)
-        for tensor in [*changed, *_tensors_in(kwargs.get("out"))]:
+        for tensor in [*changed, *tensors_in(kwargs.get("out"))]:
             if not (
                 changes_first_argument and shares_memory(tensor, tensors[0])
             ):  # otherwise note_change has recorded it
@@ -226,7 +226,7 @@ class PositionTracer(TorchFunctionMode):
         return [owner for source in sources if (owner := self._owners.get(id(source)))]
 
     def _note_result(
-        self, operation: _Operation, result: object, positions: Result, trails: list[Trail], layer: str = ""
+        self, operation: OperationCall, result: object, positions: Result, trails: list[Trail], layer: str = ""
     ) -> None:
         """Record the trails of an operation's results.
 
@@ -238,11 +238,11 @@ class PositionTracer(TorchFunctionMode):
             layer: The name of the layer whose weight it applied, if any.
         """
         name, args = operation.name, operation.args
-        outputs = [args[0]] if name in ("__setitem__", "__set__") else list(_tensors_in(result))
+        outputs = [args[0]] if name in ("__setitem__", "__set__") else list(tensors_in(result))
         of_results = [positions] if positions is None or isinstance(positions, Tensor) else positions
         of_outputs: list[Tensor | None] = list(of_results)
         of_outputs += [None] * (len(outputs) - len(of_outputs))
-        origins = _embedded(_advance_origins(trails), layer) if layer else _advance_origins(trails)
+        origins = origins_after_layer(advance_origins(trails), layer) if layer else advance_origins(trails)
         lost_by = next((trail.lost_by for trail in trails if trail.lost_by), "")
         had_positions = any(trail.positions is not None for trail in trails)
         is_certain = all(trail.is_certain for trail in trails) or (name in SPATIAL and self._has_channels(name, args))
@@ -256,40 +256,6 @@ class PositionTracer(TorchFunctionMode):
                 p = None
             newly_lost = had_positions and not lost_by and (p is None or bool((compact(p) == LOST).any()))
             self._trails.put(output, Trail(p, origins, name if newly_lost else lost_by, is_certain, of_mask))
-
-
-class _Operation:
-    """One call of an operation, and the tensors among its arguments as they were before it.
-
-    Attributes:
-        name: The operation's name, see [`lbp_peft.layout.operation_names.name_of`].
-        args, kwargs: Its arguments.
-        tensors: The tensors among them.
-    """
-
-    def __init__(self, function: Callable[..., object], args: tuple, kwargs: dict[str, object]):
-        self._function, self.args, self.kwargs = function, args, kwargs
-        self.name = name_of(function)
-        self.tensors = list(_tensors_in((args, kwargs)))
-        self._versions = [version_of(tensor) for tensor in self.tensors]
-
-    def run(self) -> Any:
-        """Run the operation, and return what it returns."""
-        return self._function(*self.args, **self.kwargs)
-
-    def changed_tensors(self) -> list[Tensor]:
-        """The tensors among the arguments that have been written to since."""
-        return [t for t, version in zip(self.tensors, self._versions, strict=True) if version_of(t) != version]
-
-
-def _embedded(origins: dict[int, Origin], layer: str) -> dict[int, Origin]:
-    """The origins of a layer's output: images are followed from the first layer, which embeds their patches."""
-    return {
-        source: replace(origin, name=layer, steps=0, is_layer=True)
-        if source < FIRST_TEXT and not origin.is_layer
-        else origin
-        for source, origin in origins.items()
-    }
 
 
 _signature = cache(inspect.signature)
@@ -307,17 +273,6 @@ def _condense_all(result: Result) -> Result:
     if isinstance(result, Tensor):
         return condense(result)
     return None if result is None else [None if positions is None else condense(positions) for positions in result]
-
-
-def _advance_origins(trails: list[Trail]) -> dict[int, Origin]:
-    """The origins of an operation's result: for each input, that of a layer, if any, and the one farthest back."""
-    farthest: dict[int, Origin] = {}
-    for trail in [trail for trail in trails if not trail.of_mask] or trails:
-        for source, origin in trail.origins.items():
-            other = farthest.get(source)
-            if other is None or (origin.is_layer, origin.steps) > (other.is_layer, other.steps):
-                farthest[source] = origin
-    return {source: replace(origin, steps=origin.steps + 1) for source, origin in farthest.items()}
 
 
 def _owners(model: nn.Module, names_of: nn.Module | None = None) -> dict[int, str]:
@@ -355,17 +310,6 @@ def _caller() -> str:
         if package not in ("torch", "traceback", own_package):
             return f"{Path(frame.f_code.co_filename).name}:{line}"
     return "the model"
-
-
-def _tensors_in(values: object) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, dict):
-        for value in values.values():
-            yield from _tensors_in(value)
-    elif isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _tensors_in(value)
 
 
 def _tensors_of(model: nn.Module) -> Iterator[Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .contents import Contents, storage_of, version_of
-from .positions import equal
+from .positions import FIRST_TEXT, equal
 
 # The reason why positions were lost, if no operation of the pass has lost them.
 _UNSEEN = "a change in place"
@@ -48,6 +48,27 @@ class Trail:
     lost_by: str = ""
     is_certain: bool = True
     of_mask: bool = False
+
+
+def advance_origins(trails: list[Trail]) -> dict[int, Origin]:
+    """The origins of an operation's result: for each input, that of a layer, if any, and the one farthest back."""
+    farthest: dict[int, Origin] = {}
+    for trail in [trail for trail in trails if not trail.of_mask] or trails:
+        for source, origin in trail.origins.items():
+            other = farthest.get(source)
+            if other is None or (origin.is_layer, origin.steps) > (other.is_layer, other.steps):
+                farthest[source] = origin
+    return {source: replace(origin, steps=origin.steps + 1) for source, origin in farthest.items()}
+
+
+def origins_after_layer(origins: dict[int, Origin], layer: str) -> dict[int, Origin]:
+    """The origins of a layer's output: images are followed from the first layer, which embeds their patches."""
+    return {
+        source: replace(origin, name=layer, steps=0, is_layer=True)
+        if source < FIRST_TEXT and not origin.is_layer
+        else origin
+        for source, origin in origins.items()
+    }
 
 
 class Trails:

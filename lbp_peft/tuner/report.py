@@ -198,9 +198,9 @@ def _cells(last: BackwardPass | None) -> tuple[str, ...]:
         return (*["-"] * (len(COLUMNS) - 2), "not called in training mode yet")
     grid = _format_grids(last.layout) if last.layout else "-"
     outside = str(last.layout.num_outside) if last.layout else "-"
-    kept = [str(last.grad_weight_rows), str(last.grad_input_rows)] if not last.why_exact else ["-", "-"]
+    rows = [str(last.grad_weight_rows), str(last.grad_input_rows)] if not last.why_exact else ["-", "-"]
     how = f"exact: {last.why_exact}" if last.why_exact else "low-rank"
-    return (grid, outside, str(last.num_tokens), *kept, last.precision, last.known_by or "-", how)
+    return (grid, outside, str(last.num_tokens), *rows, last.precision, last.known_by or "-", how)
 
 
 def _join_range(first: str, last: str) -> str:

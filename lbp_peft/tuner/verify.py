@@ -120,9 +120,9 @@ def _place_near(fraction: float, size: int, line_sets: list[np.ndarray]) -> int:
     far = np.zeros(size)
     for lines in line_sets:
         far += np.abs(places[:, None] - lines).min(axis=1) / np.diff(lines).min()
-    wanted = fraction * size
-    is_near = np.abs(places - wanted) <= max(size / 6, 1)
-    return int(min(places[is_near], key=lambda place: (round(float(far[place]), 6), abs(place - wanted))))
+    target = fraction * size
+    is_near = np.abs(places - target) <= max(size / 6, 1)
+    return int(min(places[is_near], key=lambda place: (round(float(far[place]), 6), abs(place - target))))
 
 
 def _inputs(model: nn.Module, layers: dict[str, LBPWHTLayer], batch: Mapping[str, object]) -> dict[str, list[Tensor]]:

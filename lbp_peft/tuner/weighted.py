@@ -72,9 +72,9 @@ def add_weighted_adapter(
 
 def _check_combination(combination_type: str, others: list[str]) -> None:
     if combination_type != "linear" or others:
-        given = " with ".join([f"combination_type={show(combination_type)}", *others])
+        arguments = " with ".join([f"combination_type={show(combination_type)}", *others])
         raise ValueError(
-            f'LBP-WHT adapters can only be combined with combination_type="linear", got {given}. Their weights are '
+            f'LBP-WHT adapters can only be combined with combination_type="linear", got {arguments}. Their weights are '
             "full matrices, and this is their exact weighted sum."
         )
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..positions import NOWHERE, compact, mix, resample, sample, sample_mixtures
+from ..positions import NOWHERE, compact, mix
+from ..resampling import resample, sample, sample_mixtures
 from .registry import Result, Tracer, rule, rule_by_result
 
 PerAxis: TypeAlias = int | Sequence[int]  # one number for all axes, or one for each

@@ -27,6 +27,7 @@ class LBPWHTLayer(BackwardPlanner, BaseTunerLayer):
         layer_name: The name of the layer in the model, for messages.
     """
 
+    # The attributes, besides weights, that hold something for each adapter. PEFT reads this.
     other_param_names: tuple[str, ...] = ("lbpwht_rule",)
 
     if TYPE_CHECKING:  # attributes of BaseTunerLayer, which has no types
@@ -93,14 +94,13 @@ class LBPWHTLayer(BackwardPlanner, BaseTunerLayer):
         if torch.compiler.is_compiling():
             return False
         if in_transform():
-            why = "transforms of torch.func (grad, vjp, vmap) cannot run it again in the backward pass"
-            self._fall_back(x, why, "Use lbp_peft.exact_backward(model) to silence this.", cause=why)
+            no_rerun = "transforms of torch.func (grad, vjp, vmap) cannot run it again in the backward pass"
+            self._fall_back(x, no_rerun, "Use lbp_peft.exact_backward(model) to silence this.", cause=no_rerun)
             return False
-        state = (state, x.dtype, torch.is_autocast_enabled(x.device.type))
-        known = self._why_not_token_wise.get(state)
-        why = "" if known is None else known
-        if known is None:
-            why = self._why_not_token_wise[state] = why_not_token_wise(layer, x.shape[-1], x.dtype, x.device)
+        key = (state, x.dtype, torch.is_autocast_enabled(x.device.type))
+        why = self._why_not_token_wise.get(key)
+        if why is None:
+            why = self._why_not_token_wise[key] = why_not_token_wise(layer, x.shape[-1], x.dtype, x.device)
         if why:
             self._fall_back(x, why, "Leave it out with exclude_modules to silence this.", cause=why)
         return not why

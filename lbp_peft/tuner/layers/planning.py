@@ -316,10 +316,10 @@ class BackwardPlanner(BackwardRecorder):
 def _check_given(layout: TokenLayout, rule: BackwardRule) -> None:
     """Raise LayoutError where the numbers of tokens outside the grid are not those of the configuration."""
     for side in ("prefix", "suffix"):
-        given, actual = getattr(rule, f"num_{side}_tokens"), getattr(layout, f"num_{side}_tokens")
-        if given not in (None, actual):
+        configured, actual = getattr(rule, f"num_{side}_tokens"), getattr(layout, f"num_{side}_tokens")
+        if configured not in (None, actual):
             raise LayoutError(
-                f"num_{side}_tokens={given}, but {actual} of its tokens are "
+                f"num_{side}_tokens={configured}, but {actual} of its tokens are "
                 f"{'before' if side == 'prefix' else 'after'} the patches",
                 f"Correct num_{side}_tokens, or leave it out.",
             )

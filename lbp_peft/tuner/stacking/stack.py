@@ -193,13 +193,13 @@ class Stack:
         tensors = itertools.chain(self.holder.named_parameters(**shared_too), self.holder.named_buffers(**shared_too))
         return {without_wrappers(name) for name, _ in tensors}
 
-    def without_shared(self, own: dict[str, Tensor], beneath: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    def without_shared(self, tensors: dict[str, Tensor], beneath: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         """The tensors of an adapter on top, without the modules_to_save that it shares with one of its name beneath.
 
         PEFT writes these for both.
 
         Args:
-            own: The tensors of the adapter on top.
+            tensors: The tensors of the adapter on top.
             beneath: The tensors of the adapters beneath.
             name: The name of the adapter on top.
         """
@@ -209,7 +209,7 @@ class Stack:
             if isinstance(module, AuxiliaryTrainingWrapper):
                 for key in (k.removeprefix(_PREFIX).removeprefix(f"{wrapper}.") for k in parts if f"{wrapper}." in k):
                     shared |= {f"{_PREFIX}{wrapper}.{key}", f"{_PREFIX}{wrapper}.modules_to_save.{name}.{key}"}
-        return {key: tensor for key, tensor in own.items() if key not in shared}
+        return {key: tensor for key, tensor in tensors.items() if key not in shared}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of [`state_dict`].

@@ -87,12 +87,12 @@ def _check_ranks(config: LBPWHTConfig) -> None:
 
 
 def _check_rank_pattern(config: LBPWHTConfig, name: str, or_none: str = "", has_limit: bool = True) -> None:
-    given = getattr(config, name)
-    if not isinstance(given, dict):
+    ranks = getattr(config, name)
+    if not isinstance(ranks, dict):
         raise ValueError(
-            f"{name} must be a dict of ranks by module name or regular expression, {{}} for none, got {show(given)}."
+            f"{name} must be a dict of ranks by module name or regular expression, {{}} for none, got {show(ranks)}."
         )
-    setattr(config, name, {pattern: as_int(rank) for pattern, rank in given.items()})
+    setattr(config, name, {pattern: as_int(rank) for pattern, rank in ranks.items()})
     for pattern, rank in getattr(config, name).items():
         check_pattern(f"A key of {name}", pattern, IN_RANK_PATTERN)
         if rank is not None or not or_none:

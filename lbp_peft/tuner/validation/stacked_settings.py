@@ -48,7 +48,7 @@ def check_stack(config: LBPWHTConfig) -> None:
         raise ValueError(f"stack_active names {', '.join(sorted(unknown))}, but stack_on has {list(config.stack_on)}.")
 
 
-def _validate_config(name: str, given: PeftConfig | dict[str, object]) -> PeftConfig:
+def _validate_config(name: str, value: PeftConfig | dict[str, object]) -> PeftConfig:
     """Check the configuration of an adapter that LBP-WHT is stacked on. If it is the dict of a checkpoint, convert it.
 
     Raises:
@@ -56,7 +56,7 @@ def _validate_config(name: str, given: PeftConfig | dict[str, object]) -> PeftCo
             must not come from a file.
     """
     field = f"stack_on[{name!r}]"
-    peft_type = given.get("peft_type") if isinstance(given, dict) else given.peft_type
+    peft_type = value.get("peft_type") if isinstance(value, dict) else value.peft_type
     if not isinstance(peft_type, str) or peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
         known = ", ".join(sorted(known_type.value for known_type in PEFT_TYPE_TO_CONFIG_MAPPING))
         raise ValueError(f"{field} has the peft_type {show(peft_type)}, which PEFT does not know. It knows {known}.")
@@ -67,22 +67,22 @@ def _validate_config(name: str, given: PeftConfig | dict[str, object]) -> PeftCo
             "stack_on must be a configuration of another method with adapters in layers, such as LoRA, and not of "
             f"{PeftType(peft_type).value}."
         )
-    if isinstance(given, dict):
-        if given.get("megatron_config"):
+    if isinstance(value, dict):
+        if value.get("megatron_config"):
             raise ValueError(
                 f"{field} has a megatron_config, with which PEFT imports whatever module megatron_core names. LBP-WHT "
                 "does not adapt Megatron's layers: leave both out."
             )
         try:
-            config = PeftConfig.from_peft_type(**given)
+            config = PeftConfig.from_peft_type(**value)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{field} is not a valid configuration of {PeftType(peft_type).value}: {error}") from error
     else:
-        config = given
+        config = value
         if not isinstance(config, PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]):
-            wanted = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].__name__
+            expected_class = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].__name__
             raise ValueError(
-                f"{field} must be a {wanted} for the peft_type {peft_type}, got a {type(config).__name__}."
+                f"{field} must be a {expected_class} for the peft_type {peft_type}, got a {type(config).__name__}."
             )
     _check_patterns(field, config)
     return config
