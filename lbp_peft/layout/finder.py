@@ -77,7 +77,7 @@ class LayoutFinder:
     """Finds the [`TokenLayout`] of each adapted layer's input. All layers of a model share one finder."""
 
     def __init__(self) -> None:
-        self.exact: frozenset[str] = frozenset()
+        self.exact: frozenset[str] = frozenset()  # the names of layers whose backward pass is to be exact
         self.compiled_padding_masks: dict[str, Tensor] = {}
         self.layouts = ""  # a summary of the layouts of the current eager pass
         self.layers_warned_of: set[str] = set()  # when the model was compiled
@@ -100,7 +100,8 @@ class LayoutFinder:
         self._target_check = TargetCheck()
         self.num_traced = 0  # the number of passes that were traced
         self._history = PassHistory()
-        self._alone: BoundedCache[Hashable, LayoutRecord] = BoundedCache(_MOST_TRACES)
+        # The records of layers that were not called by the model, by the shapes of their inputs.
+        self._lone_records: BoundedCache[Hashable, LayoutRecord] = BoundedCache(_MOST_TRACES)
         self._state = ModelState(ignored=_is_adapted_layer)
         # Not a number: the compiler would make one dynamic if it differed between models.
         self.key = f"finder {next(_keys)}"
@@ -349,7 +350,7 @@ class LayoutFinder:
     def _record_alone(self, x: Tensor, channels_axis: int) -> LayoutRecord:
         """The record for a layer that is not called by the model: its input may be images."""
         key = (x.shape, channels_axis)
-        record = self._alone.get(key)
+        record = self._lone_records.get(key)
         if record is None:
             with outside_transforms():
                 positions = positions_of_images("", x, [], 1)
@@ -357,7 +358,7 @@ class LayoutFinder:
             record = CALLED_ALONE
             if positions is not None and is_image:
                 record = record_of_positions(positions, x, channels_axis)
-            self._alone[key] = record
+            self._lone_records[key] = record
         return record
 
     def note_call(self, name: str, x: Tensor, channels_axis: int = -1) -> None:
