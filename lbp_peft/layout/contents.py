@@ -28,7 +28,7 @@ class Contents:
         is_on_cpu = tensor.device.type == "cpu" and tensor.layout == torch.strided and type(tensor) in _PLAIN
         self.is_copied = is_on_cpu and tensor.numel() <= MOST_VALUES and _has_memory(tensor)
         self._copy = tensor.detach().clone() if self.is_copied else None
-        self.is_reliable = self.is_copied or not is_on_cpu or not _may_belong_to_numpy(tensor)
+        self.is_reliable = self.is_copied or not is_on_cpu or not _is_of_numpy(tensor)
 
     def match(self, tensor: Tensor) -> bool:
         """Whether the tensor still has these values; True if they were not copied or cannot be read."""
@@ -44,7 +44,7 @@ def _has_memory(tensor: Tensor) -> bool:
     return tensor.numel() == 0 or storage is None or storage.nbytes() > 0
 
 
-def _may_belong_to_numpy(tensor: Tensor) -> bool:
+def _is_of_numpy(tensor: Tensor) -> bool:
     """Whether NumPy or another library may hold the memory of a tensor: PyTorch can then not resize it."""
     storage = storage_of(tensor)
     return storage is not None and not storage.resizable()
