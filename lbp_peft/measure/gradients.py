@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .undisturbed import LossFunction, device_of, loss_of_output, restore_random_state, to_device, undisturbed
+from .undisturbed import LossFunction, device_of, loss_of_output, same_random_numbers, to_device, undisturbed
 
 _SHOWN = 8
 
@@ -97,7 +97,7 @@ def gradient_quality(model: nn.Module, batch: object, loss_fn: LossFunction | No
     batch = to_device(batch, device)
 
     def gradients() -> dict[str, Tensor]:
-        with restore_random_state(device), torch.enable_grad():
+        with same_random_numbers(device), torch.enable_grad():
             loss = (loss_fn or loss_of_output)(model, batch)
             computed = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
         return {name: grad for name, grad in zip(trained, computed, strict=True) if grad is not None}
