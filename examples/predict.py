@@ -23,7 +23,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from lbp_peft.loading.datasources import images_in
-from lbp_peft.loading.storedimages import opened, why_unreadable
+from lbp_peft.loading.storedimages import open_image, why_unreadable
 from lbp_peft.loading.terminal import in_one_line, plain_messages
 
 
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
     found, failed = {}, 0
     for file in files:
         try:
-            image = opened({"path": str(file)})
+            image = open_image({"path": str(file)})
         except Exception as error:  # Pillow's decoders raise exceptions of many types
             print(f"{file} cannot be used: {why_unreadable(error)}", file=sys.stderr)
             failed += 1

@@ -33,11 +33,11 @@ def environment() -> dict[str, Any]:
     }
 
 
-def in_words(record: dict[str, Any]) -> str:
+def in_words(record: dict[str, object]) -> str:
     return ", ".join(f"{key} {value}" for key, value in record.items() if value is not None)
 
 
-def write_record(path: Path, environment: dict[str, Any], options: dict[str, Any], **results: Any) -> None:
+def write_record(path: Path, environment: dict[str, object], options: dict[str, object], **results: object) -> None:
     """Write the environment, the options and the results of a run as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     record = {"environment": environment, "options": options, **results}

@@ -32,7 +32,7 @@ from lbp_peft.bases.grids import TokenLayout
 from lbp_peft.environment import environment, in_words, write_record
 from lbp_peft.formats.hadamard import rotate
 from lbp_peft.formats.registry import FORMATS
-from lbp_peft.measure.timing import interleaved, now, quartiles
+from lbp_peft.measure.timing import now, quartiles, run_interleaved
 from lbp_peft.projection import SeparableProjection
 
 DTYPES = {"bf16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -102,7 +102,7 @@ def measured(comparison: Comparison, rounds: int, bandwidth: float) -> list[dict
     """A row for each way, with times in ms as quartiles."""
     for run in comparison.ways.values():  # the kernel is compiled and tuned at its first call
         run()
-    times = interleaved([lambda run=run: timed(run) for run in comparison.ways.values()], range(rounds))
+    times = run_interleaved([lambda run=run: timed(run) for run in comparison.ways.values()], range(rounds))
     moving = comparison.bytes / bandwidth
     return [
         {

@@ -30,7 +30,7 @@ from benchmarks.tables import aligned, number
 from lbp_peft import AdaptiveBasis, BasisSet, ExactProduct, FixedBasis, InputGradient, TokenLayout
 from lbp_peft.environment import environment, in_words, write_record
 from lbp_peft.formats.products import product
-from lbp_peft.measure.timing import interleaved, now, quartiles, ratios
+from lbp_peft.measure.timing import now, quartiles, ratios, run_interleaved
 
 LAYERS = {"qkv, proj": (1, 1), "fc1": (1, 4), "fc2": (4, 1)}  # C_in and C_out, as multiples of the model's width
 PARTS = ("fit", "product", "lift")
@@ -75,7 +75,7 @@ def measured(layer: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     timed = {name: Timed(way, layout, grad, weight, clock) for name, way in ways(options).items()}
     for each in timed.values():
         each.run(), each.run()
-    all_times = interleaved([each.run for each in timed.values()], range(options.rounds))
+    all_times = run_interleaved([each.run for each in timed.values()], range(options.rounds))
     exact = [sum(parts) for parts in all_times[0]]
     rows = []
     for name, times in zip(timed, all_times, strict=True):

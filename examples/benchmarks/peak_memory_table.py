@@ -33,7 +33,7 @@ from benchmarks.tables import aligned, number
 from benchmarks.training_step import prepared
 from lbp_peft.environment import environment, in_words, write_record
 from lbp_peft.measure import saved_activations
-from lbp_peft.measure.timing import interleaved, quartiles, ratios, rounds_within
+from lbp_peft.measure.timing import quartiles, ratios, rounds_within, run_interleaved
 from lbp_peft.tuner.layers.linear import LBPWHTLinear
 
 MIB = 2**20
@@ -138,7 +138,7 @@ def take_turns(options: argparse.Namespace) -> dict[str, Any]:
     for step in steps.values():  # tables are made, and base weights put away
         step.timed()
     turns = rounds_within(options.minutes, options.rounds)
-    seconds = interleaved([step.timed for step in steps.values()], turns, unmeasured=1)
+    seconds = run_interleaved([step.timed for step in steps.values()], turns, unmeasured=1)
     wholes = {method: [sum(pair) for pair in own] for method, own in zip(steps, seconds, strict=True)}
     found: dict[str, Any] = {}
     for method, whole in wholes.items():

@@ -23,7 +23,7 @@ from lbp_peft.bases.basis_set import BasisSet
 from lbp_peft.bases.grids import TokenLayout
 from lbp_peft.environment import environment, in_words, write_record
 from lbp_peft.heuristics import active
-from lbp_peft.measure.timing import interleaved, now, quartiles, ratios
+from lbp_peft.measure.timing import now, quartiles, ratios, run_interleaved
 from lbp_peft.projection import DenseProjection, SeparableProjection, num_coefficients
 
 DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
@@ -49,7 +49,7 @@ def measured(layout: TokenLayout, r: int, channels: int, dtype: str, options: ar
     runs += [lambda way=way: timed(lambda: way.lift(small)) for way in ways]
     for run in runs:
         run(), run()
-    times = interleaved(runs, range(options.rounds))
+    times = run_interleaved(runs, range(options.rounds))
     kept = num_coefficients(layout, bases)
     names = ("project_by_axis", "project_at_once", "lift_by_axis", "lift_at_once")
     return {

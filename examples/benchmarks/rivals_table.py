@@ -51,7 +51,7 @@ from lbp_peft.encoder import encoder_linears
 from lbp_peft.environment import environment, in_words, write_record
 from lbp_peft.loading.terminal import plain_messages
 from lbp_peft.measure import multiply_adds, saved_activations
-from lbp_peft.measure.timing import interleaved, quartiles, ratios, rounds_within
+from lbp_peft.measure.timing import quartiles, ratios, rounds_within, run_interleaved
 
 RECORDS = Path("examples", "benchmarks", "results", "0.1.0")
 
@@ -223,7 +223,7 @@ def counted(step: Step) -> dict[str, float]:
 def costs(steps: dict[str, Step], rounds: int, minutes: float) -> list[dict[str, Any]]:
     counts = {method: counted(step) for method, step in tqdm(steps.items(), desc="counts", leave=False)}
     taking_turns = tqdm(rounds_within(minutes, rounds), desc="rounds", total=rounds, leave=False)
-    all_times = interleaved([step.timed for step in steps.values()], taking_turns, unmeasured=1)
+    all_times = run_interleaved([step.timed for step in steps.values()], taking_turns, unmeasured=1)
     times = dict(zip(steps, all_times, strict=True))
     wholes = {method: [sum(pair) for pair in own] for method, own in times.items()}
     return [

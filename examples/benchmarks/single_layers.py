@@ -30,7 +30,7 @@ from lbp_peft import LBPWHTConfig
 from lbp_peft.bases.basis_set import BasisSet
 from lbp_peft.bases.grids import TokenLayout
 from lbp_peft.environment import environment, in_words, write_record
-from lbp_peft.measure.timing import interleaved, now, quartiles, ratios, touch
+from lbp_peft.measure.timing import now, quartiles, ratios, run_interleaved, touch
 from lbp_peft.projection import num_coefficients
 
 PLAIN, ADAPTIVE = "plain", "adaptive"
@@ -184,7 +184,7 @@ def measured(shape: Shape, options: argparse.Namespace, rates: Rates) -> list[di
     passes = [Pass(shape, mode, options) for mode in options.modes]
     for each in passes:  # twice, so that what a mode sets up in its first or second pass is not measured
         each.timed(), each.timed()
-    times = interleaved([each.timed for each in passes], range(options.rounds))
+    times = run_interleaved([each.timed for each in passes], range(options.rounds))
     batch = options.batch_size or shape.batch
     rows = []
     for mode, seconds in zip(options.modes, times, strict=True):

@@ -33,7 +33,7 @@ from benchmarks import training_step
 from benchmarks.models import Batch, Model
 from benchmarks.training_step import Step
 from lbp_peft.environment import environment, in_words
-from lbp_peft.measure.timing import interleaved, now, touch
+from lbp_peft.measure.timing import now, run_interleaved, touch
 
 CUDA_GRAPH, TRITON = "+cuda-graph", "+triton"
 
@@ -160,7 +160,7 @@ def measured(options: argparse.Namespace) -> list[dict[str, Any]]:
             constant[worker.method] = answer
     while options.wait_for and not options.wait_for.exists():
         time.sleep(0.1)
-    times = interleaved([worker.timed for worker in ready], range(options.rounds))
+    times = run_interleaved([worker.timed for worker in ready], range(options.rounds))
     rows = []
     for worker, own in zip(ready, times, strict=True):
         worker.connection.send("end")

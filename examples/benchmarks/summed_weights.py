@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.tables import aligned
 from lbp_peft.environment import environment, in_words, write_record
-from lbp_peft.measure.timing import interleaved, now, quartiles, ratios
+from lbp_peft.measure.timing import now, quartiles, ratios, run_interleaved
 from lbp_peft.ops.summed_weight import summed_weight
 
 LAYERS = {"q, k, v or out": (768, 768), "fc1": (768, 3072), "fc2": (3072, 768)}  # features in and out, of a ViT-B
@@ -75,7 +75,7 @@ def seconds(rows: int, inputs: int, outputs: int, rank: int, rounds: int, device
     ways["one product"] = lambda: one_product(x, weight, down, up)
     for way in ways.values():
         way()
-    times = interleaved([lambda way=way: timed(way) for way in ways.values()], range(rounds))
+    times = run_interleaved([lambda way=way: timed(way) for way in ways.values()], range(rounds))
     of = dict(zip(ways, times, strict=True))
     found = {f"{name} / plain": quartiles(ratios(own, of["plain"])) for name, own in of.items() if name != "plain"}
     return {"plain_ms": 1e3 * quartiles(of["plain"])[1], **found}

@@ -30,7 +30,7 @@ from lbp_peft import LBPWHTConfig
 from lbp_peft.environment import environment, in_words, write_record
 from lbp_peft.layout import LayoutFinder
 from lbp_peft.measure.memory import allocated
-from lbp_peft.measure.timing import interleaved, now, quartiles, ratios
+from lbp_peft.measure.timing import now, quartiles, ratios, run_interleaved
 
 # The methods of a finder that run in each forward pass.
 IN_EACH_PASS = ("before", "after", "record", "padding_mask", "is_exact")
@@ -82,7 +82,7 @@ def measured(name: str, kind: Model, options: argparse.Namespace) -> dict[str, A
         with allocated(torch.device(options.device)) as memory:
             run()
         peaks[run] = memory.peak / 2**20
-    first, following, look_ups = interleaved((traced, later, looking_up), range(options.rounds))
+    first, following, look_ups = run_interleaved((traced, later, looking_up), range(options.rounds))
     forward, whole = ([times[part] for times in following] for part in (0, 1))
     return {
         "model": name,

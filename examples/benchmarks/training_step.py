@@ -36,7 +36,7 @@ from lbp_peft import exact_backward
 from lbp_peft.environment import environment, in_words, write_record
 from lbp_peft.measure import multiply_adds, saved_activations
 from lbp_peft.measure.memory import allocated
-from lbp_peft.measure.timing import interleaved, now, quartiles, ratios, rounds_within, touch
+from lbp_peft.measure.timing import now, quartiles, ratios, rounds_within, run_interleaved, touch
 
 # What others are compared with, where it is among the methods: key in the JSON file, method, heading.
 REFERENCES = (("full", "full", "/ full"), ("lora_all", "lora-all", "/ LoRA all"), ("lora_qv", "lora-qv", "/ LoRA qv"))
@@ -192,7 +192,7 @@ def measured(steps: dict[str, Step], rounds: int, minutes: float) -> list[dict[s
     gc.freeze()  # searching the libraries' and models' many objects for garbage would take longer than small steps
     counts = {method: step.counted() for method, step in tqdm(steps.items(), desc="memory", leave=False)}
     taking_turns = tqdm(rounds_within(minutes, rounds), desc="rounds", total=rounds, leave=False)
-    times = interleaved([step.timed for step in steps.values()], taking_turns, unmeasured=1)
+    times = run_interleaved([step.timed for step in steps.values()], taking_turns, unmeasured=1)
     rows = [
         row(method, counts[method], step.cosine(method, steps), own, step.optimizer_seconds(len(own)))
         for (method, step), own in zip(steps.items(), times, strict=True)

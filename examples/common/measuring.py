@@ -14,7 +14,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lbp_peft.measure import multiply_adds, saved_activations
-from lbp_peft.measure.timing import interleaved, now, ratios, touch
+from lbp_peft.measure.timing import now, ratios, run_interleaved, touch
 
 from .models import trainable_parameters
 
@@ -44,7 +44,7 @@ def measure_costs(
     built = [build().to(accelerator.device).train() for build in models]
     counts = [_count(accelerator, model, batch) for model in built]
     runs = [partial(_time, accelerator, model, batch) for model in built]
-    times = interleaved(runs, tqdm(range(rounds), desc="step times", unit="round"), unmeasured=1)
+    times = run_interleaved(runs, tqdm(range(rounds), desc="step times", unit="round"), unmeasured=1)
     return [
         Cost(
             trainable=trainable_parameters(model),

@@ -13,7 +13,7 @@ from datasets import Image as ImageFeature
 from tqdm.auto import tqdm
 
 from lbp_peft.loading.datasources import Source
-from lbp_peft.loading.storedimages import opened, why_unreadable
+from lbp_peft.loading.storedimages import open_image, why_unreadable
 
 from .options import Options
 from .processes import on_main
@@ -74,7 +74,7 @@ def find_faults(dataset: Dataset, task: Task, source: Source, options: Options) 
             stored = row[column] or {}
             name = stored.get("path") or f"{column} of row {index}"
             try:
-                images[column] = opened(stored, whole=column != "image")
+                images[column] = open_image(stored, whole=column != "image")
                 task.examine(column, images, source.names, options)
             except Exception as error:  # Pillow's decoders raise exceptions of many types
                 return Fault(index, name, why_unreadable(error))

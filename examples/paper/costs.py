@@ -16,7 +16,7 @@ from benchmarks.methods import NotAvailable
 from lbp_peft.environment import environment
 from lbp_peft.measure import peak_memory
 from lbp_peft.measure.steps import idle_optimiser, time_step
-from lbp_peft.measure.timing import interleaved, quartiles, ratios
+from lbp_peft.measure.timing import quartiles, ratios, run_interleaved
 from lbp_peft.measure.undisturbed import loss_of_output
 
 from .bench import Bench
@@ -47,8 +47,8 @@ def step_times(bench: Bench, methods: list[str], rounds: int) -> dict[str, Any]:
     for model in built.values():
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         steps.append(partial(time_step, model, batch, loss_of_output, idle_optimiser(trained)))
-    interleaved(steps, range(2))  # the first steps allocate memory, and find the layouts
-    times = [[sum(parts) for parts in own] for own in interleaved(steps, range(rounds), unmeasured=1)]
+    run_interleaved(steps, range(2))  # the first steps allocate memory, and find the layouts
+    times = [[sum(parts) for parts in own] for own in run_interleaved(steps, range(rounds), unmeasured=1)]
     return {
         name: {
             "step_ms": [1000 * value for value in quartiles(own)],

@@ -18,7 +18,7 @@ from transformers import AutoModelForImageClassification, PreTrainedModel, set_s
 
 import lbp_peft.head
 from lbp_peft.encoder import encoder_linears
-from lbp_peft.loading.models import class_names, readable
+from lbp_peft.loading.models import class_names, explain_failures
 
 PROTOCOLS = ("partial", "full")
 Size = tuple[int, int]
@@ -158,7 +158,7 @@ def load_timm(architecture: str, weights: str, names: list[str], seed: int) -> P
     set_seed(seed)
     file = Path(weights).expanduser()
     if file.suffix != ".safetensors":
-        with readable(weights):
+        with explain_failures(weights):
             return AutoModelForImageClassification.from_pretrained(
                 weights, ignore_mismatched_sizes=True, dtype=torch.float32, **class_names(names)
             )

@@ -35,8 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             commands.add_parser(name, help=text, description=text)
         else:  # each command parses its own flags
             commands.add_parser(name, help=text, add_help=False, prefix_chars="\0")
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    options = parser.parse_args(given if given[:1] == ["version"] else given[:1])
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    options = parser.parse_args(words if words[:1] == ["version"] else words[:1])
     _quieten()
     from ..loading.terminal import plain_messages
 
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise SystemExit(
                 f'lbp-peft {options.command} needs the package {error.name}: pip install "lbp-peft[cli]"'
             ) from None
-        command.main(given[1:])
+        command.main(words[1:])
 
 
 def _quieten() -> None:
@@ -70,7 +70,7 @@ def _quieten() -> None:
 def _print_version() -> None:
     from ..environment import environment
 
-    found = environment()
+    versions = environment()
     for name in (
         "lbp-peft",
         "torch",
@@ -83,5 +83,5 @@ def _print_version() -> None:
         "cores",
         "gpu",
     ):
-        if found[name] is not None:
-            print(f"{name} {found[name]}")
+        if versions[name] is not None:
+            print(f"{name} {versions[name]}")

@@ -26,7 +26,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 
 from ..loading.classification import ClassificationData, load_classification
 from ..loading.datasources import Source, columns_of, load_splits
-from ..loading.models import class_names, forward_arguments, readable
+from ..loading.models import class_names, explain_failures, forward_arguments
 from ..loading.options import as_size, option
 from ..loading.places import local_folder
 from ..loading.preprocessing import Preprocessor
@@ -37,7 +37,7 @@ from ..loading.segmentation import (
     load_segmentation,
     load_segmentation_model,
 )
-from ..loading.storedimages import opened, why_unreadable
+from ..loading.storedimages import open_image, why_unreadable
 from ..loading.terminal import cause_of, say
 from ..loading.views import View
 
@@ -112,15 +112,15 @@ def load_inputs(options: InputOptions) -> Inputs:
         SystemExit: the model or the data cannot be loaded, or no image can be read.
     """
     assert options.model is not None
-    device = _device(options.device)
+    device = _choose_device(options.device)
     timm_name = _is_of_timm(options.model)
     if not timm_name:
         options.model = str(local_folder(options.model, "--model") or options.model)
-    source, task = _source(options)
+    source, task = _load_source(options)
     if timm_name:
-        inputs = _of_timm(options, source)
+        inputs = _load_from_timm(options, source)
     else:
-        inputs = _of_transformers(options, source, task or _task_of_checkpoint(options.model))
+        inputs = _load_from_transformers(options, source, task or _task_of_checkpoint(options.model))
     inputs.model.to(device)
     return inputs
 
@@ -132,10 +132,10 @@ def loss_of_timm(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return torch.stack([nn.functional.cross_entropy(each, batch["labels"]) for each in heads]).sum()
 
 
-def _device(name: str) -> torch.device:
+def _choose_device(name: str) -> torch.device:
     if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found or torch.device("cpu")
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -144,15 +144,15 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _source(options: InputOptions) -> tuple[Source | None, str | None]:
+def _load_source(options: InputOptions) -> tuple[Source | None, str | None]:
     """The data and its task; None for random data, and for an unknown task."""
     if options.random_images:
         return None, options.task
     task = options.task
     if task is None:
         folder = local_folder(options.dataset, "--dataset") if options.dataset else None
-        in_pairs = folder is not None and any((part / "masks").is_dir() for part in (folder, *folder.iterdir()))
-        if in_pairs or options.mask_column:
+        has_pairs = folder is not None and any((part / "masks").is_dir() for part in (folder, *folder.iterdir()))
+        if has_pairs or options.mask_column:
             task = "segmentation"
         else:
             task = "segmentation" if len(columns_of(load_splits(options)[0], Image)) > 1 else "classification"
@@ -162,8 +162,8 @@ def _source(options: InputOptions) -> tuple[Source | None, str | None]:
 def _is_of_timm(name: str) -> bool:
     if Path(name).expanduser().exists():
         return False
-    found = importlib.util.find_spec("timm")
-    if found is None or found.origin is None:  # without an origin, it is some folder called timm
+    spec = importlib.util.find_spec("timm")
+    if spec is None or spec.origin is None:  # without an origin, it is some folder called timm
         if "/" not in name:
             say(f"There is no folder {name} here, and timm, which has models by such names, is not installed.")
         return False
@@ -172,7 +172,7 @@ def _is_of_timm(name: str) -> bool:
     return bool(timm.is_model(name))
 
 
-def _of_timm(options: InputOptions, source: Source | None) -> Inputs:
+def _load_from_timm(options: InputOptions, source: Source | None) -> Inputs:
     import timm
 
     assert options.model is not None
@@ -205,16 +205,16 @@ def _of_timm(options: InputOptions, source: Source | None) -> Inputs:
         return values
 
     return Inputs(
-        model, _batches(options, source, "classification", pixels, size, {}), loss_of_timm, size, "classification"
+        model, _load_batches(options, source, "classification", pixels, size, {}), loss_of_timm, size, "classification"
     )
 
 
-def _of_transformers(options: InputOptions, source: Source | None, task: str) -> Inputs:
+def _load_from_transformers(options: InputOptions, source: Source | None, task: str) -> Inputs:
     assert options.model is not None
     auto_model = AutoModelForSemanticSegmentation if task == "segmentation" else AutoModelForImageClassification
     path = options.model
     folder = local_folder(path, "--model")
-    with readable(path):
+    with explain_failures(path):
         config = AutoConfig.from_pretrained(path)
     names = source.names if source else list(config.id2label.values())
     is_empty = folder is not None and not any((folder / name).exists() for name in _WEIGHTS)
@@ -227,7 +227,7 @@ def _of_transformers(options: InputOptions, source: Source | None, task: str) ->
             if key != "num_labels":
                 setattr(config, key, value)
         leave_out_of_loss(options.ignore_index, config)
-        with readable(path):
+        with explain_failures(path):
             model: PreTrainedModel = auto_model.from_config(config)
     else:
         model = load_segmentation_model(auto_model, path, names, 0, options)
@@ -241,12 +241,12 @@ def _of_transformers(options: InputOptions, source: Source | None, task: str) ->
     if preprocessor.notice:
         say(preprocessor.notice)
     size = preprocessor.size
-    batches = _batches(options, source, task, preprocessor, size, forward_arguments(model, size))
+    batches = _load_batches(options, source, task, preprocessor, size, forward_arguments(model, size))
     return Inputs(model, batches, None, size, task)
 
 
 def _task_of_checkpoint(path: str) -> str:
-    with readable(path):
+    with explain_failures(path):
         config = AutoConfig.from_pretrained(path)
     is_for_maps = any("Segmentation" in name for name in config.architectures or [])
     return "segmentation" if is_for_maps else "classification"
@@ -265,7 +265,7 @@ def _random_batches(
     ]
 
 
-def _batches(
+def _load_batches(
     options: InputOptions,
     source: Source,
     task: str,
@@ -274,33 +274,33 @@ def _batches(
     extra: dict[str, Any],
 ) -> list[dict[str, Any]]:
     """Batches of images drawn from the training images, which repeat if there are too few."""
-    wanted = _BATCHES * options.batch_size
+    num_images = _BATCHES * options.batch_size
     stored = source.train.cast_column("image", Image(decode=False))
     if task == "segmentation":
         stored = stored.cast_column("label", Image(decode=False))
     examples: list[tuple[Tensor, Any]] = []
     failures: list[str] = []
     # In a random order, since data sets are often sorted by class.
-    for row in np.random.default_rng(options.data_seed).permutation(len(stored))[: 4 * wanted]:
+    for row in np.random.default_rng(options.data_seed).permutation(len(stored))[: 4 * num_images]:
         example = stored[int(row)]
         try:
-            image = opened(example["image"] or {})
+            image = open_image(example["image"] or {})
             label: Any = example["label"]
             if task == "segmentation":
                 whole = View((0, 0, image.width, image.height))
-                label = whole.of(label_map(opened(label or {}), options), size, Resampling.NEAREST)
+                label = whole.of(label_map(open_image(label or {}), options), size, Resampling.NEAREST)
                 label = torch.from_numpy(np.array(label, dtype=np.int64))
             examples.append((pixels(image), label))
         except Exception as error:  # Pillow's decoders raise exceptions of many types
             failures.append(f"{(example['image'] or {}).get('path') or f'row {row}'} ({why_unreadable(error)})")
-        if len(examples) == wanted:
+        if len(examples) == num_images:
             break
     if not examples:
         raise SystemExit(f"none of the images can be used: {failures[0]}")
     if failures and not options.skip_broken:
         raise SystemExit(f"{failures[0]} cannot be used: repair or remove it, or give --skip_broken to leave it out")
     batches = []
-    for start in range(0, wanted, options.batch_size):
+    for start in range(0, num_images, options.batch_size):
         chosen = [examples[index % len(examples)] for index in range(start, start + options.batch_size)]
         labels = [label for _, label in chosen]
         batches.append(

@@ -14,7 +14,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 from ..loading.classification import ClassificationData
 from ..loading.options import option, parse
@@ -56,7 +55,7 @@ def main(arguments: Sequence[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     inputs = load_inputs(options)
     try:
-        found = recommend(
+        recommendation = recommend(
             inputs.model,
             inputs.batches,
             memory=options.memory,
@@ -76,28 +75,32 @@ def main(arguments: Sequence[str]) -> None:
     except ValueError as error:
         raise SystemExit(f"{options.model}: {in_one_line(error)}") from None
     if made_up := [name for name in ("weights", "images") if getattr(options, f"random_{name}")]:
-        found.notes.append(f"The {' and the '.join(made_up)} are random, so the cosines say little about yours.")
-    print(found)
-    written = write(found, options, inputs, folder)
-    print(f"\nMeasured in {found.seconds:.0f} s. Written to {folder}: {', '.join(written)}.")
+        recommendation.notes.append(
+            f"The {' and the '.join(made_up)} are random, so the cosines say little about yours."
+        )
+    print(recommendation)
+    written = write(recommendation, options, inputs, folder)
+    print(f"\nMeasured in {recommendation.seconds:.0f} s. Written to {folder}: {', '.join(written)}.")
 
 
-def write(found: Recommendation, options: RecommendOptions, inputs: Inputs, folder: Path) -> list[str]:
+def write(recommendation: Recommendation, options: RecommendOptions, inputs: Inputs, folder: Path) -> list[str]:
     """Write the JSON, the YAML and the figure; return their names, or in place of the figure what it needs."""
-    found.to_json(folder / "recommendation.json")
-    of_data = fields(SegmentationData if inputs.task == "segmentation" else ClassificationData)
-    given: dict[str, Any] = {field.name: getattr(options, field.name) for field in of_data}
-    settings = {name: value for name, value in given.items() if value != getattr(_DEFAULTS, name)}
+    recommendation.to_json(folder / "recommendation.json")
+    data_fields = fields(SegmentationData if inputs.task == "segmentation" else ClassificationData)
+    data_settings: dict[str, object] = {field.name: getattr(options, field.name) for field in data_fields}
+    settings = {name: value for name, value in data_settings.items() if value != getattr(_DEFAULTS, name)}
     settings |= {"image_size": list(inputs.size), "batch_size": options.batch_size}
     if options.head_modules is not None:
         settings["head_modules"] = options.head_modules
     lines = [f"{name}: {json.dumps(value)}" for name, value in settings.items()]
     text = "\n".join(
-        [f"# {line}" for line in (f"Recommended by lbp-peft: {found.chosen.label}",)] + lines + [found.yaml]
+        [f"# {line}" for line in (f"Recommended by lbp-peft: {recommendation.chosen.label}",)]
+        + lines
+        + [recommendation.yaml]
     )
     (folder / "recommendation.yaml").write_text(text + "\n", encoding="utf-8")
     try:
-        found.plot(folder / "recommendation.png")
+        recommendation.plot(folder / "recommendation.png")
     except ImportError as error:
         return ["recommendation.json", f"recommendation.yaml ({error})"]
     return ["recommendation.json", "recommendation.yaml", "recommendation.png"]

@@ -1,19 +1,20 @@
-"""Provides layouts while torch.compile traces a model. They come from an eager pass, since positions cannot be traced.
+"""Provides layouts while torch.compile traces a model. They come from an eager pass.
 
-If the model has not run eagerly yet, it runs once, on zeros of the shapes that are being compiled. The compiler calls
-these functions as ordinary Python while it traces, and treats their results as constants of the graph.
+Positions cannot be followed while the compiler traces. If the model has not run eagerly yet, it runs once, on zeros of
+the shapes that are being compiled. The compiler calls these functions as ordinary Python, and treats their results as
+constants of the graph.
 """
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..bases.grids import TokenLayout, TokenOrder
+from ..bases.grids import TokenLayout
 from ..bases.packed import PackedLayout
 
 if TYPE_CHECKING:
@@ -22,11 +23,11 @@ if TYPE_CHECKING:
 
 FINDERS: weakref.WeakValueDictionary[str, LayoutFinder] = weakref.WeakValueDictionary()
 # The arguments that each finder's model is compiled for: tensors as (shape without batch, dtype), others unchanged.
-_inputs: dict[str, dict[str, Any]] = {}
+_inputs: dict[str, dict[str, object]] = {}
 _BATCH = 2
 
 
-def note_inputs(key: str, args: tuple, kwargs: dict[str, Any]) -> None:
+def note_inputs(key: str, args: tuple, kwargs: dict[str, object]) -> None:
     """Record the arguments with which the model is called while the compiler traces it."""
     _forget_inputs(key)
     for index, value in enumerate(args):
@@ -125,7 +126,7 @@ def _plain_record(key: str, name: str, layouts: str, *shape: int) -> tuple:
 
 
 def _known_layouts(
-    finder: LayoutFinder, name: str, shape: tuple[int, ...], inputs: dict[str, Any]
+    finder: LayoutFinder, name: str, shape: tuple[int, ...], inputs: dict[str, object]
 ) -> list[tuple[TokenLayout | None, str, str]]:
     """The distinct layouts, reasons and texts in all records of a layer's inputs of a shape (N, ...)."""
     from .records import fits
@@ -136,17 +137,17 @@ def _known_layouts(
 
 
 @torch.compiler.disable
-def _run_eagerly(model: nn.Module | None, inputs: dict[str, Any]) -> None:
+def _run_eagerly(model: nn.Module | None, inputs: dict[str, object]) -> None:
     """Run one forward pass for its trace, and undo its other effects."""
     if model is None:
         return
     device = next(model.parameters()).device
-    given = {
+    arguments = {
         name: torch.zeros(_BATCH, *value[0], dtype=value[1], device=device) if isinstance(value, tuple) else value
         for name, value in inputs.items()
     }
-    args = [value for name, value in given.items() if name.isdigit()]
-    kwargs = {name: value for name, value in given.items() if not name.isdigit()}
+    args = [value for name, value in arguments.items() if name.isdigit()]
+    kwargs = {name: value for name, value in arguments.items() if not name.isdigit()}
     state = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
@@ -156,4 +157,4 @@ def _run_eagerly(model: nn.Module | None, inputs: dict[str, Any]) -> None:
             buffer.copy_(before)
 
 
-__all__ = ["FINDERS", "TokenOrder", "note_inputs", "record"]
+__all__ = ["FINDERS", "note_inputs", "record"]

@@ -1,4 +1,4 @@
-"""Remembers the values of tensors, so that changes behind PyTorch's back are noticed."""
+"""Remembers the values of tensors, to notice changes that PyTorch does not record."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Contents:
     """The values of a tensor, which NumPy or another library may change in shared memory, without a new version.
 
     Only small tensors on the CPU are copied and compared. Tensors elsewhere and larger ones are trusted, and so are
-    parameters whose memory sharded training (FSDP) has freed, since reading them would end the process.
+    parameters whose memory sharded training (FSDP) has freed, since reading them would crash the process.
 
     Attributes:
         is_copied: Whether the values were copied, to be compared.

@@ -30,15 +30,15 @@ class Dependencies:
 
     def update(self, consulted: dict[int, ConsultedTensor]) -> None:
         """Record tensors as they were when they were read, by id."""
-        for key, read in consulted.items():
+        for key, tensor in consulted.items():
             if key not in self._known:
-                self._known[key] = weakref.ref(read.tensor), read.version, read.contents
+                self._known[key] = weakref.ref(tensor.tensor), tensor.version, tensor.contents
 
     def are_unchanged(self, module: nn.Module, state: ModelState) -> bool:
         """Whether the module still has all of these tensors, with the same values."""
-        for ref, version, held in self._known.values():
+        for ref, version, contents in self._known.values():
             tensor = ref()
-            if tensor is None or version_of(tensor) != version or not held.match(tensor):
+            if tensor is None or version_of(tensor) != version or not contents.match(tensor):
                 return False
             if not isinstance(tensor, nn.Parameter) and not state.has(module, tensor):
                 return False

@@ -9,9 +9,8 @@ import random
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator
 from enum import Enum
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from . import contents
 
 SIMPLE = (bool, int, float, complex, str, bytes, type(None))
 _GENERATORS = (random.Random, np.random.Generator, np.random.RandomState)
-_OWN = __name__.partition(".")[0]
+_OWN_PACKAGE = __name__.partition(".")[0]
 # The contents of larger containers are not compared. Arrays have the limit of tensors.
 _MOST_ITEMS = 4096
 _DEEPEST = 4
@@ -38,7 +37,7 @@ class Describer:
     """
 
     def __init__(self) -> None:
-        self.containers: dict[int, Any] = {}
+        self.containers: dict[int, Collection[object]] = {}
         self.getters: dict[Hashable, Callable[[], object]] = {}
         self.arrays: list[np.ndarray] = []
         self.generators: list[object] = []
@@ -50,7 +49,7 @@ class Describer:
 
         Args:
             value: Any object.
-            depth: In how many others it is contained.
+            depth: The number of values that it is nested in.
         """
         kind = type(value)
         if kind in SIMPLE:
@@ -70,12 +69,12 @@ class Describer:
             return value.shape, value.tobytes()
         if isinstance(value, Tensor):
             return kind, value.shape, value.dtype
-        if kind.__module__.partition(".")[0] == _OWN:
+        if kind.__module__.partition(".")[0] == _OWN_PACKAGE:
             return str(kind)
         if isinstance(value, _GENERATORS):
             self.generators.append(value)
             return str(kind)
-        if _is_unseen(value):
+        if _is_read_once(value):
             return self.note_unseen(value)
         if depth >= _DEEPEST or id(value) in self.containers:
             return str(kind)
@@ -95,7 +94,7 @@ class Describer:
         if isinstance(value, types.FunctionType):
             return id(value.__code__), self._describe_function(value, depth)
         attributes = getattr(value, "__dict__", None)
-        parts: list[Any] = [kind]
+        parts: list[object] = [kind]
         if isinstance(attributes, dict):
             parts.append(self._describe_dictionary(attributes, depth))
         for name in _slots(kind):
@@ -114,7 +113,7 @@ class Describer:
         self._watch(values, values.values())
         return tuple((str(key), self.describe(item, depth + 1)) for key, item in list(values.items()))
 
-    def _watch(self, container: object, items: Iterable[object]) -> None:
+    def _watch(self, container: Collection[object], items: Iterable[object]) -> None:
         if not any(isinstance(item, Tensor) for item in items):  # tensors are not kept alive
             self.containers[id(container)] = container
 
@@ -136,38 +135,38 @@ class Describer:
         for name in function.__code__.co_names:
             value = function.__globals__.get(name)
             if isinstance(value, types.FunctionType):
-                if id(value) in self._functions or not _is_users(value):
+                if id(value) in self._functions or not _is_user_code(value):
                     continue
                 self._functions.add(id(value))
             if (
                 type(value) in _WATCHED_GLOBALS
-                or _is_users(value)
+                or _is_user_code(value)
                 or isinstance(value, (*_GENERATORS, np.generic))
-                or _is_unseen(value)
+                or _is_read_once(value)
             ):
                 self.place = name
                 self.getters[id(function.__globals__), name] = functools.partial(function.__globals__.get, name)
-                parts.append((name, self.describe(value, 2 if _is_users(value) else 1)))
+                parts.append((name, self.describe(value, 2 if _is_user_code(value) else 1)))
         return parts
 
 
 # The global variables of these packages are not changed by users.
 LIBRARIES = (
-    "builtins", "torch", "torchvision", "transformers", "timm", "peft", "accelerate", "numpy", "einops", _OWN,
+    "builtins", "torch", "torchvision", "transformers", "timm", "peft", "accelerate", "numpy", "einops", _OWN_PACKAGE,
 )  # fmt: skip
 
 
 _WATCHED_GLOBALS = (bool, int, float, str, list, dict, tuple, set, deque, np.ndarray)
 
 
-def _is_users(value: object) -> bool:
+def _is_user_code(value: object) -> bool:
     """Whether a value is a function, or an object of a class, of the user's own code and not of a library."""
     module = value.__module__ if isinstance(value, types.FunctionType) else type(value).__module__
     package = (module or "").partition(".")[0]
     return package not in LIBRARIES and package not in sys.stdlib_module_names
 
 
-def _is_unseen(value: object) -> bool:
+def _is_read_once(value: object) -> bool:
     """Whether reading from a value changes it, in a way that cannot be compared: iterators, and files to read from."""
     if isinstance(value, io.IOBase):
         return not value.closed and value.readable()

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bounded import BoundedCache
-from ..encoder_of_pass import PassedLayer, left_out, without_patches
+from ..encoder_of_pass import PassedLayer
 from ..transforms import in_transform, outside_transforms
 from . import compiled
 from .dependencies import random_state, why_undecided
@@ -34,11 +34,10 @@ from .inputs import (
     signature,
     tensors_in,
 )
-from .left_out import PassedLayers
-from .masks import is_mask, mask_of, padding_mask_of
+from .masks import mask_of, padding_masks_in
 from .model_state import ModelState
 from .notices import Notices
-from .passes import ForwardPass, KeptPositions, Trace, same
+from .passes import ForwardPass, RecordedPositions, Trace, equal_or_none
 from .positions import compact, mix_channels
 from .records import (
     CALLED_ALONE,
@@ -61,6 +60,7 @@ from .reruns import (
     frames_to_rerun,
     in_backward,
 )
+from .target_check import PassedLayers, TargetCheck
 from .tracer import PositionTracer
 
 _MOST_TRACES = 64
@@ -77,7 +77,7 @@ class LayoutFinder:
     """Finds the [`TokenLayout`] of each adapted layer's input. All layers of a model share one finder."""
 
     def __init__(self) -> None:
-        self.exact: frozenset[str] = frozenset()
+        self.exact: frozenset[str] = frozenset()  # the names of layers whose backward pass is to be exact
         self.compiled_padding_masks: dict[str, Tensor] = {}
         self.layouts = ""  # a summary of the layouts of the current eager pass
         self.layers_warned_of: set[str] = set()  # when the model was compiled
@@ -95,26 +95,25 @@ class LayoutFinder:
         self._traces: OrderedDict[Hashable, Trace] = OrderedDict()
         self._thread = _Thread()
         self._lock = threading.RLock()
-        self._kept: KeptPositions | None = None
+        self._recorded_positions: RecordedPositions | None = None
         self.left_out: list[PassedLayer] = []  # in the last pass that was traced
-        self._checked: BoundedCache[Hashable, bool] = BoundedCache(_MOST_TRACES)  # whose targets were checked
+        self._target_check = TargetCheck()
         self.num_traced = 0  # the number of passes that were traced
         self._history = PassHistory()
-        self._alone: BoundedCache[Hashable, LayoutRecord] = BoundedCache(_MOST_TRACES)
-        self._state = ModelState(ignored=_is_own)
-        # One pass for each distinct trace, setting and mask, for layers whose own pass cannot be found.
-        self._distinct: list[ForwardPass] = []
+        # The records of layers that were not called by the model, by the shapes of their inputs.
+        self._lone_records: BoundedCache[Hashable, LayoutRecord] = BoundedCache(_MOST_TRACES)
+        self._state = ModelState(ignored=_is_adapted_layer)
         # Not a number: the compiler would make one dynamic if it differed between models.
         self.key = f"finder {next(_keys)}"
         compiled.FINDERS[self.key] = self
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles keep the hooks and the causes that were warned about, but none of the passes."""
-        kept = ("exact", "_notices", "_hooks", "_merge_size", "_names", "_others", "_checks_targets")
+        pickled = ("exact", "_notices", "_hooks", "_merge_size", "_names", "_others", "_checks_targets")
         empty = {"compiled_padding_masks": {}, "layouts": "", "layers_warned_of": set()}
-        return empty | {name: self.__dict__[name] for name in kept}
+        return empty | {name: self.__dict__[name] for name in pickled}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._reset()
 
@@ -149,7 +148,13 @@ class LayoutFinder:
         """Remove all hooks from the model."""
         self._hooks.detach()
 
-    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def model(self) -> nn.Module | None:
+        """The model that is followed; None if it no longer exists."""
+        return None if self._model is None else self._model()
+
+    # Forward passes
+
+    def before(self, module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
         """Begin a pass: a module that contains adapted layers is called."""
         thread = self._thread
         if thread.passes or not self._is_training(module):
@@ -164,17 +169,48 @@ class LayoutFinder:
             forward_pass.contexts.enter_context(torch.compiler.set_stance("force_eager"))
             forward_pass.contexts.enter_context(forward_pass.tracer)
 
-    def before_compiled(self, names: tuple[str, ...], args: tuple, kwargs: dict[str, Any]) -> None:
-        """The compiler begins to trace a call of the model, whose arguments have these names."""
-        compiled.note_inputs(self.key, args, kwargs)
-        self.compiled_padding_masks = _padding_masks({**dict(zip(names, args, strict=False)), **kwargs})
-
-    def after_compiled(self) -> None:
-        """The compiler has traced a call of the model."""
-        self.compiled_padding_masks = {}
-
     def _is_training(self, module: nn.Module) -> bool:
         return module.training or any(layer.training for layer in self._layers)
+
+    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, object]) -> ForwardPass:
+        """Find the trace of an earlier pass with the same inputs and state, or begin to trace this one."""
+        exact = self.exact
+        if in_backward():  # the whole model is run again
+            answers = [other.exact for other in self._history.to_rerun()]
+            exact = common_answer(answers, "the model", "exact_backward") or exact
+        else:
+            forget_rerun()
+        inputs = named_inputs(module, args, kwargs)
+        padding_masks = padding_masks_in(inputs)
+        has_padding = None if in_transform() else tuple(bool(mask.any()) for mask in padding_masks.values())
+        # The state is the one before the pass. If the pass changes it, the next pass is traced as well, since its code
+        # may choose otherwise. transformers does so once, with the first loss (`config.problem_type`) or hidden states.
+        key = (id(module), self._state.key(module), signature(inputs), has_padding)
+        trace = self._traces.get(key)
+        if trace is not None and trace.is_valid and trace.depends_on.are_unchanged(module, self._state):
+            forward_pass = ForwardPass(trace, exact, padding_masks)
+        elif torch.is_grad_enabled():
+            forward_pass = self._begin_traced(module, inputs, ForwardPass(Trace(), exact, padding_masks, key=key))
+        else:  # no layer needs its layout unless the pass is run again
+            forward_pass = ForwardPass(Trace(is_valid=False), exact, padding_masks)
+        self._history.begin(forward_pass)
+        return forward_pass
+
+    def _begin_traced(self, module: nn.Module, inputs: dict[str, object], forward_pass: ForwardPass) -> ForwardPass:
+        """Give a pass a tracer that knows the positions of its inputs."""
+        self.num_traced += 1
+        if forward_pass.key not in self._traces:
+            self._notices.note_inputs(describe_inputs(inputs) | self._state.described(module))
+        tensors = [value for _, value in tensors_in(inputs) if isinstance(value, Tensor)]
+        forward_pass.trace.input_shapes = tuple(tuple(tensor.shape[1:]) for tensor in tensors)
+        forward_pass.generators = self._state.generators(module)
+        forward_pass.unseen = self._state.unseen(module)
+        forward_pass.random_state = random_state(forward_pass.generators)
+        forward_pass.passed_layers = PassedLayers(self._others)
+        forward_pass.tracer = PositionTracer(module, self.model(), partial(self._note_passed, forward_pass))
+        with outside_transforms():
+            forward_pass.texts = assign_positions(forward_pass.tracer, inputs, self._merge_size)
+        return forward_pass
 
     def after(self, module: nn.Module) -> None:
         """End the pass, if the module that returns or raises is the one that began it."""
@@ -193,9 +229,9 @@ class LayoutFinder:
         trace.layouts = trace.summary()
         if trace.is_ambiguous():  # calls may come in another order next time
             trace.is_valid = False
-        self.left_out = forward_pass.passed.left_out()
-        if self._checks_targets:
-            self._check_targets(forward_pass)
+        self.left_out = forward_pass.passed_layers.left_out()
+        if self._checks_targets and (model := self.model()) is not None:
+            self._target_check.check(model, forward_pass.passed_layers.by_name, trace.records, self._notices)
         if forward_pass.tracer is not None and (read := self._read_without_a_call(forward_pass.tracer.applied, trace)):
             self._notices.note_read_without_a_call(read)
         if forward_pass.decided_by:
@@ -207,69 +243,22 @@ class LayoutFinder:
             if len(self._traces) > _MOST_TRACES:
                 self._traces.popitem(last=False)
 
-    def _check_targets(self, forward_pass: ForwardPass) -> None:
-        """Warn where the layers that are adapted by default are not those that the pass shows to be the encoder's."""
-        model, passed = self.model(), forward_pass.passed.passed
-        kinds = {name: frozenset(map(_kind_of_tokens, found)) for name, found in forward_pass.trace.records.items()}
-        key = (tuple(passed), tuple(kinds.items()))
-        if model is None or self._checked.get(key):
-            return
-        self._checked[key] = True
-        if names := left_out(model, passed):
-            self._notices.note_left_out(names)
-        if names := without_patches(kinds):
-            self._notices.note_without_patches(names)
-
     def _read_without_a_call(self, applied: set[str], trace: Trace) -> list[str]:
         """The adapted layers whose weights were applied in a pass although the layers were never called."""
         parts = (name.split(".") for name in applied)
         containers = {".".join(part[:length]) for part in parts for length in range(1, len(part) + 1)}
         return sorted(containers & self._names - trace.records.keys())
 
-    def _begin(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> ForwardPass:
-        exact = self.exact
-        if in_backward():  # the whole model is run again
-            answers = [other.exact for other in self._passes_to_rerun()]
-            exact = common_answer(answers, "the model", "exact_backward") or exact
-        else:
-            forget_rerun()
-        inputs = named_inputs(module, args, kwargs)
-        padding_masks = _padding_masks(inputs)
-        has_padding = None if in_transform() else tuple(bool(mask.any()) for mask in padding_masks.values())
-        # The state is that before the pass. If the pass changes it, the next one is traced as well, since its code may
-        # choose otherwise; transformers changes it once, with the first loss (`config.problem_type`) or hidden states.
-        key = (id(module), self._state.key(module), signature(inputs), has_padding)
-        trace = self._traces.get(key)
-        if trace is not None and trace.is_valid and trace.depends_on.are_unchanged(module, self._state):
-            forward_pass = ForwardPass(trace, exact, padding_masks)
-        elif torch.is_grad_enabled():
-            forward_pass = self._begin_traced(module, inputs, ForwardPass(Trace(), exact, padding_masks, key=key))
-        else:  # no layer needs its layout unless the pass is run again
-            forward_pass = ForwardPass(Trace(is_valid=False), exact, padding_masks)
-        with self._lock:
-            if not any(forward_pass.is_like(other) for other in self._distinct):
-                self._distinct = [*self._distinct[-_MOST_TRACES:], forward_pass]
-        self._history.add(forward_pass)
-        return forward_pass
+    def before_compiled(self, names: tuple[str, ...], args: tuple, kwargs: dict[str, object]) -> None:
+        """Prepare for a call of the model that the compiler is about to trace; its arguments have these names."""
+        compiled.note_inputs(self.key, args, kwargs)
+        self.compiled_padding_masks = padding_masks_in({**dict(zip(names, args, strict=False)), **kwargs})
 
-    def _begin_traced(self, module: nn.Module, inputs: dict[str, Any], forward_pass: ForwardPass) -> ForwardPass:
-        self.num_traced += 1
-        if forward_pass.key not in self._traces:
-            self._notices.note_given(describe_inputs(inputs) | self._state.described(module))
-        tensors = [value for _, value in tensors_in(inputs) if isinstance(value, Tensor)]
-        forward_pass.trace.input_shapes = tuple(tuple(tensor.shape[1:]) for tensor in tensors)
-        forward_pass.generators = self._state.generators(module)
-        forward_pass.unseen = self._state.unseen(module)
-        forward_pass.random_state = random_state(forward_pass.generators)
-        forward_pass.passed = PassedLayers(self._others)
-        forward_pass.tracer = PositionTracer(module, self.model(), partial(self._note_passed, forward_pass))
-        with outside_transforms():
-            forward_pass.texts = assign_positions(forward_pass.tracer, inputs, self._merge_size)
-        return forward_pass
+    def after_compiled(self) -> None:
+        """Clean up after a call of the model that the compiler has traced."""
+        self.compiled_padding_masks = {}
 
-    def model(self) -> nn.Module | None:
-        """The model that is followed; None if it no longer exists."""
-        return None if self._model is None else self._model()
+    # Traces
 
     def known(self, name: str, shapes: dict[str, tuple[int, ...]]) -> list[LayoutRecord]:
         """All records of a layer's inputs so far.
@@ -287,18 +276,18 @@ class LayoutFinder:
         return [record for trace in traces for record in trace.records.get(name, [])]
 
     def forget_traces(self) -> None:
-        """Have the next forward pass traced in any case."""
+        """Forget all traces, so that the next forward pass is traced."""
         self._traces.clear()
 
     @contextmanager
-    def keeping_positions(self) -> Iterator[KeptPositions]:
+    def record_positions(self) -> Iterator[RecordedPositions]:
         """Trace all passes within the block, and yield an object that collects the positions of layers' tokens."""
         self.forget_traces()
-        self._kept = KeptPositions()
+        self._recorded_positions = RecordedPositions()
         try:
-            yield self._kept
+            yield self._recorded_positions
         finally:
-            self._kept = None
+            self._recorded_positions = None
 
     # Calls by layers
 
@@ -335,22 +324,22 @@ class LayoutFinder:
     def _note_passed(self, forward_pass: ForwardPass, name: str, x: Tensor, output: Tensor) -> None:
         if forward_pass.tracer is None:
             return
-        if self._kept is not None and (positions := forward_pass.tracer.positions(output)) is not None:
-            self._kept.of_outputs.append(compact(positions))
-        if forward_pass.passed.asks_for(name):
+        if self._recorded_positions is not None and (positions := forward_pass.tracer.positions(output)) is not None:
+            self._recorded_positions.of_outputs.append(compact(positions))
+        if forward_pass.passed_layers.asks_for(name):
             record = read_record(forward_pass.tracer, forward_pass.texts, x, self._others[name])
-            forward_pass.passed.note(name, x, output, record)
+            forward_pass.passed_layers.note(name, x, output, record)
 
     def _record_traced(self, forward_pass: ForwardPass, name: str, x: Tensor, channels_axis: int) -> LayoutRecord:
         assert forward_pass.tracer is not None
         with forward_pass.tracer.paused():
             record = read_record(forward_pass.tracer, forward_pass.texts, x, channels_axis)
-            if self._kept is not None:
+            if self._recorded_positions is not None:
                 positions = positions_of_tokens(forward_pass.tracer, x, channels_axis)
-                self._kept.of_inputs.setdefault(name, []).append(positions)
+                self._recorded_positions.of_inputs.setdefault(name, []).append(positions)
         forward_pass.trace.records.setdefault(name, []).append(record)
         if record.layout is not None or record.is_surprising:  # not in a head, which receives one token of each image
-            forward_pass.passed.note_adapted(name)
+            forward_pass.passed_layers.note_adapted(name)
         # What code does after the last call of a layer has no effect on the layers.
         forward_pass.trace.depends_on.update(forward_pass.tracer.consulted)
         forward_pass.decided_by = forward_pass.decided_by or why_undecided(
@@ -361,7 +350,7 @@ class LayoutFinder:
     def _record_alone(self, x: Tensor, channels_axis: int) -> LayoutRecord:
         """The record for a layer that is not called by the model: its input may be images."""
         key = (x.shape, channels_axis)
-        record = self._alone.get(key)
+        record = self._lone_records.get(key)
         if record is None:
             with outside_transforms():
                 positions = positions_of_images("", x, [], 1)
@@ -369,7 +358,7 @@ class LayoutFinder:
             record = CALLED_ALONE
             if positions is not None and is_image:
                 record = record_of_positions(positions, x, channels_axis)
-            self._alone[key] = record
+            self._lone_records[key] = record
         return record
 
     def note_call(self, name: str, x: Tensor, channels_axis: int = -1) -> None:
@@ -403,7 +392,8 @@ class LayoutFinder:
             return name in self.exact
         forward_pass = self._current()
         if forward_pass is None and in_backward():
-            return common_answer([name in other.exact for other in self._passes_to_rerun()], name, "exact_backward")
+            answers = [name in other.exact for other in self._history.to_rerun()]
+            return bool(common_answer(answers, name, "exact_backward"))
         return name in (self.exact if forward_pass is None else forward_pass.exact)
 
     def padding_mask(self, name: str, record: LayoutRecord, x: Tensor) -> Tensor | None:
@@ -416,10 +406,10 @@ class LayoutFinder:
             mask = mask_of(self.compiled_padding_masks, record.text)
             return None if mask is None or mask.shape != shape else mask
         forward_pass = self._current()
-        passes = [forward_pass] if forward_pass is not None else self._passes_to_rerun() if in_backward() else []
+        passes = [forward_pass] if forward_pass is not None else self._history.to_rerun() if in_backward() else []
         masks = [mask_of(other.padding_masks, record.text) for other in passes]
         masks = [None if mask is None or mask.shape != shape else mask for mask in masks]
-        if not all(same(mask, masks[0]) for mask in masks):
+        if not all(equal_or_none(mask, masks[0]) for mask in masks):
             raise AmbiguousRerunError(ambiguity_message(name, "attention masks"))
         return masks[0] if masks else None
 
@@ -433,17 +423,13 @@ class LayoutFinder:
         passes = self._thread.passes
         return passes[-1][1] if passes else None
 
-    def _passes_to_rerun(self) -> list[ForwardPass]:
-        """The passes that may be the one whose code is run again now."""
-        return self._history.to_rerun() or self._distinct
-
     def _record_to_rerun(self, name: str, shape: tuple[int, ...]) -> LayoutRecord:
-        passes = self._passes_to_rerun()
-        records = []
+        passes = self._history.to_rerun()
+        records: list[LayoutRecord] = []
         for forward_pass in passes:
             records += [record for record in calls_to_rerun(forward_pass, name) if fits(record, shape)]
             self._history.add(forward_pass)
-        record = common_answer([(r.layout, r.why_unknown, r.text) for r in records], name, "layouts of tokens", records)
+        record = common_answer(records, name, "layouts of tokens", key=lambda r: (r.layout, r.why_unknown, r.text))
         if record is None:
             return NOT_TRACED
         if len(passes) == 1:  # a part within the one that is run again will be run again by itself
@@ -451,19 +437,7 @@ class LayoutFinder:
         return record
 
 
-def _kind_of_tokens(record: LayoutRecord) -> str:
-    """What a layer has received: "patches", "words", "one token" of each image, or "" if that is not known."""
-    if record.layout is None:
-        return "" if record.is_surprising else "one token"
-    return "words" if record.text else "patches"
-
-
-def _padding_masks(inputs: dict[str, Any]) -> dict[str, Tensor]:
-    """The padding masks of the texts among a model's inputs, by the names of these masks."""
-    return {name: padding_mask_of(name, value) for name, value in inputs.items() if is_mask(name, value)}
-
-
-def _is_own(module: nn.Module) -> bool:
+def _is_adapted_layer(module: nn.Module) -> bool:
     """Whether a module is a layer of this package, whose attributes have no effect on the model's code."""
     return isinstance(module.__dict__.get("finder"), LayoutFinder)
 

@@ -20,17 +20,17 @@ def given_layout(
     """
     rest = num_tokens - grid_size[0] * grid_size[1]
     if before is None and after is None:
-        seen = record.layout
+        traced = record.layout
         if rest == 0:
             before = after = 0
-        elif seen is not None and seen.num_outside == rest:
-            before, after = seen.num_prefix_tokens, seen.num_suffix_tokens
+        elif traced is not None and traced.num_outside == rest:
+            before, after = traced.num_prefix_tokens, traced.num_suffix_tokens
     else:
         before, after = before or 0, after or 0
     if before is None or after is None or before + after != rest:
-        given = [f"grid_size={grid_size}"]
-        given += [f"num_prefix_tokens={before}"] if before else []
-        given += [f"num_suffix_tokens={after}"] if after else []
+        settings = [f"grid_size={grid_size}"]
+        settings += [f"num_prefix_tokens={before}"] if before else []
+        settings += [f"num_suffix_tokens={after}"] if after else []
         total = num_tokens - rest + (before or 0) + (after or 0)
         hint = (
             f"If {rest} of them come before the grid, set num_prefix_tokens to that; else "
@@ -38,7 +38,7 @@ def given_layout(
             else ""
         )
         raise GridMismatchError(
-            f"{' and '.join(given)} makes {total} tokens, but {num_tokens} arrived. {hint}"
+            f"{' and '.join(settings)} makes {total} tokens, but {num_tokens} arrived. {hint}"
             "correct grid_size, or leave it out to have the grid found from the model and the image."
         )
     return TokenLayout(grid_size, before, after)

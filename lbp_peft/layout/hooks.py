@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ class PassHooks:
         self._handles: list[RemovableHandle] = []
 
     def attach(self, finder: LayoutFinder, model: nn.Module, layer_names: Iterable[str]) -> None:
-        """Have a finder told of the forward passes of a model whose adapted layers have these names."""
+        """Tell a finder of each forward pass of a model, whose adapted layers have these names."""
         containers = {""}
         for name in layer_names:
             parts = name.split(".")
@@ -54,7 +54,7 @@ class _BeforeForward:
         self.finder = finder
         self.names = names
 
-    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: nn.Module, args: tuple, kwargs: dict[str, object]) -> None:
         if not torch.compiler.is_dynamo_compiling():
             self.finder.before(module, args, kwargs)
         elif self.names is not None:

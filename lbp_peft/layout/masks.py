@@ -1,4 +1,4 @@
-"""The masks of a model's texts, which tell words from padding.
+"""The masks of a model's texts, which distinguish words from padding.
 
 There are three conventions. In transformers, an argument called ..._attention_mask has ones, or True, at words. A mask
 of a floating dtype with negative values is added to attention scores: it is 0 at words, and a large negative number or
@@ -10,6 +10,8 @@ the backward pass raises an error.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -19,9 +21,15 @@ _FAR_BELOW = -1000
 _KINDS = (_ATTENTION, "key_padding_mask", _PADDING)
 
 
-def is_mask(name: str, value: object) -> bool:
+def padding_masks_in(inputs: Mapping[str, object]) -> dict[str, Tensor]:
+    """The padding masks of the texts among a model's inputs, by the names of these masks."""
+    masks = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and is_mask(name, value)}
+    return {name: padding_mask_of(name, mask) for name, mask in masks.items()}
+
+
+def is_mask(name: str, value: Tensor) -> bool:
     """Whether an argument is a mask (N, L) of the words of a text."""
-    if not isinstance(value, Tensor) or value.dim() != 2 or value.requires_grad:
+    if value.dim() != 2 or value.requires_grad:
         return False
     is_bool = not value.is_floating_point() and not value.is_complex()
     return name.endswith(_ATTENTION) or (name.endswith(_PADDING) and is_bool)

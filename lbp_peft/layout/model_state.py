@@ -99,13 +99,13 @@ class _Snapshot(Describer):
             if (names := [attribute for attribute, _ in _attributes(part)])
         ]
         hooks = [hooks for _, part in modules for hooks in (part._forward_pre_hooks, part._forward_hooks)]
-        others = [values for _, part in modules for values in (part._modules, part._buffers)]
-        self._dictionaries = [*hooks, *others, *(part.__dict__ for part in watched)]
+        members = [values for _, part in modules for values in (part._modules, part._buffers)]
+        self._dictionaries = [*hooks, *members, *(part.__dict__ for part in watched)]
         self._lengths = list(map(len, self._dictionaries))
         values = self._current_values()
         self._ids = list(map(id, values))
         # Tensors are not kept alive. The address of a simple value must not be used again.
-        self._kept = [value for value in values if type(value) in SIMPLE]
+        self._simple_values = [value for value in values if type(value) in SIMPLE]
         self._contents = [array.tobytes() for array in self.arrays]
 
     def is_current(self) -> bool:

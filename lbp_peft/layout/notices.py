@@ -27,7 +27,7 @@ class Notices:
 
     def _reset_counts(self) -> None:
         # The arguments and attributes of the last traced pass, and how often a single one of them was new.
-        self._given: dict[str, Hashable] = {}
+        self._last_inputs: dict[str, Hashable] = {}
         self._num_values: Counter[str] = Counter()
         self._num_not_traced: Counter[str] = Counter()
 
@@ -35,7 +35,7 @@ class Notices:
         """Keep the causes that were warned of in copies and pickles, and reset the counts."""
         return {"_causes": self._causes}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
         self._reset_counts()
 
@@ -54,9 +54,9 @@ class Notices:
             "attributes of a module.",
         )
 
-    def note_given(self, given: dict[str, Hashable]) -> None:
+    def note_inputs(self, inputs: dict[str, Hashable]) -> None:
         """Count a pass that is traced because these arguments and attributes occur for the first time."""
-        differing, self._given = changed(self._given, given), given
+        differing, self._last_inputs = changed(self._last_inputs, inputs), inputs
         if len(differing) != 1 or TENSORS in differing:
             return
         (name,) = differing

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
@@ -19,7 +17,7 @@ def name_of(function: object) -> str:
     return _PLAIN_NAMES.get(name, name if name.startswith("__") else name.rstrip("_").lstrip("_"))
 
 
-_SPECIAL: dict[Any, str] = {
+_SPECIAL: dict[object, str] = {
     getattr(Tensor, name).__get__: plain
     for name, plain in {"T": "t_all", "mT": "adjoint", "mH": "adjoint", "H": "adjoint", "data": "clone"}.items()
 }
@@ -68,7 +66,7 @@ READING = names_in("""
 # Operations that give Python code the memory of a tensor.
 LENDING = names_in("numpy __array__ __dlpack__")
 
-# Operations that tell channels from rows and columns: (N, C, H, W).
+# Operations that take one axis for channels and the others for rows and columns: (N, C, H, W).
 SPATIAL = names_in("""
     conv1d conv2d conv3d conv_transpose2d max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d im2col
     interpolate pixel_unshuffle pixel_shuffle batch_norm instance_norm group_norm

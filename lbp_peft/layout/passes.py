@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .dependencies import Dependencies
-from .left_out import PassedLayers
 from .records import LayoutRecord
 from .reruns import next_number
+from .target_check import PassedLayers
 from .tracer import PositionTracer
 
 
@@ -38,29 +38,30 @@ class Trace:
 
     def has_inputs(self, shapes: list[tuple[int, ...]]) -> bool:
         """Whether its inputs had these shapes, without their axis of images, in any order."""
-        given, own = (sorted(shape for shape in several if shape) for several in (shapes, self.input_shapes))
-        return given == own  # labels and numbers have no effect on layouts
+        # Labels and numbers, whose shapes are empty without their first axis, have no effect on layouts.
+        return sorted(shape for shape in shapes if shape) == sorted(shape for shape in self.input_shapes if shape)
 
     def is_ambiguous(self) -> bool:
         """Whether inputs of one layer and one shape had different layouts in different calls."""
         return any(
-            one.shape[1:] == other.shape[1:] and one.layout != other.layout
+            record.shape[1:] == following.shape[1:] and record.layout != following.layout
             for records in self.records.values()
-            for one, other in itertools.pairwise(records)
+            for record, following in itertools.pairwise(records)
         )
 
     def summary(self) -> str:
         """A string that is the same for traces with the same layouts."""
-        return str(hash(tuple((name, *(r.layout for r in found)) for name, found in sorted(self.records.items()))))
+        layouts = ((name, *(record.layout for record in records)) for name, records in sorted(self.records.items()))
+        return str(hash(tuple(layouts)))
 
 
 @dataclass
-class KeptPositions:
+class RecordedPositions:
     """Positions in a pass that is traced to check layouts.
 
     Attributes:
-        of_inputs: Those of the tokens of each adapted layer's inputs, call by call, by the layer's name.
-        of_outputs: Those of the outputs of layers that are not adapted, such as the patch embedding.
+        of_inputs: The positions of the tokens of each adapted layer's inputs, call by call, by the layer's name.
+        of_outputs: The positions of the outputs of layers that are not adapted, such as the patch embedding.
     """
 
     of_inputs: dict[str, list[Tensor | None]] = field(default_factory=dict)
@@ -104,7 +105,7 @@ class ForwardPass:
         key: The key under which the trace is kept.
         tracer: The tracer; None unless the pass is being traced.
         texts: The names of the texts, while the pass is being traced.
-        passed: The layers that are not adapted, while the pass is being traced.
+        passed_layers: The layers that patches pass through, while the pass is being traced.
         calls: The calls of layers so far.
         counts: The number of calls of each layer so far.
         contexts: The contexts that are entered until the pass ends.
@@ -121,7 +122,7 @@ class ForwardPass:
     key: Hashable = None
     tracer: PositionTracer | None = None
     texts: dict[int, str] = field(default_factory=dict)
-    passed: PassedLayers = field(default_factory=PassedLayers)
+    passed_layers: PassedLayers = field(default_factory=PassedLayers)
     calls: list[Call] = field(default_factory=list)
     counts: dict[str, int] = field(default_factory=dict)
     contexts: ExitStack = field(default_factory=ExitStack)
@@ -142,11 +143,11 @@ class ForwardPass:
     def is_like(self, other: ForwardPass) -> bool:
         """Whether layers that are run again get the same layouts, settings and masks from both passes."""
         same_masks = self.padding_masks.keys() == other.padding_masks.keys() and all(
-            same(mask, other.padding_masks[name]) for name, mask in self.padding_masks.items()
+            equal_or_none(mask, other.padding_masks[name]) for name, mask in self.padding_masks.items()
         )
         return self.trace is other.trace and self.exact == other.exact and same_masks
 
 
-def same(a: Tensor | None, b: Tensor | None) -> bool:
+def equal_or_none(a: Tensor | None, b: Tensor | None) -> bool:
     """Whether two tensors are equal, or both None."""
     return a is b or (a is not None and b is not None and a.shape == b.shape and torch.equal(a, b))

@@ -22,7 +22,7 @@ NOWHERE = -1
 # The position of an element whose place is not known, or that comes from many places at once.
 LOST = -2
 
-# Inputs from this number on are texts, those before it images.
+# Inputs with this number or a higher one are texts; the others are images.
 FIRST_TEXT = 8
 
 UNITS_PER_PIXEL = 4
@@ -47,8 +47,8 @@ def renumber(positions: Tensor, first: int) -> Tensor:
     """The positions, with images numbered from `first` on instead of from 0."""
     if first == 0:
         return positions
-    small = compact(positions)
-    return torch.where(small < 0, small, small + (first << 2 * _BITS)).expand(positions.shape)
+    compacted = compact(positions)
+    return torch.where(compacted < 0, compacted, compacted + (first << 2 * _BITS)).expand(positions.shape)
 
 
 def image_of(positions: Tensor) -> Tensor:
@@ -81,10 +81,17 @@ def place_in_image(positions: Tensor) -> Tensor:
     return torch.where(positions < 0, positions, positions & 2 ** (2 * _BITS) - 1)
 
 
+def with_place(positions: Tensor, row: Tensor, column: Tensor) -> Tensor:
+    """The positions with another row and column, in quarters of a pixel, of the same images."""
+    return (image_of(positions) << 2 * _BITS) + (row << _BITS) + column
+
+
 def spacing(first: Tensor, second: Tensor) -> int:
     """The smallest nonzero distance along either axis between pairs of positions, in quarters of a pixel."""
     known = (first >= 0) & (second >= 0)
-    steps = torch.cat([(of(first) - of(second)).abs()[known].flatten() for of in (row_of, column_of)])
+    steps = torch.cat(
+        [(coordinate(first) - coordinate(second)).abs()[known].flatten() for coordinate in (row_of, column_of)]
+    )
     steps = steps[steps > 0]
     return int(steps.min()) if len(steps) else 0
 
@@ -99,14 +106,14 @@ def compact(positions: Tensor) -> Tensor:
 
 def condense(positions: Tensor) -> Tensor:
     """The same positions, expanded along each axis along which they do not vary."""
-    small = compact(positions)
-    if small.numel() < _FEW:
+    compacted = compact(positions)
+    if compacted.numel() < _FEW:
         return positions
-    for axis, size in enumerate(small.shape):
-        first, last = small.narrow(axis, 0, 1), small.narrow(axis, -1, 1)
-        if size > 1 and torch.equal(first, last) and bool((small == first).all()):
-            small = first
-    return positions if small.shape == compact(positions).shape else small.clone().expand(positions.shape)
+    for axis, size in enumerate(compacted.shape):
+        first, last = compacted.narrow(axis, 0, 1), compacted.narrow(axis, -1, 1)
+        if size > 1 and torch.equal(first, last) and bool((compacted == first).all()):
+            compacted = first
+    return positions if compacted.shape == compact(positions).shape else compacted.clone().expand(positions.shape)
 
 
 def equal(a: Tensor, b: Tensor) -> bool:
@@ -119,22 +126,22 @@ def same_places(a: Tensor, b: Tensor) -> bool:
     return bool((place_in_image(compact(a)) == place_in_image(compact(b))).all())
 
 
-def join(several: list[Tensor], axis: int) -> Tensor:
+def join(tensors: list[Tensor], axis: int) -> Tensor:
     """Concatenate positions as `torch.cat` concatenates the tensors that they belong to."""
-    first = several[0]
-    if any(p.dim() != first.dim() for p in several):  # `torch.cat` skips empty vectors
-        return torch.cat(several, axis)
+    first = tensors[0]
+    if any(p.dim() != first.dim() for p in tensors):  # `torch.cat` skips empty vectors
+        return torch.cat(tensors, axis)
     axis %= first.dim()
     shape = list(first.shape)
-    shape[axis] = sum(p.shape[axis] for p in several)
-    if all(p.shape[axis] == 1 or (p.shape[axis] > 1 and p.stride(axis) == 0) for p in several):
-        ones = [p.narrow(axis, 0, 1) for p in several]
-        if all(equal(p, ones[0]) for p in ones):
-            return ones[0].expand(shape)
+    shape[axis] = sum(p.shape[axis] for p in tensors)
+    if all(p.shape[axis] == 1 or (p.shape[axis] > 1 and p.stride(axis) == 0) for p in tensors):
+        slices = [p.narrow(axis, 0, 1) for p in tensors]
+        if all(equal(p, slices[0]) for p in slices):
+            return slices[0].expand(shape)
     for d, size in enumerate(first.shape):
-        if d != axis and size > 1 and all(p.stride(d) == 0 for p in several):
-            several = [p.narrow(d, 0, 1) for p in several]
-    return torch.cat(several, axis).expand(shape)
+        if d != axis and size > 1 and all(p.stride(d) == 0 for p in tensors):
+            tensors = [p.narrow(d, 0, 1) for p in tensors]
+    return torch.cat(tensors, axis).expand(shape)
 
 
 def mix(positions: Tensor, axis: int) -> Tensor:
@@ -168,8 +175,8 @@ def mix(positions: Tensor, axis: int) -> Tensor:
     is_lost = (positions == LOST).any(axis, keepdim=True)
     result = torch.where(known.any(axis, keepdim=True), corner, NOWHERE)
     result = torch.where(is_lost | ~same_image & known.any(axis, keepdim=True), LOST, result)
-    kept = result[result >= 0].unique()
-    if len(kept) and len(kept) == len(image_of(kept).unique()):  # one place for each image
+    known_places = result[result >= 0].unique()
+    if len(known_places) and len(known_places) == len(image_of(known_places).unique()):  # one place for each image
         result = torch.where(result >= 0, LOST, result)
     return result.expand(shape)
 
@@ -189,8 +196,8 @@ def _without_repetitions(positions: Tensor, axis: int) -> Tensor:
     differ = positions.narrow(axis, 1, size - 1) != positions.narrow(axis, 0, size - 1)
     others = [d for d in range(positions.dim()) if d != axis]
     begins = differ.any(others) if others else differ
-    kept = torch.cat((begins.new_ones(1), begins)).nonzero().flatten()
-    return positions if len(kept) == size else positions.index_select(axis, kept)
+    indices = torch.cat((begins.new_ones(1), begins)).nonzero().flatten()
+    return positions if len(indices) == size else positions.index_select(axis, indices)
 
 
 def merge(operands: list[Tensor], shape: torch.Size) -> Tensor:
@@ -247,97 +254,12 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
 
 def _step(positions: Tensor) -> int:
     """The smallest distance between two rows, or two columns, that occur."""
-    return min((step for of in (row_of, column_of) if (step := _smallest_step(positions, of))), default=0)
+    return min(
+        (step for coordinate in (row_of, column_of) if (step := smallest_step(positions, coordinate))), default=0
+    )
 
 
-def _smallest_step(positions: Tensor, of: Callable[[Tensor], Tensor]) -> int:
+def smallest_step(positions: Tensor, coordinate: Callable[[Tensor], Tensor]) -> int:
     """The smallest distance between two rows that occur, or two columns; 0 if there is only one."""
-    values = of(positions[positions >= 0]).unique()
+    values = coordinate(positions[positions >= 0]).unique()
     return int(values.diff().min()) if len(values) > 1 else 0
-
-
-def sample(positions: Tensor, axis: int, places: Tensor) -> Tensor:
-    """The positions at the given indices along an axis; indices out of range are clamped."""
-    shape = list(positions.shape)
-    shape[axis] = len(places)
-    if positions.stride(axis) == 0:
-        return positions.narrow(axis, 0, 1).expand(shape)
-    places = places.clamp(0, positions.shape[axis] - 1).to(positions.device)
-    return compact(positions).index_select(axis, places).expand(shape)
-
-
-def _turns_back(positions: Tensor, axis: int) -> bool:
-    """Whether the rows, or the columns, of one image both rise and fall along an axis."""
-    size = positions.shape[axis]
-    a, b = positions.narrow(axis, 0, size - 1), positions.narrow(axis, 1, size - 1)
-    is_pair = (a >= 0) & (b >= 0) & (image_of(a) == image_of(b))
-    steps = [torch.where(is_pair, of(b) - of(a), 0) for of in (row_of, column_of)]
-    return any(bool(((step > 0).any(axis) & (step < 0).any(axis)).any()) for step in steps)
-
-
-def sample_mixtures(positions: Tensor, axis: int, first: Tensor, length: int, places: Tensor) -> Tensor:
-    """The positions of mixtures of several elements in a row: those of one of them.
-
-    They are LOST where the elements are not neighbours in the image, as after rows were brought in another order.
-
-    Args:
-        positions: The positions.
-        axis: The axis along which elements are mixed.
-        first: The index of the first element of each mixture; indices out of range are padding.
-        length: The number of elements of a mixture.
-        places: The index of the element whose position each mixture has.
-    """
-    result = sample(positions, axis, places)
-    if (
-        length < 2
-        or positions.shape[axis] == 1
-        or positions.stride(axis) == 0
-        or not _turns_back(compact(positions), axis)
-    ):
-        return result
-    small, last = compact(positions), positions.shape[axis] - 1
-    row_step, column_step = (_smallest_step(small, of) for of in (row_of, column_of))
-    is_apart = torch.zeros((), dtype=torch.bool, device=positions.device)
-    for i in range(length - 1):
-        index = (first + i).to(positions.device)
-        a, b = (small.index_select(axis, one.clamp(0, last)) for one in (index, index + 1))
-        is_pair = (a >= 0) & (b >= 0) & (image_of(a) == image_of(b))
-        is_far = ((row_of(a) - row_of(b)).abs() > row_step) | ((column_of(a) - column_of(b)).abs() > column_step)
-        is_apart = is_apart | is_pair & is_far
-    chosen = compact(result)
-    return torch.where(is_apart & (chosen >= 0), LOST, chosen).expand(result.shape)
-
-
-def resample(positions: Tensor, axis: int, size: int) -> Tensor:
-    """The positions after an axis is resized: a sample of them if it shrinks, linear interpolation if it grows.
-
-    Where neighbours along the axis are not neighbours in the image, positions of mixtures of them are LOST.
-    """
-    old = positions.shape[axis]
-    if old == size or old == 1 or positions.stride(axis) == 0:
-        return sample(positions, axis, torch.zeros(size, dtype=torch.int64) if old == 1 else torch.arange(size))
-    if size < old:
-        first = torch.arange(size) * old // size
-        return sample_mixtures(positions, axis, first, -(-old // size), first + (old // size - 1) // 2)
-    shape = list(positions.shape)
-    shape[axis] = size
-    positions = compact(positions)
-    scaled = torch.arange(size) * old  # in units of 1 / size
-    left = (scaled // size).clamp(max=old - 2)
-    a, b = sample(positions, axis, left), sample(positions, axis, left + 1)
-    view = [-1 if d == axis % positions.dim() else 1 for d in range(positions.dim())]
-    rest = (scaled - left * size).to(positions.device).view(view)
-    nearest = sample(positions, axis, scaled // size)
-    row, column = (_interpolate(of(a), of(b), rest, old, size) for of in (row_of, column_of))
-    between = (image_of(a) << 2 * _BITS) + (row << _BITS) + column
-    if _turns_back(positions, axis):  # between halves that were swapped, for instance, there is nothing
-        between = torch.where(rest == 0, a, LOST)
-    return torch.where((a >= 0) & (b >= 0) & (image_of(a) == image_of(b)), between, nearest).expand(shape)
-
-
-def _interpolate(a: Tensor, b: Tensor, rest: Tensor, old: int, size: int) -> Tensor:
-    """Rows, or columns, on the way from a to b, by `rest` / `size` of it, where `old` of them become `size`.
-
-    A new element has the first row of the part that it takes, so a flipped axis has the same rows as one that is not.
-    """
-    return (a * size + (b - a) * rest + (a - b).clamp(min=0) * (size - old)) // size

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ..bases.grids import TokenLayout
 from ..transforms import outside_transforms
+from .grid_reading import NoTokensError, SingleTokenError, UnknownLayoutError
 from .positions import FIRST_TEXT, mix
-from .recognition import NoTokensError, SingleTokenError, UnknownLayoutError, read_layout
+from .recognition import read_layout
 from .tracer import PositionTracer
 from .trails import Origin
 

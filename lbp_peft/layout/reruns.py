@@ -17,8 +17,8 @@ import itertools
 import threading
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch.utils import checkpoint as _checkpointing
@@ -27,18 +27,30 @@ if TYPE_CHECKING:
     from .passes import ForwardPass
     from .records import LayoutRecord
 
+Answer = TypeVar("Answer")
+
 _MOST_PASSES = 128
+_MOST_DISTINCT = 64
 _Frame: object = getattr(_checkpointing, "_CheckpointFrame", ())
 
 
 class PassHistory:
-    """The most recent forward passes of a model, by the number of the first node that each may have created."""
+    """The most recent forward passes of a model, each with the number of the first node that it may have created."""
 
     def __init__(self) -> None:
         self._passes: dict[int, deque[tuple[int, ForwardPass]]] = {}
         self._forgotten: dict[int, int] = {}
         self._by_frame: weakref.WeakKeyDictionary[object, ForwardPass] = weakref.WeakKeyDictionary()
+        # One pass for each distinct trace, setting and mask, for layers whose own pass cannot be found.
+        self._distinct: list[ForwardPass] = []
         self._lock = threading.Lock()
+
+    def begin(self, forward_pass: ForwardPass) -> None:
+        """Record that a pass begins."""
+        with self._lock:
+            if not any(forward_pass.is_like(other) for other in self._distinct):
+                self._distinct = [*self._distinct[-_MOST_DISTINCT:], forward_pass]
+        self.add(forward_pass)
 
     def add(self, forward_pass: ForwardPass) -> None:
         """Record that a pass begins, or continues in a rerun."""
@@ -57,19 +69,23 @@ class PassHistory:
         for frame in frames:
             self._by_frame[frame] = forward_pass
 
-    def to_rerun(self) -> list[ForwardPass] | None:
-        """The passes that may be the one that is run again now; None if they may have been forgotten."""
+    def to_rerun(self) -> list[ForwardPass]:
+        """The passes that may be the one whose code is run again now."""
+        return self._candidates() or self._distinct
+
+    def _candidates(self) -> list[ForwardPass]:
+        """The passes that may be the one that is run again now; empty if they may have been forgotten."""
         frame, _ = rerun_frame()
         if frame is not None and (forward_pass := self._by_frame.get(frame)) is not None:
             return [forward_pass]
         number = current_number()
         if number is None:
-            return None
+            return []
         candidates = []
         with self._lock:
             for thread, passes in self._passes.items():
                 if number < self._forgotten.get(thread, 0):
-                    return None
+                    return []
                 latest = None
                 for start, forward_pass in passes:
                     if start > number:
@@ -77,7 +93,7 @@ class PassHistory:
                     latest = forward_pass
                 if latest is not None:
                     candidates.append(latest)
-        return candidates or None
+        return candidates
 
 
 class _Rerun(threading.local):
@@ -182,27 +198,30 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
-def common_answer(answers: list[Any], name: str, what: str, values: list[Any] | None = None) -> Any:
+def common_answer(
+    answers: Sequence[Answer], name: str, subject: str, key: Callable[[Answer], object] | None = None
+) -> Answer | None:
     """The answer that all passes that may be run again have in common; None if there are no passes.
 
     Args:
         answers: The answer of each of these passes.
         name: The layer's name, for the message.
-        what: The meaning of the answers, for the message.
-        values: One value for each answer. If they are given, the first of them is returned instead of the answer.
+        subject: The subject of the answers, such as "layouts of tokens", for the message.
+        key: A function of an answer by which answers are compared; None: they are compared themselves.
 
     Raises:
         AmbiguousRerunError: the answers differ.
     """
-    if any(answer != answers[0] for answer in answers):
-        raise AmbiguousRerunError(ambiguity_message(name, what))
-    return (answers if values is None else values)[0] if answers else None
+    keys: list[object] = list(answers) if key is None else [key(answer) for answer in answers]
+    if any(other != keys[0] for other in keys):
+        raise AmbiguousRerunError(ambiguity_message(name, subject))
+    return answers[0] if answers else None
 
 
-def ambiguity_message(name: str, what: str) -> str:
+def ambiguity_message(name: str, subject: str) -> str:
     """The message for a layer that is run again for an unknown one of several passes."""
     return (
         f"Gradient checkpointing runs {name} again, and it is not known for which of several forward passes with "
-        f"different {what}: they cannot be told apart. Call backward after each forward pass, or do without gradient "
-        "checkpointing."
+        f"different {subject}: they cannot be told apart. Call backward after each forward pass, or do without "
+        "gradient checkpointing."
     )

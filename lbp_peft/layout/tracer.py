@@ -7,7 +7,6 @@ import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from torch.overrides import TorchFunctionMode
 
 from ..transforms import in_transform, outside_transforms
 from .contents import ConsultedTensor, version_of
-from .operation_names import DATA_INDEPENDENT, FILLED, FINITENESS, LENDING, MIXING, RANDOM, READING, SPATIAL, name_of
+from .operation_call import OperationCall, tensors_in
+from .operation_names import DATA_INDEPENDENT, FILLED, FINITENESS, LENDING, MIXING, RANDOM, READING, SPATIAL
 from .operations import RULES, RULES_BY_RESULT
 from .operations.registry import Result, Rule
-from .positions import FIRST_TEXT, LOST, compact, condense
-from .trails import Origin, Trail, Trails, shares_memory
+from .positions import LOST, compact, condense
+from .trails import Origin, Trail, Trails, advance_origins, origins_after_layer, shares_memory
 
 
 class PositionTracer(TorchFunctionMode):
@@ -34,7 +34,7 @@ class PositionTracer(TorchFunctionMode):
     Args:
         model: The module that is called. Its parameters and buffers count as constants, so an index among them picks
             the same elements in each pass.
-        whole: The model that it belongs to, by which layers are named; None: itself.
+        whole: The whole model that the module belongs to, by which layers are named; None: the module itself.
         on_layer: Called with the name, the input and the output of each layer that applies its weight to a tensor that
             depends on the model's input.
 
@@ -79,7 +79,10 @@ class PositionTracer(TorchFunctionMode):
         is_mask: bool = False,
         origins: Mapping[int, Origin] | None = None,
     ) -> None:
-        """Follow a tensor of the input from here; None: it has no positions, but other tensors depend on it."""
+        """Follow a tensor of the input from here on.
+
+        If `positions` is None, it has no positions, but tensors that are computed from it depend on the input.
+        """
         self._trails.put(tensor, Trail(positions, origins or {}, is_certain=is_certain, of_mask=is_mask))
 
     def start_constant(self, tensor: Tensor) -> None:
@@ -98,24 +101,24 @@ class PositionTracer(TorchFunctionMode):
     def is_constant(self, tensor: Tensor) -> bool:
         """Whether a tensor is certain to be the same in each forward pass, as long as the model's tensors are."""
         made_of = self._trails.made_of(tensor)
-        if made_of is None or any(self._trails.contents(one) is None for one in made_of):
+        if made_of is None or any(self._trails.contents(source) is None for source in made_of):
             return False
-        for one in made_of:
-            if id(one) not in self.consulted and (contents := self._trails.contents(one)) is not None:
-                self.consulted[id(one)] = ConsultedTensor(one, version_of(one), contents)
+        for source in made_of:
+            if id(source) not in self.consulted and (contents := self._trails.contents(source)) is not None:
+                self.consulted[id(source)] = ConsultedTensor(source, version_of(source), contents)
         return True
 
     def continue_at(self, output: Tensor, x: Tensor, positions: Tensor | None) -> None:
         """Follow the output of a layer with input x that was traced as a single operation."""
         before = self._trails.get(x) or Trail(None)
-        self._trails.put(output, Trail(positions, _advance_origins([before]), before.lost_by, before.is_certain))
+        self._trails.put(output, Trail(positions, advance_origins([before]), before.lost_by, before.is_certain))
 
     def __torch_function__(
-        self, function: Callable[..., Any], types: object, args: tuple = (), kwargs: dict | None = None
+        self, function: Callable[..., object], types: object, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         if self._is_paused:
             return function(*args, **(kwargs or {}))
-        operation = _Operation(function, args, kwargs or {})
+        operation = OperationCall(function, args, kwargs or {})
         if operation.name in READING:
             self._note_reading(operation.name, operation.tensors)
         if operation.name in LENDING:
@@ -123,8 +126,8 @@ class PositionTracer(TorchFunctionMode):
         trails = [trail for t in operation.tensors if (trail := self._trails.get(t)) is not None]
         return self._run(operation, trails) if trails else self._run_without_trails(operation)
 
-    def _run_without_trails(self, operation: _Operation) -> Any:
-        """Run an operation that does not depend on the input, and note which of its results are constants."""
+    def _run_without_trails(self, operation: OperationCall) -> Any:
+        """Run an operation that does not depend on the input, and record which of its results are constants."""
         name, tensors = operation.name, operation.tensors
         result = operation.run()
         changed = operation.changed_tensors()
@@ -134,18 +137,18 @@ class PositionTracer(TorchFunctionMode):
         if name in RANDOM:
             self._note_result(operation, result, None, [])
         elif (tensors or name in DATA_INDEPENDENT) and not changed:
-            made_of = [self._trails.made_of(t) for t in tensors]
-            if all(one is not None for one in made_of):
-                for tensor in _tensors_in(result):
-                    self._trails.put_constant(tensor, _union(one for one in made_of if one is not None))
+            sources = [self._trails.made_of(t) for t in tensors]
+            if all(made_of is not None for made_of in sources):
+                for tensor in tensors_in(result):
+                    self._trails.put_constant(tensor, _union(made_of for made_of in sources if made_of is not None))
         return result
 
-    def _run(self, operation: _Operation, trails: list[Trail]) -> Any:
-        """Run an operation that depends on the input, and note the positions of its results.
+    def _run(self, operation: OperationCall, trails: list[Trail]) -> Any:
+        """Run an operation that depends on the input, and record the positions of its results.
 
         Args:
             operation: The operation.
-            trails: Those of its arguments.
+            trails: The trails of its arguments.
         """
         name, tensors, kwargs = operation.name, operation.tensors, operation.kwargs
         has_positions = kwargs.get("out") is None and any(trail.positions is not None for trail in trails)
@@ -168,22 +171,24 @@ class PositionTracer(TorchFunctionMode):
         if layer and self._on_layer is not None and isinstance(result, Tensor):
             with self.paused():
                 self._on_layer(layer, next(t for t in tensors if self._trails.get(t) is not None), result)
-        changes_first = result is tensors[0] or name in ("__set__", "__setitem__")
-        if changes_first:
+        changes_first_argument = result is tensors[0] or name in ("__set__", "__setitem__")
+        if changes_first_argument:
             self._trails.note_change(tensors[0], before)
-        for tensor in [*changed, *_tensors_in(kwargs.get("out"))]:
-            if not (changes_first and shares_memory(tensor, tensors[0])):  # else that is noted above
+        for tensor in [*changed, *tensors_in(kwargs.get("out"))]:
+            if not (
+                changes_first_argument and shares_memory(tensor, tensors[0])
+            ):  # otherwise note_change has recorded it
                 self._trails.lose(tensor, name)
         return result
 
     def _note_reading(self, name: str, tensors: list[Tensor]) -> None:
         if name == "__bool__" and all((t := self._trails.get(tensor)) and t.of_mask for tensor in tensors):
             return  # the key of the trace says whether there is padding
-        are_constant = [self.is_constant(tensor) for tensor in tensors]  # all of them are to be noted
+        are_constant = [self.is_constant(tensor) for tensor in tensors]  # a list, since is_constant records each tensor
         if not all(are_constant) and not self.read_by and (caller := _caller()):
             self.read_by = f"{name} in {caller}"
 
-    def _apply(self, rule: Rule, name: str, *args: Any, **kwargs: Any) -> Result:
+    def _apply(self, rule: Rule, name: str, *args: object, **kwargs: object) -> Result:
         """The positions of an operation's result by its rule; None if they are lost."""
         self.current_name = name
         try:
@@ -208,43 +213,43 @@ class PositionTracer(TorchFunctionMode):
         if positions is None:
             return True
         num_axes = next((int(c) for c in name if c in "123"), 2 if name.startswith(("pixel", "im2col")) else 0)
-        small = compact(positions)
+        compacted = compact(positions)
         channels_axis = -num_axes - 1 if num_axes else 1
-        return bool((small == small.narrow(channels_axis, 0, 1)).all())
+        return bool((compacted == compacted.narrow(channels_axis, 0, 1)).all())
 
-    def _layers(self, name: str, given: list[Tensor]) -> list[str]:
+    def _layers(self, name: str, tensors: list[Tensor]) -> list[str]:
         """The names of the layers whose weights an operation applies, if it mixes channels."""
         if name not in MIXING and name != "multi_head_attention_forward":
             return []
-        constants = (tensor for tensor in given if self._trails.get(tensor) is None)
-        made_of = (one for tensor in constants for one in self._trails.source_of(tensor))
-        return [owner for one in made_of if (owner := self._owners.get(id(one)))]
+        constants = (tensor for tensor in tensors if self._trails.get(tensor) is None)
+        sources = (source for tensor in constants for source in self._trails.source_of(tensor))
+        return [owner for source in sources if (owner := self._owners.get(id(source)))]
 
     def _note_result(
-        self, operation: _Operation, result: object, positions: Result, trails: list[Trail], layer: str = ""
+        self, operation: OperationCall, result: object, positions: Result, trails: list[Trail], layer: str = ""
     ) -> None:
-        """Note the trails of an operation's results.
+        """Record the trails of an operation's results.
 
         Args:
             operation: The operation.
             result: What it returned.
             positions: The positions of each result; None where they are lost.
-            trails: Those of its arguments.
+            trails: The trails of its arguments.
             layer: The name of the layer whose weight it applied, if any.
         """
         name, args = operation.name, operation.args
-        outputs = [args[0]] if name in ("__setitem__", "__set__") else list(_tensors_in(result))
-        several = [positions] if positions is None or isinstance(positions, Tensor) else positions
-        of_outputs: list[Tensor | None] = list(several)
+        outputs = [args[0]] if name in ("__setitem__", "__set__") else list(tensors_in(result))
+        of_results = [positions] if positions is None or isinstance(positions, Tensor) else positions
+        of_outputs: list[Tensor | None] = list(of_results)
         of_outputs += [None] * (len(outputs) - len(of_outputs))
-        origins = _embedded(_advance_origins(trails), layer) if layer else _advance_origins(trails)
+        origins = origins_after_layer(advance_origins(trails), layer) if layer else advance_origins(trails)
         lost_by = next((trail.lost_by for trail in trails if trail.lost_by), "")
         had_positions = any(trail.positions is not None for trail in trails)
         is_certain = all(trail.is_certain for trail in trails) or (name in SPATIAL and self._has_channels(name, args))
         of_mask = all(trail.of_mask for trail in trails) and len(trails) > 0
-        has_shape_alone = name in FILLED and len(trails) == 1 and bool(args) and self.trail(args[0]) is not None
+        depends_on_shape_only = name in FILLED and len(trails) == 1 and bool(args) and self.trail(args[0]) is not None
         for output, p in zip(outputs, of_outputs, strict=False):
-            if has_shape_alone or name in FINITENESS:  # what is not finite has no useful gradients anyway
+            if depends_on_shape_only or name in FINITENESS:  # what is not finite has no useful gradients anyway
                 self._trails.put_constant(output, ())
                 continue
             if p is not None and p.shape != output.shape:  # another operation of the same name
@@ -253,44 +258,10 @@ class PositionTracer(TorchFunctionMode):
             self._trails.put(output, Trail(p, origins, name if newly_lost else lost_by, is_certain, of_mask))
 
 
-class _Operation:
-    """One call of an operation, and the tensors among its arguments as they were before it.
-
-    Attributes:
-        name: The operation's name, see [`lbp_peft.layout.operation_names.name_of`].
-        args, kwargs: Its arguments.
-        tensors: The tensors among them.
-    """
-
-    def __init__(self, function: Callable[..., Any], args: tuple, kwargs: dict[str, Any]):
-        self._function, self.args, self.kwargs = function, args, kwargs
-        self.name = name_of(function)
-        self.tensors = list(_tensors_in((args, kwargs)))
-        self._versions = [version_of(tensor) for tensor in self.tensors]
-
-    def run(self) -> Any:
-        """Run the operation, and return what it returns."""
-        return self._function(*self.args, **self.kwargs)
-
-    def changed_tensors(self) -> list[Tensor]:
-        """The tensors among the arguments that have been written to since."""
-        return [t for t, version in zip(self.tensors, self._versions, strict=True) if version_of(t) != version]
-
-
-def _embedded(origins: dict[int, Origin], layer: str) -> dict[int, Origin]:
-    """The origins of a layer's output: images are followed from the first layer, which embeds their patches."""
-    return {
-        source: replace(origin, name=layer, steps=0, is_layer=True)
-        if source < FIRST_TEXT and not origin.is_layer
-        else origin
-        for source, origin in origins.items()
-    }
-
-
 _signature = cache(inspect.signature)
 
 
-def _with_input_first(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def _with_input_first(args: tuple, kwargs: dict[str, object]) -> tuple[tuple, dict[str, Any]]:
     """The arguments of an operation, with the first one by position even if it was given by name, as `input=x`."""
     if args or "input" not in kwargs:
         return args, kwargs
@@ -304,23 +275,12 @@ def _condense_all(result: Result) -> Result:
     return None if result is None else [None if positions is None else condense(positions) for positions in result]
 
 
-def _advance_origins(trails: list[Trail]) -> dict[int, Origin]:
-    """The origins of an operation's result: for each input, that of a layer, if any, and the one farthest back."""
-    farthest: dict[int, Origin] = {}
-    for trail in [trail for trail in trails if not trail.of_mask] or trails:
-        for source, origin in trail.origins.items():
-            other = farthest.get(source)
-            if other is None or (origin.is_layer, origin.steps) > (other.is_layer, other.steps):
-                farthest[source] = origin
-    return {source: replace(origin, steps=origin.steps + 1) for source, origin in farthest.items()}
-
-
 def _owners(model: nn.Module, names_of: nn.Module | None = None) -> dict[int, str]:
     """The name of the module that holds each tensor, by the tensor's id.
 
     Args:
-        model: Whose tensors they are.
-        names_of: The model in which the modules are named; None: the same.
+        model: The model that contains the tensors.
+        names_of: The model by which the modules are named; None: the same model.
     """
     names = {id(module): name for name, module in (names_of or model).named_modules()}
     return {
@@ -330,37 +290,26 @@ def _owners(model: nn.Module, names_of: nn.Module | None = None) -> dict[int, st
     }
 
 
-# How PEFT names a layer within what it put in its place.
+# The ends of the names that PEFT gives to a layer inside the adapter that has replaced it.
 _WRAPPED = re.compile(r"\.(base_layer|modules_to_save\.\w+|original_module)$")
 
 
-def _union(several: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    distinct = {id(tensor): tensor for tensors in several for tensor in tensors}
+def _union(groups: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    distinct = {id(tensor): tensor for tensors in groups for tensor in tensors}
     return tuple(distinct.values())
 
 
 def _caller() -> str:
     """The innermost line of code outside of PyTorch and this module; "" if it belongs to this package."""
-    own = __name__.partition(".")[0]
+    own_package = __name__.partition(".")[0]
     for frame, line in traceback.walk_stack(None):
         name = frame.f_globals.get("__name__", "")
         package = name.partition(".")[0]
-        if package == own and name != __name__:
+        if package == own_package and name != __name__:
             return ""
-        if package not in ("torch", "traceback", own):
+        if package not in ("torch", "traceback", own_package):
             return f"{Path(frame.f_code.co_filename).name}:{line}"
     return "the model"
-
-
-def _tensors_in(values: object) -> Iterator[Tensor]:
-    if isinstance(values, Tensor):
-        yield values
-    elif isinstance(values, dict):
-        for value in values.values():
-            yield from _tensors_in(value)
-    elif isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _tensors_in(value)
 
 
 def _tensors_of(model: nn.Module) -> Iterator[Tensor]:

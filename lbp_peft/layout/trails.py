@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .contents import Contents, storage_of, version_of
-from .positions import equal
+from .positions import FIRST_TEXT, equal
 
-# Why positions were lost, where no operation is to blame.
+# The reason why positions were lost, if no operation of the pass has lost them.
 _UNSEEN = "a change in place"
 
 
@@ -38,9 +38,9 @@ class Trail:
     Attributes:
         positions: The positions of its elements, in its shape; None if no element has one.
         origins: The origins of its tokens, by the number of the input.
-        lost_by: The name of the operation after which positions were not known any more; "" if there was none.
+        lost_by: The name of the operation after which positions were no longer known; "" if there was none.
         is_certain: Whether it is certain which axis of the input runs over channels, as it is after a convolution.
-        of_mask: Whether it depends on attention masks only.
+        of_mask: Whether it depends only on attention masks.
     """
 
     positions: Tensor | None
@@ -50,27 +50,48 @@ class Trail:
     of_mask: bool = False
 
 
+def advance_origins(trails: list[Trail]) -> dict[int, Origin]:
+    """The origins of an operation's result: for each input, that of a layer, if any, and the one farthest back."""
+    farthest: dict[int, Origin] = {}
+    for trail in [trail for trail in trails if not trail.of_mask] or trails:
+        for source, origin in trail.origins.items():
+            other = farthest.get(source)
+            if other is None or (origin.is_layer, origin.steps) > (other.is_layer, other.steps):
+                farthest[source] = origin
+    return {source: replace(origin, steps=origin.steps + 1) for source, origin in farthest.items()}
+
+
+def origins_after_layer(origins: dict[int, Origin], layer: str) -> dict[int, Origin]:
+    """The origins of a layer's output: images are followed from the first layer, which embeds their patches."""
+    return {
+        source: replace(origin, name=layer, steps=0, is_layer=True)
+        if source < FIRST_TEXT and not origin.is_layer
+        else origin
+        for source, origin in origins.items()
+    }
+
+
 class Trails:
     """Which tensors depend on the input, and which are certain not to.
 
-    Each is remembered with its version. If the version of a tensor, when it is used, is not the one that operations of
-    this pass have left it with, something else has changed it (`Tensor.set_`, or an extension), and nothing is known
-    about it any more.
+    The version of each tensor is remembered with it. If a tensor that is used has a version that no operation of this
+    pass gave it, something else (`Tensor.set_`, or an extension) has changed it, and nothing is known about it any
+    longer.
 
     Args:
-        of_model: The model's tensors, which are constants.
+        model_tensors: The model's tensors, which are constants.
     """
 
-    def __init__(self, of_model: Iterable[Tensor]) -> None:
+    def __init__(self, model_tensors: Iterable[Tensor]) -> None:
         self._trails: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        # Tensors known to depend neither on the input nor on random numbers, each with the model's tensors that it was
-        # made of.
+        # Tensors that are known to depend neither on the input nor on random numbers, each with those of the model that
+        # it was computed from.
         self._constants: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         # The versions that operations of this pass have given to the memory at an address.
         self._versions: dict[int, set[int]] = {}
-        # What the model's tensors held when the pass began.
+        # The values of the model's tensors when the pass began.
         self._contents: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        for tensor in of_model:
+        for tensor in model_tensors:
             self.put_constant(tensor, (tensor,))
             self._contents[tensor] = Contents(tensor)
 
@@ -83,12 +104,12 @@ class Trails:
         return trail
 
     def made_of(self, tensor: Tensor) -> tuple[Tensor, ...] | None:
-        """The model's tensors that a constant was made of; None if a tensor is not certain to be a constant."""
+        """The model's tensors that a constant was computed from; None if it is not certain to be a constant."""
         made_of, version = self._constants.get(tensor, (None, 0))
         return made_of if made_of is not None and self._is_current(tensor, version) else None
 
     def contents(self, tensor: Tensor) -> Contents | None:
-        """What one of the model's tensors holds; None if that was changed in this pass, or cannot be relied on."""
+        """The values of one of the model's tensors; None if they were changed in this pass, or cannot be relied on."""
         contents = self._contents.get(tensor)
         return contents if contents is not None and contents.match(tensor) and contents.is_reliable else None
 
@@ -98,19 +119,19 @@ class Trails:
         self._constants.pop(tensor, None)
 
     def put_constant(self, tensor: Tensor, made_of: tuple[Tensor, ...]) -> None:
-        """Take a tensor for a constant, made of these tensors of the model."""
+        """Treat a tensor as a constant that is computed from these tensors of the model."""
         self._constants[tensor] = made_of, version_of(tensor)
 
     def forget_constant(self, tensor: Tensor) -> None:
-        """Do not take a tensor for a constant."""
+        """No longer treat a tensor as a constant."""
         self._constants.pop(tensor, None)
 
     def note_version(self, tensor: Tensor) -> None:
-        """An operation of this pass has changed a tensor in place."""
+        """Record that an operation of this pass has changed a tensor in place."""
         self._versions.setdefault(_address(tensor)[0], set()).add(version_of(tensor))
 
     def note_change(self, tensor: Tensor, before: Trail | None) -> None:
-        """An operation has changed a tensor in place; what shares its memory is known only if no elements moved.
+        """Record that an operation has changed a tensor in place. Its views keep their trails if no element moved.
 
         Args:
             tensor: The tensor, whose new trail has been put.
@@ -124,19 +145,19 @@ class Trails:
             self.put(other, Trail(None, after.origins, after.lost_by or _UNSEEN))
 
     def lose(self, tensor: Tensor, why: str) -> None:
-        """Something has changed a tensor, or may do so unseen: nothing is known about what shares its memory."""
+        """Record that a tensor was changed, or may be changed unnoticed: its trail and those of its views are lost."""
         for other in [tensor, *self._sharing_memory(tensor)]:
             if (trail := self.get(other)) is not None:
                 self.put(other, replace(trail, positions=None, lost_by=trail.lost_by or why))
             self.forget_constant(other)
 
     def source_of(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """The model's tensors that a tensor was made of, even if it was changed since."""
+        """The model's tensors that a tensor was computed from, even if it was changed since."""
         made_of: tuple[Tensor, ...] = self._constants.get(tensor, ((), 0))[0]
         return made_of
 
     def lend(self, tensor: Tensor, to: str) -> None:
-        """Python code gets hold of a tensor's memory, and may change it there unseen."""
+        """Record that Python code gets access to a tensor's memory, and may change it there unnoticed."""
         contents = self._contents.get(tensor)
         if contents is None or not contents.is_copied:  # else it is compared when it is used
             self.lose(tensor, to)
@@ -146,7 +167,7 @@ class Trails:
         if now == version:
             return True
         known = self._versions.get(_address(tensor)[0], ())
-        return now > version and all(one in known for one in range(version + 1, now + 1))
+        return now > version and all(later in known for later in range(version + 1, now + 1))
 
     def _sharing_memory(self, tensor: Tensor) -> Iterator[Tensor]:
         for tensors in (self._trails, self._constants):

@@ -89,8 +89,8 @@ def with_labels(dataset: Dataset, names: list[str]) -> Dataset:
     """
     feature = dataset.features["label"]
     if isinstance(feature, ClassLabel) and feature.names == names:
-        found = set(dataset.unique("label"))
-        unknown = [value for value in found if value is None or not 0 <= value < len(names)]
+        values = set(dataset.unique("label"))
+        unknown = [value for value in values if value is None or not 0 <= value < len(names)]
     else:
         texts = [
             value if value is None else feature.int2str(value) if isinstance(feature, ClassLabel) else str(value)

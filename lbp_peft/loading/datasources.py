@@ -46,24 +46,24 @@ def load_splits(options: DataOptions) -> tuple[Dataset, Dataset | None, Dataset 
         SystemExit: there is no such data, or no such split.
     """
     if options.train_files:
-        files = {"train": _existing("--train_files", options.train_files)}
+        files = {"train": _check_files("--train_files", options.train_files)}
         if options.test_files:
-            files["test"] = _existing("--test_files", options.test_files)
+            files["test"] = _check_files("--test_files", options.test_files)
         return choose_splits(
-            _loaded(_listed([name for part in files.values() for name in part]), "parquet", data_files=files), options
+            _load(_join([name for part in files.values() for name in part]), "parquet", data_files=files), options
         )
     assert options.dataset is not None
     folder = local_folder(options.dataset, "--dataset")
     if folder is None:
         near = similar(Path(options.dataset)) if "/" not in options.dataset else ""
         say(f"There is no folder {options.dataset} here.{near} Looking for a data set of that name on the hub.")
-        splits = _loaded(options.dataset, options.dataset, options.dataset_config)
+        splits = _load(options.dataset, options.dataset, options.dataset_config)
         _check_origin(options.dataset, splits)
         return choose_splits(splits, options)
     if not any(path.is_file() for path in folder.rglob("*")):
         raise SystemExit(f"--dataset {folder}: the folder is empty")
     datasets.disable_progress_bars()  # which local data do not need
-    return choose_splits(_loaded(options.dataset, str(folder), options.dataset_config), options)
+    return choose_splits(_load(options.dataset, str(folder), options.dataset_config), options)
 
 
 def choose_splits(splits: DatasetDict, options: DataOptions) -> tuple[Dataset, Dataset | None, Dataset | None]:
@@ -79,7 +79,7 @@ def choose_splits(splits: DatasetDict, options: DataOptions) -> tuple[Dataset, D
     validation: str | None = getattr(options, "validation_split", None) if options.needs_validation else None
     for flag, name in (("--train_split", train), ("--test_split", test), ("--validation_split", validation)):
         if name and name not in splits:
-            raise SystemExit(f"{flag} {name}: there is no such split; there are: {_listed(splits)}")
+            raise SystemExit(f"{flag} {name}: there is no such split; there are: {_join(splits)}")
     if options.needs_test:
         test = test or next((name for name in ("test", VALIDATION) if name in splits and name != train), None)
     else:
@@ -111,8 +111,8 @@ def hold_out(
     """
     total = len(dataset)
     order = np.random.default_rng((options.data_seed, total)).permutation(total)
-    own = np.zeros(total, dtype=int) if labels is None else np.asarray(labels)
-    trained = order[np.unique(own[order], return_index=True)[1]]  # one of each class, in any case
+    classes = np.zeros(total, dtype=int) if labels is None else np.asarray(labels)
+    trained = order[np.unique(classes[order], return_index=True)[1]]  # one of each class, in any case
     rest = np.setdiff1d(np.arange(total), trained)
     if not len(rest):
         split = {"test": "test_split", "validate": "validation_split"}[purpose]
@@ -121,38 +121,38 @@ def hold_out(
             f"take more, or name another split of --dataset with --{split}"
         )
     count = min(max(1, round(options.held_out * total)), len(rest))
-    held_out = rest[draw(len(rest), count, options.data_seed, None if labels is None else own[rest])]
+    held_out = rest[draw(len(rest), count, options.data_seed, None if labels is None else classes[rest])]
     return dataset.select(np.setdiff1d(np.arange(total), held_out)), dataset.select(held_out)
 
 
-def draw(total: int, wanted: int, seed: int, labels: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
+def draw(total: int, count: int, seed: int, labels: Sequence[int] | np.ndarray | None = None) -> np.ndarray:
     """A random choice of rows, in ascending order; equal arguments give the same rows.
 
     Args:
         total: The number of rows.
-        wanted: The number of rows to choose. If there are fewer, all of them are chosen.
-        labels: The labels of the rows. Each class is drawn in proportion to its size, but at least once if `wanted`
+        count: The number of rows to choose. If there are fewer, all of them are chosen.
+        labels: The labels of the rows. Each class is drawn in proportion to its size, but at least once if `count`
             allows it.
     """
-    random = np.random.default_rng((seed, total, wanted))
+    random = np.random.default_rng((seed, total, count))
     order = random.permutation(total)
-    if wanted >= total:
+    if count >= total:
         return np.arange(total)
     if labels is None:
-        return np.sort(order[:wanted])
-    own = np.asarray(labels)[order]
-    rows = {label: order[own == label] for label in random.permutation(np.unique(own))}
-    taken = dict.fromkeys(rows, 0)
+        return np.sort(order[:count])
+    classes = np.asarray(labels)[order]
+    rows = {label: order[classes == label] for label in random.permutation(np.unique(classes))}
+    num_taken = dict.fromkeys(rows, 0)
     # The Sainte-Lague method: after the first row of each class, largest classes first, each row goes to the class that
     # has the fewest rows relative to its size.
-    queue = [(-np.inf, -len(own), place, label) for place, (label, own) in enumerate(rows.items())]
+    queue = [(-np.inf, -len(rows_of_class), place, label) for place, (label, rows_of_class) in enumerate(rows.items())]
     heapq.heapify(queue)
-    for _ in range(wanted):
+    for _ in range(count):
         _, size, place, label = heapq.heappop(queue)
-        taken[label] += 1
-        if taken[label] < -size:
-            heapq.heappush(queue, (size / (2 * taken[label] + 1), size, place, label))
-    return np.sort(np.concatenate([own[: taken[label]] for label, own in rows.items()]))
+        num_taken[label] += 1
+        if num_taken[label] < -size:
+            heapq.heappush(queue, (size / (2 * num_taken[label] + 1), size, place, label))
+    return np.sort(np.concatenate([rows_of_class[: num_taken[label]] for label, rows_of_class in rows.items()]))
 
 
 def with_columns(dataset: Dataset, image: str, label: str) -> Dataset:
@@ -163,7 +163,7 @@ def with_columns(dataset: Dataset, image: str, label: str) -> Dataset:
     """
     for flag, name in (("--image_column", image), ("the column of labels or label maps", label)):
         if name not in dataset.column_names:
-            raise SystemExit(f"{flag}: there is no column {name!r}; there are: {_listed(dataset.column_names)}")
+            raise SystemExit(f"{flag}: there is no column {name!r}; there are: {_join(dataset.column_names)}")
     if image == label:
         raise SystemExit(f"images and labels cannot both come from the column {image!r}")
     chosen = dataset.select_columns([image, label]).rename_columns({image: "image", label: "label"})
@@ -214,10 +214,10 @@ def paired_folders(folder: Path, skip: bool) -> DatasetDict | None:
         places |= {SPLITS[name.lower()]: (images / name, masks / name) for name in inside} or {"train": (images, masks)}
     if not places or not any(masks.is_dir() for _, masks in places.values()):
         return None
-    return DatasetDict({name: _paired(*pair, skip) for name, pair in places.items()})
+    return DatasetDict({name: _pair_files(*pair, skip) for name, pair in places.items()})
 
 
-def _paired(images: Path, masks: Path, skip: bool) -> Dataset:
+def _pair_files(images: Path, masks: Path, skip: bool) -> Dataset:
     if not masks.is_dir():
         raise SystemExit(f"{masks} is missing: label maps for the images in {images} belong there")
     left, right = _by_name(images), _by_name(masks)
@@ -240,13 +240,13 @@ def _paired(images: Path, masks: Path, skip: bool) -> Dataset:
 
 def _by_name(folder: Path) -> dict[str, Path]:
     """The images in a folder and its subfolders, by their relative paths without endings."""
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     for path in images_in(folder):
         name = path.relative_to(folder).with_suffix("").as_posix()
-        if name in found:
-            raise SystemExit(f"{found[name]} and {path} have the same name: keep one of them")
-        found[name] = path
-    return found
+        if name in files:
+            raise SystemExit(f"{files[name]} and {path} have the same name: keep one of them")
+        files[name] = path
+    return files
 
 
 def images_in(folder: Path) -> list[Path]:
@@ -256,7 +256,7 @@ def images_in(folder: Path) -> list[Path]:
     )
 
 
-def _loaded(what: str, *arguments: str | None, **settings: dict[str, list[str]]) -> DatasetDict:
+def _load(name: str, *arguments: str | None, **settings: dict[str, list[str]]) -> DatasetDict:
     """Load a dataset. Errors of any type end in a one-line message."""
     verbosity = datasets.logging.get_verbosity()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # the error has the same text as the log
@@ -264,12 +264,12 @@ def _loaded(what: str, *arguments: str | None, **settings: dict[str, list[str]])
         return load_dataset(*arguments, **settings)
     except Exception as error:
         cause = cause_of(error.__cause__ or error)
-        if arguments[0] == what and not Path(what).expanduser().exists():
+        if arguments[0] == name and not Path(name).expanduser().exists():
             raise SystemExit(
-                f"--dataset {what}: this is neither a local folder nor a data set that could be loaded from the hub "
+                f"--dataset {name}: this is neither a local folder nor a data set that could be loaded from the hub "
                 f"({cause}). Check the name, or the connection (HF_HUB_OFFLINE)."
             ) from None
-        raise SystemExit(f"cannot load {what}: {cause}") from None
+        raise SystemExit(f"cannot load {name}: {cause}") from None
     finally:
         datasets.logging.set_verbosity(verbosity)
 
@@ -292,7 +292,7 @@ def _check_origin(name: str, splits: DatasetDict) -> None:
         )
 
 
-def _existing(flag: str, names: list[str]) -> list[str]:
+def _check_files(flag: str, names: list[str]) -> list[str]:
     """The files, after checking that each one exists or is on the web."""
     for name in names:
         if "://" in name:
@@ -305,5 +305,5 @@ def _existing(flag: str, names: list[str]) -> list[str]:
     return [name if "://" in name else str(Path(name).expanduser()) for name in names]
 
 
-def _listed(names: Sequence[str]) -> str:
+def _join(names: Sequence[str]) -> str:
     return ", ".join(map(str, names))

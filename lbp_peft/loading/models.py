@@ -19,12 +19,12 @@ from .terminal import cause_of
 def load_model(auto_model: Any, path: str, names: list[str], seed: int) -> PreTrainedModel:
     """Load the checkpoint with a head for these classes. A head that does not fit is made by the seed."""
     set_seed(seed)
-    with readable(path):
+    with explain_failures(path):
         return auto_model.from_pretrained(path, ignore_mismatched_sizes=True, dtype=torch.float32, **class_names(names))
 
 
 @contextlib.contextmanager
-def readable(path: str) -> Iterator[None]:
+def explain_failures(path: str) -> Iterator[None]:
     """A context for loading a checkpoint, in which any failure ends in a one-line message.
 
     Raises:

@@ -173,13 +173,13 @@ class Parser(HfArgumentParser):
                     f"{path}: {key}: must be a plain value or a list of such, not {value!r} (text with a colon and a "
                     "space in it needs quotes)"
                 )
-            own = [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
+            flags_of_option = [f"--{name}", *map(str, value)] if isinstance(value, list) else [f"--{name}={value}"]
             try:
-                self.options(own)
+                self.options(flags_of_option)
             except ValueError as error:
                 message = str(error).split(": ", 1)[1] if str(error).startswith("argument ") else str(error)
                 raise ValueError(f"{path}: {key}: {message}") from None
-            flags += own
+            flags += flags_of_option
         return flags
 
 

@@ -1,4 +1,4 @@
-"""Tells names of local folders from names on the hub, so that a mistyped folder is not looked up on the hub."""
+"""Distinguishes names of local folders from names on the hub, so that a mistyped folder is not looked up on the hub."""
 
 from __future__ import annotations
 

@@ -28,10 +28,10 @@ from .datasources import (
     paired_folders,
     with_columns,
 )
-from .models import class_names, load_model, readable
+from .models import class_names, explain_failures, load_model
 from .options import DataOptions, option
 from .places import local_folder
-from .storedimages import opened
+from .storedimages import open_image
 
 
 @dataclass
@@ -93,7 +93,7 @@ def load_segmentation_model(
 
 
 def leave_out_of_loss(ignore_index: int, config: PretrainedConfig) -> None:
-    """Have the loss of a model with this configuration leave out what the index marks."""
+    """Make the loss of a model with this configuration ignore the pixels that the index marks."""
     for name in ("semantic_loss_ignore_index", "loss_ignore_index"):
         if hasattr(config, name):
             setattr(config, name, ignore_index)
@@ -113,7 +113,7 @@ def label_map(mask: PILImage.Image, options: SegmentationData) -> PILImage.Image
 def upernet(path: str, names: list[str], seed: int) -> UperNetForSemanticSegmentation:
     """A backbone with a new UperNet head (arXiv 1807.10221) on features of four evenly spaced depths."""
     set_seed(seed)
-    with readable(path):
+    with explain_failures(path):
         config = AutoConfig.from_pretrained(path)
     if not hasattr(config, "stage_names"):
         raise SystemExit(
@@ -122,7 +122,7 @@ def upernet(path: str, names: list[str], seed: int) -> UperNetForSemanticSegment
         )
     depths = len(config.stage_names) - 1  # without the stem
     config.out_indices = [round(depths * quarter / 4) for quarter in (1, 2, 3, 4)]
-    with readable(path):
+    with explain_failures(path):
         model = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=config, **class_names(names)))
         # AutoBackbone would search for the checkpoint on the hub only.
         model.backbone = type(model.backbone).from_pretrained(path, out_indices=config.out_indices, dtype=torch.float32)
@@ -135,7 +135,7 @@ def _numbers(parts: list[Dataset], options: SegmentationData) -> list[str]:
     for part in parts:
         for row in part.select_columns(["label"]).cast_column("label", Image(decode=False)):
             try:
-                values = np.array(label_map(opened(row["label"] or {}), options))
+                values = np.array(label_map(open_image(row["label"] or {}), options))
             except Exception:  # Pillow's decoders raise exceptions of many types
                 continue
             highest = max(highest, int(values[values != options.ignore_index].max(initial=0)))

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from .terminal import in_one_line
 
 
-def opened(stored: dict[str, Any], whole: bool = True) -> Image.Image:
+def open_image(stored: dict[str, Any], whole: bool = True) -> Image.Image:
     """The image from the bytes or the path in a row of a dataset, rotated as its EXIF data says.
 
     Args:
@@ -38,7 +38,7 @@ def opened(stored: dict[str, Any], whole: bool = True) -> Image.Image:
 
 
 def why_unreadable(error: Exception) -> str:
-    """The reason why [`opened`] raised an error, in one line."""
+    """The reason why [`open_image`] raised an error, in one line."""
     text = in_one_line(error)
     return "not an image that Pillow can read" if text.startswith("cannot identify image file") else text
 

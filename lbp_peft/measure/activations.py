@@ -37,17 +37,17 @@ def saved_activations(model: nn.Module) -> Iterator[SavedActivations]:
         >>> print(f"{saved.mib:.0f} MiB")
     """
     result = SavedActivations()
-    of_model = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    model_storages = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
     # References to the storages prevent their addresses from being used again while they are counted.
-    seen: dict[int, torch.UntypedStorage] = {}
+    storages: dict[int, torch.UntypedStorage] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in of_model:
-            seen.setdefault(storage.data_ptr(), storage)
+        if storage.data_ptr() not in model_storages:
+            storages.setdefault(storage.data_ptr(), storage)
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         yield result
-    result.bytes = sum(storage.nbytes() for storage in seen.values())
-    seen.clear()  # the hooks live as long as the graph, and would keep what the backward pass releases
+    result.bytes = sum(storage.nbytes() for storage in storages.values())
+    storages.clear()  # the hooks live as long as the graph, and would keep what the backward pass releases

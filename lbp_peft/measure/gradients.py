@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +57,7 @@ class GradientQuality:
         return "\n".join(lines)
 
 
-def gradient_quality(model: nn.Module, batch: Any, loss_fn: LossFunction | None = None) -> GradientQuality:
+def gradient_quality(model: nn.Module, batch: object, loss_fn: LossFunction | None = None) -> GradientQuality:
     """Compare the gradients of one batch with those of exact backpropagation through the same model.
 
     Two forward and backward passes are run in training mode, with the same random numbers. Weights, gradients, buffers
@@ -131,7 +130,7 @@ def compare(gradients: dict[str, Tensor], exact: dict[str, Tensor], counted: Ite
             continue
         tensors[name] = _quality(*sums)
         if name in counted:
-            total = [one + other for one, other in zip(total, sums, strict=True)]
+            total = [a + b for a, b in zip(total, sums, strict=True)]
     whole = _quality(*total)
     return GradientQuality(whole.cosine, whole.norm_ratio, tensors)
 

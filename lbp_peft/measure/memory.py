@@ -61,7 +61,7 @@ def peak_memory(device: torch.device) -> Iterator[PeakMemory]:
         yield result
         result.bytes = resident_now()["VmHWM"]
     else:  # not Linux
-        with _sampled(result):
+        with _sample_resident_set(result):
             yield result
 
 
@@ -90,7 +90,7 @@ def _reset_high_water_mark() -> bool:
 
 
 @contextmanager
-def _sampled(result: PeakMemory) -> Iterator[None]:
+def _sample_resident_set(result: PeakMemory) -> Iterator[None]:
     """Sample the resident set every five milliseconds while the block runs."""
     process, is_over = psutil.Process(), threading.Event()
 

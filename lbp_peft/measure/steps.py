@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -55,7 +54,7 @@ class StepCost:
         )
 
 
-def step_cost(model: nn.Module, batch: Any, loss_fn: LossFunction | None = None, steps: int = 3) -> StepCost:
+def step_cost(model: nn.Module, batch: object, loss_fn: LossFunction | None = None, steps: int = 3) -> StepCost:
     """Measure forward pass, backward pass and optimiser step (AdamW) on one batch.
 
     The optimiser has a learning rate of 0: no weight changes. Gradients, buffers, modes and the state of random number
@@ -116,7 +115,7 @@ def check_finite(optimiser: torch.optim.Optimizer) -> None:
 
 
 def time_step(
-    model: nn.Module, batch: Any, loss_fn: LossFunction, optimiser: torch.optim.Optimizer, clear: bool = True
+    model: nn.Module, batch: object, loss_fn: LossFunction, optimiser: torch.optim.Optimizer, clear: bool = True
 ) -> tuple[float, float, float]:
     """Run a training step.
 

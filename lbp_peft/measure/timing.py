@@ -12,7 +12,7 @@ import torch
 Result = TypeVar("Result")
 
 
-def interleaved(
+def run_interleaved(
     runs: Sequence[Callable[[], Result]], rounds: Iterable[object], unmeasured: int = 0
 ) -> list[list[Result]]:
     """Call all functions once in each round, and return the results of each function.
@@ -28,10 +28,10 @@ def interleaved(
     """
     results: list[list[Result]] = [[] for _ in runs]
     for _ in rounds:
-        for run, own in zip(runs, results, strict=True):
+        for run, results_of_run in zip(runs, results, strict=True):
             for _ in range(unmeasured):
                 run()
-            own.append(run())
+            results_of_run.append(run())
     return results
 
 
@@ -56,7 +56,7 @@ def now() -> float:
 
 def ratios(times: Sequence[float], reference: Sequence[float]) -> list[float]:
     """The ratio of each round's time to the reference's in the same round."""
-    return [own / other for own, other in zip(times, reference, strict=True)]
+    return [measured / base for measured, base in zip(times, reference, strict=True)]
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

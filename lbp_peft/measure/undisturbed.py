@@ -14,7 +14,7 @@ from torch import Tensor, nn
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
-def loss_of_output(model: nn.Module, batch: Any) -> Tensor:
+def loss_of_output(model: nn.Module, batch: object) -> Tensor:
     """The loss that a model of transformers returns when its batch has labels.
 
     Raises:
@@ -35,7 +35,7 @@ def loss_of_output(model: nn.Module, batch: Any) -> Tensor:
     return loss
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
+def to_device(batch: object, device: torch.device) -> Any:
     """The batch with its tensors on the device; dicts, lists and tuples are searched."""
     if isinstance(batch, Tensor):
         return batch.to(device)

@@ -19,15 +19,15 @@ def run_until_warm(model: nn.Module, step: Callable[[], Result]) -> Result:
     """
     result = None
     for _ in range(_MOST_STEPS):
-        before = preparations(model)
+        before = count_preparations(model)
         result = step()
-        if preparations(model) == before:
+        if count_preparations(model) == before:
             break
     assert result is not None
     return result
 
 
-def preparations(model: nn.Module) -> tuple[int, int]:
+def count_preparations(model: nn.Module) -> tuple[int, int]:
     """The number of the model's forward passes that were traced, and of frames that this process has compiled."""
     from ..tuner.layers.base import LBPWHTLayer  # here, since it is not needed without LBP-WHT layers
 

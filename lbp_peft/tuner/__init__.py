@@ -1,4 +1,4 @@
-"""The PEFT method: configuration, layer, model. No mathematics in here."""
+"""The PEFT method: its configuration, layers and model. This package contains no mathematics."""
 
 import peft
 
@@ -8,7 +8,7 @@ check_peft_version(peft.__version__)
 add_peft_type()
 register()
 
-# Only now, since these modules name the method by its PEFT type.
+# These imports come after the registration, since the modules refer to the PEFT type of the method.
 from .config import LBPWHTConfig  # noqa: E402
 from .layers.base import LBPWHTLayer  # noqa: E402
 from .layers.conv1d import LBPWHTTransposedLinear  # noqa: E402

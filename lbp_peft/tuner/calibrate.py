@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +42,7 @@ class Calibration:
         return "\n".join(lines)
 
 
-def calibrate(model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction | None = None) -> Calibration:
+def calibrate(model: nn.Module, batches: Iterable[object], loss_fn: LossFunction | None = None) -> Calibration:
     """Choose the bases of all layers whose selection is "lhe" or "klt", by a few training steps.
 
     Call it before training. It may be called again at any time, to choose the bases again. A forward and a backward
@@ -79,39 +78,41 @@ def calibrate(model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction | 
     """
     model = unwrap(model)
     layers = layers_of(model)
-    wanted = {
+    selections = {
         (name, adapter): selection
         for name, layer in layers.items()
         for adapter in layer.active_adapters
         if adapter in layer.lbpwht_rule and (selection := layer.lbpwht_rule[adapter].chosen_by) is not None
     }
-    if not wanted:
+    if not selections:
         raise ValueError(
             'No active adapter has a selection that is calibrated: set selection="lhe" or "klt" in its LBPWHTConfig.'
         )
-    by_layer: dict[str, list[CalibratedSelection]] = {}
-    for (name, _), selection in wanted.items():
-        by_layer.setdefault(name, []).append(selection)
-    collected = collect(model, batches, loss_fn, by_layer)
+    selections_of_layers: dict[str, list[CalibratedSelection]] = {}
+    for (name, _), selection in selections.items():
+        selections_of_layers.setdefault(name, []).append(selection)
+    collected = collect(model, batches, loss_fn, selections_of_layers)
     chosen: dict[tuple[str, str], Basis] = {}
-    made: dict[tuple, Basis] = {}  # layers that share a basis share the object, whose matrices are made once
-    for (name, adapter), selection in wanted.items():
+    bases: dict[tuple, Basis] = {}  # layers that share a basis share the object, so that its matrices are made once
+    for (name, adapter), selection in selections.items():
         statistics = collected.statistics.get((name, selection.name))
         if statistics is not None:
             key = selection, id(statistics)
-            if key not in made:
-                made[key] = choose_basis(name, selection, statistics)
-            chosen[name, adapter] = made[key]
+            if key not in bases:
+                bases[key] = choose_basis(name, selection, statistics)
+            chosen[name, adapter] = bases[key]
     if not chosen:
-        reasons = ", ".join(dict.fromkeys(collected.unseen.values()))
+        reasons = ", ".join(dict.fromkeys(collected.why_unobserved.values()))
         raise ValueError(f"None of the layers can be calibrated: {reasons or 'their weights are not trained'}.")
-    for name, adapter in wanted:  # assigned only now, since nothing can fail any more
-        rule, why = layers[name].lbpwht_rule[adapter], collected.unseen.get(name, NOT_CALLED)
+    for name, adapter in selections:  # assigned last, since nothing can fail from here on
+        rule, why = layers[name].lbpwht_rule[adapter], collected.why_unobserved.get(name, NOT_CALLED)
         if (name, adapter) in chosen:
             layers[name].lbpwht_rule[adapter] = replace(rule, weight_basis=chosen[name, adapter])
         elif why != NOT_CALLED:
             layers[name].lbpwht_rule[adapter] = replace(rule, weight_basis=LeftOutBasis(why))
-    return Calibration({name: basis for (name, _), basis in chosen.items()}, collected.unseen, collected.num_batches)
+    return Calibration(
+        {name: basis for (name, _), basis in chosen.items()}, collected.why_unobserved, collected.num_batches
+    )
 
 
 def choose_basis(name: str, selection: CalibratedSelection, statistics: TokenStatistics) -> Basis:
@@ -135,26 +136,26 @@ class CollectedStatistics:
         statistics: The statistics by the names of the layer and of the selection; one object for all layers that
             receive the same tensor.
         leaders: The name of the first layer that received the same tensor, by the name of each layer.
-        unseen: The reason why a layer was not observed, by the layer's name.
+        why_unobserved: The reason why a layer was not observed, by the layer's name.
     """
 
     num_batches: int
     statistics: dict[tuple[str, str], TokenStatistics]
     leaders: dict[str, str]
-    unseen: dict[str, str]
+    why_unobserved: dict[str, str]
 
 
 def collect(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[object],
     loss_fn: LossFunction | None,
-    wanted: dict[str, list[CalibratedSelection]],
+    selections: dict[str, list[CalibratedSelection]],
 ) -> CollectedStatistics:
     """Run batches, and sum up the statistics that selections need, over all processes.
 
     Args:
         model, batches, loss_fn: As in [`calibrate`].
-        wanted: The selections of each layer to observe, by the layer's name.
+        selections: The selections of each layer to observe, by the layer's name.
 
     Raises:
         ValueError: there are no batches, a grid is too large, or the sums are not finite.
@@ -162,24 +163,24 @@ def collect(
     sums: dict[tuple[str, str], TokenStatistics] = {}
     leaders: dict[str, str] = {}
 
-    def add(seen: Observation) -> None:
-        if not seen.trains_weight:  # no basis is needed
+    def add(observation: Observation) -> None:
+        if not observation.trains_weight:  # no basis is needed
             return
-        if leaders.setdefault(seen.name, seen.shares_with) != seen.shares_with:
-            leaders[seen.name] = seen.name
-        for selection in {one.name: one for one in wanted[seen.name]}.values():
+        if leaders.setdefault(observation.name, observation.shares_with) != observation.shares_with:
+            leaders[observation.name] = observation.name
+        for selection in {selection.name: selection for selection in selections[observation.name]}.values():
             try:
-                selection.check(seen.layout.grid)
+                selection.check(observation.layout.grid)
             except ValueError as error:
-                raise ValueError(f"{seen.name} cannot be calibrated: {error}.") from None
-            layer_sums = sums.setdefault((seen.name, selection.name), TokenStatistics())
-            layer_sums.add(seen.layout.grid, *_grid_tokens(seen), selection.statistic)
+                raise ValueError(f"{observation.name} cannot be calibrated: {error}.") from None
+            layer_sums = sums.setdefault((observation.name, selection.name), TokenStatistics())
+            layer_sums.add(observation.layout.grid, *_grid_tokens(observation), selection.statistic)
 
-    number, unseen = observe(model, batches, loss_fn, wanted, add)
+    number, why_unobserved = observe(model, batches, loss_fn, selections, add)
     counted = torch.tensor(float(number), dtype=torch.float64)
     flat: dict[tuple, Tensor] = {("", "", 0, (0, 0)): counted}
-    for (name, selection), one in sums.items():
-        for factor, of_grids in enumerate((one.inputs, one.gradients)):
+    for (name, selection), layer_sums in sums.items():
+        for factor, of_grids in enumerate((layer_sums.inputs, layer_sums.gradients)):
             flat |= {(name, selection, factor, grid): tensor for grid, tensor in of_grids.items()}
     flat = sum_over_processes(flat, device_of(model))
     number = int(flat.pop(("", "", 0, (0, 0))))
@@ -187,26 +188,26 @@ def collect(
         raise ValueError("There are no batches to calibrate by.")
     of_layers: dict[tuple[str, str], TokenStatistics] = {}
     for (name, selection, factor, grid), tensor in flat.items():
-        one = of_layers.setdefault((name, selection), TokenStatistics())
-        (one.gradients if factor else one.inputs)[grid] = tensor
+        layer_sums = of_layers.setdefault((name, selection), TokenStatistics())
+        (layer_sums.gradients if factor else layer_sums.inputs)[grid] = tensor
     leaders = agreed_leaders(leaders)
     groups: dict[tuple[str, str], list[TokenStatistics]] = {}
-    for (name, selection), one in of_layers.items():
-        if not one.is_finite():
+    for (name, selection), layer_sums in of_layers.items():
+        if not layer_sums.is_finite():
             raise ValueError(f"The inputs or gradients of {name} are not finite: is the loss NaN?")
-        groups.setdefault((leaders[name], selection), []).append(one)
+        groups.setdefault((leaders[name], selection), []).append(layer_sums)
     of_groups = {key: pool(parts) for key, parts in groups.items()}
     statistics = {(name, selection): of_groups[leaders[name], selection] for name, selection in of_layers}
     return CollectedStatistics(
-        number, statistics, leaders, {name: why for name, why in unseen.items() if name not in leaders}
+        number, statistics, leaders, {name: why for name, why in why_unobserved.items() if name not in leaders}
     )
 
 
-def _grid_tokens(seen: Observation) -> tuple[Tensor, Tensor]:
+def _grid_tokens(observation: Observation) -> tuple[Tensor, Tensor]:
     """x and g of the tokens on the grid, row by row."""
-    layout = seen.layout
+    layout = observation.layout
     inner = slice(layout.num_prefix_tokens, layout.num_tokens - layout.num_suffix_tokens)
-    x, g = seen.x[:, inner], seen.g[:, inner]
+    x, g = observation.x[:, inner], observation.g[:, inner]
     if layout.order:
         rows = torch.tensor(layout.order, device=x.device).argsort()
         x, g = x[:, rows], g[:, rows]
@@ -219,4 +220,7 @@ def agreed_leaders(leaders: dict[str, str]) -> dict[str, str]:
     for of_process in gather_from_processes(leaders):
         for name, leader in of_process.items():
             proposed.setdefault(name, set()).add(leader)
-    return {name: several.pop() if len(several) == 1 else name for name, several in proposed.items()}
+    return {
+        name: leaders_of_layer.pop() if len(leaders_of_layer) == 1 else name
+        for name, leaders_of_layer in proposed.items()
+    }

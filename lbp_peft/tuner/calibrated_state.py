@@ -45,10 +45,10 @@ def take_bases(
     states: dict[str, dict[str, Tensor]] = {}
     rest = {}
     for key, tensor in state_dict.items():
-        name, separator, own_key = key.partition(KEYS)
-        known = next((one for one in (name, name.removeprefix(_PREFIX)) if one in layers), None)
-        if separator and known is not None:
-            states.setdefault(known, {})[own_key] = tensor
+        name, separator, tensor_name = key.partition(KEYS)
+        layer_name = next((known for known in (name, name.removeprefix(_PREFIX)) if known in layers), None)
+        if separator and layer_name is not None:
+            states.setdefault(layer_name, {})[tensor_name] = tensor
         else:
             rest[key] = tensor
     bases = {}
@@ -69,11 +69,11 @@ def take_bases(
 
 def put_bases(model: nn.Module, bases: dict[LBPWHTLayer, Basis], adapter_name: str) -> None:
     """Make an adapter use these bases. A layer without a basis in a calibrated checkpoint counts as left out."""
-    made: dict[Basis, Basis] = {}  # equal ones become one object, whose matrices are made once
+    distinct: dict[Basis, Basis] = {}  # equal bases become one object, so that its matrices are made once
     for layer in _calibrated_layers(model, adapter_name).values() if bases else ():
         rule = layer.lbpwht_rule[adapter_name]
         if layer in bases:
-            basis = made.setdefault(bases[layer], bases[layer])
+            basis = distinct.setdefault(bases[layer], bases[layer])
             layer.lbpwht_rule[adapter_name] = replace(rule, weight_basis=basis)
         elif isinstance(rule.weight_basis, CalibratedSelection):
             left_out = LeftOutBasis("the checkpoint that was loaded has no basis for it")

@@ -34,8 +34,8 @@ class LBPWHTConfig(PeftConfig):
 
     Args:
         r: Walsh bases kept in each block of `block_size` x `block_size` patches for the weight gradient, 1 to
-            block_size**2. It need not be triangular or square. 1, 3, 6, 10, 15, 21, 28, 36 are the paper's LP_L1-1 to
-            LP_L1-8.
+            block_size**2. It need not be a triangular or square number. 1, 3, 6, 10, 15, 21, 28, 36 are the paper's
+            LP_L1-1 to LP_L1-8.
         grad_input_rank: Walsh bases kept in each block for the input gradient, 1 to block_size**2; the paper's setting
             is `grad_input_rank=r`. None: the input gradient is not low-rank. The error of a low-rank input gradient
             compounds from the last layer to the first; that of the weight gradient does not.

@@ -78,10 +78,10 @@ def accept_old_names(cls: _Class) -> _Class:
         new: dict[str, object] = {}
         for name, value in old.items():
             converted = _OLD_NAMES[name].convert(value)
-            if both := sorted(converted.keys() & _given(settings, sys._getframe(1))):
+            if doubled := sorted(converted.keys() & _given(settings, sys._getframe(1))):
                 raise ValueError(
-                    f"{name} is an old name of {' and '.join(converted)}, and {' and '.join(both)} is given too. Give "
-                    "only the new."
+                    f"{name} is an old name of {' and '.join(converted)}, and {' and '.join(doubled)} is given too. "
+                    "Give only the new."
                 )
             new |= converted
         generated(self, *args, **(settings | new))

@@ -20,7 +20,7 @@ from .inject import create_and_replace, detach_all, patch_blocks, prepare
 from .layers.base import LBPWHTLayer
 from .layers.linear import LBPWHTLinear
 from .report import LayoutReport, layout_report
-from .stacking.stack import KEYS, Stack, adapter_states_restored, has_other_adapters, stack_beneath
+from .stacking.stack import KEYS, Stack, has_other_adapters, restore_adapter_states, stack_beneath
 from .validation.checkpoint import adapter_keys, check_state_dict
 from .validation.heads import warn_of_frozen_heads
 from .validation.modules import check_modules_to_save
@@ -72,8 +72,8 @@ class LBPWHTModel(BaseTuner):
                 "it out; to put both on a plain model, use get_peft_model."
             )
         if config.stack_on:
-            for beneath in config.stack_on.values():
-                check_modules_to_save(model, beneath)
+            for config_beneath in config.stack_on.values():
+                check_modules_to_save(model, config_beneath)
             self.stack = Stack.build(model, config.stack_on, config.stack_active or [], config.inference_mode)
         if self.stack is None:
             super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
@@ -83,16 +83,16 @@ class LBPWHTModel(BaseTuner):
         if config.base_model_name_or_path is None:
             config.base_model_name_or_path = self.stack.base_model_name_or_path
         model = self.stack.base_model
-        listed = model.__dict__.pop("peft_config")  # so that PEFT does not add to it
+        configs_beneath = model.__dict__.pop("peft_config")  # so that PEFT does not add to it
         try:
             super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
         except Exception:
-            model.peft_config = listed
+            model.peft_config = configs_beneath
             if config.stack_on:
                 self.stack.holder.unload()
             raise
         self.peft_config = ChainMap(self.peft_config, self.stack.configs)
-        model.peft_config = listed
+        model.peft_config = configs_beneath
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -132,7 +132,7 @@ class LBPWHTModel(BaseTuner):
                 f"An adapter cannot be called {adapter_name!r}: PyTorch's dictionaries of parameters take no key with "
                 "a dot, and none that is the name of one of their methods."
             )
-        with adapter_states_restored(model) if has_other_adapters(model) else nullcontext():
+        with restore_adapter_states(model) if has_other_adapters(model) else nullcontext():
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         patch_blocks(model, self._checks_targets)
         if not self.peft_config[adapter_name].inference_mode:
@@ -225,9 +225,9 @@ class LBPWHTModel(BaseTuner):
                 names and weights differ, a weight is not a finite number, another combination_type is asked for, or
                 modules_to_save hold buffers that differ. Nothing is added then.
         """
-        beneath = {} if self.stack is None else self.stack.configs
-        own = self.peft_config.maps[0] if isinstance(self.peft_config, ChainMap) else self.peft_config
-        if beneath and all(name in beneath for name in adapters):
+        configs_beneath = {} if self.stack is None else self.stack.configs
+        own_configs = self.peft_config.maps[0] if isinstance(self.peft_config, ChainMap) else self.peft_config
+        if configs_beneath and all(name in configs_beneath for name in adapters):
             tuner = self.stack.tuner  # type: ignore[union-attr]
             if not hasattr(tuner, "add_weighted_adapter"):
                 raise ValueError(
@@ -240,7 +240,7 @@ class LBPWHTModel(BaseTuner):
                 )
             tuner.add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
         else:
-            add_weighted_adapter(self, own, adapters, weights, adapter_name, *args, **kwargs)
+            add_weighted_adapter(self, own_configs, adapters, weights, adapter_name, *args, **kwargs)
 
     # Switching adapters. A name means every adapter that has it, of LBP-WHT and of the other method.
 
@@ -249,11 +249,11 @@ class LBPWHTModel(BaseTuner):
         if self.stack is None or not isinstance(self.peft_config, ChainMap):  # for instance while it is being built
             super().set_adapter(adapter_name, inference_mode=inference_mode)
             return
-        if own := [name for name in names if name in self.peft_config.maps[0]]:
-            set_adapter(self.model, own, inference_mode=inference_mode, layer_cls=LBPWHTLayer)
-            self.active_adapter = own
-        if beneath := [name for name in names if name in self.stack.configs]:
-            self.stack.set_adapter(beneath, inference_mode=inference_mode)
+        if names_on_top := [name for name in names if name in self.peft_config.maps[0]]:
+            set_adapter(self.model, names_on_top, inference_mode=inference_mode, layer_cls=LBPWHTLayer)
+            self.active_adapter = names_on_top
+        if names_beneath := [name for name in names if name in self.stack.configs]:
+            self.stack.set_adapter(names_beneath, inference_mode=inference_mode)
         modules_to_save = {name: self.peft_config[name].modules_to_save or [] for name in self.active_adapters}
         self.stack.activate_modules_to_save(modules_to_save, inference_mode)
 
@@ -265,11 +265,11 @@ class LBPWHTModel(BaseTuner):
         self._check_base_weights(f"Deleting the adapter {adapter_name!r}")
         super().delete_adapter(adapter_name)
 
-    def _check_base_weights(self, what: str) -> None:
+    def _check_base_weights(self, operation: str) -> None:
         """Check that all base weights are available, before the first layer is changed."""
         for module in self.model.modules():
             if isinstance(module, LBPWHTLinear):
-                module.check_base_weight(what)
+                module.check_base_weight(operation)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
         if not (args[0] if args else kwargs.get("merge", True)):
@@ -314,16 +314,18 @@ class LBPWHTModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: LBPWHTConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        beneath = {key: tensor for key, tensor in state_dict.items() if key.startswith(KEYS)}
-        own = {key: tensor for key, tensor in state_dict.items() if key not in beneath}
+        tensors_beneath = {key: tensor for key, tensor in state_dict.items() if key.startswith(KEYS)}
+        own_tensors = {key: tensor for key, tensor in state_dict.items() if key not in tensors_beneath}
         stack = _stack_of(model)
         if stack is not None:
-            own = stack.without_shared(own, beneath, adapter_name)
-        bases, own = take_bases(model, adapter_name, own)
-        remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, own)
+            own_tensors = stack.without_shared(own_tensors, tensors_beneath, adapter_name)
+        bases, own_tensors = take_bases(model, adapter_name, own_tensors)
+        remapped: dict[str, torch.Tensor] = super()._remap_adapter_state_dict_for_load(
+            model, config, adapter_name, own_tensors
+        )
         check_state_dict(model, adapter_name, remapped)
         if stack is not None:
-            stack.load_state_dict(beneath)
+            stack.load_state_dict(tensors_beneath)
         put_bases(model, bases, adapter_name)
         return remapped
 
@@ -335,11 +337,11 @@ def _stack_of(model: nn.Module) -> Stack | None:
 
 def _no_stack_by_injection(config: Any) -> str:
     """The message for transformers' own `from_pretrained`, `load_adapter`, `add_adapter` and `pipeline`: no stacks."""
-    beneath = ", ".join(sorted({str(getattr(c.peft_type, "value", c.peft_type)) for c in config.stack_on.values()}))
+    methods = ", ".join(sorted({str(getattr(c.peft_type, "value", c.peft_type)) for c in config.stack_on.values()}))
     return (
-        f"This adapter is a stack, LBP-WHT on {beneath} (stack_on). transformers' own from_pretrained, load_adapter, "
+        f"This adapter is a stack, LBP-WHT on {methods} (stack_on). transformers' own from_pretrained, load_adapter, "
         "add_adapter and PEFT's inject_adapter_in_model take one method only. Load a stack into its base model: "
         "PeftModel.from_pretrained(base_model, folder); create one: get_peft_model(base_model, config). For inference "
-        f"the {beneath} part is enough, which model.stacked_on.save_pretrained(folder) writes as a checkpoint of its "
+        f"the {methods} part is enough, which model.stacked_on.save_pretrained(folder) writes as a checkpoint of its "
         "own that transformers loads."
     )

@@ -75,7 +75,7 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = model.module
     if not layers_of(model):
         raise ValueError("The model has no LBP-WHT layers: there is nothing to calibrate.")
-    if any(isinstance(one, DTensor) or hasattr(one, "ds_id") for one in model.parameters()):
+    if any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters()):
         raise ValueError(
             "The model's parameters are sharded (FSDP, ZeRO-3). Calibrate it before it is sharded: before "
             "accelerator.prepare, or before the Trainer starts."
@@ -110,66 +110,67 @@ def observe(
         The number of batches, and the reason why a layer was not observed, by the layer's name.
     """
     device, names = device_of(model), set(names)
-    unseen = dict.fromkeys(sorted(names), NOT_CALLED)
+    why_unobserved = dict.fromkeys(sorted(names), NOT_CALLED)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError("The model has no trained parameters, so there are no gradients to calibrate by.")
     number = 0
-    with undisturbed(model), torch.compiler.set_stance("force_eager"), _exact_gradients(model), torch.enable_grad():
+    with undisturbed(model), torch.compiler.set_stance("force_eager"), _use_exact_gradients(model), torch.enable_grad():
         model.train()
         for batch in batches:
-            with _hooks(model, names, unseen, receive):
+            with _observe_calls(model, names, why_unobserved, receive):
                 loss = (loss_fn or loss_of_output)(model, to_device(batch, device))
                 # Unlike loss.backward(), this runs no hooks of parameters: DDP's reduction is one.
                 torch.autograd.grad(loss, trained, allow_unused=True)
             number += 1
-    return number, unseen
+    return number, why_unobserved
 
 
 @contextmanager
-def _exact_gradients(model: nn.Module) -> Iterator[None]:
+def _use_exact_gradients(model: nn.Module) -> Iterator[None]:
     """Have all layers find their layouts and run exact backpropagation, whether they are calibrated or not."""
     rules = {layer: layer.lbpwht_rule for layer in layers_of(model).values()}
-    whole = _EveryToken()
+    every_token = _EveryToken()
     try:
-        for layer, of_layer in rules.items():
+        for layer, layer_rules in rules.items():
             layer.lbpwht_rule = {
-                name: replace(rule, weight_basis=whole, input_gradient=FixedBasis(whole), compress=())
-                for name, rule in of_layer.items()
+                name: replace(rule, weight_basis=every_token, input_gradient=FixedBasis(every_token), compress=())
+                for name, rule in layer_rules.items()
             }
         yield
     finally:
-        for layer, of_layer in rules.items():
-            layer.lbpwht_rule = of_layer
+        for layer, layer_rules in rules.items():
+            layer.lbpwht_rule = layer_rules
 
 
 @contextmanager
-def _hooks(
-    model: nn.Module, names: set[str], unseen: dict[str, str], receive: Callable[[Observation], None]
+def _observe_calls(
+    model: nn.Module, names: set[str], why_unobserved: dict[str, str], receive: Callable[[Observation], None]
 ) -> Iterator[None]:
     """Within the block, forward passes hand inputs of layers, and gradients of their outputs, to `receive`."""
+    # The last input, and the name of the first layer that received it.
     last: list[tuple[weakref.ref[Tensor], str]] = []
 
     def note(module: nn.Module, args: tuple, y: object, layer: LBPWHTLayer) -> None:
-        name, ran = layer.layer_name, layer.last_backward
-        if not args or not isinstance(y, Tensor) or not y.requires_grad or ran is None:
+        name, backward_pass = layer.layer_name, layer.last_backward
+        if not args or not isinstance(y, Tensor) or not y.requires_grad or backward_pass is None:
             return
-        x, layout, axis = args[0], ran.layout, layer._channels_axis(args[0])
+        x, layout, axis = args[0], backward_pass.layout, layer._channels_axis(args[0])
         if layout is None or isinstance(layout, PackedLayout):
             packed = "images of several sizes are packed into one sequence"
-            unseen[name] = packed if layout is not None else ran.why_exact
+            why_unobserved[name] = packed if layout is not None else backward_pass.why_exact
             return
         first = last[0][1] if last and last[0][0]() is x else name
         last[:] = [(weakref.ref(x), first)]
-        unseen.pop(name, None)
+        why_unobserved.pop(name, None)
         trains_weight = any(parameter.requires_grad for parameter in module.parameters())
 
-        def take(grad: Tensor) -> None:
+        def hand_over(grad: Tensor) -> None:
             with torch.no_grad():
                 tokens, gradients = (as_tokens(t.detach().movedim(axis, -1), layout) for t in (x, grad))
                 receive(Observation(name, layout, tokens, gradients, first, trains_weight, x.requires_grad))
 
-        y.register_hook(take)
+        y.register_hook(hand_over)
 
     hosts = {layer: layer for layer in layers_of(model).values()}
     hosts |= {getattr(module, PATCH_ATTR): module for module in model.modules() if hasattr(module, PATCH_ATTR)}
@@ -197,7 +198,7 @@ def sum_over_processes(sums: dict[Key, Tensor], device: torch.device) -> dict[Ke
         sums: Float64 tensors, or on devices without it float32, by keys that can be compared. They are not changed.
         device: The device of this process.
     """
-    shapes = gather_from_processes({key: tuple(one.shape) for key, one in sums.items()})
+    shapes = gather_from_processes({key: tuple(tensor.shape) for key, tensor in sums.items()})
     if len(shapes) == 1:
         return sums
     result = {}

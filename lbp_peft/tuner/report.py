@@ -53,12 +53,12 @@ class LayoutReport:
     @property
     def exact(self) -> dict[str, str]:
         """The reasons for exact backpropagation, by the layer's name."""
-        return {name: ran.why_exact for name, ran in self.layers.items() if ran is not None and ran.why_exact}
+        return {name: last.why_exact for name, last in self.layers.items() if last is not None and last.why_exact}
 
     @property
     def low_rank(self) -> list[str]:
         """The names of the layers whose backward pass was low-rank or in low precision."""
-        return [name for name, ran in self.layers.items() if ran is not None and not ran.why_exact]
+        return [name for name, last in self.layers.items() if last is not None and not last.why_exact]
 
     def as_text(self, verbose: bool = False) -> str:
         """Totals, and a table of the layers, at most 100 columns wide.
@@ -116,23 +116,24 @@ class LayoutReport:
         return {f"exact: {why}": f"exact{number}" for why, number in zip(reasons, numbers, strict=False)}
 
     def _totals(self) -> list[str]:
-        not_run = sum(ran is None for ran in self.layers.values())
+        not_run = sum(last is None for last in self.layers.values())
         lines = [f"{len(self.low_rank)} of {len(self.layers)} adapted layers have a low-rank backward pass."]
         marks = self._marks()
         for why, number in Counter(self.exact.values()).most_common():
             lines.append(f"{number} {'is' if number == 1 else 'are'} {marks[f'exact: {why}']}: {why}.")
         if not_run:
             lines.append(f"{not_run} {'has' if not_run == 1 else 'have'} not been called in training mode yet.")
-        ran = {name: one for name in self.low_rank if (one := self.layers[name]) is not None and one.num_tokens}
-        if ran:
-            kept, total = (
-                sum(getattr(one, name) for one in ran.values()) for name in ("grad_weight_rows", "num_tokens")
-            )
+        with_tokens = {
+            name: last for name in self.low_rank if (last := self.layers[name]) is not None and last.num_tokens
+        }
+        if with_tokens:
+            kept = sum(last.grad_weight_rows for last in with_tokens.values())
+            total = sum(last.num_tokens for last in with_tokens.values())
             lines.append(f"Tokens kept of their inputs: {kept} of {total} ({100 * kept / total:.0f} %).")
-        if ran and all(self.features.get(name) for name in ran):
-            sizes = [(one, self.features[name] or 0) for name, one in ran.items()]
-            kept = sum(one.grad_weight_rows * channels for one, channels in sizes)
-            total = sum(one.num_tokens * channels for one, channels in sizes)
+        if with_tokens and all(self.features.get(name) for name in with_tokens):
+            sizes = [(last, self.features[name] or 0) for name, last in with_tokens.items()]
+            kept = sum(last.grad_weight_rows * channels for last, channels in sizes)
+            total = sum(last.num_tokens * channels for last, channels in sizes)
             lines.append(
                 f"Values kept of their inputs, each counted once: {kept / 1e6:.2f} M of {total / 1e6:.2f} M for each "
                 f"image or window ({100 * kept / total:.0f} %)."
@@ -143,21 +144,21 @@ class LayoutReport:
 
     def _common_origin(self) -> str:
         """The beginning of the layers' `known_by`, if all tokens were followed from the same place; else ""."""
-        starts = {ran.known_by.partition(" through ")[0] for ran in self.layers.values() if ran and ran.known_by}
-        return starts.pop() if len(starts) == 1 and all(one.startswith("followed from ") for one in starts) else ""
+        starts = {last.known_by.partition(" through ")[0] for last in self.layers.values() if last and last.known_by}
+        return starts.pop() if len(starts) == 1 and all(start.startswith("followed from ") for start in starts) else ""
 
     def _rows(self, verbose: bool) -> list[tuple[str, ...]]:
         if verbose:
-            return [(name, *_cells(ran)) for name, ran in self.layers.items()]
+            return [(name, *_cells(last)) for name, last in self.layers.items()]
         groups: dict[tuple[str, tuple[str, ...]], list[str]] = {}
-        for name, ran in self.layers.items():
+        for name, last in self.layers.items():
             # The number of operations grows from block to block. It must not make groups of single layers.
-            cells = tuple(_NUM_OPERATIONS.sub("", cell) for cell in _cells(ran))
+            cells = tuple(_NUM_OPERATIONS.sub("", cell) for cell in _cells(last))
             groups.setdefault((re.sub(r"\d+", "#", name), cells), []).append(name)
         rows = []
         for names in groups.values():
-            first, last = _cells(self.layers[names[0]]), _cells(self.layers[names[-1]])
-            cells = tuple(_up_to(one, other) for one, other in zip(first, last, strict=True))
+            cells_of_ends = _cells(self.layers[names[0]]), _cells(self.layers[names[-1]])
+            cells = tuple(_join_range(*pair) for pair in zip(*cells_of_ends, strict=True))
             rows += [(name, *cells) for name in _group_names(names)]
         return rows
 
@@ -191,18 +192,18 @@ def _wrap(lines: list[str]) -> list[str]:
     return [part for line in lines for part in textwrap.wrap(line, WIDTH, subsequent_indent="  ")]
 
 
-def _cells(ran: BackwardPass | None) -> tuple[str, ...]:
+def _cells(last: BackwardPass | None) -> tuple[str, ...]:
     """All columns but the name."""
-    if ran is None:
+    if last is None:
         return (*["-"] * (len(COLUMNS) - 2), "not called in training mode yet")
-    grid = _format_grids(ran.layout) if ran.layout else "-"
-    outside = str(ran.layout.num_outside) if ran.layout else "-"
-    kept = [str(ran.grad_weight_rows), str(ran.grad_input_rows)] if not ran.why_exact else ["-", "-"]
-    how = f"exact: {ran.why_exact}" if ran.why_exact else "low-rank"
-    return (grid, outside, str(ran.num_tokens), *kept, ran.precision, ran.known_by or "-", how)
+    grid = _format_grids(last.layout) if last.layout else "-"
+    outside = str(last.layout.num_outside) if last.layout else "-"
+    rows = [str(last.grad_weight_rows), str(last.grad_input_rows)] if not last.why_exact else ["-", "-"]
+    how = f"exact: {last.why_exact}" if last.why_exact else "low-rank"
+    return (grid, outside, str(last.num_tokens), *rows, last.precision, last.known_by or "-", how)
 
 
-def _up_to(first: str, last: str) -> str:
+def _join_range(first: str, last: str) -> str:
     """followed from patch_embed through 3 operations, ... 45 operations -> ... through 3 to 45 operations"""
     if first == last:
         return first
@@ -221,10 +222,10 @@ def _group_names(names: list[str]) -> list[str]:
     columns = [sorted(set(column), key=_as_number) for column in zip(*parts, strict=True)]
     if math.prod(map(len, columns)) != len(names):  # some combinations are missing: split where the fewest differ
         split = min((index for index, column in enumerate(columns) if len(column) > 1), key=lambda i: len(columns[i]))
-        inner = [
-            [name for name, words in zip(names, parts, strict=True) if words[split] == one] for one in columns[split]
+        subsets = [
+            [name for name, words in zip(names, parts, strict=True) if words[split] == word] for word in columns[split]
         ]
-        return [group for several in inner for group in _group_names(several)]
+        return [group for subset in subsets for group in _group_names(subset)]
     return [_with_sets(columns)]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -50,12 +49,12 @@ class LayoutCheck:
 
     def __str__(self) -> str:
         counts = (("confirmed", self.confirmed), ("after mixing", self.after_mixing), ("unknown", self.unknown))
-        lines = [f"{len(names)} layers {what}" for what, names in counts]
+        lines = [f"{len(names)} layers {state}" for state, names in counts]
         lines += [f"not adapted, though patches pass through: {', '.join(self.left_out)}"] if self.left_out else []
         return "\n".join([*lines, *(self.problems or ["no contradictions"])])
 
 
-def verify_layout(model: nn.Module, batch: Mapping[str, Any]) -> LayoutCheck:
+def verify_layout(model: nn.Module, batch: Mapping[str, object]) -> LayoutCheck:
     """Change an image in a few places and check which tokens of the adapted layers change.
 
     The tokens that change must be those recorded at the changed place. Also, projecting the inputs of each layer onto
@@ -79,13 +78,13 @@ def verify_layout(model: nn.Module, batch: Mapping[str, Any]) -> LayoutCheck:
         raise ValueError("The batch has no images, as a tensor (N, C, H, W), whose places could be changed.")
     finder = next(iter(layers.values())).finder
     height, width = image.shape[-2:]
-    with _in_training_mode(model), torch.random.fork_rng([image.device] if image.device.type == "cuda" else []):
-        with finder.keeping_positions() as kept:
+    with _training_mode(model), torch.random.fork_rng([image.device] if image.device.type == "cuda" else []):
+        with finder.record_positions() as positions:
             before = _inputs(model, layers, batch)
         left_out = tuple(layer.name for layer in finder.left_out)
         all_positions = [
-            *kept.of_outputs,
-            *(p for several in kept.of_inputs.values() for p in several if p is not None),
+            *positions.of_outputs,
+            *(p for of_layer in positions.of_inputs.values() for p in of_layer if p is not None),
         ]
         rows, columns = _lines(all_positions, row_of), _lines(all_positions, column_of)
         after = {}
@@ -94,18 +93,19 @@ def verify_layout(model: nn.Module, batch: Mapping[str, Any]) -> LayoutCheck:
             changed = image.clone()
             changed[..., pixel[0], pixel[1]] += 10 * image.std() + 1
             after[pixel] = _inputs(model, layers, {**batch, name: changed})
-    return replace(_compare(layers, before, after, kept.of_inputs), left_out=left_out)
+    return replace(_compare(layers, before, after, positions.of_inputs), left_out=left_out)
 
 
-def _lines(all_positions: list[Tensor], of: Callable[[Tensor], Tensor]) -> list[np.ndarray]:
+def _lines(all_positions: list[Tensor], coordinate: Callable[[Tensor], Tensor]) -> list[np.ndarray]:
     """The rows, or the columns, at which tokens of images lie, in pixels, for each of several tensors of positions."""
     lines = (
-        of(p[(p >= 0) & (source_of(p) < FIRST_TEXT)]).unique().cpu().numpy() / UNITS_PER_PIXEL for p in all_positions
+        coordinate(p[(p >= 0) & (source_of(p) < FIRST_TEXT)]).unique().cpu().numpy() / UNITS_PER_PIXEL
+        for p in all_positions
     )
-    return list({one.tobytes(): one for one in lines if len(one) > 1}.values())
+    return list({values.tobytes(): values for values in lines if len(values) > 1}.values())
 
 
-def _place_near(fraction: float, size: int, several: list[np.ndarray]) -> int:
+def _place_near(fraction: float, size: int, line_sets: list[np.ndarray]) -> int:
     """The row or column of pixels, near a fraction of the image's size, at which tokens lie.
 
     A token is recorded at a place within its patch. Another place of the patch may be nearer to the place of the next
@@ -114,18 +114,18 @@ def _place_near(fraction: float, size: int, several: list[np.ndarray]) -> int:
     Args:
         fraction: The fraction.
         size: The height or width of the image.
-        several: The rows or columns at which tokens of several layers lie; tokens should lie there in all layers.
+        line_sets: The rows or columns at which tokens of several layers lie; tokens should lie there in all layers.
     """
     places = np.arange(size)
     far = np.zeros(size)
-    for lines in several:
+    for lines in line_sets:
         far += np.abs(places[:, None] - lines).min(axis=1) / np.diff(lines).min()
-    wanted = fraction * size
-    is_near = np.abs(places - wanted) <= max(size / 6, 1)
-    return int(min(places[is_near], key=lambda place: (round(float(far[place]), 6), abs(place - wanted))))
+    target = fraction * size
+    is_near = np.abs(places - target) <= max(size / 6, 1)
+    return int(min(places[is_near], key=lambda place: (round(float(far[place]), 6), abs(place - target))))
 
 
-def _inputs(model: nn.Module, layers: dict[str, LBPWHTLayer], batch: Mapping[str, Any]) -> dict[str, list[Tensor]]:
+def _inputs(model: nn.Module, layers: dict[str, LBPWHTLayer], batch: Mapping[str, object]) -> dict[str, list[Tensor]]:
     """The inputs of each layer in one forward pass, with the same random numbers in each pass."""
     inputs: dict[str, list[Tensor]] = {name: [] for name in layers}
     hosts = {id(m): m for m in model.modules()}
@@ -193,29 +193,29 @@ def _compare_tokens(x: Tensor, y: Tensor, places: Tensor, channels_axis: int, pi
         return "mixed"
     # The tokens of the grid that are nearest to the pixel, among all places that occur.
     nearest = places >= 0
-    for of, at in ((row_of, pixel[0]), (column_of, pixel[1])):
-        lines = of(places[places >= 0]).unique()
-        nearest &= of(places) == lines[(lines - UNITS_PER_PIXEL * at).abs().argmin()]
+    for coordinate, changed in ((row_of, pixel[0]), (column_of, pixel[1])):
+        lines = coordinate(places[places >= 0]).unique()
+        nearest &= coordinate(places) == lines[(lines - UNITS_PER_PIXEL * changed).abs().argmin()]
     if bool((nearest & differing).any()):
         return "confirmed"
-    row, column = (int(of(places[differing])[0]) // UNITS_PER_PIXEL for of in (row_of, column_of))
+    row, column = (int(coordinate(places[differing])[0]) // UNITS_PER_PIXEL for coordinate in (row_of, column_of))
     return f"the pixel {pixel} was changed, but the tokens that changed are recorded at ({row}, {column})"
 
 
 def _why_not_identity(layer: LBPWHTLayer, inputs: list[Tensor]) -> str:
     """The reason why projecting onto all bases of the recorded layout changes the input; "" if it does not."""
-    ran = layer.last_backward
+    backward_pass = layer.last_backward
     rule = next(iter(layer.lbpwht_rule.values()))
-    if ran is None or ran.layout is None or ran.why_exact:
+    if backward_pass is None or backward_pass.layout is None or backward_pass.why_exact:
         return ""
     x = inputs[-1].movedim(layer._channels_axis(inputs[-1]), -1)
-    tokens = as_tokens(x, ran.layout).double()
+    tokens = as_tokens(x, backward_pass.layout).double()
     if not isinstance(rule.weight_basis, BasisSet) or rule.weight_basis.boundary != "orthogonal":
         return ""
-    if tokens.shape[1] != ran.layout.num_tokens:
+    if tokens.shape[1] != backward_pass.layout.num_tokens:
         return "its input does not have the recorded number of tokens"
     basis = replace(rule.weight_basis, r=rule.weight_basis.block_size**2)
-    parts = ran.layout.parts if isinstance(ran.layout, PackedLayout) else (ran.layout,)
+    parts = backward_pass.layout.parts if isinstance(backward_pass.layout, PackedLayout) else (backward_pass.layout,)
     lengths = [part.num_tokens for part in parts]
     for part, of_part in zip(parts, tokens.split(lengths, dim=1), strict=True):
         whole = SeparableProjection(part, basis, torch.float64, tokens.device)
@@ -226,7 +226,7 @@ def _why_not_identity(layer: LBPWHTLayer, inputs: list[Tensor]) -> str:
 
 
 @contextmanager
-def _in_training_mode(model: nn.Module) -> Iterator[None]:
+def _training_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     model.train()

@@ -51,7 +51,7 @@ def add_weighted_adapter(
         "majority_sign_method": majority_sign_method != "total",
     }
     _check_combination(combination_type, [name for name, is_given in for_other_types.items() if is_given])
-    factors = _factors(adapters, weights)
+    factors = _pair_with_weights(adapters, weights)
     _check_adapters(tuner, configs, adapters, adapter_name)
     model = tuner.model
     wrappers = _wrappers(model, adapters)
@@ -72,14 +72,14 @@ def add_weighted_adapter(
 
 def _check_combination(combination_type: str, others: list[str]) -> None:
     if combination_type != "linear" or others:
-        asked = " with ".join([f"combination_type={show(combination_type)}", *others])
+        arguments = " with ".join([f"combination_type={show(combination_type)}", *others])
         raise ValueError(
-            f'LBP-WHT adapters can only be combined with combination_type="linear", got {asked}. Their weights are '
+            f'LBP-WHT adapters can only be combined with combination_type="linear", got {arguments}. Their weights are '
             "full matrices, and this is their exact weighted sum."
         )
 
 
-def _factors(adapters: list[str], weights: list[float]) -> list[tuple[str, float]]:
+def _pair_with_weights(adapters: list[str], weights: list[float]) -> list[tuple[str, float]]:
     if isinstance(adapters, str) or not adapters or len(adapters) != len(weights):
         raise ValueError(
             f"adapters and weights must be two lists of the same length, one weight for each adapter, got "
@@ -157,7 +157,7 @@ def _combine_modules(wrapper: ModulesToSaveWrapper, adapter_name: str, factors: 
     copies = [(wrapper.modules_to_save[name], factor) for name, factor in factors if name in wrapper.modules_to_save]
     new, base = wrapper.modules_to_save[adapter_name], wrapper.original_module
     for key, parameter in new.named_parameters():
-        given = [(copy.get_parameter(key), factor) for copy, factor in copies]
-        parameter.data = weighted_sum_of_changes(base.get_parameter(key), given)
+        weighted_copies = [(copy.get_parameter(key), factor) for copy, factor in copies]
+        parameter.data = weighted_sum_of_changes(base.get_parameter(key), weighted_copies)
     for key, buffer in new.named_buffers():
         buffer.copy_(copies[0][0].get_buffer(key))

@@ -33,7 +33,7 @@ from torch import nn
 from lbp_peft.bases.grids import TokenLayout
 from lbp_peft.measure import multiply_adds
 from lbp_peft.measure.memory import allocated
-from lbp_peft.measure.timing import interleaved, quartiles, ratios, rounds_within
+from lbp_peft.measure.timing import quartiles, ratios, rounds_within, run_interleaved
 
 BENCHMARKS = Path(__file__).parents[2] / "examples" / "benchmarks"
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ N = 1000
 
 def test_runs_take_turns():
     order = []
-    results = interleaved([lambda: order.append("a") or 1, lambda: order.append("b") or 2], range(3))
+    results = run_interleaved([lambda: order.append("a") or 1, lambda: order.append("b") or 2], range(3))
     assert order == list("ababab") and results == [[1, 1, 1], [2, 2, 2]]
 
 
@@ -56,7 +56,7 @@ def test_only_the_last_call_of_a_turn_counts():
         calls[name] += 1
         return calls[name]
 
-    assert interleaved([lambda: count("a"), lambda: count("b")], range(2), unmeasured=1) == [[2, 4], [2, 4]]
+    assert run_interleaved([lambda: count("a"), lambda: count("b")], range(2), unmeasured=1) == [[2, 4], [2, 4]]
 
 
 def test_ratios_are_taken_within_a_round_and_quartiles_include_the_ends():

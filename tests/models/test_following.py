@@ -835,7 +835,7 @@ def test_what_is_kept_does_not_grow_with_image_sizes_and_batches():
     finder = next(iter(layers_of(model).values())).finder
     for step in range(150):
         loss_at(model, 8 + 4 * (step % 12), 8 + 4 * (step // 12)).backward()
-    assert len(finder._traces) <= 64 and len(finder._distinct) <= 65
+    assert len(finder._traces) <= 64 and len(finder._history._distinct) <= 65
     assert sum(len(passes) for passes in finder._history._passes.values()) <= 128
     assert all(one.tracer is None for passes in finder._history._passes.values() for _, one in passes)
 

@@ -26,7 +26,7 @@ from transformers import (
 import lbp_peft
 from lbp_peft import BudgetError, LBPWHTConfig
 from lbp_peft.measure.steps import time_step
-from lbp_peft.measure.warming_up import preparations
+from lbp_peft.measure.warming_up import count_preparations
 from lbp_peft.recommendation import CANDIDATES, Bounds, Candidate, runners, search, turns, worker
 from lbp_peft.recommendation.candidates import sort_candidates, with_checkpointing
 from lbp_peft.recommendation.choice import Reference, choose, lora_hint, undominated, verdict
@@ -365,9 +365,9 @@ def test_steps_that_trace_the_model_are_never_timed(monkeypatch):
     steps: list[tuple[object, bool]] = []
 
     def told(model, *given, **settings):
-        before = preparations(model)
+        before = count_preparations(model)
         times = time_step(model, *given, **settings)
-        steps.append((model, preparations(model) != before))
+        steps.append((model, count_preparations(model) != before))
         return times
 
     def rounds(seconds, end, most):

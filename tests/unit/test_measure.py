@@ -13,7 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lbp_peft import LBPWHTConfig, exact_backward, gradient_quality, layout_report
 from lbp_peft.measure import memory, multiply_adds, peak_memory, saved_activations, step_cost, warming_up
-from lbp_peft.measure.warming_up import preparations, run_until_warm
+from lbp_peft.measure.warming_up import count_preparations, run_until_warm
 from lbp_peft.projection import DenseProjection
 
 N, L, C_IN, C_OUT = 2, 64, 12, 20
@@ -304,9 +304,9 @@ def test_models_are_warm_after_steps_that_neither_traced_nor_compiled():
         steps = []
 
         def step(model=model, steps=steps):
-            before = preparations(model)
+            before = count_preparations(model)
             model(tokens()).sum().backward()
-            steps.append(preparations(model) != before)
+            steps.append(count_preparations(model) != before)
             return len(steps)
 
         assert run_until_warm(model, step) == len(steps)
@@ -315,7 +315,7 @@ def test_models_are_warm_after_steps_that_neither_traced_nor_compiled():
 
 def test_a_model_that_is_traced_in_each_pass_is_warm_in_the_end(monkeypatch):
     counts = itertools.count()
-    monkeypatch.setattr(warming_up, "preparations", lambda model: next(counts))
+    monkeypatch.setattr(warming_up, "count_preparations", lambda model: next(counts))
     steps = itertools.count(1)
     assert run_until_warm(OneLayer(), lambda: next(steps)) == next(steps) - 1 == 4
 

@@ -21,7 +21,7 @@ from .registry import Result, Tracer, positions_or_nowhere, rule
         isfinite logical_and logical_or logical_not logical_xor bitwise_and bitwise_or bitwise_xor bitwise_not
     """)
 )
-def _element_wise(tracer: Tracer, *args: Any, **kwargs: Any) -> Result:
+def _element_wise(tracer: Tracer, *args: object, **kwargs: object) -> Result:
     """The result has the positions of those operands that have any.
 
     A sum of tokens with known places and of others with unknown places, such as x + f(x) where f has no rule, keeps the
@@ -39,8 +39,8 @@ def _element_wise(tracer: Tracer, *args: Any, **kwargs: Any) -> Result:
 
 
 @rule("where")
-def _where(tracer: Tracer, condition: Tensor, *args: Any, **kwargs: Any) -> Result:
-    """Each element is one of two, so the positions of both have to be known, and which one it is unless they agree."""
+def _where(tracer: Tracer, condition: Tensor, *args: object, **kwargs: object) -> Result:
+    """Each element comes from one of two tensors. If their positions differ, the condition has to be known too."""
     values = [*args, *(kwargs[name] for name in ("self", "input", "other") if name in kwargs)]
     if (
         len(values) == 2 and isinstance(values[0], Tensor) and values[0].dtype == torch.bool
@@ -50,8 +50,8 @@ def _where(tracer: Tracer, condition: Tensor, *args: Any, **kwargs: Any) -> Resu
         return None
     a, b = (positions_or_nowhere(tracer, x) if isinstance(x, Tensor) else None for x in values)
     if a is None or b is None:  # replacing elements by a number does not move them
-        kept = b if a is None else a
-        return None if kept is None else kept.expand(torch.broadcast_shapes(kept.shape, condition.shape))
+        operand = b if a is None else a
+        return None if operand is None else operand.expand(torch.broadcast_shapes(operand.shape, condition.shape))
     shape = torch.broadcast_shapes(condition.shape, a.shape, b.shape)
     a, b = compact(a), compact(b)
     chosen = torch.where(condition, a, b) if tracer.is_constant(condition) else torch.full_like(a, LOST)
@@ -68,18 +68,18 @@ def _where(tracer: Tracer, condition: Tensor, *args: Any, **kwargs: Any) -> Resu
         clone detach cpu cuda type_as requires_grad alias resolve_conj resolve_neg conj positive pin_memory tril triu
     """)
 )
-def _keep_first(tracer: Tracer, x: Tensor, *args: Any, **kwargs: Any) -> Result:
+def _keep_first(tracer: Tracer, x: Tensor, *args: object, **kwargs: object) -> Result:
     """The result has the positions of the first argument; those of the others do not matter."""
     return tracer.positions(x)
 
 
 @rule("copy")
-def _copy(tracer: Tracer, x: Tensor, source: Tensor, *args: Any) -> Result:
+def _copy(tracer: Tracer, x: Tensor, source: Tensor, *args: object) -> Result:
     return positions_or_nowhere(tracer, source).expand(x.shape)
 
 
 @rule("fill", "zero")
-def _fill(tracer: Tracer, x: Tensor, *args: Any) -> Result:
+def _fill(tracer: Tracer, x: Tensor, *args: object) -> Result:
     return torch.full((), NOWHERE, device=x.device).expand(x.shape)
 
 
@@ -90,7 +90,7 @@ def _glu(tracer: Tracer, x: Tensor, dim: int = -1) -> Result:
 
 
 @rule("embedding")
-def _embedding(tracer: Tracer, index: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Result:
+def _embedding(tracer: Tracer, index: Tensor, weight: Tensor, *args: object, **kwargs: object) -> Result:
     positions = tracer.positions(index)
     return None if positions is None else positions[..., None].expand(*positions.shape, weight.shape[-1])
 
@@ -101,12 +101,12 @@ def _embedding(tracer: Tracer, index: Tensor, weight: Tensor, *args: Any, **kwar
     """)
 )
 def _reduce(tracer: Tracer, x: Tensor, *args: Any, **kwargs: Any) -> Result:
-    if args and isinstance(args[0], Tensor):  # the larger or smaller of two
+    if args and isinstance(args[0], Tensor):  # the maximum or minimum of two tensors
         return _element_wise(tracer, x, *args)
     positions = tracer.positions(x)
     axes = kwargs.get("dim", kwargs.get("axis"))
     arguments = list(args)
-    if tracer.current_name in ("norm", "quantile"):  # its order comes first
+    if tracer.current_name in ("norm", "quantile"):  # the order of the norm is the first argument
         arguments = arguments[1:]
     if axes is None and arguments and not isinstance(arguments[0], Tensor):
         axes = arguments.pop(0)

@@ -50,9 +50,9 @@ def _num_axes_of(part: object) -> int:
 
 
 def _have_same_places(positions: Tensor, axes: list[int]) -> bool:
-    """Whether elements that differ in these axes only have the same place, though perhaps in different images."""
-    small = place_in_image(compact(positions))
-    return all(small.shape[axis] <= 1 or bool((small == small.narrow(axis, 0, 1)).all()) for axis in axes)
+    """Whether elements with different indices along these axes alone have one place, perhaps in different images."""
+    compacted = place_in_image(compact(positions))
+    return all(compacted.shape[axis] <= 1 or bool((compacted == compacted.narrow(axis, 0, 1)).all()) for axis in axes)
 
 
 @rule("__setitem__")
@@ -103,7 +103,7 @@ def _scatter_add(tracer: Tracer, x: Tensor, dim: int, index: Tensor, src: Tensor
 def _add_at_index(
     tracer: Tracer, x: Tensor, axis: int, index: Tensor, source: Tensor, put: Callable[..., Tensor]
 ) -> Result:
-    """The positions of a sum; as in other sums, those of x if it is not known what is added to which of its elements.
+    """The positions of a sum. As in other sums, they are those of x if it is not known which elements are added where.
 
     Args:
         put: The operation that puts elements in these places instead of adding them.

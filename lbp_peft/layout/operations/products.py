@@ -32,7 +32,7 @@ def _matmul(tracer: Tracer, a: Tensor, b: Tensor) -> Result:
 
 
 @rule("addmm", "baddbmm", "addbmm")
-def _addmm(tracer: Tracer, bias: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> Result:
+def _addmm(tracer: Tracer, bias: Tensor, a: Tensor, b: Tensor, **kwargs: object) -> Result:
     return _matmul(tracer, a, b)
 
 
@@ -55,16 +55,16 @@ def _einsum(tracer: Tracer, equation: object, *operands: Any) -> Result:
         for axis in sorted((i for i, letter in enumerate(term) if letter not in output), reverse=True):
             positions = mix(positions, axis).squeeze(axis)
         if bool((compact(positions) >= 0).any()):
-            kept = [letter for letter in term if letter in output]
-            ordered = positions.permute([kept.index(letter) for letter in output if letter in kept])
-            index = tuple(slice(None) if letter in kept else None for letter in output)
+            remaining = [letter for letter in term if letter in output]
+            ordered = positions.permute([remaining.index(letter) for letter in output if letter in remaining])
+            index = tuple(slice(None) if letter in remaining else None for letter in output)
             return ordered[index].expand([sizes[letter] for letter in output])
     return None
 
 
 @rule("scaled_dot_product_attention", "flex_attention")
-def _attention(tracer: Tracer, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Result:
-    """An output has the position of its query, or, in attention among channels, that of its column of the values."""
+def _attention(tracer: Tracer, query: Tensor, key: Tensor, value: Tensor, *args: object, **kwargs: object) -> Result:
+    """An output has the position of its query, or, in attention between channels, of its column of the values."""
     positions = mix_channels(tracer.positions(query), value.shape[-1])
     if positions is not None and bool((compact(positions) >= 0).any()):
         return positions
@@ -78,7 +78,7 @@ def _attention(tracer: Tracer, query: Tensor, key: Tensor, value: Tensor, *args:
 
 
 @rule("grid_sample", "grid_sampler")
-def _grid_sample(tracer: Tracer, x: Tensor, grid: Tensor, *args: Any, **kwargs: Any) -> Result:
+def _grid_sample(tracer: Tracer, x: Tensor, grid: Tensor, *args: object, **kwargs: object) -> Result:
     """An output has the position of the token that chose the places to sample, as in deformable attention."""
     positions = tracer.positions(grid)
     if positions is None:
@@ -88,5 +88,5 @@ def _grid_sample(tracer: Tracer, x: Tensor, grid: Tensor, *args: Any, **kwargs: 
 
 
 @rule("multi_head_attention_forward")
-def _multi_head_attention(tracer: Tracer, query: Tensor, *args: Any, **kwargs: Any) -> Result:
+def _multi_head_attention(tracer: Tracer, query: Tensor, *args: object, **kwargs: object) -> Result:
     return [mix_channels(tracer.positions(query), query.shape[-1])]

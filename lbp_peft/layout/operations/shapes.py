@@ -40,8 +40,8 @@ def _roll(tracer: Tracer, x: Tensor, *args: Any, **kwargs: Any) -> Result:
     if positions is None or not are_constant(tracer, (args, kwargs)):
         return None
     is_flattened = name == "roll" and kwargs.get("dims", args[1] if len(args) > 1 else ()) in ((), [], None)
-    small = positions if is_flattened else compact(positions)
-    moved: Tensor = getattr(Tensor, name)(small, *args, **kwargs)
+    compacted = positions if is_flattened else compact(positions)
+    moved: Tensor = getattr(Tensor, name)(compacted, *args, **kwargs)
     return moved.expand(positions.shape)
 
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..positions import NOWHERE, compact, mix, resample, sample, sample_mixtures
+from ..positions import NOWHERE, compact, mix
+from ..resampling import resample, sample, sample_mixtures
 from .registry import Result, Tracer, rule, rule_by_result
 
 PerAxis: TypeAlias = int | Sequence[int]  # one number for all axes, or one for each
@@ -177,7 +178,7 @@ def _pool(
 
 @rule("adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_avg_pool3d")
 def _adaptive_pool(
-    tracer: Tracer, x: Tensor, output_size: int | Sequence[int | None], *args: Any, **kwargs: Any
+    tracer: Tracer, x: Tensor, output_size: int | Sequence[int | None], *args: object, **kwargs: object
 ) -> Result:
     positions = tracer.positions(x)
     if positions is None:
@@ -195,14 +196,14 @@ def _resize(positions: Tensor, sizes: list[int]) -> Tensor:
 
 
 @rule_by_result("interpolate", "upsample", "upsample_bilinear", "upsample_nearest")
-def _interpolate(tracer: Tracer, result: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Result:
+def _interpolate(tracer: Tracer, result: Tensor, x: Tensor, *args: object, **kwargs: object) -> Result:
     positions = tracer.positions(x)
     return None if positions is None else _resize(positions, list(result.shape[2:]))
 
 
 @rule_by_result("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def _transposed_convolution(
-    tracer: Tracer, result: Tensor, x: Tensor, weight: Tensor, *args: Any, **kwargs: Any
+    tracer: Tracer, result: Tensor, x: Tensor, weight: Tensor, *args: object, **kwargs: object
 ) -> Result:
     positions = tracer.positions(x)
     if positions is None:

@@ -18,7 +18,7 @@ from ..config import LBPWHTConfig
 from ..inject import create_and_replace, detach_all, patch_blocks, prepare
 from ..layers.base import LBPWHTLayer
 from ..model import LBPWHTModel
-from ..stacking.stack import adapter_states_restored, has_other_adapters
+from ..stacking.stack import has_other_adapters, restore_adapter_states
 
 
 class MixedModel(mixed.MixedModel):
@@ -51,7 +51,7 @@ class MixedModel(mixed.MixedModel):
         if not isinstance(self.peft_config[adapter_name], LBPWHTConfig):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
-        with adapter_states_restored(model) if has_other_adapters(model) else nullcontext():
+        with restore_adapter_states(model) if has_other_adapters(model) else nullcontext():
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         patch_blocks(model, self._checks_targets)
 

@@ -12,10 +12,10 @@ from ..layers.linear import LBPWHTLinear
 
 
 def patch_get_base_layer() -> None:
-    """Have `get_base_layer` return an LBP-WHT layer, as long as it computes with a weight of its own.
+    """Make `get_base_layer` return an LBP-WHT layer if that computes with a weight of its own.
 
-    PEFT returns the innermost layer, whose weight is not in use then: merging another method's adapter into it would
-    lose that adapter.
+    PEFT returns the innermost layer, whose weight is not in use then: an adapter of another method that is merged into
+    it would be lost.
     """
     innermost = BaseTunerLayer.get_base_layer
     if hasattr(innermost, "__wrapped__"):

@@ -32,7 +32,7 @@ class AdaptedWeights(WaitingBaseWeight):
         self.lbpwht_bias = nn.ParameterDict({})
         self._unmerged: tuple[Tensor | None, Tensor | None] | None = None
 
-    # What the layer computes with
+    # The weight and bias that the layer computes with
 
     @property
     def weight(self) -> Tensor:
@@ -83,7 +83,7 @@ class AdaptedWeights(WaitingBaseWeight):
         return self._combined_parameters(self.active_adapters)
 
     def _combined_parameters(self, adapter_names: list[str]) -> tuple[Tensor, Tensor | None]:
-        """The weight and bias of one adapter, or the base's plus the changes of several, in the base layer's dtype."""
+        """The weight and bias of one adapter, or those of the base layer plus the changes by several, in its dtype."""
         trained = [name for name in adapter_names if name in self.lbpwht_weight]
         if len(trained) == 1:  # the usual case, in which the base weight may wait elsewhere
             dtype, dtype_of_bias = self._dtypes_of_base()
@@ -96,7 +96,7 @@ class AdaptedWeights(WaitingBaseWeight):
         return weight, bias
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """The change by an adapter: its weight less the base layer's, shape (C_out, C_in)."""
+        """The change by an adapter: its weight minus the base layer's, shape (C_out, C_in)."""
         weight, _ = self._base_parameters()
         if adapter not in self.lbpwht_weight:
             return torch.zeros_like(weight)
@@ -112,9 +112,9 @@ class AdaptedWeights(WaitingBaseWeight):
         """
         weight, bias = self._base_parameters()
         for base, copies in ((weight, self.lbpwht_weight), (bias, self.lbpwht_bias)):
-            given = [(copies[name], factor) for name, factor in weights if name in copies]
-            if base is not None and given:
-                copies[new].data = weighted_sum_of_changes(base, given)
+            weighted_copies = [(copies[name], factor) for name, factor in weights if name in copies]
+            if base is not None and weighted_copies:
+                copies[new].data = weighted_sum_of_changes(base, weighted_copies)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether an adapter can be converted to LoRA, which has no trained bias."""
@@ -147,8 +147,8 @@ class AdaptedWeights(WaitingBaseWeight):
             base = self.get_base_layer()
             if self._unmerged is None:
                 # Kept, since subtracting the changes would not restore the base weight bit for bit.
-                kept = None if self.is_dropped else base.weight.data
-                self._unmerged = (kept, None if base.bias is None else base.bias.data)
+                unmerged_weight = None if self.is_dropped else base.weight.data
+                self._unmerged = (unmerged_weight, None if base.bias is None else base.bias.data)
             if base.weight is None:  # the base weight was dropped
                 base.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
             base.weight.data = weight.detach().clone()
@@ -159,8 +159,8 @@ class AdaptedWeights(WaitingBaseWeight):
     def unmerge(self) -> None:
         """Give the base layer its own weights back.
 
-        If others have changed the merged weights in between, as an adapter on top of this layer does when it is merged,
-        this layer's weights get their changes.
+        If the merged weights were changed in between, as they are when an adapter on top of this layer is merged, the
+        change is added to the adapter's weights.
 
         Raises:
             ValueError: the base weight was dropped.
@@ -216,8 +216,8 @@ def weighted_sum_of_changes(base: Tensor, adapted: list[tuple[Tensor, float]]) -
 
 
 @torch.no_grad()
-def _restore(base: Tensor, stash: Tensor, merged: Tensor, copy: Tensor) -> None:
-    """Put the stash back into a parameter, and add to the adapter's copy what others have added to the parameter."""
-    if base.dtype == stash.dtype and not torch.equal(base, merged):
+def _restore(base: Tensor, unmerged: Tensor, merged: Tensor, copy: Tensor) -> None:
+    """Put the unmerged values back into a parameter; changes that others made to the merged ones go to the copy."""
+    if base.dtype == unmerged.dtype and not torch.equal(base, merged):
         copy += (base - merged).to(copy)
-    base.data = stash.to(base)
+    base.data = unmerged.to(base)

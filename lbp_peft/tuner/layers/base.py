@@ -27,6 +27,7 @@ class LBPWHTLayer(BackwardPlanner, BaseTunerLayer):
         layer_name: The name of the layer in the model, for messages.
     """
 
+    # The attributes, besides weights, that hold something for each adapter. PEFT reads this.
     other_param_names: tuple[str, ...] = ("lbpwht_rule",)
 
     if TYPE_CHECKING:  # attributes of BaseTunerLayer, which has no types
@@ -69,7 +70,7 @@ class LBPWHTLayer(BackwardPlanner, BaseTunerLayer):
             self._fall_back(x, why, "Use lbp_peft.exact_backward(model) or model.eval() to silence this.", cause=why)
             return None
         if len(rules) > 1:
-            # Activation functions, norms and attention follow each rule by itself.
+            # Rules may differ in this: the patches of activation functions, norms and attention read each of them.
             words = tuple(word for word in COMPRESSIBLE if all(word in rule.compress for rule in rules))
             rules = list({replace(rule, compress=words) for rule in rules})
         if len(rules) > 1:
@@ -79,28 +80,27 @@ class LBPWHTLayer(BackwardPlanner, BaseTunerLayer):
         return rules[0] if rules else None
 
     def _as_one_operation(self, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
-        """Run a function of x that maps each token by itself, as a single operation for the tracer."""
+        """Run a function of x that maps each token independently. The tracer treats it as a single operation."""
         return self.finder.as_one_operation(x, run, self._channels_axis(x))
 
     def _is_token_wise(self, layer: nn.Module, x: Tensor, state: Hashable) -> bool:
-        """Whether a layer maps each token by itself, so that few rows can replace the tokens in its backward pass.
+        """Whether a layer maps each token independently, so that few rows can replace the tokens in its backward pass.
 
         Args:
-            layer: A layer that is not plain.
+            layer: A layer of any type, which is run to find out.
             x: Its input.
-            state: A key of everything that the answer depends on; the layer is tried out once for each state.
+            state: A key of everything that the answer depends on. The layer is tested once for each state.
         """
         if torch.compiler.is_compiling():
             return False
         if in_transform():
-            why = "transforms of torch.func (grad, vjp, vmap) cannot run it again in the backward pass"
-            self._fall_back(x, why, "Use lbp_peft.exact_backward(model) to silence this.", cause=why)
+            no_rerun = "transforms of torch.func (grad, vjp, vmap) cannot run it again in the backward pass"
+            self._fall_back(x, no_rerun, "Use lbp_peft.exact_backward(model) to silence this.", cause=no_rerun)
             return False
-        state = (state, x.dtype, torch.is_autocast_enabled(x.device.type))
-        known = self._why_not_token_wise.get(state)
-        why = "" if known is None else known
-        if known is None:
-            why = self._why_not_token_wise[state] = why_not_token_wise(layer, x.shape[-1], x.dtype, x.device)
+        key = (state, x.dtype, torch.is_autocast_enabled(x.device.type))
+        why = self._why_not_token_wise.get(key)
+        if why is None:
+            why = self._why_not_token_wise[key] = why_not_token_wise(layer, x.shape[-1], x.dtype, x.device)
         if why:
             self._fall_back(x, why, "Leave it out with exclude_modules to silence this.", cause=why)
         return not why

@@ -26,8 +26,8 @@ _GATHERING_HOOKS = "deepspeed."
 _RECORDING_HOOKS = "torch."
 
 
-# The reason for exact backpropagation through a layer that would have to be run again, and the remedy.
-WATCHED = (
+# Why a layer that would have to be run again has exact backpropagation instead, and the remedy.
+SIDE_EFFECTS = (
     "modules inside it have hooks or replaced forward methods, which would run once more in the backward pass",
     "Put the hooks on the layer itself, or remove them for training.",
 )
@@ -35,17 +35,22 @@ WATCHED = (
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module has hooks that may read or change its inputs, its outputs or their gradients."""
-    own = (
+    of_module = (
         module._forward_pre_hooks,
         module._forward_hooks,
         module._backward_pre_hooks,
         module._backward_hooks,
     )
-    of_all: tuple[Mapping[int, object], ...] = (_before_all, _after_all, _before_all_backward, _after_all_backward)
-    if not (any(own) or any(of_all)):  # the usual case
+    of_all_modules: tuple[Mapping[int, object], ...] = (
+        _before_all,
+        _after_all,
+        _before_all_backward,
+        _after_all_backward,
+    )
+    if not (any(of_module) or any(of_all_modules)):  # the usual case
         return False
-    only_gather = all(_all_from(_GATHERING_HOOKS, hooks) for hooks in own)
-    return not (only_gather and all(_all_from(_RECORDING_HOOKS, hooks) for hooks in of_all))
+    only_gather = all(_all_from(_GATHERING_HOOKS, hooks) for hooks in of_module)
+    return not (only_gather and all(_all_from(_RECORDING_HOOKS, hooks) for hooks in of_all_modules))
 
 
 def _all_from(package: str, hooks: Mapping[int, object]) -> bool:
@@ -73,7 +78,7 @@ def has_to_be_called_for(module: Any, x: Tensor) -> bool:
     return has_hooks(module) or _offloads(module) or module.weight.device != x.device
 
 
-def submodules_are_watched(module: nn.Module) -> bool:
+def rerun_has_side_effects(module: nn.Module) -> bool:
     """Whether an additional run of the modules inside a module would have an effect, through hooks or offloading."""
     children = (child for child in module.modules() if child is not module)
     return any(has_hooks(child) or has_own_forward(child) or _is_trained_offloaded(child) for child in children)
@@ -86,13 +91,13 @@ def _is_trained_offloaded(module: nn.Module) -> bool:
 
 def call_with(module: nn.Module, forward: Callable[..., Tensor], x: Tensor) -> Tensor:
     """Call a module with another forward method; its hooks and accelerate's wrapper run around that method."""
-    with forward_replaced(module, forward):
+    with replace_forward(module, forward):
         return module(x)
 
 
 @contextmanager
-def forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Replace a module's forward method within the block, for calls from this thread only."""
+def replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Within the block, replace a module's forward method for calls from this thread."""
     attributes = vars(module)
     name = "_old_forward" if "_old_forward" in attributes else "forward"  # what accelerate's wrapper calls
     thread = threading.get_ident()
@@ -121,8 +126,8 @@ def forward_replaced(module: nn.Module, forward: Callable[..., Tensor]) -> Itera
 _lock = threading.Lock()
 
 
-def eagerly(function: Callable[..., Tensor], *args: object) -> Tensor:
-    """Call a function outside any graph that is being compiled."""
+def call_eagerly(function: Callable[..., Tensor], *args: object) -> Tensor:
+    """Call a function, but outside the graph if one is being compiled."""
     return torch.compiler.disable(function)(*args) if torch.compiler.is_compiling() else function(*args)
 
 
@@ -167,7 +172,7 @@ def is_offloaded(module: nn.Module) -> bool:
 
 @contextmanager
 def onloaded(*modules: nn.Module) -> Iterator[None]:
-    """Load the modules' own parameters to the device of execution within the block, as a call of the modules does."""
+    """Within the block, load the modules' own offloaded parameters onto the device that they run on, as a call does."""
     offloaded: list[Any] = [module for module in modules if is_offloaded(module)]
     for module in offloaded:
         module._hf_hook.pre_forward(module)

@@ -30,7 +30,7 @@ class LBPWHTTransposedLinear(LBPWHTLinear):
         return tuple(base.weight.shape)
 
     def _multiply(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        assert bias is not None  # it always has one
+        assert bias is not None  # a Conv1D always has a bias
         return torch.addmm(bias, x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
 
     def _multiply_low_rank(self, x: Tensor, weight: Tensor, bias: Tensor | None, plan: BackwardPlan) -> Tensor:

@@ -19,15 +19,15 @@ from ...ops.recompute import low_rank_layer
 from .adapted_weights import AdaptedWeights
 from .base import LBPWHTLayer
 from .calling import (
-    WATCHED,
+    SIDE_EFFECTS,
+    call_eagerly,
     call_with,
-    eagerly,
     has_hooks,
     has_own_forward,
     has_to_be_called,
     is_offloaded,
     onloaded,
-    submodules_are_watched,
+    rerun_has_side_effects,
 )
 from .rule import BackwardRule
 from .waiting import DROPPED, RESIDENT
@@ -117,7 +117,7 @@ class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
             return self._call_base_layer(x)
         if "_hf_hook" not in vars(self.lbpwht_weight):
             return self._compute(x, rule)
-        self._refuse_to_train_what_is_offloaded()
+        self._refuse_to_train_offloaded_weights()
         with onloaded(self.lbpwht_weight, self.lbpwht_bias):
             return self._compute(x, rule)
 
@@ -134,7 +134,7 @@ class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
         if not has_to_be_called(self.base_layer):
             return self._multiply_adapted(rule, x)
         forward = functools.partial(self._multiply_adapted, rule)
-        return eagerly(call_with, self.base_layer, forward, x)
+        return call_eagerly(call_with, self.base_layer, forward, x)
 
     def _multiply_adapted(self, rule: BackwardRule | None, x: Tensor) -> Tensor:
         """The output of a plain base layer, computed from the weights in effect without its forward method."""
@@ -149,22 +149,22 @@ class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
         base = self.base_layer
         if self.weights_in_effect():
             if rule is not None:
-                self._fall_back(x, *_OWN_FORWARD, cause=_OWN_FORWARD[0])
-            return functional_call(base, self._parameters_to_put_in(base), (x,))
+                self._fall_back(x, *_REPLACED_FORWARD, cause=_REPLACED_FORWARD[0])
+            return functional_call(base, self._replacement_parameters(base), (x,))
         plan = None
         if rule is not None:
             trains_weight = self._base_parameters()[0].requires_grad
             plan = self._in_full_precision(x, self._plan(x, self.get_base_layer(), trains_weight, rule))
         if plan is None:
             return base(x)
-        if has_own_forward(base) or has_hooks(base) or submodules_are_watched(base):
-            self._fall_back(x, *WATCHED, cause=WATCHED[0])
+        if has_own_forward(base) or has_hooks(base) or rerun_has_side_effects(base):
+            self._fall_back(x, *SIDE_EFFECTS, cause=SIDE_EFFECTS[0])
             return base(x)
         if not self._is_token_wise(base, x, None):
             return base(x)
         return self._as_one_operation(x, lambda: low_rank_layer(base, x, plan=plan))
 
-    def _parameters_to_put_in(self, base: nn.Module) -> dict[str, Tensor]:
+    def _replacement_parameters(self, base: nn.Module) -> dict[str, Tensor]:
         """The weights in effect, for a call of the base layer with them. Raises ValueError if that is not possible."""
         self.check_base_weight_is_a_parameter()
         if self.is_dropped:
@@ -177,7 +177,7 @@ class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
         weight, bias = self._adapted_parameters()
         return {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
 
-    def _refuse_to_train_what_is_offloaded(self) -> None:
+    def _refuse_to_train_offloaded_weights(self) -> None:
         """Raise RuntimeError if accelerate has offloaded weights that are trained."""
         trained = [p for parameters in (self.lbpwht_weight, self.lbpwht_bias) for p in parameters.values()]
         trains = self.training and torch.is_grad_enabled() and any(p.requires_grad for p in trained)
@@ -231,13 +231,13 @@ class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
 
 
 def can_be_dropped(base: nn.Module) -> bool:
-    """Whether only the forward method of a plain layer needs the weight of a layer."""
+    """Whether only the forward method of a plain layer needs the weight of this one, so that it can be dropped."""
     weight = base._parameters.get("weight")
     is_ours = weight is not None and not weight.is_meta and not hasattr(weight, "ds_status")
     return layer_type_of(base) is not None and is_ours and not has_own_forward(base) and "_hf_hook" not in vars(base)
 
 
-_OWN_FORWARD = (
+_REPLACED_FORWARD = (
     "its forward method was replaced on the instance",
     "Subclass the layer's type and exclude it, or replace the forward method of the module around it instead.",
 )

@@ -63,7 +63,7 @@ class _StoredPlan(NamedTuple):
     """A plan that a layer keeps for its next calls: making a plan takes longer than a small product."""
 
     plan: BackwardPlan | None
-    ran: BackwardPass | None
+    backward_pass: BackwardPass | None
     rule: BackwardRule
     record: LayoutRecord
 
@@ -121,8 +121,8 @@ class BackwardPlanner(BackwardRecorder):
         stored = self._plans.get(key)
         if stored is None:
             stored = self._plans[key] = self._make_plan(call)
-        elif self.last_backward is not stored.ran:
-            self.last_backward = stored.ran
+        elif self.last_backward is not stored.backward_pass:
+            self.last_backward = stored.backward_pass
         return stored.plan
 
     def _key(self, call: _LayerCall) -> Hashable:
@@ -141,8 +141,10 @@ class BackwardPlanner(BackwardRecorder):
         """Make a plan, with the warnings and the record that go with it."""
         self._warn_of_slow_dtype(call.x)
         plan = self._plan_or_reason(call)
-        if (ran := self.last_backward) is not None:
-            self.last_backward = replace(ran, known_by=source_of_layout(call.record, call.rule, ran))
+        if (backward_pass := self.last_backward) is not None:
+            self.last_backward = replace(
+                backward_pass, known_by=source_of_layout(call.record, call.rule, backward_pass)
+            )
         return _StoredPlan(plan, self.last_backward, call.rule, call.record)
 
     def _plan_or_reason(self, call: _LayerCall) -> BackwardPlan | None:
@@ -270,8 +272,8 @@ class BackwardPlanner(BackwardRecorder):
         """The plan in full precision, for a layer that is run again, since its product g W cannot be quantized."""
         if plan is None or plan.precision.name == "full" or self.last_backward is None:
             return plan
-        ran = self.last_backward = replace(self.last_backward, precision="full")
-        if min(ran.grad_weight_rows, ran.grad_input_rows) == ran.num_tokens:
+        backward_pass = self.last_backward = replace(self.last_backward, precision="full")
+        if min(backward_pass.grad_weight_rows, backward_pass.grad_input_rows) == backward_pass.num_tokens:
             self._note_exact(x, "only products of plain linear layers and LoRA's can be rounded", plan.layout)
             return None
         return plan.with_precision(FULL)
@@ -314,10 +316,10 @@ class BackwardPlanner(BackwardRecorder):
 def _check_given(layout: TokenLayout, rule: BackwardRule) -> None:
     """Raise LayoutError where the numbers of tokens outside the grid are not those of the configuration."""
     for side in ("prefix", "suffix"):
-        given, actual = getattr(rule, f"num_{side}_tokens"), getattr(layout, f"num_{side}_tokens")
-        if given not in (None, actual):
+        configured, actual = getattr(rule, f"num_{side}_tokens"), getattr(layout, f"num_{side}_tokens")
+        if configured not in (None, actual):
             raise LayoutError(
-                f"num_{side}_tokens={given}, but {actual} of its tokens are "
+                f"num_{side}_tokens={configured}, but {actual} of its tokens are "
                 f"{'before' if side == 'prefix' else 'after'} the patches",
                 f"Correct num_{side}_tokens, or leave it out.",
             )

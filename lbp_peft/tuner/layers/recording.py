@@ -1,4 +1,4 @@
-"""Records how a layer prepared its last backward pass, and warns where it is exact against the user's settings."""
+"""Records how a layer prepared its last backward pass, and warns if it is exact contrary to the user's settings."""
 
 from __future__ import annotations
 
@@ -127,9 +127,9 @@ def num_tokens_of(shape: torch.Size) -> int:
     return math.prod(shape[1:-1]) if len(shape) > 2 else 0
 
 
-def source_of_layout(record: LayoutRecord, rule: BackwardRule, ran: BackwardPass) -> str:
+def source_of_layout(record: LayoutRecord, rule: BackwardRule, backward_pass: BackwardPass) -> str:
     """The value of `BackwardPass.known_by`; "" if no layout is known."""
-    if ran.layout is None:
+    if backward_pass.layout is None:
         return ""
     if rule.grid_size is not None and not record.text:
         return "grid_size"

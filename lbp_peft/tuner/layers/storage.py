@@ -28,7 +28,7 @@ from torch import Tensor
 _FREE_SPACE_LEFT = 2**30
 _CHUNK = 2**23
 _IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs")
-_WHERE_ELSE = "/var/tmp"  # which is usually on a disk
+_OTHER_FOLDER = "/var/tmp"  # usually on a disk
 _MADV_DONTNEED = 4
 _CAN_UNLINK_OPEN_FILES = os.name == "posix"
 
@@ -182,7 +182,7 @@ def _mapping(weight: Tensor) -> tuple[str, int] | None:
 
 
 def _folder() -> str:
-    for folder in dict.fromkeys((tempfile.gettempdir(), _WHERE_ELSE)):
+    for folder in dict.fromkeys((tempfile.gettempdir(), _OTHER_FOLDER)):
         if os.path.isdir(folder) and os.access(folder, os.W_OK) and not _is_in_memory(os.path.realpath(folder)):
             return folder
     raise OSError(errno.ENOENT, "no folder for temporary files lies on a disk and can be written to")

@@ -122,7 +122,7 @@ class WaitingBaseWeight(nn.Module):
         self.get_base_layer()._parameters["weight"] = None
         self.is_dropped = True
 
-    # Bringing it back
+    # Bringing the base weight back
 
     def bring_base_weight_back(self) -> None:
         """Move the base weight back to the layer's device."""
@@ -131,11 +131,11 @@ class WaitingBaseWeight(nn.Module):
             weight.data = weight.data.to(self._device_of_copies())
             self._is_on_host = False
 
-    def check_base_weight(self, what: str) -> None:
+    def check_base_weight(self, operation: str) -> None:
         """Check that the base weight is available.
 
         Args:
-            what: The operation that needs it, as the beginning of a sentence.
+            operation: The operation that needs it, as the beginning of a sentence.
 
         Raises:
             ValueError: it was dropped.
@@ -143,14 +143,14 @@ class WaitingBaseWeight(nn.Module):
         """
         if self.is_dropped:
             raise ValueError(
-                f'{what} needs the base weight of {self.layer_name}, which is gone: with base_weights="dropped" it '
-                "is itself trained. Save the adapter (save_pretrained) and load it into the base model again, or "
-                "train with another base_weights."
+                f"{operation} needs the base weight of {self.layer_name}, which is gone: with "
+                'base_weights="dropped" it is itself trained. Save the adapter (save_pretrained) and load it into the '
+                "base model again, or train with another base_weights."
             )
         overwritten = self._overwritten_file()
         if overwritten is not None:
             raise RuntimeError(
-                f"{what} needs the base weight of {self.layer_name}, which waits in {overwritten}. That file was "
+                f"{operation} needs the base weight of {self.layer_name}, which waits in {overwritten}. That file was "
                 "overwritten since the model was loaded from it. The adapter's weights are intact: save them "
                 "(save_pretrained) and load them into the base model again. Save to another folder than the base "
                 'model\'s, or set base_weights="resident".'
@@ -212,7 +212,7 @@ class WaitingBaseWeight(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_lost_with": self._overwritten_file()}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__({"_lost_with": None, **state})
         self._waits_at, self._file = 0, None  # the values of a copy are in memory
         self._watch_training()

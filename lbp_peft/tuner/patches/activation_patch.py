@@ -20,7 +20,7 @@ from ...ops.elementwise import elementwise_function
 from ...ops.layer_norm import compressed_layer_norm
 from ...ops.rms_norm import compressed_rms_norm
 from ...transforms import in_forward_mode, in_transform
-from ..layers.calling import submodules_are_watched
+from ..layers.calling import rerun_has_side_effects
 from ..layers.rule import BackwardRule
 from .block_patch import BlockPatch, attach_to_block_module, blocks_with_layers
 from .forward_patch import PATCH_ATTR, UnpatchedForward, plain_forward
@@ -57,11 +57,11 @@ class ActivationPatch(BlockPatch):
         if kwargs or len(args) != 1 or in_transform() or in_forward_mode() or not args[0].requires_grad:
             return plain(host, *args, **kwargs)
         (x,) = args
-        if self.word not in self._words(host) or submodules_are_watched(host):
+        if self.word not in self._words(host) or rerun_has_side_effects(host):
             return plain(host, x)
         if self.word == "norm" and _is_plain_layer_norm(host, x):
             return compressed_layer_norm(x, host.weight, host.bias, host.eps)
-        if self._rms_norm is not None and self._rms_norm.serves(host, x):
+        if self._rms_norm is not None and self._rms_norm.applies_to(host, x):
             with torch.no_grad():
                 y = plain(host, x)
             norm = self._rms_norm
@@ -114,15 +114,15 @@ def _table_of(plain_class: type[nn.Module], host: nn.Module) -> DerivativeTable 
 
 def _names_of_settings(host: nn.Module) -> tuple[str, ...] | None:
     """The attributes that the host's results depend on; None if these include more than constants and functions."""
-    own = {name: value for name, value in vars(host).items() if name not in _OF_ALL_MODULES}
+    settings = {name: value for name, value in vars(host).items() if name not in _ATTRIBUTES_OF_ALL_MODULES}
     if any(True for _ in host.parameters()) or any(True for _ in host.buffers()) or any(True for _ in host.children()):
         return None
-    if all(type(value) in (bool, int, float, str, type(None)) or callable(value) for value in own.values()):
-        return tuple(own)
+    if all(type(value) in (bool, int, float, str, type(None)) or callable(value) for value in settings.values()):
+        return tuple(settings)
     return None
 
 
-_OF_ALL_MODULES = {*vars(nn.Module()), PATCH_ATTR, "forward", "_old_forward", "_hf_hook"}
+_ATTRIBUTES_OF_ALL_MODULES = {*vars(nn.Module()), PATCH_ATTR, "forward", "_old_forward", "_hf_hook"}
 
 
 def _is_plain_layer_norm(host: Any, x: Tensor) -> bool:
@@ -146,11 +146,11 @@ class _RMSNorm:
     name_of_eps: str
     shift: float
 
-    def eps(self, host: Any, x: Tensor) -> float:
+    def eps(self, host: nn.Module, x: Tensor) -> float:
         value: float | None = getattr(host, self.name_of_eps)
         return torch.finfo(x.dtype).eps if value is None else value  # as nn.RMSNorm has it
 
-    def serves(self, host: nn.Module, x: Tensor) -> bool:
+    def applies_to(self, host: nn.Module, x: Tensor) -> bool:
         """Whether the parameters are as they were, and the input is of a dtype that is rounded."""
         return x.dtype != torch.float64 and x.numel() > 0 and set(host._parameters) <= {"weight"}
 
@@ -169,8 +169,8 @@ def _rms_norm_of(host: nn.Module) -> _RMSNorm | None:
     # The mean square of the second and third row is about as small as eps usually is.
     x = torch.randn(3, *shape, generator=generator) * torch.tensor([[1.0], [1e-2], [1e-3]])
     twin = copy.copy(host)
-    other = None if weight is None else nn.Parameter(torch.randn(shape, generator=generator))
-    twin._parameters = {} if weight is None and "weight" not in host._parameters else {"weight": other}
+    random_weight = None if weight is None else nn.Parameter(torch.randn(shape, generator=generator))
+    twin._parameters = {} if weight is None and "weight" not in host._parameters else {"weight": random_weight}
     try:
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             y = plain_class.forward(twin, x)
@@ -179,7 +179,7 @@ def _rms_norm_of(host: nn.Module) -> _RMSNorm | None:
     for shift in (0.0, 1.0):
         norm = _RMSNorm(names[0], shift)
         expected = x * (x.square().mean(-1, keepdim=True) + norm.eps(host, x)).rsqrt()
-        expected = expected if other is None else expected * (other + shift)
+        expected = expected if random_weight is None else expected * (random_weight + shift)
         if isinstance(y, Tensor) and y.shape == x.shape and torch.allclose(y, expected, 1e-5, 1e-6):
             return norm
     return None

@@ -93,5 +93,5 @@ def _parts(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_adapted(module: nn.Module) -> bool:
-    own = isinstance(module, LBPWHTLayer) and not isinstance(module, ForwardPatch)
-    return own or isinstance(getattr(module, PATCH_ATTR, None), LBPWHTStacked)
+    is_own_layer = isinstance(module, LBPWHTLayer) and not isinstance(module, ForwardPatch)
+    return is_own_layer or isinstance(getattr(module, PATCH_ATTR, None), LBPWHTStacked)

@@ -40,7 +40,7 @@ class BlockPatch(ForwardPatch):
     def _adapted_layers(self) -> list[LBPWHTLayer]:
         if torch.compiler.is_compiling():  # the compiler would guard on the list
             return [module for module in self.block.modules() if isinstance(module, LBPWHTLayer)]
-        if self._layers is None:  # searched for once: a search takes longer than a small layer
+        if self._layers is None:  # searched for once, since a search takes longer than a small layer
             self._layers = [module for module in self.block.modules() if isinstance(module, LBPWHTLayer)]
         return self._layers
 

@@ -58,7 +58,7 @@ def detach(host: Any) -> None:
 
 def plain_forward(host: nn.Module) -> Callable[..., Any]:
     """The forward method of a patched module's own class: a function of the module and its inputs."""
-    forward: Callable[..., Any] = plain_class_of(host).forward
+    forward: Callable[..., object] = plain_class_of(host).forward
     return forward
 
 
@@ -66,7 +66,7 @@ def plain_forward(host: nn.Module) -> Callable[..., Any]:
 def _patched_class(plain_class: type) -> type[nn.Module]:
     """A subclass whose forward method runs the patch. Copies and pickles of its instances refer to the plain class."""
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> Tensor:
         return getattr(self, PATCH_ATTR).run(self, *args, **kwargs)
 
     def reduce(self: nn.Module, protocol: int) -> tuple:

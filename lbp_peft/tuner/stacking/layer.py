@@ -23,14 +23,14 @@ from ...ops.plan import BackwardPlan, ExactProduct
 from ...ops.recompute import low_rank_layer
 from ..layers.base import LBPWHTLayer, check_image_layout
 from ..layers.calling import (
-    WATCHED,
-    eagerly,
-    forward_replaced,
+    SIDE_EFFECTS,
+    call_eagerly,
     has_own_forward,
     has_to_be_called,
     has_to_be_called_for,
     is_offloaded,
-    submodules_are_watched,
+    replace_forward,
+    rerun_has_side_effects,
 )
 from ..layers.rule import BackwardRule
 from ..patches.forward_patch import ForwardPatch, UnpatchedForward, plain_forward
@@ -104,7 +104,7 @@ class LBPWHTStacked(nn.Module, ForwardPatch, LBPWHTLayer):
         self._check_values(linears)
         if any(has_own_forward(part) for part in linears):
             return self._run_as_a_whole(host, x, plan)
-        return eagerly(_call_parts, self, host, x, linears, plan)
+        return call_eagerly(_call_parts, self, host, x, linears, plan)
 
     def _run_as_a_whole(self, host: Any, x: Tensor, plan: BackwardPlan) -> Tensor:
         """The host's forward pass. Its backward pass runs the host again, on few rows."""
@@ -112,8 +112,8 @@ class LBPWHTStacked(nn.Module, ForwardPatch, LBPWHTLayer):
         full_plan = self._in_full_precision(x, plan)
         if full_plan is None:
             return plain(host, x)
-        if submodules_are_watched(host):
-            self._fall_back(x, *WATCHED, cause=WATCHED[0])
+        if rerun_has_side_effects(host):
+            self._fall_back(x, *SIDE_EFFECTS, cause=SIDE_EFFECTS[0])
             return plain(host, x)
         layer = _ChannelsLast(UnpatchedForward(host), x.dim()) if self._on_images else UnpatchedForward(host)
         tokens = x.movedim(1, -1) if self._on_images else x
@@ -189,7 +189,7 @@ def _call_parts(layer: LBPWHTStacked, host: Any, x: Tensor, linears: list[nn.Lin
 
     with ExitStack() as stack:
         for part in linears:
-            stack.enter_context(forward_replaced(part, functools.partial(forward, part)))
+            stack.enter_context(replace_forward(part, functools.partial(forward, part)))
         output: Tensor = plain_forward(host)(host, x)
         return output
 
@@ -235,8 +235,8 @@ def _branches(host: Any, x: Tensor, parts: list[_LoraParts]) -> list[Branch]:
     branches = []
     for down, up, dropout, scaling in parts:
         drops = isinstance(dropout, nn.Dropout) and dropout.p > 0 and dropout.training
-        own_x = dropout(host._cast_input_dtype(x, down.weight.dtype)) if drops else None
-        branches.append(Branch(down.weight, up.weight, up.bias, scaling, own_x))
+        dropped_x = dropout(host._cast_input_dtype(x, down.weight.dtype)) if drops else None
+        branches.append(Branch(down.weight, up.weight, up.bias, scaling, dropped_x))
     return branches
 
 

@@ -1,4 +1,4 @@
-"""The adapters of another PEFT method that LBP-WHT is stacked on. They stay the other method's own."""
+"""The adapters of another PEFT method that LBP-WHT is stacked on. Their own method still manages them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _PREFIX = "base_model.model."
 
 
 class Stack:
-    """The adapters beneath LBP-WHT, handled in the way of their own method.
+    """The adapters beneath LBP-WHT, handled through their own method.
 
     Args:
         holder: A `PeftModel`, or a model that adapters were injected into (transformers' `model.add_adapter`).
@@ -60,7 +60,7 @@ class Stack:
         return self.holder.base_model if isinstance(self.holder, PeftModel) else None
 
     def train(self, mode: bool) -> None:
-        """Put the model and what the other method holds around it into training or evaluation mode."""
+        """Put the model, and the modules that the other method has around it, into training or evaluation mode."""
         self.holder.train(mode)
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -90,8 +90,10 @@ class Stack:
         active = self.active_adapters
         for name, module in self.base_model.named_modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
-                above = [one for one, saved in on_top.items() if any(f".{name}".endswith(f".{s}") for s in saved)]
-                beneath = [one for one in active if one in module._adapters]
+                above = [
+                    adapter for adapter, saved in on_top.items() if any(f".{name}".endswith(f".{s}") for s in saved)
+                ]
+                beneath = [adapter for adapter in active if adapter in module._adapters]
                 _set_adapter(module, beneath or above or active, inference_mode=inference_mode)
 
     def delete_adapter(self, name: str) -> None:
@@ -141,39 +143,44 @@ class Stack:
             stack.activate_modules_to_save({}, inference_mode)
         return stack
 
-    def modules_to_save(self, of_whole_model: dict[str, Tensor]) -> dict[str, Tensor]:
+    def modules_to_save(self, whole_state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """The tensors of the active modules_to_save, under the names by which PEFT looks them up.
 
         Args:
-            of_whole_model: The state dict of the model that LBP-WHT made of this one.
+            whole_state_dict: The state dict of the model that LBP-WHT made of this one.
         """
         tensors = {}
         for wrapper, module in self.base_model.named_modules():
             if isinstance(module, AuxiliaryTrainingWrapper):
                 prefix = f"{_PREFIX}{wrapper}."
-                own = {prefix + key: tensor for key, tensor in module.state_dict().items()}
-                own = {key.removeprefix(prefix): of_whole_model.get(key, tensor) for key, tensor in own.items()}
+                tensors_of_module = {prefix + key: tensor for key, tensor in module.state_dict().items()}
+                tensors_of_module = {
+                    key.removeprefix(prefix): whole_state_dict.get(key, tensor)
+                    for key, tensor in tensors_of_module.items()
+                }
                 for name in module.active_adapters:
-                    tensors.update({prefix + k: t for k, t in module.adapter_state_dict(name, own).items()})
+                    tensors.update(
+                        {prefix + k: t for k, t in module.adapter_state_dict(name, tensors_of_module).items()}
+                    )
         return tensors
 
-    def state_dict(self, of_whole_model: dict[str, Tensor], incomplete: list[str]) -> dict[str, Tensor]:
+    def state_dict(self, whole_state_dict: dict[str, Tensor], incomplete: list[str]) -> dict[str, Tensor]:
         """The trained tensors of all adapters.
 
         Args:
-            of_whole_model: The state dict of the model that LBP-WHT made of this one.
-            incomplete: Names of adapters of which `of_whole_model` has no tensors.
+            whole_state_dict: The state dict of the model that LBP-WHT made of this one.
+            incomplete: Names of adapters of which `whole_state_dict` has no tensors.
         """
         tensors = {}
         for name in self.configs:
-            given = {}
+            available = {}
             if name not in incomplete:
                 is_peft = isinstance(self.holder, PeftModel)
-                given = {k if is_peft else k.removeprefix(_PREFIX): t for k, t in of_whole_model.items()}
-            if self._names() - given.keys():  # tensors that a method shares between its layers
-                given = self.holder.state_dict() | given
-            given = with_wrappers(given, self.holder)
-            of_adapter = get_peft_model_state_dict(self.holder, given, name, save_embedding_layers=False)
+                available = {k if is_peft else k.removeprefix(_PREFIX): t for k, t in whole_state_dict.items()}
+            if self._names() - available.keys():  # tensors that a method shares between its layers
+                available = self.holder.state_dict() | available
+            available = with_wrappers(available, self.holder)
+            of_adapter = get_peft_model_state_dict(self.holder, available, name, save_embedding_layers=False)
             for key, tensor in of_adapter.items():
                 key = without_wrappers(key)
                 if ".lbpwht_" not in key:
@@ -186,13 +193,13 @@ class Stack:
         tensors = itertools.chain(self.holder.named_parameters(**shared_too), self.holder.named_buffers(**shared_too))
         return {without_wrappers(name) for name, _ in tensors}
 
-    def without_shared(self, own: dict[str, Tensor], beneath: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-        """The tensors of an adapter on top, less the modules_to_save that it shares with one beneath of the same name.
+    def without_shared(self, tensors: dict[str, Tensor], beneath: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+        """The tensors of an adapter on top, without the modules_to_save that it shares with one of its name beneath.
 
         PEFT writes these for both.
 
         Args:
-            own: The tensors of the adapter on top.
+            tensors: The tensors of the adapter on top.
             beneath: The tensors of the adapters beneath.
             name: The name of the adapter on top.
         """
@@ -202,7 +209,7 @@ class Stack:
             if isinstance(module, AuxiliaryTrainingWrapper):
                 for key in (k.removeprefix(_PREFIX).removeprefix(f"{wrapper}.") for k in parts if f"{wrapper}." in k):
                     shared |= {f"{_PREFIX}{wrapper}.{key}", f"{_PREFIX}{wrapper}.modules_to_save.{name}.{key}"}
-        return {key: tensor for key, tensor in own.items() if key not in shared}
+        return {key: tensor for key, tensor in tensors.items() if key not in shared}
 
     def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of [`state_dict`].
@@ -246,21 +253,21 @@ def stack_beneath(model: nn.Module) -> Stack | None:
             raise TypeError(f"LBP-WHT cannot be stacked on prompt learning ({model.peft_type.value}).")
         if isinstance(model.get_base_model(), PeftModel):
             raise TypeError("LBP-WHT can be stacked on one PeftModel, not on one inside another. Merge the inner one.")
-        return _with_names_that_can_be_saved(Stack(model))
+        return _check_adapter_names(Stack(model))
     configs = getattr(model, "peft_config", None)
     others = configs and any(config.peft_type != PeftType.LBPWHT for config in configs.values())
-    return _with_names_that_can_be_saved(Stack(model)) if others else None
+    return _check_adapter_names(Stack(model)) if others else None
 
 
-def _with_names_that_can_be_saved(stack: Stack) -> Stack:
-    """The stack itself, after a check: a checkpoint holds the adapters' names, and loading refuses some names."""
+def _check_adapter_names(stack: Stack) -> Stack:
+    """Refuse names of adapters with which a checkpoint could be saved, but not loaded; return the stack."""
     for name in stack.configs:
         check_adapter_name(name, "The model to stack on")
     return stack
 
 
 def _remove_adapters(model: nn.Module) -> None:
-    """Put back the modules of a model that adapters have replaced, also after an error in the middle of that."""
+    """Put back the modules that adapters have replaced, even if an error interrupted the replacement."""
     for name, module in list(model.named_modules()):
         if isinstance(module, BaseTunerLayer):
             original = module.get_base_layer()
@@ -279,7 +286,7 @@ def has_other_adapters(model: nn.Module) -> bool:
 
 
 @contextmanager
-def adapter_states_restored(model: nn.Module) -> Iterator[None]:
+def restore_adapter_states(model: nn.Module) -> Iterator[None]:
     """Restore, after the block, which modules_to_save are active and which parameters are trained."""
     trained = [(p, p.requires_grad) for p in model.parameters()]
     wrappers = [m for m in model.modules() if isinstance(m, AuxiliaryTrainingWrapper)]

@@ -1,1 +1,1 @@
-"""Checks of what a user asks for: each refuses with an error, or warns, and names a remedy."""
+"""Checks of the user's settings. Each of them raises an error or warns, and names a remedy."""

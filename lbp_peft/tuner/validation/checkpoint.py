@@ -43,8 +43,8 @@ def check_state_dict(model: nn.Module, adapter_name: str, state_dict: dict[str, 
     if not missing and not extra:
         return
     problems = [
-        f"{len(keys)} {what} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for keys, what in ((missing, "missing"), (extra, "unexpected"))
+        f"{len(keys)} {problem} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
+        for keys, problem in ((missing, "missing"), (extra, "unexpected"))
         if keys
     ]
     refuse_checkpoint(
@@ -81,7 +81,7 @@ def _is_untrained(model: nn.Module, adapter_name: str) -> bool:
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             copy, original = module.modules_to_save[adapter_name], module.original_module
             pairs += zip(copy.parameters(), original.parameters(), strict=True)
-    return all(own.device.type == "meta" or torch.equal(own.to(base), base) for own, base in pairs)
+    return all(copy.device.type == "meta" or torch.equal(copy.to(base), base) for copy, base in pairs)
 
 
 def _remove_adapter(model: nn.Module, adapter_name: str) -> None:

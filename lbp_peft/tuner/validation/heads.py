@@ -24,10 +24,10 @@ def warn_of_frozen_heads(model: nn.Module) -> None:
     if not fresh:
         return
     names = list(dict.fromkeys(_outermost(model, name) for name in fresh))
-    several = len(names) > 1
+    verb, pronoun = ("are", "them") if len(names) > 1 else ("is", "it")
     warnings.warn(
-        f"{', '.join(names)} {'are' if several else 'is'} freshly initialised and frozen, so predictions stay random. "
-        f"Train {'them' if several else 'it'} with modules_to_save={names}, or load a model whose head is trained.",
+        f"{', '.join(names)} {verb} freshly initialised and frozen, so predictions stay random. "
+        f"Train {pronoun} with modules_to_save={names}, or load a model whose head is trained.",
         stacklevel=2,
     )
 

@@ -141,15 +141,15 @@ def check_layers(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -> No
     """
     if config.layers_to_transform is None:
         return
-    asked = config.layers_to_transform
-    by_index, with_targets = copy.copy(config), []
+    indices = config.layers_to_transform
+    config_of_index, with_targets = copy.copy(config), []
     names = [name for name, _ in model.named_modules()]
     known = sorted({int(part) for name in names for part in name.split(".") if part.isdecimal()})
     for index in known:
-        by_index.layers_to_transform = [index]
-        if any(tuner._check_target_module_exists(by_index, name) for name in names):
+        config_of_index.layers_to_transform = [index]
+        if any(tuner._check_target_module_exists(config_of_index, name) for name in names):
             with_targets.append(index)
-    wrong = sorted(set(asked if isinstance(asked, list) else [asked]) - set(with_targets))
+    wrong = sorted(set(indices if isinstance(indices, list) else [indices]) - set(with_targets))
     if wrong:
         raise ValueError(
             f"layers_to_transform has {', '.join(map(str, wrong))}, but the blocks with target modules are "

@@ -48,8 +48,8 @@ def check_adapter_name(name: object, field: str) -> None:
 
 def is_free_in_dictionaries(name: str) -> bool:
     """Whether PyTorch's dictionaries of modules and parameters, which hold the adapters, accept a name as a key."""
-    taken = hasattr(nn.ParameterDict, name) or hasattr(nn.ModuleDict, name) or name == "training"
-    return bool(name) and "." not in name and not taken
+    is_attribute = hasattr(nn.ParameterDict, name) or hasattr(nn.ModuleDict, name) or name == "training"
+    return bool(name) and "." not in name and not is_attribute
 
 
 def is_module_name(name: object) -> bool:
@@ -60,14 +60,16 @@ def is_module_name(name: object) -> bool:
 def unknown_names(model: nn.Module, names: Iterable[str]) -> list[str]:
     """The names that are neither a module's name nor the part of one that follows a dot."""
     known = [f".{name}" for name, _ in model.named_modules(remove_duplicate=False)]
-    return sorted(name for name in names if not any(one.endswith(f".{name}") for one in known))
+    return sorted(name for name in names if not any(module_name.endswith(f".{name}") for module_name in known))
 
 
 def unmatched_modules_to_save(model: nn.Module, names: Iterable[str], task_type: str | None) -> list[str]:
     """The names with which no module's name ends, except those that PEFT itself adds for a task."""
     known = [name for name, _ in model.named_modules(remove_duplicate=False)]
     added = _OF_TASKS.get(str(getattr(task_type, "value", task_type)), set())
-    return [name for name in names if name not in added and not any(one.endswith(name) for one in known)]
+    return [
+        name for name in names if name not in added and not any(module_name.endswith(name) for module_name in known)
+    ]
 
 
 def did_you_mean(model: nn.Module, name: str) -> str:
@@ -80,4 +82,4 @@ def did_you_mean(model: nn.Module, name: str) -> str:
     if not close:
         close = [child for child, _ in model.named_children()][:8]
         return f" The model consists of {', '.join(close)}." if close else ""
-    return f" Did you mean {' or '.join(repr(one) for one in close)}?"
+    return f" Did you mean {' or '.join(repr(similar) for similar in close)}?"

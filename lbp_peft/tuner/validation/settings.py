@@ -87,12 +87,12 @@ def _check_ranks(config: LBPWHTConfig) -> None:
 
 
 def _check_rank_pattern(config: LBPWHTConfig, name: str, or_none: str = "", has_limit: bool = True) -> None:
-    given = getattr(config, name)
-    if not isinstance(given, dict):
+    ranks = getattr(config, name)
+    if not isinstance(ranks, dict):
         raise ValueError(
-            f"{name} must be a dict of ranks by module name or regular expression, {{}} for none, got {show(given)}."
+            f"{name} must be a dict of ranks by module name or regular expression, {{}} for none, got {show(ranks)}."
         )
-    setattr(config, name, {pattern: as_int(rank) for pattern, rank in given.items()})
+    setattr(config, name, {pattern: as_int(rank) for pattern, rank in ranks.items()})
     for pattern, rank in getattr(config, name).items():
         check_pattern(f"A key of {name}", pattern, IN_RANK_PATTERN)
         if rank is not None or not or_none:
@@ -136,11 +136,11 @@ def _check_rounding(config: LBPWHTConfig) -> None:
         raise ValueError(
             f"hadamard_size must be a power of two (16 to 128 are useful), or 0, got {show(config.hadamard_size)}."
         )
-    config.compress_activations = _checked_compression(config.compress_activations)
+    config.compress_activations = _validate_compression(config.compress_activations)
 
 
-def _checked_compression(value: Any) -> str | tuple[str, ...] | None:
-    """A value of compress_activations in its normal form: None, "all", or words in their usual order."""
+def _validate_compression(value: object) -> str | tuple[str, ...] | None:
+    """Check a value of compress_activations, and return None, "all", or words in their usual order."""
     if value is None or is_one_of(value, ["all"]):
         return "all" if value else None
     if is_one_of(value, ["int8"]):
@@ -166,7 +166,7 @@ def _checked_compression(value: Any) -> str | tuple[str, ...] | None:
 def _check_selections(config: LBPWHTConfig) -> None:
     if not is_one_of(config.boundary, BOUNDARIES):
         raise ValueError(f"boundary must be one of {', '.join(BOUNDARIES)}, got {show(config.boundary)}.")
-    config.selection = _checked_selection(config, "selection", config.selection)
+    config.selection = _validate_selection(config, "selection", config.selection)
     if not isinstance(config.selection_pattern, dict):
         raise ValueError(
             "selection_pattern must be a dict of selections by module name or regular expression, {} for none, got "
@@ -175,13 +175,13 @@ def _check_selections(config: LBPWHTConfig) -> None:
     for pattern in config.selection_pattern:
         check_pattern("A key of selection_pattern", pattern, IN_RANK_PATTERN)
     config.selection_pattern = {
-        pattern: _checked_selection(config, f"selection_pattern[{show(pattern)}]", selection)
+        pattern: _validate_selection(config, f"selection_pattern[{show(pattern)}]", selection)
         for pattern, selection in config.selection_pattern.items()
     }
 
 
-def _checked_selection(config: LBPWHTConfig, name: str, value: Any) -> Any:
-    """A selection's name, or pairs of ints in a list; JSON has them as lists of lists."""
+def _validate_selection(config: LBPWHTConfig, name: str, value: object) -> Any:
+    """Check a selection, and return its name or a list of pairs of ints, which are lists in JSON."""
     if isinstance(value, (list, tuple)) and value:
         pairs = [tuple(map(as_int, pair)) if isinstance(pair, (list, tuple)) else pair for pair in value]
         if all(isinstance(pair, tuple) and len(pair) == 2 and all(map(is_int, pair)) for pair in pairs):
@@ -261,8 +261,8 @@ def _check_layers(config: LBPWHTConfig) -> None:
     if pattern is not None and pattern != "":
         if not isinstance(pattern, str) and not are_names(pattern):
             raise ValueError(f"layers_pattern must be the name of a list of blocks, or several, got {show(pattern)}.")
-        for one in [pattern] if isinstance(pattern, str) else pattern:
-            check_pattern("layers_pattern", one, IN_LAYERS_PATTERN)
+        for expression in [pattern] if isinstance(pattern, str) else pattern:
+            check_pattern("layers_pattern", expression, IN_LAYERS_PATTERN)
         if not isinstance(pattern, str):
             config.layers_pattern = list(pattern)
     if isinstance(config.target_modules, str) and config.layers_to_transform is not None:

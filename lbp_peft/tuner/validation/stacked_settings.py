@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peft.config import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -42,23 +42,23 @@ def check_stack(config: LBPWHTConfig) -> None:
         raise ValueError(f"stack_on must be a PEFT configuration, or several by adapter name, got {show(stack)}.")
     for name in stack:
         check_adapter_name(name, "stack_on")
-    config.stack_on = {name: _checked_config(name, value) for name, value in stack.items()}
+    config.stack_on = {name: _validate_config(name, value) for name, value in stack.items()}
     unknown = set(active or []) - config.stack_on.keys()
     if unknown:
         raise ValueError(f"stack_active names {', '.join(sorted(unknown))}, but stack_on has {list(config.stack_on)}.")
 
 
-def _checked_config(name: str, given: PeftConfig | dict[str, Any]) -> PeftConfig:
-    """The configuration of an adapter that LBP-WHT is stacked on; a checkpoint holds it as a dict.
+def _validate_config(name: str, value: PeftConfig | dict[str, object]) -> PeftConfig:
+    """Check the configuration of an adapter that LBP-WHT is stacked on. If it is the dict of a checkpoint, convert it.
 
     Raises:
         ValueError: the configuration is invalid, or of a method that LBP-WHT cannot be stacked on, or has a value that
             must not come from a file.
     """
     field = f"stack_on[{name!r}]"
-    peft_type = given.get("peft_type") if isinstance(given, dict) else given.peft_type
+    peft_type = value.get("peft_type") if isinstance(value, dict) else value.peft_type
     if not isinstance(peft_type, str) or peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        known = ", ".join(sorted(one.value for one in PEFT_TYPE_TO_CONFIG_MAPPING))
+        known = ", ".join(sorted(known_type.value for known_type in PEFT_TYPE_TO_CONFIG_MAPPING))
         raise ValueError(f"{field} has the peft_type {show(peft_type)}, which PEFT does not know. It knows {known}.")
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[peft_type]
     # X-LoRA's configuration names folders and repositories to load further adapters from.
@@ -67,22 +67,22 @@ def _checked_config(name: str, given: PeftConfig | dict[str, Any]) -> PeftConfig
             "stack_on must be a configuration of another method with adapters in layers, such as LoRA, and not of "
             f"{PeftType(peft_type).value}."
         )
-    if isinstance(given, dict):
-        if given.get("megatron_config"):
+    if isinstance(value, dict):
+        if value.get("megatron_config"):
             raise ValueError(
                 f"{field} has a megatron_config, with which PEFT imports whatever module megatron_core names. LBP-WHT "
                 "does not adapt Megatron's layers: leave both out."
             )
         try:
-            config = PeftConfig.from_peft_type(**given)
+            config = PeftConfig.from_peft_type(**value)
         except (TypeError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{field} is not a valid configuration of {PeftType(peft_type).value}: {error}") from error
     else:
-        config = given
+        config = value
         if not isinstance(config, PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]):
-            wanted = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].__name__
+            expected_class = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].__name__
             raise ValueError(
-                f"{field} must be a {wanted} for the peft_type {peft_type}, got a {type(config).__name__}."
+                f"{field} must be a {expected_class} for the peft_type {peft_type}, got a {type(config).__name__}."
             )
     _check_patterns(field, config)
     return config
@@ -94,8 +94,8 @@ def _check_patterns(field: str, config: PeftConfig) -> None:
         if isinstance(value := getattr(config, name, None), str) and value:
             check_pattern(f"{field}.{name}", value)
     patterns = getattr(config, "layers_pattern", None) or []
-    for one in [patterns] if isinstance(patterns, str) else patterns:
-        check_pattern(f"{field}.layers_pattern", one, IN_LAYERS_PATTERN)
+    for expression in [patterns] if isinstance(patterns, str) else patterns:
+        check_pattern(f"{field}.layers_pattern", expression, IN_LAYERS_PATTERN)
     for name, value in vars(config).items():  # rank_pattern, alpha_pattern and their like
         if name.endswith("_pattern") and isinstance(value, dict):
             for pattern in value:

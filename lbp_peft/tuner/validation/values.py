@@ -8,11 +8,11 @@ from typing import Any, TypeGuard
 
 
 def is_int(value: object) -> TypeGuard[int]:
-    """Whether a value is an int, which True and False are not here."""
+    """Whether a value is an int, but neither True nor False."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def as_int(value: Any) -> Any:
+def as_int(value: object) -> Any:
     """An int if the value is an integer of any type, such as NumPy's; otherwise the value unchanged."""
     return int(value) if isinstance(value, Integral) and not isinstance(value, bool) else value
 
