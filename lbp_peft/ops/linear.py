@@ -48,7 +48,7 @@ from .leading_tokens import LeadingTokens, leading_tokens_with_gradient
 from .once_differentiable import once_differentiable
 from .plan import BackwardPlan, InputProjection, Lifting
 from .saved_input import input_to_save
-from .summed_weight import summed_weight, sums_weight, weight_in_backward
+from .summed_weight import should_sum, summed_weight, weight_in_backward
 from .tokens import as_tokens, from_tokens, sum_of_tokens
 
 
@@ -92,16 +92,18 @@ class _LowRankLinear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(state: _State, x: Tensor, weight: Tensor, bias: Tensor | None, *of_branches: Tensor | None) -> Tensor:
+    def forward(
+        state: _State, x: Tensor, weight: Tensor, bias: Tensor | None, *branch_tensors: Tensor | None
+    ) -> Tensor:
         dtype = weight.dtype if state.cast_weight is None else state.cast_weight
-        branches = group(of_branches, BranchTensors)
+        branches = group(branch_tensors, BranchTensors)
         if state.sums_weight:
             for branch, scaling in zip(branches, state.scalings, strict=True):
                 if branch.bias is not None:
                     bias = branch.bias * scaling if bias is None else bias + branch.bias * scaling
             return F.linear(x, summed_weight(weight, factors(branches), state.scalings, dtype), bias).detach()
         y = F.linear(x, weight.to(dtype), bias)
-        # Selective checkpointing, a dispatch mode, keeps results of products and refuses changes in place.
+        # Selective checkpointing, a dispatch mode, keeps results of products and raises if they are changed in place.
         must_be_out_of_place = in_transform() or in_dispatch_mode()
         for branch, scaling in zip(branches, state.scalings, strict=True):
             update = F.linear(F.linear(x if branch.x is None else branch.x, branch.down), branch.up, branch.bias)
@@ -111,8 +113,8 @@ class _LowRankLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
         state: _State
-        state, x, weight, _, *of_branches = inputs
-        branches, needs = group(of_branches, BranchTensors), _needed(ctx)
+        state, x, weight, _, *branch_tensors = inputs
+        branches, needs = group(branch_tensors, BranchTensors), _needs_of(ctx)
         ctx.state = state
         ctx.weight_dtype = weight.dtype
         ctx.is_tracked = in_transform()
@@ -120,11 +122,11 @@ class _LowRankLinear(torch.autograd.Function):
         save = functools.partial(input_to_save, projection=state.weight_projection, plan=state.plan)
         saves_x = needs.weight
         saved: list[Tensor | None] = []
-        for branch, needed in zip(branches, needs.branches, strict=True):
-            trains_factors = needed.down or needed.up
+        for branch, of_branch in zip(branches, needs.branches, strict=True):
+            trains_factors = of_branch.down or of_branch.up
             saves_x = saves_x or (trains_factors and branch.x is None)
             saved.append(save(branch.x) if trains_factors and branch.x is not None else None)
-            saved += (branch.down, branch.up) if trains_factors or needed.x or needs.x else (None, None)
+            saved += (branch.down, branch.up) if trains_factors or of_branch.x or needs.x else (None, None)
         ctx.save_for_backward(
             save(x, source=state.source_of_x()) if saves_x else None,
             weight if needs.x else None,
@@ -147,7 +149,7 @@ class _EagerLowRankLinear(_LowRankLinear):
     """
 
     generate_vmap_rule = False
-    setup_context = torch.autograd.Function.setup_context
+    setup_context = torch.autograd.Function.setup_context  # PyTorch's default, with which `forward` gets ctx
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -157,14 +159,16 @@ class _EagerLowRankLinear(_LowRankLinear):
 
 
 class _LowRankLinearWithoutProduct(torch.autograd.Function):
-    """[`_LowRankLinear`] without a product: it saves the same tensors, and its output has a shape but no values.
+    """[`_LowRankLinear`] without its product: it saves the same tensors, and its output has a shape but no values.
 
-    Together with [`_ValuesForOutput`] it saves before it multiplies. A gradient checkpoint that is run again stops
-    after the last tensor that is saved, and then leaves out the product.
+    [`_ValuesForOutput`] then gives the output its values. So a layer saves all its tensors before it multiplies, and a
+    gradient checkpoint that is run again, which stops after the last tensor that is saved, leaves out the last product.
     """
 
     @staticmethod
-    def forward(state: _State, x: Tensor, weight: Tensor, bias: Tensor | None, *of_branches: Tensor | None) -> Tensor:
+    def forward(
+        state: _State, x: Tensor, weight: Tensor, bias: Tensor | None, *branch_tensors: Tensor | None
+    ) -> Tensor:
         return x.new_empty(()).expand(*x.shape[:-1], weight.shape[0])
 
     setup_context = staticmethod(_LowRankLinear.setup_context)
@@ -175,7 +179,7 @@ class _ValuesForOutput(torch.autograd.Function):
     """Returns the values for the output of [`_LowRankLinearWithoutProduct`], and passes the gradient on to it."""
 
     @staticmethod
-    def forward(place: Tensor, values: Tensor) -> Tensor:
+    def forward(placeholder: Tensor, values: Tensor) -> Tensor:
         return values.detach()
 
     @staticmethod
@@ -187,18 +191,18 @@ class _ValuesForOutput(torch.autograd.Function):
         return grads[0], None
 
 
-def _needed(ctx: Any) -> _Needs:
+def _needs_of(ctx: Any) -> _Needs:
     """Which arguments need a gradient, according to the context that autograd keeps of a call."""
-    _, x, weight, bias, *of_branches = ctx.needs_input_grad
-    return _Needs(x, weight, bias, group(of_branches, BranchNeeds))
+    _, x, weight, bias, *branch_tensors = ctx.needs_input_grad
+    return _Needs(x, weight, bias, group(branch_tensors, BranchNeeds))
 
 
 def _gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
     """The gradients of x, weight, bias and the tensors of each branch, in this order; None where none is needed."""
     state: _State = ctx.state
-    plan, needs = state.plan, _needed(ctx)
-    saved_x, weight, *of_branches = ctx.saved_tensors
-    branches = group(of_branches, SavedBranch)
+    plan, needs = state.plan, _needs_of(ctx)
+    saved_x, weight, *saved_branches = ctx.saved_tensors
+    branches = group(saved_branches, SavedBranch)
     weight_projection: Projection | LeadingTokens | None = state.weight_projection
     input_projection: InputProjection | LeadingTokens | None = state.input_projection
     precision = precision_now(plan.precision)
@@ -212,67 +216,63 @@ def _gradients(ctx: Any, grad_y: Tensor) -> list[Tensor | None]:
         """Read a saved input, in the dtype of products, at the rows that the projected gradient has."""
         return plan.from_saved(rows if leading is None else leading.project_gradient(rows), grad_y.dtype)
 
-    # The gradients of weights and biases
-    x_hat: Tensor | None = None if saved_x is None else load(saved_x)
     g_hat: Tensor | None = None
-    grad_weight: Tensor | None = None
-    grad_bias: Tensor | None = None
-    if needs.weight or any(needed.down or needed.up for needed in needs.branches):
+    if needs.weight or any(of_branch.down or of_branch.up for of_branch in needs.branches):
         g_hat = weight_projection.project_gradient(g) if weight_projection else g
-    if needs.bias or any(needed.bias for needed in needs.branches):
-        grad_bias = sum_of_tokens(g, g_hat, weight_projection)
+    x_hat = None if saved_x is None else load(saved_x)
+    grad_weight: Tensor | None = None
     if needs.weight:
         assert g_hat is not None and x_hat is not None  # since x is saved if the weight is trained
         grad_weight = weight_grad(g_hat, x_hat).to(ctx.weight_dtype)
-    grads_of_branches: list[tuple[Tensor | None, ...]] = []
-    for branch, needed, scaling in zip(branches, needs.branches, state.scalings, strict=True):
-        grad_down, grad_up = None, None
-        if needed.down or needed.up:
-            z_hat = x_hat if branch.x_hat is None else load(branch.x_hat)
-            # If a factor is trained, the branch's own input is saved, or x.
-            assert g_hat is not None and z_hat is not None
-            grad_down, grad_up = _factor_grads(g_hat, z_hat, branch, needed, scaling)
-        grad_branch_bias = grad_bias * scaling if grad_bias is not None and needed.bias else None
-        grads_of_branches.append((grad_down, grad_up, grad_branch_bias))
+    sum_of_g: Tensor | None = None
+    if needs.bias or any(of_branch.bias for of_branch in needs.branches):
+        sum_of_g = sum_of_tokens(g, g_hat, weight_projection)
+    branch_grads: list[list[Tensor | None]] = []
+    for branch, of_branch, scaling in zip(branches, needs.branches, state.scalings, strict=True):
+        z_hat = x_hat if branch.x_hat is None else load(branch.x_hat)
+        factor_grads = _factor_grads(g_hat, z_hat, branch, of_branch, scaling)
+        branch_grads.append([*factor_grads, sum_of_g * scaling if sum_of_g is not None and of_branch.bias else None])
 
-    # The gradients of inputs
     grad_x: Tensor | None = None
-    grads_of_own_x: list[Tensor | None] = [None] * len(branches)
-    if needs.x or any(needed.x for needed in needs.branches):
+    own_x_grads: list[Tensor | None] = [None] * len(branches)
+    if needs.x or any(of_branch.x for of_branch in needs.branches):
         lifting: Lifting | LeadingTokens | None
         if input_projection is None:
-            lifting, g_hat = None, g
+            lifting, multiplied = None, g
         elif g_hat is None or weight_projection is None or input_projection.basis != weight_projection.basis:
-            lifting, g_hat = input_projection.fit(g)
+            lifting, multiplied = input_projection.fit(g)
         else:
-            lifting = weight_projection  # g has been projected on the same basis already
-        coefficients, of_own_x = _input_coefficients(
-            state, needs, branches, ctx.have_own_x, g_hat=g_hat, weight=weight, precision=precision
+            lifting, multiplied = weight_projection, g_hat  # g has been projected on the same basis already
+        x_coefficients, own_x_coefficients = _input_coefficients(
+            state, needs, branches, ctx.have_own_x, multiplied=multiplied, weight=weight, precision=precision
         )
-        grads_of_own_x = [_lift(rows, lifting, grad_y, plan.layout) for rows in of_own_x]
-        grad_x = _lift(coefficients, lifting, grad_y, plan.layout)
+        own_x_grads = [_lift(rows, lifting, grad_y, plan.layout) for rows in own_x_coefficients]
+        grad_x = _lift(x_coefficients, lifting, grad_y, plan.layout)
 
-    gradients = [grad_x, grad_weight, grad_bias if needs.bias else None]
-    for grad_own_x, trained in zip(grads_of_own_x, grads_of_branches, strict=True):
-        gradients += (grad_own_x, *trained)
+    gradients = [grad_x, grad_weight, sum_of_g if needs.bias else None]
+    for own_x_grad, of_parameters in zip(own_x_grads, branch_grads, strict=True):
+        gradients += (own_x_grad, *of_parameters)
     return gradients
 
 
 def _factor_grads(
-    g_hat: Tensor, z_hat: Tensor, branch: SavedBranch, needed: BranchNeeds, scaling: float
+    g_hat: Tensor | None, z_hat: Tensor | None, branch: SavedBranch, needs: BranchNeeds, scaling: float
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of a branch's factors, dA = s (g^ B)^T z^ and dB = s g^^T (z^ A^T); None where none is needed.
 
     Args:
-        g_hat: The projected gradient of the outputs, shape (N, k, C_out).
-        z_hat: The projected input of the branch, shape (N, k, C_in).
+        g_hat: The projected gradient of the outputs, shape (N, k, C_out); None only if no factor is trained.
+        z_hat: The projected input of the branch, shape (N, k, C_in); None only if no factor is trained.
         branch: The factors A and B.
-        needed: Which of them need a gradient.
+        needs: Which of them need a gradient.
         scaling: s.
     """
+    if not (needs.down or needs.up):
+        return None, None
+    assert g_hat is not None and z_hat is not None
     down, up = branch.down, branch.up
-    grad_down = weight_grad(g_hat @ up, z_hat) * scaling if needed.down else None
-    grad_up = weight_grad(g_hat, z_hat.to(down.dtype) @ down.t()) * scaling if needed.up else None
+    grad_down = weight_grad(g_hat @ up, z_hat) * scaling if needs.down else None
+    grad_up = weight_grad(g_hat, z_hat.to(down.dtype) @ down.t()) * scaling if needs.up else None
     return grad_down, grad_up
 
 
@@ -282,39 +282,44 @@ def _input_coefficients(
     branches: list[SavedBranch],
     have_own_x: list[bool],
     *,
-    g_hat: Tensor,
+    multiplied: Tensor,
     weight: Tensor,
     precision: Precision,
 ) -> tuple[Tensor | None, list[Tensor | None]]:
-    """The gradients of x and of each branch's own input, as coefficients; None where no gradient is needed.
+    """The gradients of x and of each branch's own input before they are lifted; None where no gradient is needed.
 
-    They are g^ W and s (g^ B) A, of shape (N, k, C_in), computed from `g_hat` of shape (N, k, C_out).
+    They are g^ W and s (g^ B) A, of shape (N, k, C_in), computed from `multiplied`: g^, the coefficients of g, or g
+    itself if the input gradient is not low-rank; shape (N, k, C_out).
     """
-    if needs.x and _sums_weight_again(state, precision, g_hat, weight):  # no branch then has an input of its own
-        summed = weight_in_backward(weight, factors(branches), state.scalings, g_hat)
-        return product(g_hat, summed, precision), [None] * len(branches)
-    of_x: Tensor | None = None
+    if needs.x and _should_sum_in_backward(state, precision, multiplied, weight):  # no branch has an input of its own
+        summed = weight_in_backward(weight, factors(branches), state.scalings, multiplied)
+        return product(multiplied, summed, precision), [None] * len(branches)
+    x_coefficients: Tensor | None = None
     if needs.x:
-        weight = weight if precision.name != "full" else weight_in_backward(weight, (), (), g_hat)
-        of_x = product(g_hat, weight, precision, state.source)
-    of_own_x: list[Tensor | None] = []
-    for branch, needed, scaling, has_own_x in zip(branches, needs.branches, state.scalings, have_own_x, strict=True):
-        of_own_x.append((g_hat @ branch.up * scaling) @ branch.down if has_own_x and needed.x else None)
-        if has_own_x or of_x is None:
+        # A product in full precision casts W to the dtype of g first; a compiled graph must not keep that cast.
+        weight = weight if precision.name != "full" else weight_in_backward(weight, (), (), multiplied)
+        x_coefficients = product(multiplied, weight, precision, state.source)
+    own_x_coefficients: list[Tensor | None] = []
+    for branch, of_branch, scaling, has_own_x in zip(branches, needs.branches, state.scalings, have_own_x, strict=True):
+        own_x_coefficients.append(
+            (multiplied @ branch.up * scaling) @ branch.down if has_own_x and of_branch.x else None
+        )
+        if has_own_x or x_coefficients is None:
             continue
         if in_transform():
-            of_x = of_x + (g_hat @ branch.up * scaling) @ branch.down
+            x_coefficients = x_coefficients + (multiplied @ branch.up * scaling) @ branch.down
         else:
-            of_x = of_x.flatten(0, 1).addmm_((g_hat @ branch.up * scaling).flatten(0, 1), branch.down).view_as(of_x)
-    return of_x, of_own_x
+            through_up = (multiplied @ branch.up * scaling).flatten(0, 1)
+            x_coefficients = x_coefficients.flatten(0, 1).addmm_(through_up, branch.down).view_as(x_coefficients)
+    return x_coefficients, own_x_coefficients
 
 
-def _sums_weight_again(state: _State, precision: Precision, g_hat: Tensor, weight: Tensor) -> bool:
+def _should_sum_in_backward(state: _State, precision: Precision, multiplied: Tensor, weight: Tensor) -> bool:
     """Whether the input gradient is one product too. It is not if a quantized copy of the weight alone is kept."""
-    if not state.sums_weight or number_format(precision.name).caches_weight(g_hat.device):
+    if not state.sums_weight or number_format(precision.name).caches_weight(multiplied.device):
         return False
-    num_images = heuristics.USUAL_BATCH if torch.compiler.is_compiling() else g_hat.shape[0]
-    return heuristics.active().sum_weights(num_images * g_hat.shape[1], *weight.shape)
+    num_images = heuristics.USUAL_BATCH if torch.compiler.is_compiling() else multiplied.shape[0]
+    return heuristics.active().sum_weights(num_images * multiplied.shape[1], *weight.shape)
 
 
 def _lift(
@@ -373,11 +378,11 @@ def low_rank_linear(
     if in_forward_mode():
         return _exact_linear(x, weight, bias, branches)
     original_x, original_weight = x, weight
-    others = [bias]
+    other_tensors = [bias]
     for branch in branches:
         # torch.compile of torch 2.11 cannot add a named tuple to a list.
-        others += [*BranchTensors(branch.x, branch.down, branch.up, branch.bias)]
-    x, weight, others, cast_weight = cast_as_autocast_would(x, weight, others)
+        other_tensors += [*BranchTensors(branch.x, branch.down, branch.up, branch.bias)]
+    x, weight, other_tensors, cast_weight = cast_as_autocast_would(x, weight, other_tensors)
     state = _State(
         plan=plan,
         weight_projection=plan.weight_projection(x.dtype, x.device),
@@ -386,26 +391,28 @@ def low_rank_linear(
         cast_weight=cast_weight,
         source=None if must_be_functional() else source_of_weight(original_weight, parameter, plan.precision),
         source_of_x=(lambda: None) if must_be_functional() else weakref.ref(original_x),
-        sums_weight=not exact_forward and _sums_weight(x, weight, others[1:], plan),
+        sums_weight=not exact_forward and _should_sum_in_forward(x, weight, other_tensors[1:], plan),
     )
     if only_saved_tensors_matter():
-        place = _LowRankLinearWithoutProduct.apply(state, x, weight, *others)
+        placeholder = _LowRankLinearWithoutProduct.apply(state, x, weight, *other_tensors)
         with torch.no_grad():
-            values = _LowRankLinear.forward(state, x, weight, *others)
-        return _ValuesForOutput.apply(place, values)
+            values = _LowRankLinear.forward(state, x, weight, *other_tensors)
+        return _ValuesForOutput.apply(placeholder, values)
     function = _LowRankLinear if must_be_functional() else _EagerLowRankLinear
-    return function.apply(state, x, weight, *others)
+    return function.apply(state, x, weight, *other_tensors)
 
 
-def _sums_weight(x: Tensor, weight: Tensor, of_branches: Sequence[Tensor | None], plan: BackwardPlan) -> bool:
+def _should_sum_in_forward(
+    x: Tensor, weight: Tensor, branch_tensors: Sequence[Tensor | None], plan: BackwardPlan
+) -> bool:
     """Whether y is one product with the sum of the weight and the branches."""
-    branches = group(of_branches, BranchTensors)
+    branches = group(branch_tensors, BranchTensors)
     if not branches or any(branch.x is not None for branch in branches):
         return False
     num_rows = math.prod(x.shape[:-1])
     if torch.compiler.is_compiling() and plan.layout is not None:  # a graph has to serve batches of all sizes
         num_rows = heuristics.USUAL_BATCH * plan.layout.num_tokens
-    return sums_weight(x, weight, factors(branches), num_rows)
+    return should_sum(x, weight, factors(branches), num_rows)
 
 
 def _exact_linear(x: Tensor, weight: Tensor, bias: Tensor | None, branches: Sequence[Branch]) -> Tensor:

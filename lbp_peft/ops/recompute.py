@@ -129,7 +129,7 @@ class _LowRankLayer(torch.autograd.Function):
         xs, held = tensors[: state.num_inputs], tensors[state.num_inputs :]
         ctx.shapes = [z.shape for z in xs]
         ctx.dtypes = [z.dtype for z in xs]
-        trains = any(_needed(ctx).tensors)
+        trains = any(_needs_of(ctx).tensors)
         xs_hat: list[Tensor | None] = [None] * len(xs)
         if trains:
             of_dtypes = [state.weight_projection and state.weight_projection.of_dtype(z.dtype) for z in xs]
@@ -147,7 +147,7 @@ class _LowRankLayer(torch.autograd.Function):
         return None, grad_y, *(once_differentiable(gradients, grads[0]) if second_order else gradients)
 
 
-def _needed(ctx: Any) -> _Needs:
+def _needs_of(ctx: Any) -> _Needs:
     """Which gradients are needed, according to the context that autograd keeps of a call."""
     _, _, *needed = ctx.needs_input_grad
     num_inputs = ctx.state.num_inputs
@@ -168,7 +168,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     """The gradients of x, of the output of each dropout, and of the layer's tensors; None where none is needed."""
     state: _State = ctx.state
     _check_unchanged(state)
-    needs = _needed(ctx)
+    needs = _needs_of(ctx)
     saved = ctx.saved_tensors  # read once: gradient checkpointing returns each tensor a single time
     saved_xs, held = saved[: state.num_inputs], saved[state.num_inputs :]
     g = as_tokens(grad, state.plan.layout)

@@ -59,7 +59,7 @@ def weight_in_backward(weight: Tensor, factors: Sequence[Tensor], scalings: Sequ
     return summed_weight(weight, factors, scalings, grad.dtype)
 
 
-def sums_weight(x: Tensor, weight: Tensor, factors: Sequence[Tensor], num_rows: int) -> bool:
+def should_sum(x: Tensor, weight: Tensor, factors: Sequence[Tensor], num_rows: int) -> bool:
     """Whether the forward pass of a layer with low-rank updates should be one product.
 
     Args:
