@@ -17,7 +17,8 @@ from .runners import Runner, WorkerError
 from .training import Step
 from .trial import Trial
 
-_FEWEST_ROUNDS, _FURTHER_ROUNDS = 4, 6
+_FEWEST_ROUNDS, _MOST_ROUNDS, _FURTHER_ROUNDS = 4, 10, 6
+_SECONDS = 10.0  # of the first rounds, as long as these are neither too few nor too many
 
 
 class Scales(NamedTuple):
@@ -82,7 +83,8 @@ class Turns:
         started = self._start(tried)
         self._members += started
         taking_part = [*first, *started]
-        return self._take_turns(taking_part, _FEWEST_ROUNDS)
+        seconds = sum(member.trial.seconds for member in taking_part)
+        return self._take_turns(taking_part, max(_FEWEST_ROUNDS, min(_MOST_ROUNDS, int(_SECONDS / max(seconds, 0.1)))))
 
     def go_on(self) -> None:
         """Train all candidates in further rounds, as long as there is time."""
