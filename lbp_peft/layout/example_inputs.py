@@ -18,6 +18,10 @@ NUM_IMAGES = 2
 # Sides of images to try, in pixels, where nothing tells for which position embeddings are made.
 _USUAL_SIDES = (224, 32, 64, 96, 128, 192, 256, 384, 512)
 _MOST_SIZES = 12
+# Following images of a larger side takes several times as long as a smaller one.
+_COSTLY = 384
+# The places of more pixels would take too much memory.
+_MOST_PIXELS = 2**22
 # Encoders make several patches of images with this side or a larger one: the strides of the last stages are 32 or 64.
 _LARGE = 128
 # Attributes of parts of models, and of configurations, that tell sizes of images and numbers of frames.
@@ -30,20 +34,27 @@ _WORDS = 7
 def example_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     """Sets of keyword arguments that a model may take, the most likely one first; none if nothing is known of them.
 
-    Images and spectrograms are on the meta device, words are not. Whether a model takes one of these sets is only seen
-    when it is called.
+    Images and spectrograms are on the meta device, words are not. Images and videos with very many pixels are left out.
+    Whether a model takes one of these sets is only seen when it is called.
 
     Args:
         model: A model of transformers or of timm, or any other one that has one argument of images, which a convolution
             cuts into patches, or one of words, which an `nn.Embedding` embeds, or one of each.
     """
-    config = getattr(model, "config", None)
-    if hasattr(config, "to_dict"):
-        arguments = inspect.signature(model.forward).parameters
-        needed = {name for name, one in arguments.items() if _is_needed(one)}
-        yield from (inputs for inputs in _of_transformers(model, config, arguments) if needed <= inputs.keys())
-        return
-    arguments = [name for name, one in inspect.signature(model.forward).parameters.items() if _is_needed(one)]
+    config, takes = getattr(model, "config", None), inspect.signature(model.forward).parameters
+    needed = [name for name, one in takes.items() if _is_needed(one)]
+    several = _of_transformers(model, config, takes) if hasattr(config, "to_dict") else _of_others(model, needed)
+    for inputs in several:
+        if inputs.keys() >= set(needed) and all(_num_places(value) <= _MOST_PIXELS for value in inputs.values()):
+            yield inputs
+
+
+def _num_places(value: Tensor) -> int:
+    """The number of pixels of images; that of elements, for other tensors."""
+    return value.numel() // (value.shape[-3] if value.dim() > 3 else 1)
+
+
+def _of_others(model: nn.Module, arguments: list[str]) -> Iterator[dict[str, Tensor]]:
     has_words = any(type(part) is nn.Embedding for part in model.modules())
     images = _images(model) if _embedding_of_patches(model) is not None else ()
     if len(arguments) == 1 and (images or has_words):
@@ -72,6 +83,8 @@ def _of_transformers(model: nn.Module, config: Any, takes: Container[str]) -> It
     if any(hasattr(one, name) for one in configs for name in _IMAGE_TOKENS):
         return  # the words must have as many places for an image as it has tokens
     words = {"input_ids": _words()} if "input_ids" in takes else {}
+    if words and "attention_mask" in takes:
+        words["attention_mask"] = torch.ones_like(words["input_ids"])
     if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in takes:
         words["decoder_input_ids"] = _words()
     frames = next((n for one in configs for name in _FRAMES_OF if isinstance(n := getattr(one, name, None), int)), None)
@@ -85,9 +98,9 @@ def _of_transformers(model: nn.Module, config: Any, takes: Container[str]) -> It
     elif "pixel_values_videos" in takes:
         yield from ({"pixel_values_videos": _video(image, frames or 2), **words} for image in _images(model, configs))
     elif "input_values" in takes:
-        size = [getattr(config, name, None) for name in ("max_length", "num_mel_bins")]
-        if all(isinstance(one, int) for one in size):
-            yield {"input_values": torch.empty((NUM_IMAGES, *size), dtype=_dtype(model), device="meta")}
+        length, bands = (getattr(config, name, None) for name in ("max_length", "num_mel_bins"))
+        if isinstance(length, int) and isinstance(bands, int):
+            yield {"input_values": torch.empty((NUM_IMAGES, length, bands), dtype=_dtype(model), device="meta")}
     elif words:
         yield words
 
@@ -107,8 +120,12 @@ def _images(model: nn.Module, configs: Iterable[Any] = ()) -> Iterator[Tensor]:
     of_timm = getattr(model, "pretrained_cfg", None) or {}
     told = [vars(part).get(name) for part in model.modules() for name in _SIZES_OF]
     told += [getattr(config, name, None) for config in configs for name in _SIZES_OF]
-    told += [tuple(of_timm.get("input_size", ()))[-2:], *_USUAL_SIDES]
-    for size in itertools.islice(dict.fromkeys(size for given in told if (size := _size(given))), _MOST_SIZES):
+    told += [tuple(of_timm.get("input_size", ()))[-2:]]
+    sizes = [size for given in told if (size := _size(given))]
+    if any(max(size) > _COSTLY for size in sizes):  # a smaller image may do
+        sizes = sorted([*sizes, (_USUAL_SIDES[0],) * 2], key=lambda size: max(size) > _COSTLY)
+    sizes += [(side, side) for side in _USUAL_SIDES]
+    for size in itertools.islice(dict.fromkeys(sizes), _MOST_SIZES):
         yield torch.empty((NUM_IMAGES, channels, *size), dtype=_dtype(model), device="meta")
 
 

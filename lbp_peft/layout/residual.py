@@ -47,7 +47,8 @@ class ResidualParts(TorchFunctionMode):
 
     def __enter__(self) -> ResidualParts:
         for name in self._parts:
-            part, given = self._model.get_submodule(name), []
+            part = self._model.get_submodule(name)
+            given: list[int | None] = []  # in calls that have not returned yet
             before, after = partial(self._note_input, given), partial(self._note_output, name, given)
             self._hooks.callback(part.register_forward_pre_hook(before, with_kwargs=True).remove)
             self._hooks.callback(part.register_forward_hook(after).remove)

@@ -6,8 +6,9 @@ import copy
 import logging
 import random
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
 
 from ..measure.undisturbed import same_random_numbers
@@ -66,10 +68,10 @@ class WithoutValues(FakeTensorMode):
         finally:
             logger.disabled = was_disabled
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        if FakeTensor in types:
-            return super().__torch_dispatch__(func, types, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[object] = (), kwargs: Mapping[str, object] = MappingProxyType({})
+    ) -> Any:
+        return super().__torch_dispatch__(func, types, args, kwargs) if FakeTensor in types else func(*args, **kwargs)
 
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor without values, as if on the CPU."""
@@ -85,6 +87,8 @@ class WithoutValues(FakeTensorMode):
         Raises:
             CannotBeCopiedError: a pass of the copy might have an effect on the model itself.
         """
+        if modules._global_forward_hooks or modules._global_forward_pre_hooks:
+            raise CannotBeCopiedError("there are hooks on all modules")
         for module in model.modules():
             if "forward" in vars(module):  # it may refer to the module itself, not to its copy
                 raise CannotBeCopiedError(f"the forward method of a {type(module).__name__} was replaced")

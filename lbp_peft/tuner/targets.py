@@ -216,9 +216,7 @@ def _follow(
 
 def _parts_with_several(names: Iterable[str]) -> list[str]:
     """The names of the parts of a model that contain several of its layers."""
-    counts = Counter(
-        name[:place] for name in names for place, character in enumerate(name) if character == "."
-    )
+    counts = Counter(name[:place] for name in names for place, character in enumerate(name) if character == ".")
     return [part for part, count in counts.items() if count > 1]
 
 
