@@ -30,17 +30,18 @@ _log = logging.getLogger(__name__)
 def targets_from(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
     """The layers that patches of an image pass through in the encoder, for `target_modules`.
 
-    Without `target_modules`, the layers are chosen by the model's structure, before any image has been seen. This
-    function runs one forward pass instead and follows the tokens. It returns the layers that
+    Without `target_modules`, the layers are chosen before any image has been seen, by the model's structure and a pass
+    of a copy without values, if the model's code can do without. This function runs one forward pass with a batch of
+    yours instead. It returns the layers that
 
     - receive tokens of an image whose places are known, and more than one of each image, or words in a model of text,
     - run between the first and the last layer of the encoder's blocks: embeddings come before these, and heads,
       projectors and decoders after them. Blocks that the structure does not tell count as well, if there are several
-      with layers in a module of the same class,
+      with layers in a module of the same class, or if they have a residual connection,
     - belong to the encoder: to the part that is given images and no text, if there is one, and not to a decoder. The
       name of a class tells a decoder or a head only after the other blocks, and if these have more weights.
 
-    Unlike the default, it finds blocks that the structure does not reveal, and leaves out layers that would be exact.
+    Unlike the default, it also finds single layers between blocks, and leaves out all layers that would be exact.
 
     Args:
         model: The model, before `get_peft_model`. One forward pass is run in training mode; modes, buffers and random
@@ -86,7 +87,7 @@ def default_targets(model: nn.Module) -> list[str]:
     blocks = encoder_linears(model)
     if any(isinstance(module, LBPWHTLayer) for module in model.modules()):
         return blocks
-    seen = _follow_without_values(model, blocks)
+    seen = seen_without_values(model, blocks)
     return blocks if seen is None else seen.targets(model, blocks)
 
 
@@ -135,7 +136,7 @@ class _Seen:
         return [name for name, _ in model.named_modules() if name in chosen]
 
 
-def _follow_without_values(model: nn.Module, blocks: list[str]) -> _Seen | None:
+def seen_without_values(model: nn.Module, blocks: list[str]) -> _Seen | None:
     """What a pass of a copy of a model shows, on inputs made for it; None if none can be made or the copy cannot run.
 
     Args:
