@@ -133,7 +133,7 @@ class _Seen:
         further = set(like_blocks(model, tokens.values(), blocks, self.residual)) - set(blocks)
         if further:
             chosen |= further.intersection(encoder_of_pass(model, tokens, set(blocks), self.residual))
-        return [name for name, _ in model.named_modules() if name in chosen]
+        return [name for name, _ in model.named_modules() if name in chosen] or blocks
 
 
 def seen_without_values(model: nn.Module, blocks: list[str]) -> _Seen | None:
@@ -145,13 +145,14 @@ def seen_without_values(model: nn.Module, blocks: list[str]) -> _Seen | None:
     """
     mode, copied = WithoutValues(), None
     try:
-        for inputs in example_inputs(model):
-            copied = copied or mode.copy_of(model)
-            if (seen := _follow_copy(copied, mode, inputs)) is None:
-                continue
-            if seen.without_tokens() & set(blocks) and (larger := enlarged(inputs)) is not None:
-                seen = _follow_copy(copied, mode, larger) or seen
-            return seen
+        with torch.device("cpu"):  # where tensors without values seem to be
+            for inputs in example_inputs(model):
+                copied = copied or mode.copy_of(model)
+                if (seen := _follow_copy(copied, mode, inputs)) is None:
+                    continue
+                if seen.without_tokens() & set(blocks) and (larger := enlarged(inputs)) is not None:
+                    seen = _follow_copy(copied, mode, larger) or seen
+                return seen
     except Exception as error:  # in any code of the model's; the structure then decides
         _log.debug("The structure of %s decides which layers are adapted: %r", type(model).__name__, error)
     return None

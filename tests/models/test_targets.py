@@ -466,3 +466,9 @@ def test_a_further_adapter_and_one_that_is_stacked_get_the_same_layers():
     lora = get_peft_model(Parts(Several(2), Alone()), LoraConfig(target_modules=["fc1", "fc2"]))
     stacked = get_peft_model(lora, LBPWHTConfig(train_base_weight=False, grad_input_dtype="full"))
     assert set(stacked.peft_config["default"].target_modules) == expected
+
+
+def test_the_default_device_does_not_matter():
+    model = Parts(Several(2), Alone())
+    with torch.device("meta"):
+        assert set(default_targets(model)) == layers_in(model, (0, 1))
