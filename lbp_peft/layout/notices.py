@@ -85,7 +85,8 @@ class Notices:
             "without patches",
             f"{_listed(names)} adapted, though no patches of the image pass through, but words of a text or one token "
             "of each image. By default, the layers in the blocks of the encoder are adapted, as far as they can be "
-            "found without data. Set target_modules to the layers that you want: targets_from finds those with patches.",
+            "found without data. Set target_modules to the layers that you want: targets_from finds those that patches "
+            "pass through.",
         )
 
     def note_read_without_a_call(self, layer_names: list[str]) -> None:

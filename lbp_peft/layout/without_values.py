@@ -48,6 +48,7 @@ class WithoutValues(FakeTensorMode):
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
+        self._allow_unsafe_data_ptr_access = False  # what writes to a null pointer ends the process
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -410,6 +410,23 @@ class Choosing(Parts):
         return super().forward(x) if x.mean() < 2 else None
 
 
+class Exporting(Parts):
+    """A model that writes to its tokens' memory in another library."""
+
+    def __init__(self, *parts, export=torch.from_dlpack):
+        super().__init__(*parts)
+        self.export = export
+
+    def forward(self, x):
+        tokens = self.cut(x).detach()
+        self.export(tokens)[:] = 0
+        return super().forward(x)
+
+
+def through_a_capsule(tokens):
+    return torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(tokens))
+
+
 class Asking(Parts):
     """A model with an argument that nothing is known of."""
 
@@ -430,6 +447,8 @@ def with_calls_counted(model):
 
 CANNOT_BE_RUN = {
     "its code needs values": lambda: Choosing(Several(2), Alone()),
+    "its code exports memory": lambda: Exporting(Several(2), Alone()),
+    "its code exports memory unseen": lambda: Exporting(Several(2), Alone(), export=through_a_capsule),
     "its arguments are not known": lambda: Asking(Several(2), Alone()),
     "a hook": lambda: with_calls_counted(Parts(Several(2), Alone())),
     "a forward method that was replaced": lambda: replaced_forward(Parts(Several(2), Alone())),
