@@ -128,7 +128,7 @@ _IN_ORDER: tuple[tuple[str, ...], ...] = (
 def _modalities(module: nn.Module) -> frozenset[str]:
     """What a module is given (images, sound, words), judged by its arguments and its embedding."""
     kinds = {"words"} if any(_takes(part, "input_ids") for part in module.modules()) else set()
-    embedding = next((part for part in module.modules() if _cuts_patches(part)), None)
+    embedding = next((part for part in module.modules() if cuts_patches(part)), None)
     of_sound = _takes(module, *_SOUND) or (embedding is not None and embedding.in_channels == 1)  # of spectrograms
     if _takes(module, *_IMAGES):
         kinds.add("images")
@@ -137,7 +137,7 @@ def _modalities(module: nn.Module) -> frozenset[str]:
     return frozenset(kinds)
 
 
-def _cuts_patches(module: nn.Module) -> TypeGuard[nn.Conv2d | nn.Conv3d]:
+def cuts_patches(module: nn.Module) -> TypeGuard[nn.Conv2d | nn.Conv3d]:
     """Whether a module cuts images or videos into patches, rather than features of a head into larger ones."""
     if not isinstance(module, (nn.Conv2d, nn.Conv3d)):
         return False

@@ -27,7 +27,12 @@ class PassedLayer:
     out_features: int
 
 
-def encoder_of_pass(model: nn.Module, passed: Mapping[str, PassedLayer | None], blocks: Collection[str]) -> list[str]:
+def encoder_of_pass(
+    model: nn.Module,
+    passed: Mapping[str, PassedLayer | None],
+    blocks: Collection[str],
+    residual: Collection[str] = (),
+) -> list[str]:
     """Those of the layers that patches pass through that belong to the encoder.
 
     They run between the first and the last layer of its blocks: of the blocks that are known, and of parts before and
@@ -38,15 +43,20 @@ def encoder_of_pass(model: nn.Module, passed: Mapping[str, PassedLayer | None], 
         model: The model.
         passed: The layers that patches pass through, by name, in the order in which they run; None is enough for those
             in known blocks.
-        blocks: The names of the layers in the blocks that are known.
+        blocks: The names of the layers in the blocks that are known. If there are none, the parts that are like blocks
+            take their place; if there are none of these either, all layers outside decoders and heads are taken.
+        residual: The names of parts with a residual connection, see [`lbp_peft.layout.residual.ResidualParts`].
     """
     names = list(passed)
+    others = [layer for layer in passed.values() if layer is not None and layer.name not in blocks]
     places = [place for place, name in enumerate(names) if name in blocks]
+    like = like_blocks(model, others, [names[place] for place in places], residual)
+    if not places:
+        blocks = set(of_the_encoder(model, like))
+        places = [place for place, name in enumerate(names) if name in blocks]
     if not places:
         return of_the_encoder(model, names)
     before = set(names[: places[-1]])
-    others = [layer for layer in passed.values() if layer is not None and layer.name not in blocks]
-    like = like_blocks(model, others, [names[place] for place in places])
     found = of_the_encoder(model, [name for name in names if name in blocks or name in like], before)
     of_decoders = set(of_the_encoder(model, like, names)) - set(found)
     if _num_weights(model, of_decoders) > _num_weights(model, found):
@@ -84,24 +94,35 @@ def without_projections(layers: Iterable[PassedLayer]) -> list[PassedLayer]:
     return [layer for group in kept for layer in group]
 
 
-def like_blocks(model: nn.Module, layers: Iterable[PassedLayer], blocks: Iterable[str]) -> list[str]:
+def like_blocks(
+    model: nn.Module, layers: Iterable[PassedLayer], blocks: Iterable[str], residual: Collection[str] = ()
+) -> list[str]:
     """The names of those layers that are in parts of blocks, as far as a pass can tell.
 
     Such a part has several layers, the last of which has the width of the first, and there is another one like it, or
-    one with the same class in the blocks that are known. Heads, projectors and embeddings have no second part like it.
+    one with the same class in the blocks that are known, or a residual connection around it. Heads, projectors and
+    embeddings have neither a second part like it nor such a connection.
 
     Args:
         model: The model.
         layers: Layers that patches of an image pass through.
         blocks: The names of the layers in the blocks that are known.
+        residual: The names of parts with a residual connection.
     """
+    blocks = list(blocks)
+    around = {part for part in residual if not any(name.startswith(f"{part}.") for name in blocks)}
     parts: dict[str, list[PassedLayer]] = {}
     for layer in without_projections(layers):
         parts.setdefault(layer.name.rpartition(".")[0], []).append(layer)
     kinds = {part: _kind(model, part, within) for part, within in parts.items()}
     counts = Counter(kinds.values())
     counts.update({_kind(model, name.rpartition(".")[0]) for name in blocks})
-    return [layer.name for part, within in parts.items() if counts[kinds[part]] > 1 for layer in within]
+    return [
+        layer.name
+        for part, within in parts.items()
+        if counts[kinds[part]] > 1 or any(f"{part}.".startswith(f"{other}.") for other in around)
+        for layer in within
+    ]
 
 
 def _kind(model: nn.Module, part: str, layers: Iterable[PassedLayer] = ()) -> Hashable:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, UntypedStorage, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 # The values of larger tensors are not compared.
 MOST_VALUES = 2**16
@@ -21,7 +22,7 @@ class Contents:
     Attributes:
         is_copied: Whether the values were copied, to be compared.
         is_reliable: Whether they are compared or trusted; not if the tensor is large and shares its memory with a NumPy
-            array.
+            array, or has no values.
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -29,6 +30,8 @@ class Contents:
         self.is_copied = is_on_cpu and tensor.numel() <= MOST_VALUES and _has_memory(tensor)
         self._copy = tensor.detach().clone() if self.is_copied else None
         self.is_reliable = self.is_copied or not is_on_cpu or not _is_of_numpy(tensor)
+        if tensor.is_meta or isinstance(tensor, FakeTensor):
+            self.is_reliable = False
 
     def match(self, tensor: Tensor) -> bool:
         """Whether the tensor still has these values; True if they were not copied or cannot be read."""

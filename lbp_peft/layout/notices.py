@@ -75,8 +75,8 @@ class Notices:
             "left out",
             f"{_listed(names)} not adapted, though patches of the image pass through, between adapted layers or in "
             "parts of the model that are like blocks of the encoder. By default, the layers in the blocks of the "
-            "encoder are adapted, as the model's structure shows them. Set target_modules to the layers that you want: "
-            "targets_from finds them.",
+            "encoder are adapted, as far as they can be found without data. Set target_modules to the layers that you "
+            "want: targets_from finds them.",
         )
 
     def note_without_patches(self, names: list[str]) -> None:
@@ -84,8 +84,9 @@ class Notices:
         self.warn_once(
             "without patches",
             f"{_listed(names)} adapted, though no patches of the image pass through, but words of a text or one token "
-            "of each image. By default, the layers in the blocks of the encoder are adapted, as the model's structure "
-            "shows them. Set target_modules to the layers that you want: targets_from finds those with patches.",
+            "of each image. By default, the layers in the blocks of the encoder are adapted, as far as they can be "
+            "found without data. Set target_modules to the layers that you want: targets_from finds those that patches "
+            "pass through.",
         )
 
     def note_read_without_a_call(self, layer_names: list[str]) -> None:

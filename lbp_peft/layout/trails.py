@@ -183,10 +183,17 @@ def shares_memory(a: Tensor, b: Tensor) -> bool:
 
 
 def _address(tensor: Tensor) -> tuple[int, int]:
-    """Where the memory of a tensor begins and ends; (0, 0) if it has none."""
-    try:
-        storage = storage_of(tensor)
-        start = 0 if storage is None else storage.data_ptr()  # zero if it is empty or on the meta device
-    except (NotImplementedError, RuntimeError):  # a fake tensor's
+    """Where the memory of a tensor begins and ends; (0, 0) if it has none.
+
+    The storage of a tensor without values has none, but its own address serves as well.
+    """
+    storage = storage_of(tensor)
+    if storage is None:
         return 0, 0
-    return (start, start + storage.nbytes()) if storage is not None and start else (0, 0)
+    if storage.device.type == "meta":
+        return storage._cdata, storage._cdata + 1
+    try:
+        start = storage.data_ptr()  # zero if it is empty
+    except (NotImplementedError, RuntimeError):
+        return 0, 0
+    return (start, start + storage.nbytes()) if start else (0, 0)

@@ -90,7 +90,8 @@ class LBPWHTConfig(PeftConfig):
             likewise.
         num_suffix_tokens: Tokens after the patches (detection tokens). None: their number is found likewise.
         target_modules: Names, a regular expression, or "all-linear". None: every linear layer in the blocks of the
-            encoder, never the head.
+            encoder that patches of the image pass through, never the head. One forward pass of a copy of the model,
+            without data or memory, finds them; the model's structure where that is not possible.
         exclude_modules: Names or a regular expression of modules not to adapt.
         modules_to_save: Modules apart from the targets that are trained in full and saved, such as the classifier:
             names, or one name.

@@ -13,7 +13,6 @@ from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 
 from ..calibration import CalibratedSelection
-from ..encoder import encoder_linears
 from ..formats.weight_cache import forget
 from ..layer_types import layer_type_of
 from ..layout import LayoutFinder
@@ -30,6 +29,7 @@ from .patches.attention_patch import patch_attention
 from .patches.forward_patch import PATCH_ATTR, ForwardPatch, attach, detach
 from .stacking.layer import LBPWHTStacked
 from .stacking.stack import has_other_adapters
+from .targets import default_targets
 from .validation.modules import (
     check_base_weights_are_there,
     check_base_weights_can_be_dropped,
@@ -80,7 +80,9 @@ def _shared_parameters(model: nn.Module) -> set[int]:
 
 
 def _default_targets(tuner: BaseTuner, config: LBPWHTConfig, model: nn.Module) -> set[str]:
-    names = encoder_linears(model)
+    # A further adapter gets the same layers. The model cannot be followed as it was before the first one.
+    tuner._found_targets = getattr(tuner, "_found_targets", None) or default_targets(model)
+    names = list(tuner._found_targets)
     names += [name for name, module in model.named_modules() if name not in names and is_adapted_linear(module)]
     if not names:
         raise ValueError(

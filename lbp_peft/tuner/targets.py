@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,28 +14,34 @@ import torch
 from torch import Tensor, nn
 
 from ..encoder import adaptable_layers, encoder_linears
-from ..encoder_of_pass import PassedLayer, encoder_of_pass
+from ..encoder_of_pass import PassedLayer, encoder_of_pass, like_blocks
+from ..layout.example_inputs import NUM_IMAGES, enlarged, example_inputs
 from ..layout.inputs import assign_positions, merge_size, named_inputs
 from ..layout.records import read_record
+from ..layout.residual import ResidualParts
 from ..layout.tracer import PositionTracer
+from ..layout.without_values import NEEDS_VALUES, WithoutValues
 from ..measure.undisturbed import undisturbed
 from .layers.base import LBPWHTLayer
+
+_log = logging.getLogger(__name__)
 
 
 def targets_from(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
     """The layers that patches of an image pass through in the encoder, for `target_modules`.
 
-    Without `target_modules`, the layers are chosen by the model's structure, before any image has been seen. This
-    function runs one forward pass instead and follows the tokens. It returns the layers that
+    Without `target_modules`, the layers are chosen before any image has been seen, by the model's structure and a pass
+    of a copy without values, if the model's code can do without. This function runs one forward pass with a batch of
+    yours instead. It returns the layers that
 
     - receive tokens of an image whose places are known, and more than one of each image, or words in a model of text,
     - run between the first and the last layer of the encoder's blocks: embeddings come before these, and heads,
       projectors and decoders after them. Blocks that the structure does not tell count as well, if there are several
-      with layers in a module of the same class,
+      with layers in a module of the same class, or if they have a residual connection,
     - belong to the encoder: to the part that is given images and no text, if there is one, and not to a decoder. The
       name of a class tells a decoder or a head only after the other blocks, and if these have more weights.
 
-    Unlike the default, it finds blocks that the structure does not reveal, and leaves out layers that would be exact.
+    Unlike the default, it also finds single layers between blocks, and leaves out all layers that would be exact.
 
     Args:
         model: The model, before `get_peft_model`. One forward pass is run in training mode; modes, buffers and random
@@ -50,7 +59,8 @@ def targets_from(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
         raise TypeError('batch must be the keyword arguments of the model, such as {"pixel_values": pixel_values}.')
     if any(isinstance(module, LBPWHTLayer) for module in model.modules()):
         raise ValueError("The model has LBP-WHT layers already. Call targets_from before get_peft_model.")
-    targets = encoder_of_pass(model, _layers_with_tokens(model, batch), set(encoder_linears(model)))
+    seen = _follow(model, batch)
+    targets = encoder_of_pass(model, seen.with_tokens(), set(encoder_linears(model)), seen.residual)
     if not targets:
         raise ValueError(
             "No layer of an encoder receives tokens whose places are known. Name the layers in target_modules, and the "
@@ -59,10 +69,120 @@ def targets_from(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
     return targets
 
 
-def _layers_with_tokens(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, PassedLayer]:
-    """The layers whose inputs are tokens with known places in all calls, by name, in the order of their first calls.
+def default_targets(model: nn.Module) -> list[str]:
+    """The layers that are adapted if `target_modules` is None; none if there are no blocks of an encoder.
 
-    Words count if no layer receives patches.
+    They are those of the blocks that the model's structure shows, and one forward pass decides where it shows more. It
+    is that of a copy without values, on inputs that are made for it, so that it needs no data, hardly any time, and
+    leaves the model as it is. Layers in further blocks that patches pass through are added. Layers are left out whose
+    input certainly holds no patches: one token of each image, or words where others receive patches. Layers that are
+    not called, or whose tokens lie in an unknown order, as those of masked images do, stay.
+
+    The structure alone decides where nothing is known of the model's inputs, where the model cannot run without values,
+    and where a pass of a copy might have an effect on the model.
+
+    Args:
+        model: The model, before `get_peft_model`; adapters of other methods may be in it.
+    """
+    blocks = encoder_linears(model)
+    if any(isinstance(module, LBPWHTLayer) for module in model.modules()):
+        return blocks
+    seen = seen_without_values(model, blocks)
+    return blocks if seen is None else seen.targets(model, blocks)
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a forward pass shows about the layers of a model.
+
+    Attributes:
+        kinds: What each layer received in its calls, by name: "patches" that an embedding has made of an image,
+            "words", "one token" of each image, or "" if none of these is certain.
+        layers: The layers that were called, by name, in the order of their first calls.
+        residual: The names of parts with a residual connection.
+    """
+
+    kinds: Mapping[str, Collection[str]]
+    layers: Mapping[str, PassedLayer]
+    residual: Collection[str]
+
+    def with_tokens(self) -> dict[str, PassedLayer]:
+        """The layers whose inputs are patches in all calls; if there are none, words."""
+
+        def of(kind: str) -> dict[str, PassedLayer]:
+            return {name: layer for name, layer in self.layers.items() if self.kinds[name] == {kind}}
+
+        return of("patches") or of("words")
+
+    def without_tokens(self) -> set[str]:
+        """The layers whose inputs are certain not to be patches, or not to be several words if there are no patches."""
+        others = {"one token", "words"} if any("patches" in found for found in self.kinds.values()) else {"one token"}
+        return {name for name, found in self.kinds.items() if found and others.issuperset(found)}
+
+    def targets(self, model: nn.Module, blocks: list[str]) -> list[str]:
+        """The layers to adapt by default.
+
+        Args:
+            model: The model.
+            blocks: The names of the layers in the blocks that the structure shows.
+        """
+        tokens = self.with_tokens()
+        if not tokens:
+            return blocks
+        chosen = set(blocks) - self.without_tokens()
+        further = set(like_blocks(model, tokens.values(), blocks, self.residual)) - set(blocks)
+        if further:
+            chosen |= further.intersection(encoder_of_pass(model, tokens, set(blocks), self.residual))
+        return [name for name, _ in model.named_modules() if name in chosen] or blocks
+
+
+def seen_without_values(model: nn.Module, blocks: list[str]) -> _Seen | None:
+    """What a pass of a copy of a model shows, on inputs made for it; None if none can be made or the copy cannot run.
+
+    Args:
+        model: The model.
+        blocks: The names of the layers in the blocks that the structure shows.
+    """
+    mode, copied = WithoutValues(), None
+    try:
+        with torch.device("cpu"):  # where tensors without values seem to be
+            for inputs in example_inputs(model):
+                copied = copied or mode.copy_of(model)
+                if (seen := _follow_copy(copied, mode, inputs)) is None:
+                    continue
+                if seen.without_tokens() & set(blocks) and (larger := enlarged(inputs)) is not None:
+                    seen = _follow_copy(copied, mode, larger) or seen
+                return seen
+    except Exception as error:  # in any code of the model's; the structure then decides
+        _log.debug("The structure of %s decides which layers are adapted: %r", type(model).__name__, error)
+    return None
+
+
+def _follow_copy(copied: nn.Module, mode: WithoutValues, inputs: Mapping[str, Tensor]) -> _Seen | None:
+    """What a pass of a copy without values shows; None if it does not take these inputs."""
+    try:
+        return _follow(copied, {name: mode.of(value) for name, value in inputs.items()}, NUM_IMAGES, mode.running())
+    except NEEDS_VALUES:  # with other inputs as well
+        raise
+    except Exception as error:
+        _log.debug("%s does not take %s: %r", type(copied).__name__, list(inputs), error)
+        return None
+
+
+def _follow(
+    model: nn.Module,
+    batch: Mapping[str, Any],
+    num_images: int | None = None,
+    context: AbstractContextManager[None] | None = None,
+) -> _Seen:
+    """What one forward pass in training mode shows. Afterwards the model is as before.
+
+    Args:
+        model: The model.
+        batch: Its keyword arguments.
+        num_images: The number of images, or texts, in the batch; None: it does not matter which layers receive one
+            token of each.
+        context: A context that the pass needs.
     """
     tracer = PositionTracer(model)
     kinds: dict[str, set[str]] = {}
@@ -74,25 +194,36 @@ def _layers_with_tokens(model: nn.Module, batch: Mapping[str, Any]) -> dict[str,
         def note(name: str, axis: int, module: nn.Module, args: tuple) -> None:
             with tracer.paused(), torch.no_grad():
                 kind = _kind_of_tokens(tracer, texts, args[0], axis) if args else ""
+                if not kind and num_images and args and args[0].numel() <= num_images * args[0].shape[axis]:
+                    kind = "one token"
             kinds.setdefault(name, set()).add(kind)
 
         def note_sizes(name: str, axis: int, module: nn.Module, args: tuple, output: Tensor) -> None:
             if args:
-                layers[name] = PassedLayer(name, args[0].shape[axis], output.shape[axis])
+                layers.setdefault(name, PassedLayer(name, args[0].shape[axis], output.shape[axis]))
 
-        for name, layer_type in adaptable_layers(model).items():
+        found = adaptable_layers(model)
+        for name, layer_type in found.items():
             layer, axis = model.get_submodule(name), layer_type.channels_axis
             stack.callback(layer.register_forward_pre_hook(partial(note, name, axis)).remove)
             stack.callback(layer.register_forward_hook(partial(note_sizes, name, axis)).remove)
         stack.enter_context(tracer)
+        residual = stack.enter_context(ResidualParts(model, _parts_with_several(found)))  # sees the model's code alone
         stack.enter_context(torch.enable_grad())  # as in training, since some models run other code without gradients
+        if context is not None:
+            stack.enter_context(context)
         model(**batch)
-    of_images = {name: layers[name] for name, of_calls in kinds.items() if of_calls == {"patches"}}
-    return of_images or {name: layers[name] for name, of_calls in kinds.items() if of_calls == {"words"}}
+    return _Seen(kinds, layers, residual.found)
+
+
+def _parts_with_several(names: Iterable[str]) -> list[str]:
+    """The names of the parts of a model that contain several of its layers."""
+    counts = Counter(name[:place] for name in names for place, character in enumerate(name) if character == ".")
+    return [part for part, count in counts.items() if count > 1]
 
 
 def _kind_of_tokens(tracer: PositionTracer, texts: dict[int, str], x: Tensor, channels_axis: int) -> str:
-    """Whether an input is "patches", that an embedding has made of an image, or "words"; "" if it is neither."""
+    """What the input of a layer is, see [`_Seen`]."""
     record = read_record(tracer, texts, x, channels_axis)
     trail = tracer.trail(x)
     if record.layout is None or trail is None:

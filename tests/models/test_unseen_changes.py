@@ -51,8 +51,8 @@ def as_dlpack(tensor):
 @pytest.mark.parametrize("view", [as_numpy, as_dlpack])
 def test_an_order_that_is_rewritten_between_passes_is_seen(view, monkeypatch):
     traced, trace = [], PositionTracer.__init__
-    monkeypatch.setattr(PositionTracer, "__init__", lambda self, *given: traced.append(given) or trace(self, *given))
     model = adapted(Ordered(torch.arange(SIDE**2)))
+    monkeypatch.setattr(PositionTracer, "__init__", lambda self, *given: traced.append(given) or trace(self, *given))
     shared = view(model.base_model.model.order)
     for _ in range(3):
         assert recorded_order_after(model) == list(range(SIDE**2))

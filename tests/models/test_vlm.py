@@ -38,7 +38,7 @@ def test_the_vision_tower_alone_is_adapted_and_its_tokens_are_found(architecture
     check_layouts(architecture, model, record)
     check_low_rank_gradients(architecture, model, base, batch, record)
     if any(ran is not None and not ran.why_exact for ran in report_of(model).values()):
-        check_gradients_at_full_rank(base, batch, monkeypatch)
+        check_gradients_at_full_rank(base, batch, monkeypatch, list(record.layers))
     if max(value.dim() for value in batch.values() if value.is_floating_point()) >= 4:
         check = verify_layout(model, batch)
         assert check.ok and not check.left_out, check

@@ -40,7 +40,7 @@ def check(architecture: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     check_layouts(architecture, model, record)
     check_low_rank_gradients(architecture, model, base, batch, record)
     if any(ran is not None and not ran.why_exact for ran in report_of(model).values()):
-        check_gradients_at_full_rank(base, batch, monkeypatch)
+        check_gradients_at_full_rank(base, batch, monkeypatch, list(record.layers))
     check_training_step_and_checkpoint(model, base, batch, tmp_path)
 
 
@@ -125,14 +125,14 @@ def check_low_rank_gradients(architecture, model, base, batch, record):
     check_close({name: grad.flatten(1).double() for name, grad in found.items()}, expected)
 
 
-def check_gradients_at_full_rank(base, batch, monkeypatch):
+def check_gradients_at_full_rank(base, batch, monkeypatch, targets):
     """Check gradients through the projections themselves, not the shortcut that skips them at full rank."""
     num_coefficients = BasisSet.num_coefficients
 
     def one_less(basis, layout):
         return min(num_coefficients(basis, layout), layout.num_tokens - 1)
 
-    model = adapted(base, r=64, grad_input_rank=64)
+    model = adapted(base, r=64, grad_input_rank=64, target_modules=targets)
     with monkeypatch.context() as patched:
         patched.setattr(BasisSet, "num_coefficients", one_less)
         loss(model, batch).backward()
