@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 
 from ..bounded import BoundedCache
-from .scratch import scratch
 
 LEVELS = 16
 _CELLS = 256
@@ -70,8 +69,8 @@ class DerivativeTable:
     def _pack_in_blocks(self, flat: Tensor) -> Tensor:
         packed = flat.new_empty(flat.numel() // 2, dtype=torch.uint8)
         size = min(flat.numel(), _VALUES_AT_ONCE)
-        scaled, cells = scratch(flat, size, torch.float32), scratch(flat, size, torch.int8)
-        pairs = scratch(flat, size // 2, torch.int32)
+        scaled, cells = flat.new_empty(size, dtype=torch.float32), flat.new_empty(size, dtype=torch.int8)
+        pairs = flat.new_empty(size // 2, dtype=torch.int32)
         table = self._tensor("pairs of codes", flat.device)
         for inputs, codes in zip(flat.split(size), packed.split(size // 2), strict=True):
             n = len(inputs)
@@ -98,9 +97,9 @@ class DerivativeTable:
     def _multiply_in_blocks(self, flat: Tensor, packed: Tensor) -> Tensor:
         result = torch.empty_like(flat)
         size = min(flat.numel(), _VALUES_AT_ONCE)
-        pairs = scratch(flat, size // 2, torch.int32)
+        pairs = flat.new_empty(size // 2, dtype=torch.int32)
         table = self._tensor("pairs of levels", flat.device, flat.dtype)
-        levels = scratch(flat, size // 2, table.dtype, "levels")
+        levels = flat.new_empty(size // 2, dtype=table.dtype)
         for grads, codes, out in zip(flat.split(size), packed.split(size // 2), result.split(size), strict=True):
             n = len(codes)
             torch.index_select(table, 0, pairs[:n].copy_(codes), out=levels[:n])

@@ -7,14 +7,12 @@ of a norm, are saved in this format. The factors of matrix products are in that 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from .scaling import largest_magnitude, scaled_to_range
-from .scratch import scratch
 
 BYTES_OF_SCALE = 4  # float32
 GROUP = 64  # channels
@@ -59,9 +57,8 @@ def _quantize_in_blocks(x: Tensor, offset: Tensor | None, group: int) -> tuple[T
     grouped = ordered.unflatten(-1, (-1, group))
     values = x.new_empty(grouped.shape, dtype=torch.int8)
     scales = x.new_empty(*grouped.shape[:-1], 1, dtype=torch.float32)
-    size = math.prod(grouped.shape[1:])
-    rows = min(max(_VALUES_AT_ONCE // max(size, 1), 1), max(len(grouped), 1))
-    buffer = scratch(x, rows * size, torch.float32).view(rows, *grouped.shape[1:])
+    rows = max(_VALUES_AT_ONCE // max(grouped[:1].numel(), 1), 1)
+    buffer = x.new_empty(min(rows, len(grouped)), *grouped.shape[1:], dtype=torch.float32)
     offsets: Iterable[Tensor | None] = itertools.repeat(None)
     if offset is not None:
         offsets = offset.unflatten(-1, (-1, min(group, offset.shape[-1]))).split(rows)

@@ -4,7 +4,6 @@ import copy
 import functools
 import pickle
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from comparing import cosine
 from models import forward, gradients, images, largest_difference, patches_of, tiny_vit, train
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from torch._subclasses import FakeTensorMode
 from transformers.activations import ACT2FN
 from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -22,7 +20,6 @@ from transformers.models.t5.modeling_t5 import T5LayerNorm
 from lbp_peft import LBPWHTConfig, exact_backward, layout_report
 from lbp_peft.formats import in_groups
 from lbp_peft.formats.in_groups import dequantize_groups, dequantize_rows, quantize_groups, quantize_rows
-from lbp_peft.formats.scratch import scratch
 from lbp_peft.measure import multiply_adds, saved_activations
 from lbp_peft.ops.activation import compressed_layer
 from lbp_peft.ops.layer_norm import compressed_layer_norm
@@ -459,29 +456,3 @@ def test_hosts_that_are_called_by_keyword_do_as_their_class_does(kind):
     host = next(m for n, m in model.named_modules() if n in patches_of(model, ActivationPatch) and isinstance(m, kind))
     x = torch.randn(2, 3, 32 if kind is nn.LayerNorm else 64)
     assert torch.equal(host(input=x), host(x))
-
-
-def test_buffers_are_kept_for_each_thread_name_and_dtype():
-    x = torch.ones(1)
-    first = scratch(x, 8, torch.float32)
-    assert scratch(x, 4, torch.float32).data_ptr() == first.data_ptr() and scratch(x, 4, torch.float32).shape == (4,)
-    assert scratch(x, 8, torch.int32).dtype == torch.int32
-    assert scratch(x, 8, torch.float32, "another").data_ptr() != first.data_ptr()
-    with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(scratch, x, 8, torch.float32).result().data_ptr() != first.data_ptr()
-    large = scratch(x, 2**21, torch.float32)
-    assert large.shape == (2**21,) and scratch(x, 2**21, torch.float32).data_ptr() != large.data_ptr()
-
-
-def test_buffers_made_in_inference_mode_serve_training_and_a_tracer_has_its_own():
-    def run():
-        with torch.inference_mode():
-            quantize_groups(torch.randn(3, 64))
-        with FakeTensorMode() as mode:
-            assert quantize_groups(mode.from_tensor(torch.ones(3, 64)))[0].shape == (3, 64)
-        x = torch.randn(3, 64, requires_grad=True)
-        compressed_layer(nn.LayerNorm(64), x).sum().backward()
-        return x.grad.isfinite().all()
-
-    with ThreadPoolExecutor(1) as pool:  # a new thread, which has no buffers yet
-        assert pool.submit(run).result()
