@@ -29,7 +29,7 @@ _RANGES = (4.0, 8.0, 16.0)
 _TOLERANCE = 0.01
 # The number of values that CPUs compute at once, so that intermediate results stay in the cache. Smaller blocks spend a
 # good part of their time in calls of PyTorch.
-_VALUES_AT_ONCE = 2**19
+_VALUES_AT_ONCE = 2**18
 _AS_PAIRS = {torch.float32: torch.int64, torch.bfloat16: torch.int32, torch.float16: torch.int32}
 
 

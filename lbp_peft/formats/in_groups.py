@@ -17,7 +17,7 @@ from .scaling import largest_magnitude, scaled_to_range
 BYTES_OF_SCALE = 4  # float32
 GROUP = 64  # channels
 # The number of values in a block on CPUs. Smaller blocks spend a good part of their time in calls of PyTorch.
-_VALUES_AT_ONCE = 2**19
+_VALUES_AT_ONCE = 2**18
 
 
 def quantize_groups(x: Tensor, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
