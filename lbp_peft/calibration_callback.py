@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .calibration import CalibratedSelection
 from .callback import LBPWHTCallback
-from .measure.undisturbed import LossFunction, device_of
+from .measure.running import LossFunction, device_of
 from .tuner.calibrate import calibrate
 from .tuner.layers.base import LBPWHTLayer
 

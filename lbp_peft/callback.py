@@ -16,7 +16,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .measure.gradients import GradientQuality, gradient_quality
 from .measure.memory import resident_now
-from .measure.undisturbed import LossFunction, device_of
+from .measure.running import LossFunction, device_of
 
 if TYPE_CHECKING:
     from transformers import Trainer

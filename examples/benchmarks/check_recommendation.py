@@ -27,8 +27,8 @@ from lbp_peft.cli.inputs import InputOptions, load_inputs
 from lbp_peft.head import head_modules
 from lbp_peft.loading.options import option, parse
 from lbp_peft.loading.terminal import plain_messages
+from lbp_peft.measure.running import device_of, loss_of_output, to_device
 from lbp_peft.measure.timing import now
-from lbp_peft.measure.undisturbed import device_of, loss_of_output, to_device
 from lbp_peft.recommendation.candidates import CANDIDATES, SETTINGS, Candidate, with_compile
 
 MIB = 2**20

@@ -15,9 +15,9 @@ from benchmarks.methods import NotAvailable
 
 from lbp_peft.environment import environment
 from lbp_peft.measure import peak_memory
+from lbp_peft.measure.running import loss_of_output
 from lbp_peft.measure.steps import idle_optimiser, time_step
 from lbp_peft.measure.timing import quartiles, ratios, run_interleaved
-from lbp_peft.measure.undisturbed import loss_of_output
 
 from .bench import Bench
 from .methods import method_named

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lbp_peft import LBPWHTLayer, exact_backward
 from lbp_peft.measure import multiply_adds
-from lbp_peft.measure.undisturbed import undisturbed
+from lbp_peft.measure.running import preserve_state
 
 from .models import AdaptedPart
 
@@ -117,7 +117,7 @@ def linear_backwards(model: nn.Module, part: AdaptedPart, batch: dict[str, Tenso
         for name, layer in layers.items()
     ]
     try:
-        with undisturbed(model):
+        with preserve_state(model):
             model(**batch)
             for name, layer in layers.items():
                 if name in inputs:
@@ -154,7 +154,7 @@ def mean_counts(
 
 def _counts(model: nn.Module, part: AdaptedPart, batch: dict[str, Tensor]) -> dict[str, float]:
     images = len(batch["pixel_values"])
-    with undisturbed(model):
+    with preserve_state(model):
         train_mode(model)
         loss = model(**batch).loss
         with multiply_adds() as backward:

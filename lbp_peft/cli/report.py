@@ -24,7 +24,7 @@ from ..head import head_modules
 from ..loading.options import did_you_mean, option, parse
 from ..loading.terminal import in_one_line
 from ..measure import gradient_quality, step_cost
-from ..measure.undisturbed import device_of
+from ..measure.running import device_of
 from ..tuner.config import LBPWHTConfig
 from ..tuner.report import WIDTH, layout_report
 from .inputs import InputOptions, load_inputs

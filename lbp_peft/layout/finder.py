@@ -332,7 +332,7 @@ class LayoutFinder:
 
     def _record_traced(self, forward_pass: ForwardPass, name: str, x: Tensor, channels_axis: int) -> LayoutRecord:
         assert forward_pass.tracer is not None
-        with forward_pass.tracer.paused():
+        with forward_pass.tracer.pause():
             record = read_record(forward_pass.tracer, forward_pass.texts, x, channels_axis)
             if self._recorded_positions is not None:
                 positions = positions_of_tokens(forward_pass.tracer, x, channels_axis)
@@ -378,7 +378,7 @@ class LayoutFinder:
         forward_pass = self._current()
         if forward_pass is None or forward_pass.tracer is None:
             return run()
-        with forward_pass.tracer.paused():
+        with forward_pass.tracer.pause():
             output = run()
             with outside_transforms(), torch.no_grad():
                 size = output.shape[channels_axis]

@@ -63,7 +63,7 @@ class PositionTracer(TorchFunctionMode):
         self._trails = Trails(_tensors_of(model))
 
     @contextmanager
-    def paused(self) -> Iterator[None]:
+    def pause(self) -> Iterator[None]:
         """Stop following positions within the block."""
         before, self._is_paused = self._is_paused, True
         try:
@@ -169,7 +169,7 @@ class PositionTracer(TorchFunctionMode):
             self._trails.note_version(tensor)
         self._note_result(operation, result, positions, trails, layer)
         if layer and self._on_layer is not None and isinstance(result, Tensor):
-            with self.paused():
+            with self.pause():
                 self._on_layer(layer, next(t for t in tensors if self._trails.get(t) is not None), result)
         changes_first_argument = result is tensors[0] or name in ("__set__", "__setitem__")
         if changes_first_argument:

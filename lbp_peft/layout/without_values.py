@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules import module as modules
 from torch.overrides import TorchFunctionMode
 
-from ..measure.undisturbed import same_random_numbers
+from ..measure.running import restore_random_state
 from .contents import MOST_VALUES
 from .operation_names import FINITENESS, name_of
 
@@ -60,7 +60,7 @@ class WithoutValues(FakeTensorMode):
         logger = logging.getLogger(fake_tensor.__name__)  # where errors are logged before they are raised
         was_disabled, logger.disabled = logger.disabled, True
         try:
-            with same_random_numbers(torch.device("cpu")), warnings.catch_warnings(), self, _AllFinite():
+            with restore_random_state(torch.device("cpu")), warnings.catch_warnings(), self, _AllFinite():
                 warnings.simplefilter("ignore")
                 random.seed(0)
                 np.random.seed(0)

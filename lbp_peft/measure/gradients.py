@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from .undisturbed import LossFunction, device_of, loss_of_output, same_random_numbers, to_device, undisturbed
+from .running import LossFunction, device_of, loss_of_output, preserve_state, restore_random_state, to_device
 
 _SHOWN = 8
 
@@ -97,12 +97,12 @@ def gradient_quality(model: nn.Module, batch: object, loss_fn: LossFunction | No
     batch = to_device(batch, device)
 
     def gradients() -> dict[str, Tensor]:
-        with same_random_numbers(device), torch.enable_grad():
+        with restore_random_state(device), torch.enable_grad():
             loss = (loss_fn or loss_of_output)(model, batch)
             computed = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
         return {name: grad for name, grad in zip(trained, computed, strict=True) if grad is not None}
 
-    with undisturbed(model), torch.compiler.set_stance("force_eager"):
+    with preserve_state(model), torch.compiler.set_stance("force_eager"):
         model.train()
         with exact_backward(model):
             exact = gradients()

@@ -12,8 +12,8 @@ from torch import nn
 from .activations import saved_activations
 from .memory import peak_memory
 from .products import multiply_adds
+from .running import LossFunction, device_of, loss_of_output, preserve_state, to_device
 from .timing import now
-from .undisturbed import LossFunction, device_of, loss_of_output, to_device, undisturbed
 from .warming_up import run_until_warm
 
 
@@ -79,7 +79,7 @@ def step_cost(model: nn.Module, batch: object, loss_fn: LossFunction | None = No
     device, loss_fn = device_of(model), loss_fn or loss_of_output
     batch = to_device(batch, device)
     optimiser = idle_optimiser(trained)
-    with undisturbed(model):
+    with preserve_state(model):
         model.train()
         with saved_activations(model) as saved, multiply_adds() as forward:
             loss = loss_fn(model, batch)

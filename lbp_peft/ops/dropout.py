@@ -16,7 +16,7 @@ def active_dropouts(layer: nn.Module) -> list[nn.Module]:
 
 
 @contextmanager
-def forwards_replaced(modules: list[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
+def replace_forwards(modules: list[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
     """Within the block, the modules call `forward(module, input)` in place of their own forward methods."""
     with ExitStack() as stack:
         for module in modules:

@@ -24,7 +24,7 @@ from torch.func import functional_call
 from ..formats.products import FULL
 from ..projection import Projection
 from ..transforms import backward_pass
-from .dropout import active_dropouts, forwards_replaced, random_state_restored
+from .dropout import active_dropouts, random_state_restored, replace_forwards
 from .layer_state import LayerRecord, same_autocast, to_save
 from .once_differentiable import once_differentiable
 from .plan import BackwardPlan, InputProjection, Lifting
@@ -69,7 +69,7 @@ def low_rank_layer(
     dropped: list[Tensor] = []
     if input_projection is None:
         # Plain autograd through the layer, with its parameters held fixed, is exact and saves no input.
-        with forwards_replaced(dropouts, lambda module, z: _append(F.dropout(z, module.p), dropped)):
+        with replace_forwards(dropouts, lambda module, z: _append(F.dropout(z, module.p), dropped)):
             fixed = {name: p.detach() for name, p in parameters.items()}
             y = functional_call(layer, fixed, (x,))
         dropped = [z.detach() for z in dropped]
@@ -79,7 +79,7 @@ def low_rank_layer(
             with torch.enable_grad():  # so that gradients reach x through the dropout
                 return _append(F.dropout(x if z is x else x.to(z.dtype), module.p), dropped)
 
-        with torch.no_grad(), forwards_replaced(dropouts, drop):
+        with torch.no_grad(), replace_forwards(dropouts, drop):
             y = layer(x)
     record = LayerRecord(layer)
     tensors = record.take_tensors()
@@ -246,7 +246,7 @@ def _differentiate(
         leaves = state.layer.leaves(held, trained)
         x, *rest = inputs
         dropped = iter(rest)
-        with state.layer.put_back(leaves), forwards_replaced(state.dropouts, lambda module, z: next(dropped)):
+        with state.layer.put_back(leaves), replace_forwards(state.dropouts, lambda module, z: next(dropped)):
             y = state.layer.layer(x)
         wanted = [*(inputs if inputs_too else []), *(t for t, needed in zip(leaves, trained, strict=True) if needed)]
         gradients = list(torch.autograd.grad(y, wanted, grad[None].to(y.dtype), allow_unused=True))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from .dropout import active_dropouts, forwards_replaced, random_state_restored
+from .dropout import active_dropouts, random_state_restored, replace_forwards
 
 
 def why_not_token_wise(layer: nn.Module, num_features: int, dtype: torch.dtype, device: torch.device) -> str:
@@ -36,7 +36,7 @@ def why_not_token_wise(layer: nn.Module, num_features: int, dtype: torch.dtype, 
                 other_inputs.append(z)
             return z
 
-        with forwards_replaced(active_dropouts(layer), pass_on):
+        with replace_forwards(active_dropouts(layer), pass_on):
             return functional_call(layer, perturbed, (x,)).double()
 
     fixed = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}

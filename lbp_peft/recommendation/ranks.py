@@ -15,7 +15,7 @@ from ..bases.base import Basis
 from ..bases.basis_set import BasisSet
 from ..bases.listed import ListedBasis
 from ..calibration import Option, TokenStatistics, allocate
-from ..measure.undisturbed import LossFunction, device_of
+from ..measure.running import LossFunction, device_of
 from ..ops.plan import FixedBasis
 from ..projection import num_coefficients, projection
 from ..tuner.calibrate import agreed_leaders, choose_basis, collect

@@ -26,7 +26,7 @@ from typing import Any, TypeAlias
 import torch
 
 from ..measure.memory import allocated, resident_now
-from ..measure.undisturbed import device_of, tensors_in, undisturbed
+from ..measure.running import device_of, preserve_state, tensors_in
 from .candidates import Candidate, copy_with_shared_parameters
 from .training import Step, Training
 from .trial import TOO_LONG, Job, Trial, try_candidate
@@ -72,7 +72,7 @@ class LocalRunner:
     def measure(self, candidate: Candidate, seconds: float) -> Trial:
         """Try a candidate. The limit of its time is ignored, since a trial in this process cannot be ended."""
         gc.collect()
-        with undisturbed(self.job.model):
+        with preserve_state(self.job.model):
             model = copy_with_shared_parameters(self.job.model)
             with allocated(self._device) if self._device.type != "cuda" else nullcontext() as counted:
                 trial = try_candidate(model, self.job, candidate)

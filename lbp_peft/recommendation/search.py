@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from ..head import head_modules
 from ..instructions import product_dtype
-from ..measure.undisturbed import LossFunction, device_of, to_device, undisturbed
+from ..measure.running import LossFunction, device_of, preserve_state, to_device
 from ..tuner.validation.names import did_you_mean, unmatched_modules_to_save
 from .bounds import Bounds
 from .candidates import CANDIDATES, KINDS, SETTINGS, Candidate, checkpointing_call, sort_candidates, with_compile
@@ -270,7 +270,7 @@ class _Search:
         before = {label: (trial.seconds, trial.peak_bytes) for label, trial in self.trials.items()}
         turns = Turns(runner, self.deadline, self.progress)
         worth_timing = self._worth_timing()
-        with warnings.catch_warnings(), undisturbed(self.job.model):
+        with warnings.catch_warnings(), preserve_state(self.job.model):
             warnings.simplefilter("ignore")
             turns.train(self._with_candidates(worth_timing[:_TIMED_FIRST]))
             self._time_choice(turns, before)

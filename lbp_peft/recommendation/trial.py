@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from ..measure.activations import SavedActivations, saved_activations
 from ..measure.gradients import compare
 from ..measure.memory import peak_memory
+from ..measure.running import LossFunction, device_of, loss_of_output
 from ..measure.steps import idle_optimiser, time_step
 from ..measure.timing import now
-from ..measure.undisturbed import LossFunction, device_of, loss_of_output
 from ..measure.warming_up import run_until_warm
 from ..tuner.layers.base import LBPWHTLayer
 from ..tuner.report import layout_report

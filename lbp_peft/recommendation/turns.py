@@ -11,7 +11,7 @@ import psutil
 import torch
 from tqdm.auto import tqdm
 
-from ..measure.undisturbed import device_of
+from ..measure.running import device_of
 from .candidates import Candidate
 from .runners import Runner, WorkerError
 from .training import Step

@@ -13,7 +13,7 @@ from ..bases.base import Basis
 from ..bases.calibrated import LeftOutBasis
 from ..calibration import CalibratedSelection, TokenStatistics
 from ..calibration.statistics import pool
-from ..measure.undisturbed import LossFunction, device_of
+from ..measure.running import LossFunction, device_of
 from .observing import NOT_CALLED, Observation, gather_from_processes, layers_of, observe, sum_over_processes, unwrap
 
 

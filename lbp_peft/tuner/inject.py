@@ -20,7 +20,7 @@ from ..ops.adaptive import AdaptiveBasis
 from ..ops.plan import ExactProduct, FixedBasis, InputGradient
 from .config import LBPWHTConfig, Pairs, Selection
 from .layers.base import LBPWHTLayer
-from .layers.calling import has_own_forward, onloaded
+from .layers.calling import has_own_forward, onload_parameters
 from .layers.linear import LBPWHTLinear
 from .layers.rule import BackwardRule
 from .layers.waiting import DROPPED, RESIDENT
@@ -144,7 +144,7 @@ def create_and_replace(
     else:
         finder = layout_finder(tuner.model)
         train, inference = config.train_base_weight, config.inference_mode
-        with onloaded(target):  # the adapter's weights go to the device of the target's
+        with onload_parameters(target):  # the adapter's weights go to the device of the target's
             layer = _adapting_class(target)(
                 target, finder, current_key, adapter_name, rule, train, inference, base_weights
             )

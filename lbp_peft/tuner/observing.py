@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..bases.base import Basis
 from ..bases.grids import TokenLayout
 from ..bases.packed import PackedLayout
-from ..measure.undisturbed import LossFunction, device_of, loss_of_output, to_device, undisturbed
+from ..measure.running import LossFunction, device_of, loss_of_output, preserve_state, to_device
 from ..ops.plan import FixedBasis
 from ..ops.tokens import as_tokens
 from .layers.base import LBPWHTLayer
@@ -115,7 +115,12 @@ def observe(
     if not trained:
         raise ValueError("The model has no trained parameters, so there are no gradients to calibrate by.")
     number = 0
-    with undisturbed(model), torch.compiler.set_stance("force_eager"), _use_exact_gradients(model), torch.enable_grad():
+    with (
+        preserve_state(model),
+        torch.compiler.set_stance("force_eager"),
+        _use_exact_gradients(model),
+        torch.enable_grad(),
+    ):
         model.train()
         for batch in batches:
             with _observe_calls(model, names, why_unobserved, receive):

@@ -21,7 +21,7 @@ from ..layout.records import read_record
 from ..layout.residual import ResidualParts
 from ..layout.tracer import PositionTracer
 from ..layout.without_values import NEEDS_VALUES, WithoutValues
-from ..measure.undisturbed import undisturbed
+from ..measure.running import preserve_state
 from .layers.base import LBPWHTLayer
 
 _log = logging.getLogger(__name__)
@@ -187,12 +187,12 @@ def _follow(
     tracer = PositionTracer(model)
     kinds: dict[str, set[str]] = {}
     layers: dict[str, PassedLayer] = {}
-    with undisturbed(model), torch.compiler.set_stance("force_eager"), ExitStack() as stack:
+    with preserve_state(model), torch.compiler.set_stance("force_eager"), ExitStack() as stack:
         model.train()
         texts = assign_positions(tracer, named_inputs(model, (), dict(batch)), merge_size(model))
 
         def note(name: str, axis: int, module: nn.Module, args: tuple) -> None:
-            with tracer.paused(), torch.no_grad():
+            with tracer.pause(), torch.no_grad():
                 kind = _kind_of_tokens(tracer, texts, args[0], axis) if args else ""
                 if not kind and num_images and args and args[0].numel() <= num_images * args[0].shape[axis]:
                     kind = "one token"

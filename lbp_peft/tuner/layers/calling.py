@@ -171,7 +171,7 @@ def is_offloaded(module: nn.Module) -> bool:
 
 
 @contextmanager
-def onloaded(*modules: nn.Module) -> Iterator[None]:
+def onload_parameters(*modules: nn.Module) -> Iterator[None]:
     """Within the block, load the modules' own offloaded parameters onto the device that they run on, as a call does."""
     offloaded: list[Any] = [module for module in modules if is_offloaded(module)]
     for module in offloaded:

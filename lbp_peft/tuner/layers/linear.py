@@ -26,7 +26,7 @@ from .calling import (
     has_own_forward,
     has_to_be_called,
     is_offloaded,
-    onloaded,
+    onload_parameters,
     rerun_has_side_effects,
 )
 from .rule import BackwardRule
@@ -94,7 +94,7 @@ class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
         self.check_base_weight(f"Adding the adapter {adapter_name!r}")
         self.lbpwht_rule[adapter_name] = rule
         self.lbpwht_base_weights[adapter_name] = base_weights
-        with onloaded(self.get_base_layer()):
+        with onload_parameters(self.get_base_layer()):
             if train_base_weight:
                 weight, bias = self._base_parameters()
                 weight = weight.detach()  # with "dropped", the base weight itself becomes the trained weight
@@ -118,7 +118,7 @@ class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
         if "_hf_hook" not in vars(self.lbpwht_weight):
             return self._compute(x, rule)
         self._refuse_to_train_offloaded_weights()
-        with onloaded(self.lbpwht_weight, self.lbpwht_bias):
+        with onload_parameters(self.lbpwht_weight, self.lbpwht_bias):
             return self._compute(x, rule)
 
     def _call_base_layer(self, x: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 @contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
+def preserve_state(model: nn.Module) -> Iterator[None]:
     """Restore, at the end of the block, everything but the weights that forward and backward passes change.
 
     These are gradients, buffers (for instance the statistics of batch norms), training modes, the state of the random
@@ -77,7 +77,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     for parameter, _ in gradients:
         parameter.grad = None
     with ExitStack() as stack:
-        stack.enter_context(same_random_numbers(device_of(model)))
+        stack.enter_context(restore_random_state(device_of(model)))
         try:
             yield
         finally:
@@ -93,7 +93,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def same_random_numbers(device: torch.device) -> Iterator[None]:
+def restore_random_state(device: torch.device) -> Iterator[None]:
     """Restore the state of the random number generators at the end of the block."""
     python, numpy = random.getstate(), np.random.get_state()
     kinds = () if device.type in ("cpu", "meta") else (device,)
