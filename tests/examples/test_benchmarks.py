@@ -147,11 +147,8 @@ def test_steps_and_peaks_are_measured_of_the_same_methods():
     assert {label(method) for method in MEMORY} == {label(method) for method in peak_memory_table.METHODS}
 
 
-def test_every_model_of_a_run_is_compiled(monkeypatch):
+def test_every_model_of_a_run_is_compiled():
     """By default PyTorch compiles eight versions of the same code, and runs the others in eager mode."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
-    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    torch.compiler.reset()
 
     class Wrapped(nn.Module):
         def __init__(self, width):
@@ -161,10 +158,13 @@ def test_every_model_of_a_run_is_compiled(monkeypatch):
         def forward(self, x):
             return self.layer(x)
 
-    for width in range(1, 11):
-        model = methods.compiled(Wrapped(width), [], {"backend": "eager", "dynamic": False})
-        assert model(torch.ones(2, width)).shape == (2, 1)
     torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=True):
+        for width in range(1, 11):
+            model = methods.compiled(Wrapped(width), [], {"backend": "eager", "dynamic": False})
+            assert model(torch.ones(2, width)).shape == (2, 1)
+    torch.compiler.reset()
+    assert torch._dynamo.config.recompile_limit == 8
 
 
 def test_what_cannot_be_had_is_said():
