@@ -5,6 +5,7 @@ import pytest
 from choices import deciding
 
 from lbp_peft import projection
+from lbp_peft.tuner import inject
 
 # No test may use the network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -29,6 +30,38 @@ def every_layer_is_low_rank(request, decide):
     """
     if "own_choice" not in request.keywords:
         decide(use_low_rank=True, fastest_precision="full")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def targets_of_like_models_are_found_once():
+    """Follow patches through one of the many models of transformers that are built alike, to save time.
+
+    tests/models/test_targets.py calls the function itself.
+    """
+    find, found = inject.default_targets, {}
+
+    def find_once(model):
+        key = structure_of(model)
+        if key is None:
+            return find(model)
+        if key not in found:
+            found[key] = find(model)
+        return list(found[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inject, "default_targets", find_once)
+        yield
+
+
+def structure_of(model):
+    """All that the default targets of a model of transformers depend on; None for other models, or with hooks."""
+    modules = dict(model.named_modules())
+    if not hasattr(model, "config") or any(m._forward_hooks or m._forward_pre_hooks for m in modules.values()):
+        return None
+    if any("forward" in vars(module) for module in modules.values()):
+        return None
+    shapes = tuple((name, parameter.shape) for name, parameter in model.named_parameters())
+    return type(model), str(model.config), tuple((name, type(module)) for name, module in modules.items()), shapes
 
 
 @pytest.fixture(params=["SeparableProjection", "DenseProjection"])
