@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..encoder import cuts_patches
 
@@ -47,6 +48,18 @@ def example_inputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     for inputs in several:
         if inputs.keys() >= set(needed) and all(_num_places(value) <= _MOST_PIXELS for value in inputs.values()):
             yield inputs
+
+
+def parts_with_images(model: nn.Module) -> list[str]:
+    """The names of the outermost parts of transformers' models that take images and no words, as vision towers do."""
+    names: list[str] = []
+    for name, part in model.named_modules():
+        if not name or any(name.startswith(f"{other}.") for other in names) or not isinstance(part, PreTrainedModel):
+            continue
+        takes = inspect.signature(part.forward).parameters
+        if "pixel_values" in takes and "input_ids" not in takes:
+            names.append(name)
+    return names
 
 
 def _num_places(value: Tensor) -> int:

@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..encoder import adaptable_layers, encoder_linears
 from ..encoder_of_pass import PassedLayer, encoder_of_pass, like_blocks
-from ..layout.example_inputs import NUM_IMAGES, enlarged, example_inputs
+from ..layout.example_inputs import NUM_IMAGES, enlarged, example_inputs, parts_with_images
 from ..layout.inputs import assign_positions, merge_size, named_inputs
 from ..layout.records import read_record
 from ..layout.residual import ResidualParts
@@ -106,6 +106,16 @@ class _Seen:
     layers: Mapping[str, PassedLayer]
     residual: Collection[str]
 
+    def within(self, part: str) -> _Seen:
+        """The same of a model in which this one is the part of this name."""
+        kinds = {f"{part}.{name}": found for name, found in self.kinds.items()}
+        layers = {f"{part}.{name}": replace(layer, name=f"{part}.{name}") for name, layer in self.layers.items()}
+        return _Seen(kinds, layers, {f"{part}.{name}" for name in self.residual})
+
+    def and_also(self, other: _Seen) -> _Seen:
+        """What this pass and another one, of another part of the model, show together."""
+        return _Seen({**self.kinds, **other.kinds}, {**self.layers, **other.layers}, {*self.residual, *other.residual})
+
     def with_tokens(self) -> dict[str, PassedLayer]:
         """The layers whose inputs are patches in all calls; if there are none, words."""
 
@@ -139,10 +149,27 @@ class _Seen:
 def seen_without_values(model: nn.Module, blocks: list[str]) -> _Seen | None:
     """What a pass of a copy of a model shows, on inputs made for it; None if none can be made or the copy cannot run.
 
+    Where no inputs can be made for the whole model, for instance since its words have as many places for an image as it
+    has tokens, its parts that take images alone are run instead.
+
     Args:
         model: The model.
         blocks: The names of the layers in the blocks that the structure shows.
     """
+    seen = _seen_without_values(model, blocks)
+    if seen is not None:
+        return seen
+    for part in parts_with_images(model):
+        of_part = [name.removeprefix(f"{part}.") for name in blocks if name.startswith(f"{part}.")]
+        seen_in_part = _seen_without_values(model.get_submodule(part), of_part)
+        if seen_in_part is not None:
+            seen_in_part = seen_in_part.within(part)
+            seen = seen_in_part if seen is None else seen.and_also(seen_in_part)
+    return seen
+
+
+def _seen_without_values(model: nn.Module, blocks: list[str]) -> _Seen | None:
+    """[`seen_without_values`] of a model as a whole."""
     mode, copied = WithoutValues(), None
     try:
         with torch.device("cpu"):  # where tensors without values seem to be
