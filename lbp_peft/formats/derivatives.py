@@ -27,8 +27,8 @@ _CELLS = 256
 _RANGES = (4.0, 8.0, 16.0)
 # The largest distance of f' from its limit at the end of the range. The 16 levels resolve no finer steps either.
 _TOLERANCE = 0.01
-# The number of values that CPUs compute at once, so that intermediate results stay in the cache, and leave small gaps in
-# the heap.
+# The number of values that CPUs compute at once, so that intermediate results stay in the cache, and leave only small
+# gaps in the heap.
 _VALUES_AT_ONCE = 2**17
 _AS_PAIRS = {torch.float32: torch.int64, torch.bfloat16: torch.int32, torch.float16: torch.int32}
 
