@@ -56,11 +56,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "restricted to AVX2": partial(steps, "vit-b-float32-restricted-to-avx2.json"),
     "AVX-512, float32": partial(steps, "vit-b-float32-avx512.json"),
     "AVX-512, bf16": partial(steps, "vit-b-bf16-avx512.json"),
-    "AVX-512, bf16, again": partial(steps, "vit-b-bf16-avx512-short.json"),
     "AVX-512, compiled, float32": partial(steps, "vit-b-float32-compiled-avx512.json"),
     "AVX-512, steps and peaks": partial(
         steps_and_peaks,
-        ("vit-b-float32-avx512.json", "vit-b-float32-avx512-more.json"),
+        ("vit-b-float32-avx512.json",),
         "vit-b-peak-avx512.json",
         ("32", "8"),
         MEMORY,
@@ -155,11 +154,18 @@ TABLES: dict[str, Callable[[], str]] = {
     "aims, steps": partial(
         steps_aimed_for,
         {
-            "AVX-512, VNNI": ("vit-b-float32-avx512.json", "vit-b-float32-compiled-avx512.json"),
+            "AVX-512, VNNI": (
+                "vit-b-float32-avx512.json",
+                "vit-b-float32-avx512-again.json",
+                "vit-b-float32-compiled-avx512.json",
+            ),
             "AVX2": ("vit-b-float32-restricted-to-avx2.json",),
             "AMX": ("vit-b-float32-amx.json", "vit-b-float32-amx-short.json", "vit-b-float32-amx-more.json"),
         },
-        {"AVX-512, VNNI": ("vit-b-bf16-avx512-short.json",), "AMX": ("vit-b-bf16-amx.json",)},
+        {
+            "AVX-512, VNNI": ("vit-b-bf16-avx512.json", "vit-b-bf16-avx512-short.json"),
+            "AMX": ("vit-b-bf16-amx.json",),
+        },
     ),
     "aims, peaks": partial(
         peaks_aimed_for,
