@@ -157,8 +157,8 @@ def _is_decoder(module: nn.Module, kinds: frozenset[str], by_name: bool = True) 
 
 
 def _takes(module: nn.Module, *names: str) -> bool:
-    parameters = _parameters(type(module).forward)
-    return any(name in parameters for name in names)
+    forward = getattr(type(module), "forward", None)  # modules of torch.jit.script have none
+    return forward is not None and not _parameters(forward).isdisjoint(names)
 
 
 @cache

@@ -11,6 +11,7 @@ import json
 import math
 import statistics
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -118,15 +119,15 @@ def table(rows: list[Row]) -> str:
 
 
 def summary(tables: dict[str, list[Row]]) -> str:
-    """A table in Markdown of the test scores of the methods that were tested in every experiment.
+    """A table in Markdown of the test scores of the methods that were tested in two experiments or more.
 
     Args:
-        tables: The rows of each experiment, by the heading of its column.
+        tables: The rows of each experiment, by the heading of its column. If there is one, all its methods are shown.
     """
-    scores = {name: {row.label: row.score for row in rows if row.scores} for name, rows in tables.items()}
-    first, *others = scores.values()
-    common = [label for label in first if all(label in other for other in others)]
-    return markdown(["method", *tables], [[label, *(column[label] for column in scores.values())] for label in common])
+    scores = [{row.label: row.score for row in rows if row.scores} for rows in tables.values()]
+    counts = Counter(label for column in scores for label in column)
+    shown = [label for label, count in counts.items() if count >= min(2, len(scores))]
+    return markdown(["method", *tables], [[label, *(column.get(label, "") for column in scores)] for label in shown])
 
 
 def warm_ups(root: Path) -> str:

@@ -6,7 +6,7 @@ import inspect
 import re
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -195,13 +195,13 @@ class PositionTracer(TorchFunctionMode):
             _signature(rule).bind(self, *args, **kwargs)
         except TypeError:  # the rule does not know one of the keywords
             return None
-        if not in_transform():
-            with torch.no_grad():
-                return _condense_all(rule(self, *args, **kwargs))
-        with outside_transforms(), torch.no_grad():
+        context = outside_transforms() if in_transform() else nullcontext()
+        with context, torch.no_grad():
             try:
                 return _condense_all(rule(self, *args, **kwargs))
-            except RuntimeError:  # an index that belongs to the transform cannot be read
+            except (IndexError, RuntimeError, TypeError, ValueError):
+                # An index that belongs to a transform cannot be read, or the rule does not know such arguments. The
+                # operation itself has returned a result, and must not fail in training for want of positions.
                 return None
 
     def _has_channels(self, name: str, args: tuple) -> bool:

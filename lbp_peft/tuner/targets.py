@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import time
+import warnings
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import AbstractContextManager, ExitStack
@@ -25,6 +27,7 @@ from ..measure.running import preserve_state
 from .layers.base import LBPWHTLayer
 
 _log = logging.getLogger(__name__)
+_MOST_SECONDS = 5.0  # after which no further inputs are tried
 
 
 def targets_from(model: nn.Module, batch: Mapping[str, Any]) -> list[str]:
@@ -73,7 +76,7 @@ def default_targets(model: nn.Module) -> list[str]:
     """The layers that are adapted if `target_modules` is None; none if there are no blocks of an encoder.
 
     They are those of the blocks that the model's structure shows, and one forward pass decides where it shows more. It
-    is that of a copy without values, on inputs that are made for it, so that it needs no data, hardly any time, and
+    is that of a copy without values, on inputs that are made for it, so that it needs no data and hardly any time, and
     leaves the model as it is. Layers in further blocks that patches pass through are added. Layers are left out whose
     input certainly holds no patches: one token of each image, or words where others receive patches. Layers that are
     not called, or whose tokens lie in an unknown order, as those of masked images do, stay.
@@ -87,8 +90,12 @@ def default_targets(model: nn.Module) -> list[str]:
     blocks = encoder_linears(model)
     if any(isinstance(module, LBPWHTLayer) for module in model.modules()):
         return blocks
-    seen = seen_without_values(model, blocks)
-    return blocks if seen is None else seen.targets(model, blocks)
+    try:
+        seen = seen_without_values(model, blocks)
+        return blocks if seen is None else seen.targets(model, blocks)
+    except Exception as error:  # nobody asked for this pass, so it must not fail
+        _log.debug("The structure of %s decides which layers are adapted: %r", type(model).__name__, error)
+        return blocks
 
 
 @dataclass(frozen=True)
@@ -170,18 +177,33 @@ def seen_without_values(model: nn.Module, blocks: list[str]) -> _Seen | None:
 
 def _seen_without_values(model: nn.Module, blocks: list[str]) -> _Seen | None:
     """[`seen_without_values`] of a model as a whole."""
-    mode, copied = WithoutValues(), None
+    mode, seen = WithoutValues(), None
     try:
-        with torch.device("cpu"):  # where tensors without values seem to be
-            for inputs in example_inputs(model):
-                copied = copied or mode.copy_of(model)
-                if (seen := _follow_copy(copied, mode, inputs)) is None:
-                    continue
-                if seen.without_tokens() & set(blocks) and (larger := enlarged(inputs)) is not None:
-                    seen = _follow_copy(copied, mode, larger) or seen
-                return seen
+        seen = _follow_a_copy(model, mode, blocks)
     except Exception as error:  # in any code of the model's; the structure then decides
         _log.debug("The structure of %s decides which layers are adapted: %r", type(model).__name__, error)
+    if mode.has_leaked:
+        warnings.warn(
+            f"To choose the layers to adapt, LBP-WHT ran a copy of {type(model).__name__} on tensors without values, "
+            "and code outside the model has kept some of these, for instance in a cache. Where they are used, training "
+            "raises an error. Clear the cache, or name the layers in target_modules: then there is no such run.",
+            stacklevel=2,
+        )
+    return seen
+
+
+def _follow_a_copy(model: nn.Module, mode: WithoutValues, blocks: list[str]) -> _Seen | None:
+    began, copied = time.monotonic(), None
+    with torch.device("cpu"):  # where tensors without values seem to be
+        for inputs in example_inputs(model):
+            if time.monotonic() - began > _MOST_SECONDS:
+                return None
+            copied = copied or mode.copy_of(model)
+            if (seen := _follow_copy(copied, mode, inputs)) is None:
+                continue
+            if seen.without_tokens() & set(blocks) and (larger := enlarged(inputs)) is not None:
+                seen = _follow_copy(copied, mode, larger) or seen
+            return seen
     return None
 
 

@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from lbp_peft import exact_backward, layout_report, verify_layout
 from lbp_peft.layout import recognition
 from lbp_peft.layout.inputs import assign_positions
+from lbp_peft.layout.operations import registry
 from lbp_peft.layout.positions import column_of, number_of, row_of
 from lbp_peft.layout.recognition import UnknownLayoutError, read_layout
 from lbp_peft.layout.tracer import PositionTracer
@@ -1125,3 +1126,20 @@ def test_two_threads_with_images_of_two_sizes_under_checkpointing():
     for size in sizes:
         for one in seen[size]:
             assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in zip(one, expected[size], strict=True))
+
+
+def test_arguments_that_a_rule_does_not_expect_never_stop_training(monkeypatch):
+    x, embedding = torch.randn(2, 3, 8, 8), nn.Conv2d(3, 4, 1)
+    tracer = PositionTracer(embedding)
+    assign_positions(tracer, {"pixel_values": x})
+    with tracer:
+        pooled = nn.functional.max_pool2d(embedding(x), np.int64(2))
+    assert tracer.positions(pooled) is not None
+
+    def fails(*args, **kwargs):
+        raise ValueError("of a rule")
+
+    monkeypatch.setitem(registry.RULES, "max_pool2d", fails)
+    with tracer:
+        pooled = nn.functional.max_pool2d(embedding(x), 2)
+    assert pooled.shape == (2, 4, 4, 4) and tracer.positions(pooled) is None

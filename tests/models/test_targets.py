@@ -3,21 +3,29 @@
 import copy
 import random
 import warnings
+import weakref
 
 import architectures
+import numpy as np
 import pytest
 import torch
 import vlm_architectures
 from models import images, layers_of, tiny_vit
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch._subclasses import FakeTensor
 from transformers import TrOCRConfig, VisionEncoderDecoderConfig, VisionEncoderDecoderModel, ViTConfig, ViTModel
 
 from lbp_peft import LBPWHTConfig, layout_report, targets_from, verify_layout
 from lbp_peft.encoder import encoder_linears
-from lbp_peft.tuner.targets import default_targets
+from lbp_peft.layout.without_values import WithoutValues
+from lbp_peft.tuner.targets import default_targets, seen_without_values
 
 PREFIX = "base_model.model."
+
+
+def a_pass_decides(model):
+    return seen_without_values(model, encoder_linears(model)) is not None
 
 
 def by_name(of):
@@ -341,11 +349,13 @@ def test_neither_the_name_of_a_decoder_nor_that_of_a_head_decides():
 )
 def test_by_default_a_pass_changes_nothing_where_the_structure_is_right(name):
     model = by_name(architectures.ARCHITECTURES)[name].build()
+    assert a_pass_decides(model)
     assert default_targets(model) == encoder_linears(structure_alone(model)) == default_targets(model)
 
 
 def test_layers_whose_tokens_are_in_an_unknown_order_stay():
     model = by_name(architectures.ARCHITECTURES)["vit_mae"].build()
+    assert a_pass_decides(model)
     assert default_targets(model) == encoder_linears(model)
 
 
@@ -372,6 +382,7 @@ class Pyramid(nn.Module):
 
 
 def test_stages_with_one_patch_of_a_small_image_stay():
+    assert a_pass_decides(Pyramid())
     assert default_targets(Pyramid()) == [f"{part}.0.fc{i}" for part in ("first", "second") for i in (1, 2)]
 
 
@@ -394,7 +405,7 @@ class Noisy(Several):
 def test_the_pass_leaves_the_model_and_the_generators_as_they_are(capfd, recwarn):
     model = Noisy().eval()
     before, states = copy.deepcopy(model.state_dict()), (torch.get_rng_state(), random.getstate())
-    assert len(default_targets(model)) == 4
+    assert len(default_targets(model)) == 4 and a_pass_decides(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
     assert not model.calls and not model.training and model.norm.num_batches_tracked == 0
@@ -445,7 +456,39 @@ def with_calls_counted(model):
     return model
 
 
+class WithClosure(Parts):
+    """A model with a function that reads one of its modules, which a copy of the model would share."""
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        norm = self.norm = nn.BatchNorm1d(16)
+        self.normalise = [lambda tokens: norm(tokens.mT).mT]
+
+    def forward(self, x):
+        return super().forward(x) + self.normalise[0](self.cut(x).flatten(2).mT).sum()
+
+
+class WithReference(Parts):
+    """A model that refers to itself by a weak reference, which a copy would share."""
+
+    def __init__(self, *parts):
+        super().__init__(*parts)
+        self.reference = weakref.ref(self)
+
+    def forward(self, x):
+        self.reference().last = x
+        return super().forward(x)
+
+
+def with_an_array(model):
+    model.bank = {"features": np.zeros(2**24, dtype=np.float16)}
+    return model
+
+
 CANNOT_BE_RUN = {
+    "a function of a module": lambda: WithClosure(Several(2), Alone()),
+    "a weak reference": lambda: WithReference(Several(2), Alone()),
+    "a large array": lambda: with_an_array(Parts(Several(2), Alone())),
     "its code needs values": lambda: Choosing(Several(2), Alone()),
     "its code exports memory": lambda: Exporting(Several(2), Alone()),
     "its code exports memory unseen": lambda: Exporting(Several(2), Alone(), export=through_a_capsule),
@@ -465,7 +508,49 @@ class Uncopied(Alone):
 def test_where_a_copy_cannot_be_run_the_structure_decides(name, recwarn):
     model = CANNOT_BE_RUN[name]()
     assert default_targets(model) == encoder_linears(model) and len(encoder_linears(model)) == 4
-    assert not recwarn.list and not getattr(model, "calls", [])
+    assert not recwarn.list and not getattr(model, "calls", []) and not hasattr(model, "last")
+    assert not any(buffer.any() for name, buffer in model.named_buffers() if name.endswith("num_batches_tracked"))
+
+
+KEPT = {}
+
+
+class Caching(Parts):
+    """A model whose code keeps a tensor outside of it."""
+
+    def forward(self, x):
+        tokens = self.cut(x).flatten(2).mT
+        ones = KEPT.setdefault(tokens.shape[1], x.new_ones(1, tokens.shape[1], 1))
+        return super().forward(x) + (tokens * ones).sum()
+
+
+def test_tensors_of_the_pass_that_code_keeps_are_told_and_never_used_in_training():
+    model = Caching(Several(2), Alone())
+    with pytest.warns(UserWarning, match="kept some of these.*target_modules"):
+        adapted = get_peft_model(model, LBPWHTConfig())
+    x = torch.randn(2, 3, 224, 224)
+    with pytest.raises(Exception, match="FakeTensor"):
+        adapted(x)
+    KEPT.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        adapted = get_peft_model(Caching(Several(2), Alone()), LBPWHTConfig(target_modules=["fc1", "fc2"]))
+    assert adapted(x).isfinite().all()
+
+
+def test_tensors_in_lists_are_not_copied():
+    model = Parts(Several(2), Alone())
+    model.bank = [torch.zeros(2**22)]
+    copied = WithoutValues().copy_of(model)
+    assert isinstance(copied.bank[0], FakeTensor) and type(model.bank[0]) is torch.Tensor and a_pass_decides(model)
+
+
+def test_scripted_parts_do_not_matter():
+    model = Parts(Several(2), Alone())
+    model.add_module("part2", torch.jit.script(nn.Hardswish()))
+    model.part_names.append("part2")
+    assert {f"part0.blocks.{i}.fc{j}" for i in (0, 1) for j in (1, 2)} <= set(default_targets(model))
+    assert get_peft_model(model, LBPWHTConfig())(torch.randn(2, 3, 32, 32)).shape == (2, 5)
 
 
 def test_parameters_without_memory_are_enough():

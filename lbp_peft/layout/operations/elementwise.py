@@ -106,7 +106,7 @@ def _reduce(tracer: Tracer, x: Tensor, *args: Any, **kwargs: Any) -> Result:
     positions = tracer.positions(x)
     axes = kwargs.get("dim", kwargs.get("axis"))
     arguments = list(args)
-    if tracer.current_name in ("norm", "quantile"):  # the order of the norm is the first argument
+    if tracer.current_name == "norm":  # its order is the first argument
         arguments = arguments[1:]
     if axes is None and arguments and not isinstance(arguments[0], Tensor):
         axes = arguments.pop(0)

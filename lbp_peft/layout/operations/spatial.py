@@ -6,7 +6,7 @@ An output of a convolution or of pooling has the position of the centre of its w
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, SupportsIndex, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -147,12 +147,12 @@ def _sample_centres(
 
 def _number_for_axis(value: PerAxis, i: int) -> int:
     """The number that an argument such as a stride gives for axis i."""
-    if isinstance(value, int):
-        return value
+    if isinstance(value, SupportsIndex):  # of NumPy too
+        return int(value)
     return int(value[i] if len(value) > 1 else value[0])
 
 
-@rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "lp_pool2d")
+@rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d")
 @rule("max_pool1d_with_indices", "max_pool2d_with_indices", "max_pool3d_with_indices")
 def _pool(
     tracer: Tracer,
