@@ -34,6 +34,11 @@ from benchmarks.part_tables import (
 )
 from benchmarks.step_tables import (
     ALL,
+    BACKWARD,
+    FORWARD,
+    OVER_LORA,
+    PEAK,
+    SAVED,
     models,
     peaks,
     ratios_to_full,
@@ -56,6 +61,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "restricted to AVX2": partial(steps, "vit-b-float32-restricted-to-avx2.json"),
     "AVX-512, float32": partial(steps, "vit-b-float32-avx512.json"),
     "AVX-512, bf16": partial(steps, "vit-b-bf16-avx512.json"),
+    "compressed by word, bf16": partial(
+        steps, "vit-b-bf16-words-avx512.json", (FORWARD, BACKWARD, OVER_LORA, SAVED, PEAK)
+    ),
     "AVX-512, compiled, float32": partial(steps, "vit-b-float32-compiled-avx512.json"),
     "AVX-512, steps and peaks": partial(
         steps_and_peaks,
