@@ -16,6 +16,7 @@ patches' features.
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -160,7 +161,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--output", type=Path, default=Path("runs", "domain-shift.json"))
     options = parser.parse_args(arguments)
     options.size = tuple(options.size)
@@ -173,23 +174,23 @@ def main(arguments: list[str] | None = None) -> None:
     print(in_words(where))
     print(f"{len(of_training)} training images by day, tested on {len(by_day)} by day and {len(at_dusk)} at dusk")
     rows = []
-    for method in options.methods:
-        set_seed(options.seed)
+    for seed, method in itertools.product(options.seeds, options.methods):
+        set_seed(seed)
         backbone = AutoModel.from_pretrained(options.model, dtype=torch.float32)
         config = backbone.config
         if options.size[0] % config.patch_size or options.size[1] % config.patch_size:
             parser.error(f"--size: both sides must be multiples of {config.patch_size}, the side of a patch")
         model = adapted(Segmenter(backbone, config.hidden_size, config.patch_size, len(CLASSES)), method)
-        seconds = train(model, of_training, options, method)
+        seconds = train(model, of_training, options, f"{method}, seed {seed}")
         day, dusk = (tested(model, images, options) for images in (by_day, at_dusk))
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        rows.append({"method": method, "trained": trained, "seconds": seconds, "day": day, "dusk": dusk})
-        print(f"{method}: mean IoU {mean_iou(day):.3f} by day, {mean_iou(dusk):.3f} at dusk")
+        rows.append({"method": method, "seed": seed, "trained": trained, "seconds": seconds, "day": day, "dusk": dusk})
+        print(f"{method}, seed {seed}: mean IoU {mean_iou(day):.3f} by day, {mean_iou(dusk):.3f} at dusk")
     lines = [
-        [row["method"], f"{row['trained'] / 1e3:.0f}", f"{row['seconds']:.0f}",
+        [row["method"], str(row["seed"]), f"{row['trained'] / 1e3:.0f}", f"{row['seconds']:.0f}",
          f"{mean_iou(row['day']):.3f}", f"{mean_iou(row['dusk']):.3f}"] for row in rows
     ]  # fmt: skip
-    print(aligned(["method", "trained, thousands", "training, s", "day", "dusk"], lines))
+    print(aligned(["method", "seed", "trained, thousands", "training, s", "day", "dusk"], lines))
     write_record(options.output, where, vars(options), classes=CLASSES, rows=rows)
     print(f"written to {options.output}")
 

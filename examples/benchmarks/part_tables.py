@@ -115,11 +115,19 @@ def day_and_dusk(name: str, labels: dict[str, str]) -> str:
         labels: The names of methods in the table.
     """
     record = read(name)
-    cells = [
-        [labels[row["method"]], f"{row['trained']:,}", *(number(mean_iou(row[part]), 3) for part in ("day", "dusk"))]
-        for row in record["rows"]
-    ]
-    return f"{markdown(['', 'trained weights', 'mean IoU by day', 'at dusk'], cells)}\n\n{source(name, record)}"
+    cells = []
+    for method, label in labels.items():
+        rows = [row for row in record["rows"] if row["method"] == method]
+        scores = [mean_and_deviation([mean_iou(row[part]) for row in rows]) for part in ("day", "dusk")]
+        cells.append([label, f"{rows[0]['trained']:,}", str(len(rows)), *scores])
+    header = ["", "trained weights", "seeds", "mean IoU by day", "at dusk"]
+    return f"{markdown(header, cells)}\n\n{source(name, record)}"
+
+
+def mean_and_deviation(scores: list[float]) -> str:
+    """The mean of the scores of some seeds, with their standard deviation if there are several."""
+    deviation = f" ± {number(statistics.stdev(scores), 3)}" if len(scores) > 1 else ""
+    return number(statistics.mean(scores), 3) + deviation
 
 
 def mean_iou(confusion: list[list[int]]) -> float:

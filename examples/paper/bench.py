@@ -34,13 +34,13 @@ from .search import Setting
 # Options that results depend on; they are kept with each record.
 _OF_RESULT = (
     "dataset", "train_files", "test_files", "image_size", "train_images", "train_images_per_class", "validation_images",
-    "test_images", "data_seed", "epochs", "batch_size", "head_learning_rate", "weight_decay", "scheduler",
+    "test_images", "data_seed", "classes", "epochs", "batch_size", "head_learning_rate", "weight_decay", "scheduler",
     "warmup_steps", "warmup_ratio", "max_grad_norm", "horizontal_flip", "min_crop", "boundary",
 )  # fmt: skip
 
 _OF_FEATURES = (
     "weights", "dataset", "train_files", "test_files", "image_size", "train_images", "train_images_per_class",
-    "validation_images", "test_images", "data_seed", "horizontal_flip",
+    "validation_images", "test_images", "data_seed", "classes", "horizontal_flip",
 )  # fmt: skip
 
 
@@ -83,6 +83,8 @@ class Bench:
             if protocol != "partial":
                 raise SystemExit("--cache: only the partial protocol leaves a part of the model frozen")
             of_data = {key: self.about[key] for key in _OF_FEATURES}
+            if Path(self.options.model).is_file():  # another pre-training may have replaced it
+                of_data["weights_sha256"] = hashlib.sha256(Path(self.options.model).read_bytes()).hexdigest()
             digest = hashlib.sha256(json.dumps(of_data, default=str).encode()).hexdigest()[:12]
             self.data = FeatureData(base, backbone, self.images, cache, f"{name}-{digest}")
 
@@ -90,7 +92,7 @@ class Bench:
         """The pretrained model with a new head, the same one for equal seeds."""
         names, path = self.source.names, self.options.model
         if self.backbone.architecture is not None:
-            return load_timm(self.backbone.architecture, path, names, seed)
+            return load_timm(self.backbone.architecture, path, names, seed, as_size(self.options.image_size))
         return self.task.model(path, names, seed, self.options)
 
     def adapted(

@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from common.images import Images, loader
 from common.task import Task
+from datasets import Dataset
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ViTImageProcessor
 
+from lbp_peft.loading.classification import with_labels
 from lbp_peft.loading.datasources import Source, draw
 from lbp_peft.loading.models import forward_arguments
 from lbp_peft.loading.options import as_size
@@ -46,6 +48,8 @@ def preprocessor(model: PreTrainedModel, task: Task, options: Any) -> Preprocess
 def load_source(task: Task, options: Any) -> Source:
     """The images. Those of `validation` come from the training split and are not in `train`."""
     source = task.load(options)
+    if getattr(options, "classes", None):
+        source = keep_classes(source, *options.classes)
     labels = task.classes(source.train)
     apart = draw(len(source.train), options.validation_images, options.data_seed, labels)
     rest = source.train.select(np.setdiff1d(np.arange(len(source.train)), apart))
@@ -57,6 +61,30 @@ def load_source(task: Task, options: Any) -> Source:
     if options.test_images:
         test = test.select(draw(len(test), options.test_images, options.data_seed, task.classes(test)))
     return Source(train, test, source.names, validation)
+
+
+def keep_classes(source: Source, first: int, last: int) -> Source:
+    """The images of the classes `first` to `last`, which are then numbered from 0.
+
+    Raises:
+        SystemExit: the data has fewer classes, or no image of these.
+    """
+    if not 0 <= first < last < len(source.names):
+        raise SystemExit(
+            f"--classes {first} {last}: there are {len(source.names)} classes, 0 to {len(source.names) - 1}"
+        )
+    names = source.names[first : last + 1]
+
+    def kept(dataset: Dataset | None) -> Dataset | None:
+        if dataset is None:
+            return None
+        labels = np.asarray(dataset["label"])
+        chosen = np.flatnonzero((labels >= first) & (labels <= last))
+        if not len(chosen):
+            raise SystemExit(f"--classes {first} {last}: there is no image of these")
+        return with_labels(dataset.select(chosen), names)
+
+    return Source(kept(source.train), kept(source.test), names, kept(source.validation))
 
 
 class ImageData:

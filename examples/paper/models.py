@@ -5,6 +5,7 @@ To add one, name it in `BACKBONES`.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from lbp_peft.encoder import encoder_linears
 from lbp_peft.loading.models import class_names, explain_failures
 
 PROTOCOLS = ("partial", "full")
+DERIVED_BUFFERS = ("num_batches_tracked", "attention_bias_idxs")  # of timm's models, which hold nothing learned
 Size = tuple[int, int]
 
 
@@ -148,34 +150,74 @@ def _heads(model: PreTrainedModel) -> list[str]:
     return [f"timm_model.{name}" for name in lbp_peft.head.head_modules(inner)]
 
 
-def load_timm(architecture: str, weights: str, names: list[str], seed: int) -> PreTrainedModel:
+def load_timm(
+    architecture: str, weights: str | None, names: list[str], seed: int, size: Size | None = None
+) -> PreTrainedModel:
     """A model of timm as transformers wraps it, with a new head: the same one for equal seeds.
 
     Args:
         weights: A repository on the hub or a folder, as `from_pretrained` takes it, or a state dict of timm in a file
-            of safetensors.
+            of safetensors. None: they are initialised at random, as transformers does it.
+        size: (height, width) of the images in pixels; None: the model's own.
     """
     set_seed(seed)
-    file = Path(weights).expanduser()
-    if file.suffix != ".safetensors":
+    if weights is None or Path(weights).suffix == ".safetensors":
+        from transformers import TimmWrapperConfig
+
+        config = TimmWrapperConfig(architecture=architecture, **class_names(names))
+        model = AutoModelForImageClassification.from_config(config)
+        if weights is not None:
+            _load_backbone(model.timm_model, Path(weights).expanduser(), architecture)
+    else:
         with explain_failures(weights):
-            return AutoModelForImageClassification.from_pretrained(
+            model = AutoModelForImageClassification.from_pretrained(
                 weights, ignore_mismatched_sizes=True, dtype=torch.float32, **class_names(names)
             )
-    from transformers import TimmWrapperConfig
-
-    model = AutoModelForImageClassification.from_config(
-        TimmWrapperConfig(architecture=architecture, **class_names(names))
-    )
-    stored = load_file(file)
-    own = model.timm_model.state_dict()
-    heads = tuple(f"{head}." for head in lbp_peft.head.head_modules(model.timm_model))
-    kept = {name: value.to(own[name].dtype) for name, value in stored.items() if not name.startswith(heads)}
-    missing = model.timm_model.load_state_dict(kept, strict=False).missing_keys
-    absent = [name for name in missing if not name.startswith(heads) and not name.endswith("num_batches_tracked")]
-    if absent:
-        raise SystemExit(f"{weights} has no values for {', '.join(absent[:3])} of {architecture}")
+    if size is not None:
+        _fit_attention(model, size)
     return model
+
+
+def _load_backbone(model: nn.Module, file: Path, architecture: str) -> None:
+    """Load all weights but those of the head, which belongs to other classes.
+
+    Raises:
+        SystemExit: the file lacks a weight.
+    """
+    own = model.state_dict()
+    skipped = tuple(f"{head}." for head in lbp_peft.head.head_modules(model))
+    stored = {
+        name: value.to(own[name].dtype)
+        for name, value in load_file(file).items()
+        if name in own and not name.startswith(skipped) and not name.endswith(DERIVED_BUFFERS)
+    }
+    missing = model.load_state_dict(stored, strict=False).missing_keys
+    absent = [name for name in missing if not name.startswith(skipped) and not name.endswith(DERIVED_BUFFERS)]
+    if absent:
+        raise SystemExit(f"{file} has no values for {', '.join(absent[:3])} of {architecture}")
+
+
+def _fit_attention(model: nn.Module, size: Size) -> None:
+    """Let the attention of an EfficientFormer, which timm builds for 224 pixels, take smaller images.
+
+    A bias belongs to an offset between two tokens, and the table of biases has all offsets in a grid of 7 x 7. Fewer
+    tokens use a part of it. (EfficientFormerV2 takes images of its own size only.)
+
+    Raises:
+        SystemExit: the images are larger than 224 pixels.
+    """
+    from timm.models.efficientformer import Attention
+
+    for module in model.modules():
+        if not isinstance(module, Attention):
+            continue
+        side = math.isqrt(module.attention_biases.shape[1])
+        rows, columns = (math.ceil(pixels / 32) for pixels in size)
+        if max(rows, columns) > side:
+            raise SystemExit(f"--image_size: this model takes at most {32 * side} pixels, not {max(size)}")
+        positions = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        offsets = (positions[:, None] - positions[None]).abs()
+        module.attention_bias_idxs = offsets[..., 0] * side + offsets[..., 1]
 
 
 def freeze_all_but(model: nn.Module, names: list[str]) -> None:

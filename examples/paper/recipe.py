@@ -29,6 +29,15 @@ class PaperOptions:
 class ClassificationRecipe(ClassificationOptions, PaperOptions):
     """The options of a classification table."""
 
+    classes: list[int] | None = option(
+        None, "The first and the last class to keep, by number; images of others are left out. (default: all)"
+    )
+
+    def check_together(self) -> None:
+        super().check_together()
+        if self.classes is not None and (len(self.classes) != 2 or self.classes[0] >= self.classes[1]):
+            raise ValueError(f"--classes takes the first and the last of several classes, such as 0 49: {self.classes}")
+
 
 @dataclass
 class SegmentationRecipe(SegmentationOptions, PaperOptions):

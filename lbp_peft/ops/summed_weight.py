@@ -18,7 +18,10 @@ from torch import Tensor, nn
 
 from .. import heuristics
 from ..formats.full import without_autocast
-from ..transforms import in_transform
+from ..transforms import in_dispatch_mode, in_transform, must_be_functional
+
+# Elements of the sum that are rounded at once: 1 MiB in float32, which stays in the cache.
+_ELEMENTS_AT_ONCE = 2**18
 
 
 def summed_weight(weight: Tensor, factors: Sequence[Tensor], scalings: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -31,9 +34,33 @@ def summed_weight(weight: Tensor, factors: Sequence[Tensor], scalings: Sequence[
         dtype: The dtype of the result.
     """
     with without_autocast(weight.device):
+        if factors and dtype.itemsize < 4 and _can_sum_by_parts(weight):
+            return _rounded_sum(weight, factors, scalings, dtype)
         for down, up, scaling in zip(factors[::2], factors[1::2], scalings, strict=True):
             weight = torch.addmm(weight, up.to(weight.dtype), down.to(weight.dtype), alpha=scaling)
         return weight.to(dtype)
+
+
+def _can_sum_by_parts(weight: Tensor) -> bool:
+    """Whether parts of the sum can be written one after another. Dispatch modes may keep them, and FSDP has shards."""
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.dim() == 2 and weight.numel() > 0
+    return plain and weight.device.type == "cpu" and not must_be_functional() and not in_dispatch_mode()
+
+
+@torch.no_grad()
+def _rounded_sum(weight: Tensor, factors: Sequence[Tensor], scalings: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """[`summed_weight`], some rows at a time, so that the sum is rounded while it is still in the cache."""
+    rounded = weight.new_empty(weight.shape, dtype=dtype)
+    wide = [factor.to(weight.dtype) for factor in factors]
+    num_rows = max(1, _ELEMENTS_AT_ONCE // weight.shape[1])
+    sums = weight.new_empty(min(num_rows, len(weight)), weight.shape[1])
+    for start in range(0, len(weight), num_rows):
+        rows = slice(start, start + num_rows)
+        part = weight[rows]
+        for down, up, scaling in zip(wide[::2], wide[1::2], scalings, strict=True):
+            part = torch.addmm(part, up[rows], down, alpha=scaling, out=sums[: len(part)])
+        rounded[rows].copy_(part)
+    return rounded
 
 
 @torch.library.custom_op("lbp_peft::weight_in_backward", mutates_args=())

@@ -58,10 +58,12 @@ def test_the_program(data, tmp_path, capsys):
     Dinov2Model(config).save_pretrained(tmp_path / "vit")
     output = tmp_path / "out.json"
     given = ["--data", data, "--model", tmp_path / "vit", "--output", output, "--size", 16, 24, "--epochs", 20]
-    domain_shift.main([str(part) for part in [*given, "--batch-size", 4, "--learning-rate", 0.01]])
+    domain_shift.main([str(part) for part in [*given, "--batch-size", 4, "--learning-rate", 0.01, "--seeds", 0, 1]])
     assert "4 training images by day, tested on 2 by day and 4 at dusk" in capsys.readouterr().out
     rows = json.loads(output.read_text())["rows"]
-    assert [row["method"] for row in rows] == list(domain_shift.METHODS)
+    assert [(row["seed"], row["method"]) for row in rows] == [
+        (seed, method) for seed in (0, 1) for method in domain_shift.METHODS
+    ]
     assert rows[0]["trained"] == 33 * 11 < rows[1]["trained"] == rows[2]["trained"]
     for row in rows:  # both classes have been learned, at dusk as by day
         for part in ("day", "dusk"):

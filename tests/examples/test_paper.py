@@ -10,6 +10,7 @@ import pytest
 import torch
 from models import vit_config
 from PIL import Image
+from safetensors.torch import load_file
 from transformers import (
     Dinov2Config,
     Dinov2ForImageClassification,
@@ -23,15 +24,18 @@ pytest.importorskip("evaluate", reason="the experiments need evaluate")
 
 import datasets
 from common import training
-from paper import costs, report, run
+from paper import costs, pretrain, report, run
 from paper.counting import LinearBackward, mean_counts, paper_flops
+from paper.data import keep_classes
 from paper.features import features_of, without_frozen_part
 from paper.methods import METHODS
-from paper.models import BACKBONES, AdaptedPart, Backbone, adapted_part, load_timm
+from paper.models import BACKBONES, DERIVED_BUFFERS, AdaptedPart, Backbone, adapted_part, load_timm
 from paper.pareto import Point, front
+from paper.pretrain import SmallImageCollator, SmallImages
 from paper.recipe import RECIPES, recipe
 from paper.search import Setting, Trial, best, next_setting
 
+from lbp_peft.loading.datasources import Source
 from lbp_peft.ops.plan import ExactProduct
 from lbp_peft.tuner.layers.linear import LBPWHTLinear
 
@@ -152,8 +156,10 @@ def test_segmentation_of_folders_of_images_and_maps(tmp_path):
 def test_recipes_can_be_read(file):
     table = "segmentation" if file.stem in ("cityscapes", "voc12", "camvid") else "classification"
     options = recipe(table, file.stem, [])
-    assert options.weight_decay == 1e-5 and options.scheduler == "cosine" and options.dataset
-    if table == "classification" and file.stem not in ("cifar100-1000", "scenes"):  # which are not the paper's
+    assert options.scheduler == "cosine" and options.dataset
+    assert options.weight_decay == (0.05 if file.stem == "cifar100-first-half" else 1e-5)
+    not_of_the_paper = ("cifar100-1000", "cifar100-first-half", "cifar100-second-half", "scenes")
+    if table == "classification" and file.stem not in not_of_the_paper:
         rate = {"flowers102": 2e-4, "food101": 2e-4, "cars": 5e-4}.get(file.stem, 1e-4)
         clipped = None if file.stem == "cifar100" else 5.0
         assert (options.learning_rate, options.max_grad_norm) == (rate, clipped)
@@ -257,6 +263,118 @@ def test_weights_of_timm_in_a_file(tmp_path):
     save_file({name: value for name, value in stored.items() if "blocks.0" not in name}, tmp_path / "part.safetensors")
     with pytest.raises(SystemExit, match="has no values for blocks.0"):
         load_timm("tf_efficientnet_lite0", str(tmp_path / "part.safetensors"), ["a", "b"], seed=0)
+
+
+def test_an_efficientformer_takes_smaller_images_with_a_part_of_its_attention_biases():
+    pytest.importorskip("timm", reason="timm is not installed")
+    model = load_timm("efficientformer_l1", None, ["a", "b"], seed=0, size=(96, 64)).eval()
+    (attention,) = (module for module in model.modules() if hasattr(module, "attention_bias_idxs"))
+    with torch.no_grad():
+        attention.attention_biases.copy_(torch.arange(49.0).expand(8, 49))
+        biases = attention.get_attention_biases(torch.device("cpu"))
+        assert model(torch.zeros(1, 3, 96, 64)).logits.shape == (1, 2)
+    # Two columns: the token at row 2, column 1 and the one at row 0, column 0 are 2 rows and 1 column apart.
+    assert biases.shape == (8, 6, 6) and biases[0, 5, 0] == 2 * 7 + 1
+    with pytest.raises(SystemExit, match="at most 224 pixels, not 256"):
+        load_timm("efficientformer_l1", None, ["a", "b"], seed=0, size=(256, 256))
+
+
+# Pre-training
+
+
+def test_keep_classes_numbers_the_kept_classes_from_zero():
+    def rows(labels):
+        kinds = {"label": datasets.ClassLabel(names=["a", "b", "c", "d"]), "row": datasets.Value("int64")}
+        columns = {"label": labels, "row": list(range(len(labels)))}
+        return datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+
+    source = keep_classes(Source(rows([0, 2, 3, 1, 2]), rows([3, 0]), ["a", "b", "c", "d"]), 2, 3)
+    assert source.names == ["c", "d"] and source.validation is None
+    assert list(source.train["label"]) == [0, 1, 0] and list(source.train["row"]) == [1, 2, 4]
+    assert list(source.test["label"]) == [1] and list(source.test["row"]) == [0]
+    with pytest.raises(SystemExit, match="there are 2 classes, 0 to 1"):
+        keep_classes(source, 0, 2)
+    with pytest.raises(SystemExit, match="the first and the last of several classes"):
+        recipe("classification", "cifar100", ["--classes", "5"])
+    with pytest.raises(SystemExit, match="--classes"):
+        recipe("segmentation", "camvid", ["--classes", "0", "5"])
+    with pytest.raises(SystemExit, match="there is no image of these"):
+        keep_classes(Source(rows([0, 1]), None, ["a", "b", "c", "d"]), 2, 3)
+
+
+def test_small_images_are_mirrored_and_shifted_in_training_only():
+    def rows():
+        return datasets.Dataset.from_dict(
+            {"image": [image(60), image(120)], "label": [0, 1]},
+            features=datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")}),
+        )
+
+    plain, train = SmallImages(rows(), train=False), SmallImages(rows(), train=True, seed=3)
+    whole = torch.from_numpy(np.array(image(60))).permute(2, 0, 1)
+    assert torch.equal(plain[0]["pixel_values"], whole)
+    views = []
+    for train.epoch in range(20):
+        assert torch.equal(train[0]["pixel_values"], train[0]["pixel_values"])
+        views.append(train[0]["pixel_values"])
+    assert all(view.shape == whole.shape and view.dtype == torch.uint8 for view in views)
+    padded = torch.nn.functional.pad(whole[None].float(), (4,) * 4, mode="reflect")[0].byte()
+    windows = [padded[:, top : top + 32, left : left + 32] for top in range(9) for left in range(9)]
+    plain_at = [[torch.equal(view, window) for window in windows] for view in views]
+    mirrored_at = [[torch.equal(view, window.flip(-1)) for window in windows] for view in views]
+    assert all(any(at) or any(mirrored) for at, mirrored in zip(plain_at, mirrored_at, strict=True))
+    assert 5 <= sum(map(any, plain_at)) <= 15
+    assert len({at.index(True) for at in plain_at if any(at)}) > 4
+    with pytest.raises(SystemExit, match="images of one size"):
+        mixed = {"image": [image(60), image(60, 16)], "label": [0, 1]}
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+        SmallImages(datasets.Dataset.from_dict(mixed, features=features), train=False)
+    batch = SmallImageCollator({"mean": (0.5,) * 3, "std": (0.25,) * 3, "input_size": (3, 8, 8)}, (64, 64))(
+        [plain[0], plain[1]]
+    )
+    assert batch["pixel_values"].shape == (2, 3, 64, 64) and batch["labels"].tolist() == [0, 1]
+    shades = batch["pixel_values"].mean((2, 3)) * 0.25 + 0.5
+    torch.testing.assert_close(shades, plain.pixels.float().mean((2, 3)) / 255, atol=0.01, rtol=0)
+
+
+def test_pretraining_writes_weights_that_a_run_adapts(tmp_path, monkeypatch):
+    pytest.importorskip("timm", reason="timm is not installed")
+    train, test = parquet(tmp_path / "train.parquet", 8), parquet(tmp_path / "test.parquet", 4)
+    (tmp_path / "tiny.yaml").write_text(
+        "batch_size: 4\nepochs: 2\nvalidation_images: 2\nimage_size: [64]\nmin_crop: 1.0\nseeds: [0]\n"
+    )
+    files = ["--dataset", str(tmp_path / "tiny.yaml"), "--train_files", train, "--test_files", test]
+    flags = ["--model", "efficientformer_l1", *files, "--learning_rate", "1e-3"]
+    pretrain.main([*flags, "--output", str(tmp_path / "whole")])
+    file = tmp_path / "whole" / "efficientformer_l1.safetensors"
+    record = json.loads(file.with_suffix(".json").read_text())
+    assert record["config"]["image_size"] == [64] and len(record["losses"]) == 2
+    stored = load_file(file)
+    assert not any(name.endswith(DERIVED_BUFFERS) for name in stored)
+    drawn = load_timm("efficientformer_l1", None, ["dark", "light"], seed=0, size=(64, 64)).timm_model.state_dict()
+    for name in ("stages.3.blocks.0.mlp.fc1.weight", "stem.norm1.running_mean", "head.weight"):
+        assert not torch.equal(stored[name], drawn[name])
+
+    # A run that stops after its first epoch goes on to the same weights.
+    def stop(*given):
+        raise KeyboardInterrupt
+
+    again = [*flags, "--output", str(tmp_path / "again"), "--checkpoint_every", "1"]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        original = training.Progress.next_epoch
+        patch.setattr(training.Progress, "next_epoch", lambda *given: (original(*given), stop()))
+        pretrain.main(again)
+    assert list((tmp_path / "again" / "efficientformer_l1").glob("checkpoint-*"))
+    pretrain.main([*again, "--resume"])
+    resumed = load_file(tmp_path / "again" / file.name)
+    assert stored.keys() == resumed.keys() and all(torch.equal(stored[name], resumed[name]) for name in stored)
+    assert not list((tmp_path / "again" / "efficientformer_l1").glob("checkpoint-*"))
+
+    adapt = ["--weights", str(file), "--output", str(tmp_path / "records"), "--methods", "lp_l1-2"]
+    run.main(["--model", "efficientformer_l1", *files, *adapt, "--cache", str(tmp_path / "features")])
+    (of_run,) = (tmp_path / "records").rglob("seed-0.json")
+    assert 0 <= json.loads(of_run.read_text())["score"] <= 1
+    with pytest.raises(SystemExit, match="give one seed, not 2"):
+        pretrain.main([*flags, "--seeds", "0", "1"])
 
 
 # Features of the frozen part

@@ -132,6 +132,34 @@ def test_under_autocast_the_sum_is_made_in_float32():
     assert (found.double() - exact).norm() < 1.1 * (branch - exact).norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_rounded_sum_is_made_some_rows_at_a_time(monkeypatch, dtype, transposed):
+    """Of two adapters, with parts that do not divide the rows: the same as the whole sum, rounded once."""
+    monkeypatch.setattr(summed_weight, "_ELEMENTS_AT_ONCE", 5 * C_IN + 3)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=dtype)
+
+    weight = draw(C_IN, C_OUT).t() if transposed else draw(C_OUT, C_IN)
+    factors = [draw(2, C_IN), draw(C_OUT, 2), draw(3, C_IN).bfloat16(), draw(C_OUT, 3).bfloat16()]
+    calls = []
+    original = summed_weight._rounded_sum
+    monkeypatch.setattr(summed_weight, "_rounded_sum", lambda *given: calls.append(1) or original(*given))
+    sums = summed_weight.summed_weight(weight, factors, [0.5, -2.0], torch.bfloat16)
+    exact = weight.double()
+    for down, up, scaling in zip(factors[::2], factors[1::2], [0.5, -2.0], strict=True):
+        exact = exact + scaling * up.double() @ down.double()
+    assert calls and sums.dtype == torch.bfloat16
+    torch.testing.assert_close(sums.double(), exact, rtol=2**-8 * 1.01, atol=1e-6)
+    empty = summed_weight.summed_weight(weight[:0], [factors[0], factors[1][:0]], [1.0], torch.bfloat16)
+    assert empty.shape == (0, C_IN)
+    narrow = weight.bfloat16()
+    assert summed_weight.summed_weight(narrow, [], [], torch.bfloat16) is narrow
+    assert len(calls) == 1
+
+
 @pytest.mark.parametrize("settings", [{}, {"grad_input_rank": 3}, {"grad_input_dtype": "int8"}])
 def test_gradients_do_not_depend_on_the_way(settings, monkeypatch):
     summed = []

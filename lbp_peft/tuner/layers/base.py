@@ -51,9 +51,9 @@ class LBPWHTLayer(BackwardPlanner, BaseTunerLayer):
             return []
         return [self.lbpwht_rule[name] for name in self.active_adapters if name in self.lbpwht_rule]
 
-    def _active_rule(self, x: Tensor) -> BackwardRule | None:
+    def _rule_for(self, x: Tensor) -> BackwardRule | None:
         """The rule for the backward pass of this call; None if there will be no such pass, or it has to be exact."""
-        rule = self._choose_rule(x) if self.training and torch.is_grad_enabled() else None
+        rule = self._common_rule(x) if self.training and torch.is_grad_enabled() else None
         if rule is None:
             self._note_call(x)
         return rule
@@ -62,12 +62,12 @@ class LBPWHTLayer(BackwardPlanner, BaseTunerLayer):
         """Record a call without a plan, since tracing and reruns need to know about all calls."""
         self.finder.note_call(self.layer_name, x, self._channels_axis(x))
 
-    def _choose_rule(self, x: Tensor) -> BackwardRule | None:
+    def _common_rule(self, x: Tensor) -> BackwardRule | None:
         """The rule that all active adapters agree on; None, after a warning, if they do not."""
         rules = self.rules_in_effect()
         if rules and in_forward_mode():
             why = "forward-mode differentiation (torch.func.jvp, jacfwd, hessian) has no backward pass"
-            self._fall_back(x, why, "Use lbp_peft.exact_backward(model) or model.eval() to silence this.", cause=why)
+            self._fall_back(x, why, "Use lbp_peft.exact_backward(model) or model.eval() to silence this.")
             return None
         if len(rules) > 1:
             # Rules may differ in this: the patches of activation functions, norms and attention read each of them.
@@ -95,14 +95,14 @@ class LBPWHTLayer(BackwardPlanner, BaseTunerLayer):
             return False
         if in_transform():
             no_rerun = "transforms of torch.func (grad, vjp, vmap) cannot run it again in the backward pass"
-            self._fall_back(x, no_rerun, "Use lbp_peft.exact_backward(model) to silence this.", cause=no_rerun)
+            self._fall_back(x, no_rerun, "Use lbp_peft.exact_backward(model) to silence this.")
             return False
         key = (state, x.dtype, torch.is_autocast_enabled(x.device.type))
         why = self._why_not_token_wise.get(key)
         if why is None:
             why = self._why_not_token_wise[key] = why_not_token_wise(layer, x.shape[-1], x.dtype, x.device)
         if why:
-            self._fall_back(x, why, "Leave it out with exclude_modules to silence this.", cause=why)
+            self._fall_back(x, why, "Leave it out with exclude_modules to silence this.")
         return not why
 
 

@@ -112,7 +112,7 @@ class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
         if self.disable_adapters or self.merged:
             self._note_call(x)
             return self._call_base_layer(x)
-        rule = self._active_rule(x)
+        rule = self._rule_for(x)
         if rule is None and not self.weights_in_effect():
             return self._call_base_layer(x)
         if "_hf_hook" not in vars(self.lbpwht_weight):
@@ -149,7 +149,7 @@ class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
         base = self.base_layer
         if self.weights_in_effect():
             if rule is not None:
-                self._fall_back(x, *_REPLACED_FORWARD, cause=_REPLACED_FORWARD[0])
+                self._fall_back(x, *_REPLACED_FORWARD)
             return functional_call(base, self._replacement_parameters(base), (x,))
         plan = None
         if rule is not None:
@@ -158,7 +158,7 @@ class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
         if plan is None:
             return base(x)
         if has_own_forward(base) or has_hooks(base) or rerun_has_side_effects(base):
-            self._fall_back(x, *SIDE_EFFECTS, cause=SIDE_EFFECTS[0])
+            self._fall_back(x, *SIDE_EFFECTS)
             return base(x)
         if not self._is_token_wise(base, x, None):
             return base(x)

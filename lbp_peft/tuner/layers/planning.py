@@ -156,7 +156,7 @@ class BackwardPlanner(BackwardRecorder):
         if decision.remedy is None:
             self._note_exact(call.x, decision.why, decision.layout)
         else:
-            self._fall_back(call.x, decision.why, decision.remedy, cause=decision.why)
+            self._fall_back(call.x, decision.why, decision.remedy)
         return None
 
     def _decide(self, call: _LayerCall) -> BackwardPlan | _ExactDecision:
@@ -186,7 +186,7 @@ class BackwardPlanner(BackwardRecorder):
             if input_gradient.needs_layout or not input_gradient.uses_layout or x.dim() < 3:
                 return _ExactDecision(error.why, remedy=error.remedy)
             if weight_basis is not None:
-                self._fall_back(x, error.why, error.remedy, cause=error.why, instead="computes exact weight gradients")
+                self._fall_back(x, error.why, error.remedy, instead="computes exact weight gradients")
             return self._with_chosen_precision(call, without_layout)
         precision = plan.precision.name if needs_x_grad else "full"
         if precision in ("full", AUTO) and min(self._num_rows(x, plan)) == self._num_tokens(x, plan.layout):

@@ -63,14 +63,21 @@ class BackwardRecorder:
         return layout.num_tokens if layout else max(num_tokens_of(self._shape_of_tokens(x)), 1)
 
     def _fall_back(
-        self, x: Tensor, why: str, remedy: str, cause: str, instead: str = "uses exact backpropagation"
+        self, x: Tensor, why: str, remedy: str, *, cause: str = "", instead: str = "uses exact backpropagation"
     ) -> None:
-        """Record that the backward pass is exact, or in part as `instead` says, and warn once for each cause."""
+        """Record that the backward pass is exact, or in part as `instead` says, and warn once for each cause.
+
+        Args:
+            why: The reason, as the end of a sentence.
+            remedy: What the user can do, a sentence.
+            cause: What distinguishes this warning from others; "": the reason.
+            instead: What the layer does.
+        """
         self._note_exact(x, why)
         if why == NOT_TRACED.why_unknown:  # the next forward pass is traced again
             return
         self.finder.warn_once(
-            cause,
+            cause or why,
             f"{self.layer_name} {instead}, as do any layers like it: {why}. {remedy} "
             "lbp_peft.layout_report(model) lists all layers.",
         )

@@ -83,13 +83,13 @@ class LBPWHTStacked(nn.Module, ForwardPatch, LBPWHTLayer):
         if self.disable_adapters or args or kwargs:
             self._note_call(x)
             return plain(host, x, *args, **kwargs)
-        rule = self._active_rule(x)
+        rule = self._rule_for(x)
         if rule is None:
             return plain(host, x)
-        plan = self._plan(x, base, _is_trained(host), rule)
+        parts = None if self._on_images else _lora_parts(host, x)
+        plan = self._plan(x, base, _is_trained(host, parts), rule)
         if plan is None:
             return plain(host, x)
-        parts = None if self._on_images else _lora_parts(host, x)
         if parts is None:
             return self._run_as_a_whole(host, x, plan)
         if base is host or not _have_to_be_called(base, parts, x):
@@ -113,7 +113,7 @@ class LBPWHTStacked(nn.Module, ForwardPatch, LBPWHTLayer):
         if full_plan is None:
             return plain(host, x)
         if rerun_has_side_effects(host):
-            self._fall_back(x, *SIDE_EFFECTS, cause=SIDE_EFFECTS[0])
+            self._fall_back(x, *SIDE_EFFECTS)
             return plain(host, x)
         layer = _ChannelsLast(UnpatchedForward(host), x.dim()) if self._on_images else UnpatchedForward(host)
         tokens = x.movedim(1, -1) if self._on_images else x
@@ -146,7 +146,15 @@ class LBPWHTStacked(nn.Module, ForwardPatch, LBPWHTLayer):
         return f"lbpwht.LBPWHTStacked({', '.join(self.lbpwht_rule)})"
 
 
-def _is_trained(host: nn.Module) -> bool:
+def _is_trained(host: Any, parts: list[_LoraParts] | None) -> bool:
+    """Whether a parameter of the host is trained.
+
+    Given the parts of its active LoRA adapters, only these and the base layer are examined, which is faster.
+    """
+    if parts:
+        linears = (host.base_layer, *(part for lora_parts in parts for part in (lora_parts.down, lora_parts.up)))
+        tensors = (tensor for part in linears for tensor in (part.weight, part.bias))
+        return any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if any(parameter.requires_grad for parameter in host.parameters()):
         return True
     # FSDP1 puts plain tensors in the place of parameters while a layer runs.
