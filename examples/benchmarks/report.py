@@ -65,6 +65,7 @@ TABLES: dict[str, Callable[[], str]] = {
         steps, "vit-b-bf16-words-avx512.json", (FORWARD, BACKWARD, OVER_LORA, SAVED, PEAK)
     ),
     "AVX-512, compiled, float32": partial(steps, "vit-b-float32-compiled-avx512.json"),
+    "AVX-512, compiled, bf16": partial(steps, "vit-b-bf16-compiled-avx512.json"),
     "AVX-512, steps and peaks": partial(
         steps_and_peaks,
         ("vit-b-float32-avx512.json",),

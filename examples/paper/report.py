@@ -185,7 +185,8 @@ def _point(row: Row, cost: float) -> Point:
 def _title(config: dict[str, Any]) -> str:
     data = config["dataset"] or "/".join(Path(file).parent.name for file in config["train_files"] or ())
     images = f", {config['train_images']} images" if config["train_images"] else ""
-    return f"{config['model']}, {config['protocol']} protocol, {data}{images}"
+    classes = "" if config.get("classes") is None else " of classes {} to {}".format(*config["classes"])
+    return f"{config['model']}, {config['protocol']} protocol, {data}{images}{classes}"
 
 
 def main(arguments: list[str] | None = None) -> None:
