@@ -106,8 +106,26 @@ def rows_of(experiment: Experiment) -> list[Row]:
         tried = [record for record in records if record["config"]["scored"] == "validation"]
         scores, trials = ([record["score"] for record in part] for part in (tested, tried))
         shown = tested[0] if tested else max(tried, key=lambda record: record["score"])
-        rows.append(Row(method, scores, trials, shown, measured.get(method, {})))
+        rows.append(Row(method, scores, trials, shown, _mean_cost(method, shown["config"], measured)))
     return sorted(rows, key=lambda row: (row.mean or 0, max(row.trials, default=0)), reverse=True)
+
+
+def _mean_cost(method: str, config: dict[str, Any], measured: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The cost of a method's steps, its first ones included, which may be those of exact backpropagation."""
+    cost, exact = measured.get(method, {}), measured.get("full", {})
+    exact_steps = METHODS[method].exact_steps if method in METHODS else 0
+    if not exact_steps or not cost or not exact:
+        return cost
+    share = min(exact_steps / _num_steps(config), 1)
+    mean = {name: max(value, exact[name]) for name, value in cost.items() if name == "peak_mib"}
+    if "step_ms" in cost and "step_ms" in exact:
+        pairs = zip(cost["step_ms"], exact["step_ms"], strict=True)
+        mean["step_ms"] = [(1 - share) * own + share * other for own, other in pairs]
+    return mean
+
+
+def _num_steps(config: dict[str, Any]) -> int:
+    return int(config["epochs"]) * math.ceil(config["train_images"] / config["batch_size"])
 
 
 def table(rows: list[Row]) -> str:
@@ -141,9 +159,8 @@ def warm_ups(root: Path) -> str:
     for heading, name in WARM_UPS.items():
         rows = found[name]
         config = rows["lp_l1-4-warm-up"].record["config"]
-        steps = config["epochs"] * math.ceil(config["train_images"] / config["batch_size"])
         scores = [f"{rows[method].score} %" for method in ("lp_l1-4", "lp_l1-4-warm-up", "full")]
-        cells.append([heading, f"{METHODS['lp_l1-4-warm-up'].exact_steps} of {steps}", *scores])
+        cells.append([heading, f"{METHODS['lp_l1-4-warm-up'].exact_steps} of {_num_steps(config)}", *scores])
     return markdown(["", "first steps exact", "without warm-up", "with warm-up", "exact backpropagation"], cells)
 
 

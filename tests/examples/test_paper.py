@@ -483,3 +483,15 @@ def test_a_method_of_ones_own(experiment):
     finally:
         METHODS.clear()
         METHODS.update(before)
+
+
+def test_the_cost_of_a_warm_up_is_the_mean_over_its_steps():
+    config = {"epochs": 10, "train_images": 990, "batch_size": 50}  # 200 steps, of which 40 are exact
+    measured = {
+        "full": {"step_ms": [100.0, 200.0, 300.0], "peak_mib": 9.0},
+        "lp_l1-4-warm-up": {"step_ms": [50.0, 100.0, 150.0], "peak_mib": 7.0},
+        "lp_l1-4": {"step_ms": [50.0, 100.0, 150.0], "peak_mib": 7.0},
+    }
+    assert report._mean_cost("lp_l1-4-warm-up", config, measured) == {"step_ms": [60.0, 120.0, 180.0], "peak_mib": 9.0}
+    assert report._mean_cost("lp_l1-4", config, measured) == measured["lp_l1-4"]
+    assert report._mean_cost("lp_l1-4-warm-up", config, {"lp_l1-4-warm-up": {"peak_mib": 7.0}}) == {"peak_mib": 7.0}
