@@ -174,7 +174,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(in_words(where))
     print(f"{len(of_training)} training images by day, tested on {len(by_day)} by day and {len(at_dusk)} at dusk")
     rows = []
-    for seed, method in itertools.product(options.seeds, options.methods):
+    for seed, method in itertools.product(dict.fromkeys(options.seeds), options.methods):
         set_seed(seed)
         backbone = AutoModel.from_pretrained(options.model, dtype=torch.float32)
         config = backbone.config
@@ -185,13 +185,13 @@ def main(arguments: list[str] | None = None) -> None:
         day, dusk = (tested(model, images, options) for images in (by_day, at_dusk))
         trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         rows.append({"method": method, "seed": seed, "trained": trained, "seconds": seconds, "day": day, "dusk": dusk})
+        write_record(options.output, where, vars(options), classes=CLASSES, rows=rows)  # so that a kill loses one run
         print(f"{method}, seed {seed}: mean IoU {mean_iou(day):.3f} by day, {mean_iou(dusk):.3f} at dusk")
     lines = [
         [row["method"], str(row["seed"]), f"{row['trained'] / 1e3:.0f}", f"{row['seconds']:.0f}",
          f"{mean_iou(row['day']):.3f}", f"{mean_iou(row['dusk']):.3f}"] for row in rows
     ]  # fmt: skip
     print(aligned(["method", "seed", "trained, thousands", "training, s", "day", "dusk"], lines))
-    write_record(options.output, where, vars(options), classes=CLASSES, rows=rows)
     print(f"written to {options.output}")
 
 

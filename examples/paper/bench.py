@@ -83,8 +83,9 @@ class Bench:
             if protocol != "partial":
                 raise SystemExit("--cache: only the partial protocol leaves a part of the model frozen")
             of_data = {key: self.about[key] for key in _OF_FEATURES}
-            if Path(self.options.model).is_file():  # another pre-training may have replaced it
-                of_data["weights_sha256"] = hashlib.sha256(Path(self.options.model).read_bytes()).hexdigest()
+            file = Path(self.options.model).expanduser()
+            if file.is_file():  # another pre-training may have replaced it
+                of_data["weights_sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
             digest = hashlib.sha256(json.dumps(of_data, default=str).encode()).hexdigest()[:12]
             self.data = FeatureData(base, backbone, self.images, cache, f"{name}-{digest}")
 

@@ -1,11 +1,14 @@
 """A stack on LoRA may run its forward pass as one product with the sum of the matrices: when, and how exactly."""
 
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
 from models import forward, images, tiny_vit
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lbp_peft import LBPWHTConfig, heuristics
 from lbp_peft.ops import linear, summed_weight
@@ -158,6 +161,25 @@ def test_a_rounded_sum_is_made_some_rows_at_a_time(monkeypatch, dtype, transpose
     narrow = weight.bfloat16()
     assert summed_weight.summed_weight(narrow, [], [], torch.bfloat16) is narrow
     assert len(calls) == 1
+
+
+def test_in_a_dispatch_mode_no_buffer_is_written_twice():
+    """Selective checkpointing may keep the results of operations, and raises if they are changed in place."""
+
+    class Written(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            self.names.append(str(operation))
+            return operation(*args, **kwargs or {})
+
+    weight, factors = torch.randn(C_OUT, C_IN), [torch.randn(2, C_IN), torch.randn(C_OUT, 2)]
+    plain = summed_weight.summed_weight(weight, factors, [0.5], torch.bfloat16)
+    with Written():
+        found = summed_weight.summed_weight(weight, factors, [0.5], torch.bfloat16)
+    assert any("addmm" in name for name in Written.names)
+    assert not any("addmm.out" in name or "copy_." in name for name in Written.names)
+    torch.testing.assert_close(found, plain, rtol=2**-8, atol=1e-6)
 
 
 @pytest.mark.parametrize("settings", [{}, {"grad_input_rank": 3}, {"grad_input_dtype": "int8"}])
