@@ -69,11 +69,30 @@ def steps(name: str, columns: tuple[Column, ...] = ALL, methods: Iterable[str] |
     record = read(name)
     rows = [row for row in record["rows"] if methods is None or row["method"] in methods]
     cells = [[emphasised(row["method"]), *(column.cell(row) for column in columns)] for row in rows]
-    options, runs = record["options"], max(len(row.get("rounds_ms", ())) for row in rows)
-    size = " x ".join(map(str, options["image_size"] or ()))
-    caption = f"{options['model']}{f', {size} px' if size else ''}, batch {options['batch_size']}, {dtype_of(record)}"
-    caption += f"; medians of {runs} rounds; {source(name, record)}"
+    runs = max(len(row.get("rounds_ms", ())) for row in rows)
+    caption = f"{_caption(record)}; medians of {runs} rounds; {source(name, record)}"
     return f"{markdown(['method', *(column.heading for column in columns)], cells)}\n\n{caption}"
+
+
+def _caption(record: dict[str, Any]) -> str:
+    """The model and the batch of a record."""
+    options = record["options"]
+    size = " x ".join(map(str, options["image_size"] or ()))
+    return f"{options['model']}{f', {size} px' if size else ''}, batch {options['batch_size']}, {dtype_of(record)}"
+
+
+def profiles(name: str) -> str:
+    """Where the time of a step goes in milliseconds, from a record of step_profile.py."""
+    record = read(name)
+    phases = ("forward", "backward")
+    cells = []
+    for phase in phases:
+        for row in record["rows"]:
+            times = [*row[phase].values(), sum(row[phase].values())]
+            cells.append([emphasised(row["method"]), phase, *(number(milliseconds) for milliseconds in times)])
+    header = ["method", "pass", *record["rows"][0][phases[0]], "together"]
+    caption = f"{_caption(record)}; medians of {record['options']['rounds']} rounds; {source(name, record)}"
+    return f"{markdown(header, cells, text_columns=2)}\n\n{caption}"
 
 
 def step_by_mode(names: tuple[str, ...], modes: dict[str, str], methods: tuple[str, ...]) -> str:
@@ -98,21 +117,6 @@ def step_by_mode(names: tuple[str, ...], modes: dict[str, str], methods: tuple[s
         cells.append([emphasised(method), *times, number(peak), *ratios])
     header = ["method", *(f"{heading} ms" for heading in modes), "peak MiB", "/ full", "/ LoRA"]
     return f"{markdown(header, cells)}\n\n{_sources(names)}"
-
-
-def ratios_to_full(names: dict[str, str], methods: dict[str, str]) -> str:
-    """The steps of some methods, relative to those of full fine-tuning.
-
-    Args:
-        names: The records, by the heading of their rows.
-        methods: The methods, by the heading of their columns.
-    """
-    cells = []
-    for heading, name in names.items():
-        found = {row["method"]: row for row in read(name)["rows"]}
-        ratios = [found[method]["step_over_full"][1] if method in found else None for method in methods.values()]
-        cells.append([heading, *("" if ratio is None else number(ratio, 3) for ratio in ratios)])
-    return f"{markdown(['', *methods], cells)}\n\n{_sources(names.values(), names)}"
 
 
 def peaks(name: str, batches: tuple[str, ...]) -> str:

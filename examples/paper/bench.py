@@ -36,6 +36,7 @@ _OF_RESULT = (
     "dataset", "train_files", "test_files", "image_size", "train_images", "train_images_per_class", "validation_images",
     "test_images", "data_seed", "classes", "epochs", "batch_size", "head_learning_rate", "weight_decay", "scheduler",
     "warmup_steps", "warmup_ratio", "max_grad_norm", "horizontal_flip", "min_crop", "boundary",
+    "head", "head_channels", "mixed_precision",
 )  # fmt: skip
 
 _OF_FEATURES = (

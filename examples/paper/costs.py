@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import send_to_device
 from benchmarks.methods import NotAvailable
+from torch import nn
 
 from lbp_peft.environment import environment
 from lbp_peft.measure import peak_memory
@@ -43,10 +44,10 @@ def step_times(bench: Bench, methods: list[str], rounds: int) -> dict[str, Any]:
             continue
         built[name] = model
     batch = first_batch(bench)
-    steps = []
+    steps, loss = [], partial(loss_in_run, bench)
     for model in built.values():
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        steps.append(partial(time_step, model, batch, loss_of_output, idle_optimiser(trained)))
+        steps.append(partial(time_step, model, batch, loss, idle_optimiser(trained)))
     run_interleaved(steps, range(2))  # the first steps allocate memory, and find the layouts
     times = [[sum(parts) for parts in own] for own in run_interleaved(steps, range(rounds), unmeasured=1)]
     return {
@@ -67,7 +68,7 @@ def peak_of(bench: Bench, name: str) -> dict[str, float]:
     optimiser = idle_optimiser(trained)
     with peak_memory(bench.accelerator.device) as peak:
         for _ in range(_STEPS):
-            time_step(model, batch, loss_of_output, optimiser)
+            time_step(model, batch, partial(loss_in_run, bench), optimiser)
     return {"peak_mib": peak.mib}
 
 
@@ -80,6 +81,12 @@ def peak_in_a_process(arguments: list[str], name: str) -> dict[str, float] | Non
         return None
     result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return result
+
+
+def loss_in_run(bench: Bench, model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """The loss, computed in the precision of the runs."""
+    with bench.accelerator.autocast():
+        return loss_of_output(model, batch)
 
 
 def first_batch(bench: Bench) -> dict[str, torch.Tensor]:
@@ -95,5 +102,5 @@ def costs(bench: Bench, methods: list[str], rounds: int, arguments: list[str]) -
         own |= peak_in_a_process(arguments, name) or {}
     return {
         "environment": before, "batch_size": bench.options.batch_size, "image_size": list(bench.size), "rounds": rounds,
-        "methods": times,
+        "mixed_precision": bench.options.mixed_precision, "methods": times,
     }  # fmt: skip

@@ -5,7 +5,7 @@
 trains on the first half of CIFAR-100's classes, so that `run.py --dataset cifar100-second-half` can adapt the model to
 the other half. Flags override the recipe, as with `run.py`. All images must have one size. The folder gets
 `NAME.safetensors`, for --weights of `run.py`, and a record `NAME.json`. With --checkpoint_every, a run that was killed
-goes on if it is started again with --resume and the same options.
+goes on if it is started again with --resume and the same options; other options are refused.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import datasets
 import numpy as np
 import torch
 from common.checkpoints import remove_checkpoints, write_whole
+from common.experiment import prepare_output
 from common.images import EpochOrder
 from common.processes import make_accelerator, on_main
 from common.training import Run, train
@@ -55,6 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     folder = own.output / own.model
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = make_accelerator(options)
+    on_main(accelerator, prepare_output, replace(options, output=str(folder)), [])
     if not options.resume:
         on_main(accelerator, remove_checkpoints, folder)
     source = load_source(task, options)

@@ -39,12 +39,25 @@ class FullPrecision(NumberFormat):
 
 
 def product_of_one_dtype(left: Tensor, right: Tensor) -> Tensor:
-    """Compute left @ right in their dtype, by way of float32 if the device has no instructions for that dtype."""
+    """Compute left @ right in their dtype, by way of float32 if the device has no instructions for that dtype.
+
+    Args:
+        left: Shape (..., m, k).
+        right: Shape (k, n).
+
+    Returns:
+        Shape (..., m, n).
+    """
     dtype = product_dtype(left.dtype, left.device)
     if dtype == left.dtype:
-        return left @ right
+        return _times_matrix(left, right)
     with without_autocast(left.device):
-        return (left.to(dtype) @ right.to(dtype)).to(left.dtype)
+        return _times_matrix(left.to(dtype), right.to(dtype)).to(left.dtype)
+
+
+def _times_matrix(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right as one product. PyTorch would copy `right` for each image if the rows of `left` are not adjacent."""
+    return left @ right if left.dim() == 2 else (left.flatten(0, -2) @ right).view(*left.shape[:-1], right.shape[1])
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:

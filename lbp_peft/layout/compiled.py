@@ -150,11 +150,17 @@ def _run_eagerly(model: nn.Module | None, inputs: dict[str, object]) -> None:
     kwargs = {name: value for name, value in arguments.items() if not name.isdigit()}
     state = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.enable_grad(), torch.compiler.set_stance("force_eager"):
+    # The innermost hooks are the only ones that autograd calls. So those of the caller do not see this pass.
+    own_hooks = torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged)
+    with torch.random.fork_rng(devices), torch.enable_grad(), torch.compiler.set_stance("force_eager"), own_hooks:
         model(*args, **kwargs)
     with torch.no_grad():
         for buffer, before in state:
             buffer.copy_(before)
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 __all__ = ["FINDERS", "note_inputs", "record"]

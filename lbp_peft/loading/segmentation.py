@@ -46,6 +46,16 @@ class SegmentationData(DataOptions):
         None,
         "Put this head on --model, a backbone such as DINOv2 or BEiT. (default: the checkpoint's own kind)",
     )
+    head_channels: int | None = option(
+        None, "Channels of that head; the time of its convolutions grows with their square. (default: 512)"
+    )
+
+    def check_together(self) -> None:
+        super().check_together()
+        if self.head_channels is not None and self.head is None:
+            raise ValueError("--head_channels is the width of a new head, so it needs --head")
+        if self.head_channels is not None and self.head_channels < 2:
+            raise ValueError(f"--head_channels must be at least 2, not {self.head_channels}")
 
 
 def load_segmentation(options: SegmentationData) -> Source:
@@ -85,7 +95,7 @@ def load_segmentation_model(
 ) -> PreTrainedModel:
     """The checkpoint with a head for these classes, or a new head on a backbone."""
     if options.head == "upernet":
-        model: PreTrainedModel = upernet(path, names, seed)
+        model: PreTrainedModel = upernet(path, names, seed, options.head_channels or 512)
     else:
         model = load_model(auto_model, path, names, seed)
     leave_out_of_loss(options.ignore_index, model.config)
@@ -110,8 +120,18 @@ def label_map(mask: PILImage.Image, options: SegmentationData) -> PILImage.Image
     return PILImage.fromarray(values.astype(np.int32))
 
 
-def upernet(path: str, names: list[str], seed: int) -> UperNetForSemanticSegmentation:
-    """A backbone with a new UperNet head (arXiv 1807.10221) on features of four evenly spaced depths."""
+def upernet(path: str, names: list[str], seed: int, channels: int = 512) -> UperNetForSemanticSegmentation:
+    """A backbone with a new UperNet head (arXiv 1807.10221) on features of four evenly spaced depths.
+
+    Args:
+        path: The folder of the backbone's checkpoint, or its name on the hub.
+        names: The names of the classes.
+        seed: The seed of the head's weights.
+        channels: The channels of the head. The auxiliary head, which only serves training, has half as many.
+
+    Raises:
+        SystemExit: there is no such checkpoint, or it is no backbone.
+    """
     set_seed(seed)
     with explain_failures(path):
         config = AutoConfig.from_pretrained(path)
@@ -123,7 +143,8 @@ def upernet(path: str, names: list[str], seed: int) -> UperNetForSemanticSegment
     depths = len(config.stage_names) - 1  # without the stem
     config.out_indices = [round(depths * quarter / 4) for quarter in (1, 2, 3, 4)]
     with explain_failures(path):
-        model = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=config, **class_names(names)))
+        widths = {"hidden_size": channels, "auxiliary_channels": channels // 2}
+        model = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=config, **widths, **class_names(names)))
         # AutoBackbone would search for the checkpoint on the hub only.
         model.backbone = type(model.backbone).from_pretrained(path, out_indices=config.out_indices, dtype=torch.float32)
     return model

@@ -17,11 +17,12 @@ enter dS.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, overrides
 from torch.overrides import TorchFunctionMode
 
 from .. import heuristics
@@ -55,6 +56,16 @@ class AttentionMode(TorchFunctionMode):
             self.was_called = True
             return self.attention(*args, **kwargs or {})
         return function(*args, **kwargs or {})
+
+
+def outside_attention_mode() -> AbstractContextManager:
+    """Context for an operation that contains no attention: the innermost mode is left if it is an [`AttentionMode`].
+
+    A mode is asked about every function and every attribute of a tensor, which takes microseconds each time.
+    """
+    if torch.compiler.is_compiling() or not isinstance(overrides._get_current_function_mode(), AttentionMode):
+        return nullcontext()
+    return overrides._pop_mode_temporarily()
 
 
 def attention(

@@ -22,6 +22,8 @@ from ..transforms import in_dispatch_mode, in_transform, must_be_functional
 
 # Elements of the sum that are rounded at once: 1 MiB in float32, which stays in the cache.
 _ELEMENTS_AT_ONCE = 2**18
+# A sum of so many elements is rounded as a whole, which takes fewer calls.
+_ELEMENTS_OF_SMALL_SUM = 2**20
 
 
 def summed_weight(weight: Tensor, factors: Sequence[Tensor], scalings: Sequence[float], dtype: torch.dtype) -> Tensor:
@@ -43,7 +45,7 @@ def summed_weight(weight: Tensor, factors: Sequence[Tensor], scalings: Sequence[
 
 def _can_sum_by_parts(weight: Tensor) -> bool:
     """Whether parts of the sum can be written one after another. Dispatch modes may keep them, and FSDP has shards."""
-    plain = type(weight) in (Tensor, nn.Parameter) and weight.dim() == 2 and weight.numel() > 0
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.dim() == 2 and weight.numel() > _ELEMENTS_OF_SMALL_SUM
     return plain and weight.device.type == "cpu" and not must_be_functional() and not in_dispatch_mode()
 
 

@@ -16,6 +16,7 @@ from benchmarks import (
     projections,
     roofline,
     single_layers,
+    step_profile,
     steps_by_process,
     summed_weights,
     tracing_cost,
@@ -225,6 +226,21 @@ def test_training_step(tmp_path, capsys, monkeypatch):
         assert rows[leaner]["saved_over_full"] < 0.9
     assert rows["lora-fa"]["saved_mib"] < rows["lora-all"]["saved_mib"]
     assert rows["full+checkpointing"]["backward_gmacs"] > full["backward_gmacs"]
+
+
+def test_a_profile_tells_products_from_projections(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(MODELS, "tiny", TINY)
+    output = tmp_path / "profile.json"
+    chosen = ["full", "lbp-wht:r=10,grad_input_dtype=full"]
+    small = ["--model", "tiny", "--batch-size", "2", "--rounds", "1", "--output", str(output)]
+    step_profile.main([*small, "--methods", *chosen])
+    printed = capsys.readouterr().out
+    full, low_rank = json.loads(output.read_text())["rows"]
+    assert [full["method"], low_rank["method"]] == chosen and all(method in printed for method in chosen)
+    for phase in ("forward", "backward"):
+        assert set(full[phase]) == set(step_profile.COLUMNS) and min(full[phase].values()) >= 0
+        assert min(full[phase][column] for column in ("layers' products", "attention", "GELU and norms")) > 0
+        assert full[phase]["projections and lifts"] == 0 < low_rank[phase]["projections and lifts"]
 
 
 def test_steps_by_process(tmp_path, capsys):

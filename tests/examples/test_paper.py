@@ -364,6 +364,8 @@ def test_pretraining_writes_weights_that_a_run_adapts(tmp_path, monkeypatch):
         patch.setattr(training.Progress, "next_epoch", lambda *given: (original(*given), stop()))
         pretrain.main(again)
     assert list((tmp_path / "again" / "efficientformer_l1").glob("checkpoint-*"))
+    with pytest.raises(SystemExit, match="it ran with another weight_decay"):
+        pretrain.main([*again, "--resume", "--weight_decay", "0.3"])
     pretrain.main([*again, "--resume"])
     resumed = load_file(tmp_path / "again" / file.name)
     assert stored.keys() == resumed.keys() and all(torch.equal(stored[name], resumed[name]) for name in stored)

@@ -41,6 +41,7 @@ from common.metrics import MeanIoU, confusion_matrix, load_metric, score
 from common.models import head_modules, train_mode
 from common.segmentation import Segmentation, SegmentationOptions
 
+from lbp_peft.loading.options import Parser
 from lbp_peft.loading.preprocessing import Preprocessor
 from lbp_peft.loading.segmentation import label_map, upernet
 from lbp_peft.loading.views import View
@@ -329,6 +330,19 @@ def test_upernet_is_put_on_a_pretrained_backbone(tmp_path):
     loaded, saved = model.backbone.state_dict(), backbone.state_dict()
     assert all(torch.equal(loaded[name], saved[name]) for name in loaded) and len(loaded) > 50
     assert model.eval()(torch.randn(1, 3, 16, 32)).logits.shape == (1, 3, 16, 32)
+    assert model.decode_head.classifier.in_channels == 512
+    narrow = upernet(str(tmp_path), ["a", "b", "c"], seed=0, channels=24)
+    assert narrow.decode_head.classifier.in_channels == 24 and narrow.auxiliary_head.classifier.in_channels == 12
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [(["--head_channels", "64"], "needs --head"), (["--head", "upernet", "--head_channels", "1"], "at least 2")],
+)
+def test_channels_of_a_head_are_checked(flags, message):
+    options = Parser(SegmentationOptions).options(flags)
+    with pytest.raises(ValueError, match=message):
+        options.check_together()
 
 
 def test_the_program_with_a_model_and_a_folder_of_its_own(tmp_path):

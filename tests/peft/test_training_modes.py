@@ -25,6 +25,7 @@ from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 
 from lbp_peft import LBPWHTConfig, exact_backward, layout_report
+from lbp_peft.measure import saved_activations
 
 
 def adapted(build=tiny_vit, **settings):
@@ -352,6 +353,20 @@ def compiled_gradients(backend, dynamic=None, batches=(2,)):
 @pytest.mark.parametrize("batches", [(2,), (2, 3)])
 def test_a_whole_model_compiles_without_graph_breaks(batches):
     compiled_gradients("aot_eager", batches=batches)
+
+
+def test_the_first_compiled_step_saves_what_later_ones_save():
+    """The pass that finds the patches while the model is compiled belongs to no step."""
+    torch._dynamo.reset()
+    model = adapted(one_block)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    figures = []
+    for _ in range(2):
+        with saved_activations(model) as saved:
+            logits = forward(compiled, images(2))
+        logits.sum().backward()
+        figures.append(saved.bytes)
+    assert figures[0] == figures[1] > 0
 
 
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="needs a C++ compiler")

@@ -10,9 +10,10 @@ from comparing import cosine
 from models import forward, gradients, images, largest_difference, patches_of, tiny_vit
 from packaging.version import Version
 from peft import LoraConfig, get_peft_model
-from torch import nn
+from torch import nn, overrides
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
+from torch.overrides import BaseTorchFunctionMode
 
 from lbp_peft import LBPWHTConfig, exact_backward
 from lbp_peft import heuristics as cost
@@ -235,6 +236,31 @@ def test_after_one_pass_only_attention_is_watched():
     in_bf16(model)
     found = {name.rpartition(".")[2]: bool(inside._without_attention) for name, inside in inside_of.items()}
     assert found == {"attention": False, "mlp": True}
+
+
+def test_operations_of_adapted_layers_are_not_watched(used, monkeypatch):
+    seen, original = [], attention.AttentionMode.__torch_function__
+
+    def noting(self, function, *others):
+        seen.append(function)
+        return original(self, function, *others)
+
+    monkeypatch.setattr(attention.AttentionMode, "__torch_function__", noting)
+    model = adapted()
+    in_bf16(model)  # in which the modules without attention are watched too
+    seen.clear()
+    in_bf16(model)
+    assert seen.count(F.scaled_dot_product_attention) == 2 and len(used) == 4
+    assert F.linear not in seen and torch.bmm not in seen
+
+
+def test_only_the_mode_of_attention_is_left():
+    with attention.AttentionMode(attention.attention) as mode:
+        with attention.outside_attention_mode():
+            assert overrides._get_current_function_mode() is None
+        assert overrides._get_current_function_mode() is mode
+        with BaseTorchFunctionMode() as other, attention.outside_attention_mode():
+            assert overrides._get_current_function_mode() is other
 
 
 def test_only_blocks_with_adapted_layers(used):

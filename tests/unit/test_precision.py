@@ -76,6 +76,24 @@ def test_a_product_of_no_rows(name, rotation):
     assert found.shape == (0, 5, 8) and found.dtype == torch.float32
 
 
+@pytest.mark.parametrize("shape", [(3, 5, 8), (3, 0, 8), (2, 3, 5, 8)])
+def test_the_matrix_of_a_product_is_not_copied_for_each_image(shape):
+    """As PyTorch does where the rows of an image do not lie beside those of the next one."""
+    rows = draw(*shape[:-2], 9, shape[-1])[..., : shape[-2], :]
+    matrix = draw(8, 6)
+    operations = []
+
+    class Noting(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            operations.append(function)
+            return function(*args, **kwargs or {})
+
+    with Noting():
+        found = product(rows, matrix, FULL)
+    assert torch.ops.aten.mm.default in operations and torch.ops.aten.bmm.default not in operations
+    torch.testing.assert_close(found, rows @ matrix)
+
+
 def test_zeros_stay_zero():
     g = draw(4, 16)
     g[1] = 0

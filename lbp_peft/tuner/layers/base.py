@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...bases.grids import LayoutError, TokenLayout
 from ...bounded import BoundedCache
 from ...layout import LayoutFinder
+from ...ops.attention import outside_attention_mode
 from ...ops.token_wise import why_not_token_wise
 from ...transforms import in_forward_mode, in_transform
 from .planning import BackwardPlanner
@@ -81,7 +82,8 @@ class LBPWHTLayer(BackwardPlanner, BaseTunerLayer):
 
     def _as_one_operation(self, x: Tensor, run: Callable[[], Tensor]) -> Tensor:
         """Run a function of x that maps each token independently. The tracer treats it as a single operation."""
-        return self.finder.as_one_operation(x, run, self._channels_axis(x))
+        with outside_attention_mode():
+            return self.finder.as_one_operation(x, run, self._channels_axis(x))
 
     def _is_token_wise(self, layer: nn.Module, x: Tensor, state: Hashable) -> bool:
         """Whether a layer maps each token independently, so that few rows can replace the tokens in its backward pass.
