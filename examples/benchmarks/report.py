@@ -54,7 +54,8 @@ _GPU = (
     "lora-all+lbp-wht:r=10", "lora-all+lbp-wht:r=10,grad_input_rank=10",
     "lora-all+lbp-wht:r=10,compress_activations=all", "lora-all+lbp-wht:r=10+checkpointing",
 )  # fmt: skip
-# Those records have too much for compiled steps: the pass that found the patches was counted with the first step.
+# For tables without saved activations. In two records, those of compiled steps are too many: the pass that found the
+# patches was counted with the first step.
 _WITHOUT_SAVED = tuple(column for column in ALL if column is not SAVED)
 TABLES: dict[str, Callable[[], str]] = {
     "AVX2, steps": partial(steps, "vit-b-float32-checkpointing-avx2.json"),

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.profiler import ProfilerActivity, profile
 from tqdm.auto import tqdm
 
@@ -25,7 +26,7 @@ from benchmarks import training_step
 from benchmarks.tables import aligned, number
 from benchmarks.training_step import Step, check_methods, completed, prepared, title
 from lbp_peft.environment import environment, in_words, write_record
-from lbp_peft.measure.timing import now, run_interleaved, touch
+from lbp_peft.measure.timing import now, rounds_within, run_interleaved, touch
 
 METHODS = ["full", "lora-all", "lora-one-product", "lbp-wht:r=10", "lora-all+lbp-wht:r=10"]
 # Names of operations of PyTorch on a CPU, by what they are used for in the models that are measured here.
@@ -75,7 +76,7 @@ def row(method: str, rounds: list[dict[str, Counter[str]]]) -> dict[str, Any]:
         phase: {column: statistics.median(times[phase][column] for times in rounds) for column in COLUMNS}
         for phase in PHASES
     }
-    return {"method": method, **phases}
+    return {"method": method, "rounds": len(rounds), **phases}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -98,12 +99,16 @@ def main(arguments: list[str] | None = None) -> None:
     check_methods(options.methods, parser)
     if options.device != "cpu":
         parser.error("--device: on a GPU, use training_step.py, and PyTorch's profiler for its kernels")
+    if options.threads:
+        torch.set_num_threads(options.threads)
     where = environment()
     print(in_words(where), title(options), sep="\n")
     steps = prepared(options)
     if not steps:
         raise SystemExit("None of the methods can be had.")
-    taking_turns = tqdm(range(options.rounds), desc="rounds", leave=False)
+    taking_turns = tqdm(
+        rounds_within(options.minutes, options.rounds), desc="rounds", total=options.rounds, leave=False
+    )
     rounds = run_interleaved([lambda step=step: profiled(step) for step in steps.values()], taking_turns, unmeasured=1)
     rows = [row(method, own) for method, own in zip(steps, rounds, strict=True)]
     print(table(rows))

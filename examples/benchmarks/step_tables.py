@@ -91,7 +91,7 @@ def profiles(name: str) -> str:
             times = [*row[phase].values(), sum(row[phase].values())]
             cells.append([emphasised(row["method"]), phase, *(number(milliseconds) for milliseconds in times)])
     header = ["method", "pass", *record["rows"][0][phases[0]], "together"]
-    caption = f"{_caption(record)}; medians of {record['options']['rounds']} rounds; {source(name, record)}"
+    caption = f"{_caption(record)}; medians of {record['rows'][0]['rounds']} rounds; {source(name, record)}"
     return f"{markdown(header, cells, text_columns=2)}\n\n{caption}"
 
 

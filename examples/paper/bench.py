@@ -36,7 +36,7 @@ _OF_RESULT = (
     "dataset", "train_files", "test_files", "image_size", "train_images", "train_images_per_class", "validation_images",
     "test_images", "data_seed", "classes", "epochs", "batch_size", "head_learning_rate", "weight_decay", "scheduler",
     "warmup_steps", "warmup_ratio", "max_grad_norm", "horizontal_flip", "min_crop", "boundary",
-    "head", "head_channels", "mixed_precision",
+    "head", "head_channels",
 )  # fmt: skip
 
 _OF_FEATURES = (
@@ -79,6 +79,8 @@ class Bench:
             "table": table, "model": name, "weights": _short(self.options.model), "protocol": protocol,
             "cached": self.cut, **{key: _short(getattr(self.options, key, None)) for key in _OF_RESULT},
         }  # fmt: skip
+        if self.accelerator.mixed_precision != "no":
+            self.about["mixed_precision"] = self.accelerator.mixed_precision
         self.data: Any = self.images
         if cache is not None:
             if protocol != "partial":

@@ -102,5 +102,5 @@ def costs(bench: Bench, methods: list[str], rounds: int, arguments: list[str]) -
         own |= peak_in_a_process(arguments, name) or {}
     return {
         "environment": before, "batch_size": bench.options.batch_size, "image_size": list(bench.size), "rounds": rounds,
-        "mixed_precision": bench.options.mixed_precision, "methods": times,
+        "mixed_precision": bench.accelerator.mixed_precision, "methods": times,
     }  # fmt: skip

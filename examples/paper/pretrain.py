@@ -57,9 +57,9 @@ def main(arguments: list[str] | None = None) -> None:
     folder = own.output / own.model
     folder.mkdir(parents=True, exist_ok=True)
     accelerator = make_accelerator(options)
-    on_main(accelerator, prepare_output, replace(options, output=str(folder)), [])
     if not options.resume:
         on_main(accelerator, remove_checkpoints, folder)
+    on_main(accelerator, prepare_output, replace(options, output=str(folder)), [])
     source = load_source(task, options)
     model = load_timm(architecture, None, source.names, seed, size)
     model.to(memory_format=torch.channels_last)  # with this, convolutions on CPUs take two thirds as long

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -150,17 +151,22 @@ def _run_eagerly(model: nn.Module | None, inputs: dict[str, object]) -> None:
     kwargs = {name: value for name, value in arguments.items() if not name.isdigit()}
     state = [(buffer, buffer.clone()) for buffer in model.buffers()]
     devices = [device] if device.type == "cuda" else []
-    # The innermost hooks are the only ones that autograd calls. So those of the caller do not see this pass.
-    own_hooks = torch.autograd.graph.saved_tensors_hooks(_unchanged, _unchanged)
-    with torch.random.fork_rng(devices), torch.enable_grad(), torch.compiler.set_stance("force_eager"), own_hooks:
+    with torch.random.fork_rng(devices), torch.enable_grad(), torch.compiler.set_stance("force_eager"), _own_hooks():
         model(*args, **kwargs)
     with torch.no_grad():
         for buffer, before in state:
             buffer.copy_(before)
 
 
-def _unchanged(tensor: Tensor) -> Tensor:
-    return tensor
+def _own_hooks() -> AbstractContextManager:
+    """Hide the tensors that are saved within the block from the caller's hooks: autograd calls only the innermost ones.
+
+    A result that an operation saves is detached, since it would refer to the operation otherwise, and neither of them
+    would ever be freed.
+    """
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor)
 
 
 __all__ = ["FINDERS", "note_inputs", "record"]

@@ -22,7 +22,7 @@ from ..transforms import in_dispatch_mode, in_transform, must_be_functional
 
 # Elements of the sum that are rounded at once: 1 MiB in float32, which stays in the cache.
 _ELEMENTS_AT_ONCE = 2**18
-# A sum of so many elements is rounded as a whole, which takes fewer calls.
+# A sum of at most so many elements is rounded as a whole: fewer calls save more time there than the cache does.
 _ELEMENTS_OF_SMALL_SUM = 2**20
 
 

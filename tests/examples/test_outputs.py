@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import inspect
 import io
 import json
@@ -25,7 +24,6 @@ from transformers import (
     AutoModelForImageClassification,
     Dinov2Config,
     Dinov2Model,
-    UperNetConfig,
     ViTForImageClassification,
     pipeline,
 )
@@ -359,16 +357,15 @@ def test_another_size_of_images_is_known_to_the_folder(tmp_path):
 
 
 def test_a_new_head_on_a_backbone_is_loaded_with_its_backbone(tmp_path, monkeypatch):
-    small = functools.partial(UperNetConfig, hidden_size=16, auxiliary_channels=16)
-    monkeypatch.setattr("lbp_peft.loading.segmentation.UperNetConfig", small)
     torch.manual_seed(0)
     size = {"hidden_size": 32, "num_attention_heads": 2, "image_size": 32, "patch_size": 8}
     Dinov2Model(Dinov2Config(num_hidden_layers=4, mlp_ratio=2, **size)).save_pretrained(tmp_path / "model")
     source = scenes.scenes(range(5, 10), 2, 1)
     options = SegmentationOptions(
         model=str(tmp_path / "model"), head="upernet", output=str(tmp_path / "out"), methods=["lbp-wht:r=3"], epochs=1,
-        batch_size=2, image_size=[32, 64],
+        batch_size=2, image_size=[32, 64], head_channels=16,
     )  # fmt: skip
+    assert Segmentation().model(options.model, source.names, 0, options).config.hidden_size == 16
     folder = adapt(tmp_path, Segmentation(), options, source)
     source.test[0]["image"].save(tmp_path / "image.png")
     printed, found, _ = run_card(folder, tmp_path)

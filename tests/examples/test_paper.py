@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from models import vit_config
 from PIL import Image
 from safetensors.torch import load_file
@@ -115,6 +116,19 @@ def test_cost_of_steps(experiment, monkeypatch, capsys):
     assert own["step_ms"][0] <= own["step_ms"][2] and own["over_first"] == [1, 1, 1] and own["peak_mib"] == 7
     (given, name), _ = asked
     assert name == "full" and "--model" in given and not {"--methods", "lora", "--cost-rounds", "2"} & set(given)
+    capsys.readouterr()
+    autocast, original = [], costs.loss_of_output
+
+    def noting(*given):
+        autocast.append(torch.is_autocast_enabled("cpu"))
+        return original(*given)
+
+    monkeypatch.setattr(costs, "loss_of_output", noting)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    folder = experiment("--methods", "full", "--cost-rounds", "1", "--mixed_precision", "bf16")
+    assert json.loads((folder / "costs.json").read_text())["mixed_precision"] == "bf16"
+    assert autocast and all(autocast)
+    AcceleratorState._reset_state(reset_partial_state=True)
     capsys.readouterr()
     experiment("--methods", "full", "--peak")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["peak_mib"] > 50

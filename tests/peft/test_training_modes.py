@@ -2,7 +2,10 @@
 
 import contextlib
 import copy
+import gc
 import shutil
+import warnings
+import weakref
 
 import pytest
 import torch
@@ -25,6 +28,7 @@ from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 
 from lbp_peft import LBPWHTConfig, exact_backward, layout_report
+from lbp_peft.layout import compiled as compiled_layouts
 from lbp_peft.measure import saved_activations
 
 
@@ -367,6 +371,26 @@ def test_the_first_compiled_step_saves_what_later_ones_save():
         logits.sum().backward()
         figures.append(saved.bytes)
     assert figures[0] == figures[1] > 0
+
+
+def test_the_pass_that_finds_patches_leaves_nothing_behind():
+    """Not even where an operation saves its result, as softmax does, and no backward pass follows."""
+    model = adapted(one_block)
+    model.get_base_model().set_attn_implementation("eager")
+    parameter = weakref.ref(next(parameter for parameter in model.parameters() if parameter.requires_grad))
+    compiled_layouts._run_eagerly(model, {"pixel_values": ((3, 32, 32), torch.float32)})
+    del model
+    gc.collect()
+    assert parameter() is None
+
+
+def test_a_model_compiles_where_hooks_on_saved_tensors_are_refused():
+    torch._dynamo.reset()
+    model = adapted(one_block)
+    with torch.autograd.graph.disable_saved_tensors_hooks("no hooks"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        compiled_layouts._run_eagerly(model, {"pixel_values": ((3, 32, 32), torch.float32)})
+    assert not layout_report(model).exact
 
 
 @pytest.mark.skipif(shutil.which("c++") is None and shutil.which("g++") is None, reason="needs a C++ compiler")
