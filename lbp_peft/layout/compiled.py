@@ -164,7 +164,7 @@ def _own_hooks() -> AbstractContextManager:
     A result that an operation saves is detached, since it would refer to the operation otherwise, and neither of them
     would ever be freed.
     """
-    if not torch._C._autograd._saved_tensors_hooks_is_enabled():
+    if not torch._C._autograd._saved_tensors_hooks_is_enabled():  # type: ignore[attr-defined]
         return nullcontext()
     return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, lambda tensor: tensor)
 

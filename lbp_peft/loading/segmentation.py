@@ -143,8 +143,10 @@ def upernet(path: str, names: list[str], seed: int, channels: int = 512) -> Uper
     depths = len(config.stage_names) - 1  # without the stem
     config.out_indices = [round(depths * quarter / 4) for quarter in (1, 2, 3, 4)]
     with explain_failures(path):
-        widths = {"hidden_size": channels, "auxiliary_channels": channels // 2}
-        model = UperNetForSemanticSegmentation(UperNetConfig(backbone_config=config, **widths, **class_names(names)))
+        of_model = UperNetConfig(
+            backbone_config=config, hidden_size=channels, auxiliary_channels=channels // 2, **class_names(names)
+        )
+        model = UperNetForSemanticSegmentation(of_model)
         # AutoBackbone would search for the checkpoint on the hub only.
         model.backbone = type(model.backbone).from_pretrained(path, out_indices=config.out_indices, dtype=torch.float32)
     return model
