@@ -168,7 +168,7 @@ def test_segmentation_of_folders_of_images_and_maps(tmp_path):
 
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
 def test_recipes_can_be_read(file):
-    table = "segmentation" if file.stem in ("cityscapes", "voc12", "camvid") else "classification"
+    table = "segmentation" if file.stem in ("cityscapes", "voc12", "camvid", "camvid-small") else "classification"
     options = recipe(table, file.stem, [])
     assert options.scheduler == "cosine" and options.dataset
     assert options.weight_decay == (0.05 if file.stem == "cifar100-first-half" else 1e-5)
