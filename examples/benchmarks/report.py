@@ -54,8 +54,8 @@ _GPU = (
     "lora-all+lbp-wht:r=10", "lora-all+lbp-wht:r=10,grad_input_rank=10",
     "lora-all+lbp-wht:r=10,compress_activations=all", "lora-all+lbp-wht:r=10+checkpointing",
 )  # fmt: skip
-# For tables without saved activations. In two records, those of compiled steps are too many: the pass that found the
-# patches was counted with the first step.
+# The columns of two tables without saved activations: their records count too many for compiled steps, since those of
+# the pass that found the patches were counted with the first step's.
 _WITHOUT_SAVED = tuple(column for column in ALL if column is not SAVED)
 TABLES: dict[str, Callable[[], str]] = {
     "AVX2, steps": partial(steps, "vit-b-float32-checkpointing-avx2.json"),

@@ -47,7 +47,7 @@ class SegmentationData(DataOptions):
         "Put this head on --model, a backbone such as DINOv2 or BEiT. (default: the checkpoint's own kind)",
     )
     head_channels: int | None = option(
-        None, "Channels of that head; the time of its convolutions grows with their square. (default: 512)"
+        None, "Channels of that head; with fewer, a step takes less time. (default: 512)"
     )
 
     def check_together(self) -> None:
@@ -143,10 +143,10 @@ def upernet(path: str, names: list[str], seed: int, channels: int = 512) -> Uper
     depths = len(config.stage_names) - 1  # without the stem
     config.out_indices = [round(depths * quarter / 4) for quarter in (1, 2, 3, 4)]
     with explain_failures(path):
-        of_model = UperNetConfig(
+        whole = UperNetConfig(
             backbone_config=config, hidden_size=channels, auxiliary_channels=channels // 2, **class_names(names)
         )
-        model = UperNetForSemanticSegmentation(of_model)
+        model = UperNetForSemanticSegmentation(whole)
         # AutoBackbone would search for the checkpoint on the hub only.
         model.backbone = type(model.backbone).from_pretrained(path, out_indices=config.out_indices, dtype=torch.float32)
     return model

@@ -61,7 +61,7 @@ class AttentionMode(TorchFunctionMode):
 def outside_attention_mode() -> AbstractContextManager:
     """Context for an operation that contains no attention: the innermost mode is left if it is an [`AttentionMode`].
 
-    A mode is asked about every function and every attribute of a tensor, which takes microseconds each time.
+    PyTorch asks a mode about every function and every attribute of a tensor, which takes microseconds each time.
     """
     if torch.compiler.is_compiling() or not isinstance(overrides._get_current_function_mode(), AttentionMode):
         return nullcontext()
