@@ -91,14 +91,14 @@ def tensors(options: argparse.Namespace, method: str) -> dict[str, float]:
     model = applied(kind.build(options.image_size).to(device), method, list(kind.heads)).train()
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-5)
     batch = {name: tensor.to(device) for name, tensor in kind.batch(1, options.image_size).items()}
-    for _ in range(2):  # base weights are put away when the first backward pass ends
+    for _ in range(2):  # base weights are offloaded when the first backward pass ends
         with saved_activations(model) as saved, torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
             loss = kind.loss(model, batch)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     adapted = [module for module in model.modules() if isinstance(module, LBPWHTLinear)]
-    away = {id(module.get_base_layer().weight) for module in adapted if module.base_weight_waits}
+    away = {id(module.get_base_layer().weight) for module in adapted if module.base_weight_is_offloaded}
     stay = [parameter for parameter in model.parameters() if id(parameter) not in away]
     stay += [value for state in optimizer.state.values() for value in state.values()]
     return {"stay_mib": sum(tensor.nbytes for tensor in stay) / MIB, "saved_mib_an_image": saved.mib}
@@ -135,7 +135,7 @@ def take_turns(options: argparse.Namespace) -> dict[str, Any]:
     """The times of the methods' steps: quartiles [first, median, third] and minimum in ms, and ratios to others."""
     options.batch_size = options.batch_sizes[0]
     steps = prepared(options)
-    for step in steps.values():  # tables are made, and base weights put away
+    for step in steps.values():  # tables are made, and base weights offloaded
         step.timed()
     turns = rounds_within(options.minutes, options.rounds)
     seconds = run_interleaved([step.timed for step in steps.values()], turns, unmeasured=1)

@@ -96,7 +96,7 @@ class Step:
             self.model.zero_grad(set_to_none=True)
         with allocated(self.device) as second:
             self.timed()
-        weights = _bytes([*self.model.parameters(), *self.model.buffers()]) - _waiting(self.model) + first.left
+        weights = _bytes([*self.model.parameters(), *self.model.buffers()]) - _offloaded(self.model) + first.left
         trained = _bytes([parameter for parameter in self.model.parameters() if parameter.requires_grad])
         return Counts(saved.mib, (weights + second.peak) / MIB, weights / MIB, trained / MIB, backward.total / 1e9)
 
@@ -156,10 +156,10 @@ def _bytes(tensors: list[torch.Tensor]) -> int:
     return sum(storages.values())
 
 
-def _waiting(model: nn.Module) -> int:
-    """Bytes of base weights that wait outside the memory of the device."""
-    waiting = [m.get_base_layer().weight for m in model.modules() if getattr(m, "base_weight_waits", False)]
-    return _bytes([weight for weight in waiting if weight is not None])
+def _offloaded(model: nn.Module) -> int:
+    """Bytes of base weights that are offloaded."""
+    offloaded = [m.get_base_layer().weight for m in model.modules() if getattr(m, "base_weight_is_offloaded", False)]
+    return _bytes([weight for weight in offloaded if weight is not None])
 
 
 def prepared(options: argparse.Namespace) -> dict[str, Step]:

@@ -81,7 +81,8 @@ class Options(DataOptions):
         "", "LBP-WHT: what is saved in few bits: `all`, or words joined by a slash. (default: nothing)"
     )
     base_weights: str = option(
-        "auto", "LBP-WHT: where base weights wait while copies are trained: `disk`, `cpu`, `resident`, `dropped`."
+        "auto",
+        "LBP-WHT: where base weights are offloaded while copies are trained: `disk`, `cpu`, `resident`, `dropped`.",
     )
     block_size: int = option(8, "LBP-WHT: order of the transform, in patches.")
     selection: str = option("lp_l1", "LBP-WHT: which bases are kept, lp_l1 or lp_linf.")

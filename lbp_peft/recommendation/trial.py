@@ -163,7 +163,7 @@ def _run_trial(model: nn.Module, job: Job, candidate: Candidate) -> Trial:
 
     with warnings.catch_warnings(), peak_memory(device) as peak:
         warnings.simplefilter("ignore")
-        # In the first step the optimiser creates its state, and base weights are put away. It runs on a whole batch,
+        # In the first step the optimiser creates its state, and base weights are offloaded. It runs on a whole batch,
         # since what is in memory when the state is created decides where the heap has gaps.
         time_step(model, first, loss, optimiser)
         time_step(model, second, counted_loss, optimiser)

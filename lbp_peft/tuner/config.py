@@ -76,11 +76,11 @@ class LBPWHTConfig(PeftConfig):
             base weight and LoRA's branch are summed and multiplied in one product where that is faster and the base
             weight has 32 bits. The result is as close to the exact one. The forward pass of all other layers is exact
             to the bit in either case.
-        base_weights: Where a target's base weight waits while the only adapter in use has a trained copy of it. "auto":
-            in a file that is mapped into memory ("disk"), or for models on a GPU in the CPU's memory ("cpu").
-            "resident": where it is, so that weights are held twice. "dropped": nowhere; the weight itself is trained,
-            and whatever needs the base weight raises an error. It concerns only the running program and is not saved
-            with the adapter. See docs/memory.md.
+        base_weights: Where a target's base weight is offloaded while the only adapter in use has a trained copy of it.
+            "auto": to a file that is mapped into memory ("disk"), or for models on a GPU to the CPU's memory ("cpu").
+            "resident": it stays where it is, so that weights are held twice. "dropped": it is not kept; the weight
+            itself is trained, and whatever needs the base weight raises an error. The setting concerns only the running
+            program and is not saved with the adapter. See docs/memory.md.
         rank_pattern: Ranks that differ from r, by module name suffix or regular expression, as LoRA's. For example
             `{"layers.11.mlp.fc2": 21}`. It changes r only, not `grad_input_rank`.
         grad_input_rank_pattern: Ranks that differ from grad_input_rank, likewise; None for an input gradient that is
@@ -145,7 +145,7 @@ class LBPWHTConfig(PeftConfig):
     )
     base_weights: str = field(
         default="auto",
-        metadata={"help": 'Where base weights wait: "auto", "resident", "cpu", "disk", or "dropped".'},
+        metadata={"help": 'Where base weights are offloaded: "auto", "resident", "cpu", "disk", or "dropped".'},
     )
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "{regular expression or suffix: r} where r differs."}

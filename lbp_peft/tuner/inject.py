@@ -22,8 +22,8 @@ from .config import LBPWHTConfig, Pairs, Selection
 from .layers.base import LBPWHTLayer
 from .layers.calling import has_own_forward, onload_parameters
 from .layers.linear import LBPWHTLinear
+from .layers.offloading import DROPPED, RESIDENT
 from .layers.rule import BackwardRule
-from .layers.waiting import DROPPED, RESIDENT
 from .patches.activation_patch import compress_activations
 from .patches.attention_patch import patch_attention
 from .patches.forward_patch import PATCH_ATTR, ForwardPatch, attach, detach
@@ -184,7 +184,7 @@ def detach_all(model: nn.Module) -> set[LayoutFinder]:
     """
     for module in model.modules():
         if isinstance(module, LBPWHTLinear):
-            module.bring_base_weight_back()
+            module.reload_base_weight()
     finders = {module.finder for module in model.modules() if isinstance(module, LBPWHTLayer)}
     for module in list(model.modules()):
         if isinstance(getattr(module, PATCH_ATTR, None), ForwardPatch):

@@ -1,4 +1,4 @@
-"""Base weights that wait elsewhere while trained copies of them are in use."""
+"""Offloading of base weights while trained copies of them are in use."""
 
 import copy
 import errno
@@ -33,7 +33,7 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import ViTForImageClassification
 
 from lbp_peft import LBPWHTConfig
-from lbp_peft.tuner.layers import storage, waiting
+from lbp_peft.tuner.layers import offloading, storage
 
 WAYS = ["disk", "on a GPU", "dropped"]
 KEPT = WAYS[:-1]
@@ -42,7 +42,7 @@ DROPPED = 'base_weights="dropped"'
 
 @pytest.fixture(autouse=True)
 def weights_are_large_enough(monkeypatch):
-    monkeypatch.setattr(waiting, "_LEAST_BYTES", 0)
+    monkeypatch.setattr(offloading, "_LEAST_BYTES", 0)
     monkeypatch.setattr(storage.os, "fsync", lambda _: None)  # a busy disk may take long
 
 
@@ -57,7 +57,7 @@ def config(way="disk", **settings):
 
 @pytest.fixture
 def adapted(monkeypatch):
-    """Builds a model whose base weights wait in one of several ways.
+    """Builds a model whose base weights are offloaded in one of several ways.
 
     "On a GPU" they move between a device and the CPU's memory. Here the two are the same, and everything else happens
     as it does on a GPU.
@@ -65,14 +65,14 @@ def adapted(monkeypatch):
 
     def build(way, base=None, **settings):
         if way == "on a GPU":
-            monkeypatch.setattr(waiting, "_is_on_cpu", lambda weight: False)
+            monkeypatch.setattr(offloading, "_is_on_cpu", lambda weight: False)
         return get_peft_model(tiny_vit() if base is None else base, config(way, **settings))
 
     return build
 
 
-def waiting_layers(model):
-    return {name for name, layer in layers_of(model).items() if layer.base_weight_waits}
+def offloaded_layers(model):
+    return {name for name, layer in layers_of(model).items() if layer.base_weight_is_offloaded}
 
 
 def trained(model):
@@ -93,7 +93,7 @@ def test_training_is_the_same_wherever_the_base_weights_wait(way, adapted):
     found, plain = adapter_parameters(model), adapter_parameters(expected)
     assert found.keys() == plain.keys() and all(torch.equal(found[name], plain[name]) for name in found)
     everything = set(layers_of(model))
-    assert waiting_layers(model) == (everything)
+    assert offloaded_layers(model) == (everything)
 
 
 @pytest.mark.parametrize("dtype", ["auto", "int8"])
@@ -111,7 +111,7 @@ def test_base_weights_stay_where_they_are_until_a_backward_pass_has_ended(way, a
     assert addresses == {name: layer.get_base_layer().weight.data_ptr() for name, layer in layers_of(model).items()}
     loss.backward()
     moved = {n for n, layer in layers_of(model).items() if layer.get_base_layer().weight.data_ptr() != addresses[n]}
-    assert moved == waiting_layers(model)
+    assert moved == offloaded_layers(model)
 
 
 @pytest.mark.parametrize("way", KEPT)
@@ -166,11 +166,11 @@ def test_several_adapters(way, adapted):
 
 
 @pytest.mark.parametrize("way, base", [("auto", 0), ("auto", 2**16), ("cpu", 0), ("resident", 0)])
-def test_which_base_weights_are_put_away(way, base, adapted, monkeypatch):
+def test_which_base_weights_are_offloaded(way, base, adapted, monkeypatch):
     """By default these are the weights that are large enough for a file; with "cpu", none in a model on the CPU."""
-    monkeypatch.setattr(waiting, "_LEAST_BYTES", base)
+    monkeypatch.setattr(offloading, "_LEAST_BYTES", base)
     model = trained(adapted(way))
-    assert waiting_layers(model) == (set(layers_of(model)) if way == "auto" and base == 0 else set())
+    assert offloaded_layers(model) == (set(layers_of(model)) if way == "auto" and base == 0 else set())
     with model.disable_adapter():
         assert torch.equal(outputs(model, images()), outputs(tiny_vit(), images()))
 
@@ -202,7 +202,7 @@ def test_copies_and_pickles(way, adapted):
         assert torch.equal(outputs(one, x), expected)
         assert same_state(state_of(one), state_of(model))
         trained(one)
-        assert waiting_layers(one) == waiting_layers(model)
+        assert offloaded_layers(one) == offloaded_layers(model)
         if way != "dropped":
             with one.disable_adapter():
                 assert torch.equal(outputs(one, x), outputs(tiny_vit(), x))
@@ -217,7 +217,7 @@ def test_conversions_bring_the_base_weights_along(way, adapted):
     trained_model = outputs(model, x.double())
     assert torch.allclose(trained_model, outputs(trained(adapted(way)), x).double(), atol=1e-5)
     train(model, x.double(), 1)
-    assert waiting_layers(model) == waiting_layers(trained(adapted(way)))
+    assert offloaded_layers(model) == offloaded_layers(trained(adapted(way)))
     if way != "dropped":
         with model.disable_adapter():
             assert torch.equal(outputs(model, x.double()), outputs(tiny_vit().double(), x.double()))
@@ -268,14 +268,14 @@ def test_a_pass_without_the_adapter_in_the_same_graph(way, adapted):
             (forward(model, x) - 2 * reference).square().sum().backward()
         found.append({"images": x.grad} | {n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert largest_difference(found[1], found[0]) == 0
-    assert len(waiting_layers(model)) == 6
+    assert len(offloaded_layers(model)) == 6
 
 
 def test_compiled_models(adapted):
     expected, model = adapted("resident"), adapted("disk")
     model.compile(backend="eager")
     assert train(model, images(), 3) == pytest.approx(train(expected, images(), 3), rel=1e-5)
-    assert waiting_layers(model) == set(layers_of(model))
+    assert offloaded_layers(model) == set(layers_of(model))
 
 
 # Nothing is left behind
@@ -299,7 +299,7 @@ def test_files_have_no_name_and_go_with_the_weights(adapted, tmp_path, monkeypat
     assert not open_files() - before
 
 
-def test_writing_to_a_waiting_weight_changes_no_file(adapted):
+def test_writing_to_an_offloaded_weight_changes_no_file(adapted):
     """Whoever changes a weight in place expects that."""
     model = trained(adapted("disk"))
     layer = next(iter(layers_of(model).values()))
@@ -336,7 +336,7 @@ def test_where_nothing_can_be_written_they_stay_in_memory_with_one_warning(way, 
         train(model, images(), 2)
     told = [str(w.message) for w in caught if "base_weights" in str(w.message)]
     assert len(told) == 1 and "TMPDIR" in told[0] and "stays in memory" in told[0]
-    assert not waiting_layers(model)
+    assert not offloaded_layers(model)
     with model.disable_adapter():
         assert torch.equal(outputs(model, images()), outputs(tiny_vit(), images()))
 
@@ -355,9 +355,9 @@ needs_mappings = pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason
 
 @needs_mappings
 def test_the_checkpoint_itself_serves_as_the_file(loaded, adapted, tmp_path, monkeypatch):
-    monkeypatch.setattr(waiting, "copy_to_file", refusing(AssertionError("a second file")))
+    monkeypatch.setattr(offloading, "copy_to_file", refusing(AssertionError("a second file")))
     model = trained(adapted("disk", loaded))
-    assert waiting_layers(model) == set(layers_of(model))
+    assert offloaded_layers(model) == set(layers_of(model))
     assert {layer._file.path for layer in layers_of(model).values()} == {str(tmp_path / "base" / "model.safetensors")}
     with model.disable_adapter():
         assert torch.equal(outputs(model, images()), outputs(tiny_vit(), images()))
@@ -372,7 +372,7 @@ def test_weights_that_were_changed_since_they_were_loaded_get_a_file_of_their_ow
     model = trained(adapted("disk", loaded))
     from_file = {name for name, layer in layers_of(model).items() if layer._file is not None}
     assert len(from_file) == 4 and all("attention" in name for name in from_file)
-    assert waiting_layers(model) == set(layers_of(model))
+    assert offloaded_layers(model) == set(layers_of(model))
     with model.disable_adapter():
         assert torch.equal(outputs(model, images()), expected)
 
@@ -500,7 +500,7 @@ def test_weights_that_are_used_elsewhere_stay(make, adapted):
         with model.disable_adapter():
             results.append(outputs(model, images()))
     assert torch.equal(results[0], results[2]) and torch.equal(results[1], results[3])
-    assert len(waiting_layers(model)) == {tied: 4, computed: 5, replaced: 6}[make]
+    assert len(offloaded_layers(model)) == {tied: 4, computed: 5, replaced: 6}[make]
 
 
 # The configuration
@@ -526,15 +526,15 @@ def test_it_is_not_saved(tmp_path):
 
 def test_small_weights_and_stacks_are_left_alone(adapted, monkeypatch):
     monkeypatch.undo()
-    assert not waiting_layers(trained(adapted("auto")))
+    assert not offloaded_layers(trained(adapted("auto")))
     lora = LoraConfig(r=2, target_modules=["fc1", "fc2"])
     stacked = get_peft_model(get_peft_model(tiny_vit(), lora), LBPWHTConfig(r=3, train_base_weight=False))
-    assert not any(getattr(layer, "base_weight_waits", False) for layer in layers_of(trained(stacked)).values())
+    assert not any(getattr(layer, "base_weight_is_offloaded", False) for layer in layers_of(trained(stacked)).values())
 
 
 @pytest.mark.parametrize("way", KEPT)
 def test_lora_on_top(way, adapted):
-    """LoRA is put on a layer whose base weight waits, and is merged into the trained copy."""
+    """LoRA is put on a layer whose base weight is offloaded, and is merged into the trained copy."""
     model = trained(adapted(way))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -560,5 +560,5 @@ def test_state_dicts_are_complete(adapted):
 
 def test_a_trained_model_can_be_passed_to_another_process(adapted):
     model = trained(adapted("disk"))
-    assert waiting_layers(model)
+    assert offloaded_layers(model)
     ForkingPickler.dumps(model)

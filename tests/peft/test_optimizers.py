@@ -1,4 +1,4 @@
-"""Optimisers that keep less state than AdamW, from libraries, together with base weights that wait elsewhere."""
+"""Optimisers that keep less state than AdamW, from libraries, together with offloaded base weights."""
 
 import importlib
 
@@ -76,7 +76,7 @@ def test_they_train_the_adapter_and_leave_the_base(name, base_weights, tmp_path,
     assert losses[-1] < 0.9 * losses[0]
     weights = {name for name in before if "lbpwht_weight" in name}
     assert not any(torch.equal(adapter_parameters(model)[name], before[name]) for name in weights)
-    assert all(layer.base_weight_waits for layer in layers_of(model).values())
+    assert all(layer.base_weight_is_offloaded for layer in layers_of(model).values())
     expected = outputs(model, x)
     if base_weights == "disk":
         with model.disable_adapter():

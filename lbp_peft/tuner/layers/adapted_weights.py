@@ -9,11 +9,11 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from .offloading import OffloadedBaseWeight
 from .rule import BackwardRule
-from .waiting import WaitingBaseWeight
 
 
-class AdaptedWeights(WaitingBaseWeight):
+class AdaptedWeights(OffloadedBaseWeight):
     """The part of an adapted layer that holds its adapters' weights, each of them a full copy of the base weight.
 
     Attributes:
@@ -27,7 +27,7 @@ class AdaptedWeights(WaitingBaseWeight):
         disable_adapters: bool
 
     def _init_weights(self) -> None:
-        self._init_waiting()
+        self._init_offloading()
         self.lbpwht_weight = nn.ParameterDict({})
         self.lbpwht_bias = nn.ParameterDict({})
         self._unmerged: tuple[Tensor | None, Tensor | None] | None = None
@@ -50,7 +50,7 @@ class AdaptedWeights(WaitingBaseWeight):
         weight: Any
         weight, bias = (base.weight, base.bias) if self._unmerged is None else self._unmerged
         if self._may_be_gone or self._is_on_host:
-            weight = self._waiting_weight(weight)
+            weight = self._base_weight_on_device(weight)
         return weight, bias
 
     def _dtypes_of_base(self) -> tuple[torch.dtype, torch.dtype | None]:
@@ -85,7 +85,7 @@ class AdaptedWeights(WaitingBaseWeight):
     def _combined_parameters(self, adapter_names: list[str]) -> tuple[Tensor, Tensor | None]:
         """The weight and bias of one adapter, or those of the base layer plus the changes by several, in its dtype."""
         trained = [name for name in adapter_names if name in self.lbpwht_weight]
-        if len(trained) == 1:  # the usual case, in which the base weight may wait elsewhere
+        if len(trained) == 1:  # the usual case, in which the base weight may be offloaded
             dtype, dtype_of_bias = self._dtypes_of_base()
             bias = None if dtype_of_bias is None else self.lbpwht_bias[trained[0]].to(dtype_of_bias)
             return self.lbpwht_weight[trained[0]].to(dtype), bias

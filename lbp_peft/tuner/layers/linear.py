@@ -29,16 +29,16 @@ from .calling import (
     onload_parameters,
     rerun_has_side_effects,
 )
+from .offloading import DROPPED, RESIDENT
 from .rule import BackwardRule
-from .waiting import DROPPED, RESIDENT
 
 
 @register_layer_type("torch.nn.Linear", is_plain_linear)
 class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
     """`nn.Linear` with LBP-WHT adapters.
 
-    The weight of an adapter is a trained copy of the base weight. The base weight itself is not changed; it may wait
-    elsewhere during training, see [`lbp_peft.tuner.layers.waiting`].
+    The weight of an adapter is a trained copy of the base weight. The base weight itself is not changed; it may be
+    offloaded during training, see [`lbp_peft.tuner.layers.offloading`].
 
     Args:
         base_layer: The adapted layer.
@@ -48,7 +48,7 @@ class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
         rule: The first adapter's settings for the backward pass.
         train_base_weight: Whether this adapter trains a copy of the weight and the bias.
         inference_mode: Whether this adapter is frozen.
-        base_weights: Where the base weight waits while only this adapter is active, see [`LBPWHTConfig`].
+        base_weights: Where the base weight is offloaded while only this adapter is active, see [`LBPWHTConfig`].
     """
 
     adapter_layer_names = ("lbpwht_weight", "lbpwht_bias")
@@ -89,7 +89,7 @@ class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
             rule: Its settings for the backward pass.
             train_base_weight: Whether it has weights of its own.
             inference_mode: Whether these are frozen.
-            base_weights: Where the base weight waits while only this adapter is active, see [`LBPWHTConfig`].
+            base_weights: Where the base weight is offloaded while only this adapter is active, see [`LBPWHTConfig`].
         """
         self.check_base_weight(f"Adding the adapter {adapter_name!r}")
         self.lbpwht_rule[adapter_name] = rule
@@ -209,17 +209,17 @@ class LBPWHTLinear(AdaptedWeights, LBPWHTLayer):
         if not enabled:
             self.check_base_weight("Disabling the adapter")
         super().enable_adapters(enabled)
-        self._base_weight_may_be_needed()
+        self._reload_if_needed()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._base_weight_may_be_needed()
+        self._reload_if_needed()
 
     def delete_adapter(self, adapter_name: str) -> None:
         if adapter_name in self.lbpwht_weight:
             self.check_base_weight(f"Deleting the adapter {adapter_name!r}")
         super().delete_adapter(adapter_name)
-        self._base_weight_may_be_needed()
+        self._reload_if_needed()
 
     def _shape_of_weight(self, base: Any) -> torch.Size:
         if not self.is_dropped:

@@ -15,8 +15,8 @@ from ...calibration import CALIBRATED_SELECTIONS
 from ...formats.products import AUTO
 from ...formats.registry import FORMATS
 from ..deprecation import warn_of_deprecation
+from ..layers.offloading import BASE_WEIGHTS
 from ..layers.rule import COMPRESSIBLE
-from ..layers.waiting import BASE_WEIGHTS
 from .names import is_module_name
 from .patterns import IN_LAYERS_PATTERN, IN_RANK_PATTERN, check_pattern, show
 from .stacked_settings import check_stack
@@ -223,8 +223,8 @@ def _check_base_weights(config: LBPWHTConfig) -> None:
         raise ValueError(f"base_weights must be one of {', '.join(BASE_WEIGHTS)}, got {show(config.base_weights)}.")
     if not config.train_base_weight and config.base_weights not in ("auto", "resident"):
         raise ValueError(
-            f"base_weights={show(config.base_weights)} says where base weights wait while copies of them are "
-            "trained. With train_base_weight=False they are in use themselves: leave it out."
+            f"base_weights={show(config.base_weights)} says where base weights are offloaded while copies of them "
+            "are trained. With train_base_weight=False they are in use themselves: leave it out."
         )
 
 
