@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lbp_peft import LBPWHTConfig, heuristics
+from lbp_peft import LBPWHTConfig, heuristics, layout_report
 from lbp_peft.ops import linear, summed_weight
 
 C_IN, C_OUT = 48, 32
@@ -42,7 +42,7 @@ def stack(*loras, base=None, size=0.2, dtype=torch.float32, **settings):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(size * torch.randn(parameter.shape))
-    config = LBPWHTConfig(train_base_weight=False, grid_size=(8, 8), r=3, **settings)
+    config = LBPWHTConfig(**{"train_base_weight": False, "grid_size": (8, 8), "r": 3, **settings})
     return get_peft_model(model, config, autocast_adapter_dtype=False).train()
 
 
@@ -202,6 +202,35 @@ def test_gradients_do_not_depend_on_the_way(settings, monkeypatch):
     assert any(summed) == (not settings)  # few rows are multiplied, or a rounded copy of W is kept
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 if settings else 1e-6)
+
+
+@pytest.mark.parametrize("frozen", ["default", "more0"])
+@pytest.mark.parametrize("exact_forward", [False, True])
+def test_a_frozen_adapter_beside_a_trained_one(frozen, exact_forward):
+    """Both are in the forward pass and in the input gradient, and only one gets a gradient.
+
+    All tokens of an image are equal, so that the first Walsh function holds them and low-rank gradients are exact.
+    """
+    configs = (LoraConfig(r=4, target_modules=["lin"]), LoraConfig(r=2, lora_alpha=3, target_modules=["lin"]))
+    model = stack(*configs, dtype=torch.float64, exact_forward=exact_forward, grad_input_dtype="full")
+    layer = host(model)
+    factors = {name: (layer.lora_A[name].weight, layer.lora_B[name].weight) for name in layer.active_adapters}
+    for factor in factors[frozen]:
+        factor.requires_grad = False
+    x = tokens(dtype=torch.float64).detach()[:, :1].repeat(1, 64, 1).requires_grad_()
+    given = torch.randn(2, 64, C_OUT, dtype=torch.float64)
+    y = model(x)
+    assert {ran.grad_weight_rows for ran in layout_report(model).layers.values()} == {3}
+    y.backward(given)
+    weight = layer.base_layer.weight + sum(layer.scaling[name] * up @ down for name, (down, up) in factors.items())
+    torch.testing.assert_close(y, F.linear(x, weight, layer.base_layer.bias))
+    torch.testing.assert_close(x.grad, given @ weight)
+    assert all(factor.grad is None for factor in factors[frozen])
+    (trained,) = factors.keys() - {frozen}
+    (down, up), scaling = factors[trained], layer.scaling[trained]
+    full = given.flatten(0, 1).t() @ x.flatten(0, 1)
+    torch.testing.assert_close(down.grad, scaling * up.t() @ full)
+    torch.testing.assert_close(up.grad, scaling * full @ down.t())
 
 
 def saved_bytes(model, x):
