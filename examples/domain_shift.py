@@ -114,7 +114,7 @@ def batches(images: Images, size: int, order: Tensor) -> Iterator[tuple[Tensor, 
 def train(model: nn.Module, images: Images, options: argparse.Namespace, label: str) -> float:
     """Returns seconds, without those that loading took."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained, lr=options.learning_rate, weight_decay=0.01, fused=True)
     updates = options.epochs * -(-len(images) // options.batch_size)
     schedule = get_cosine_schedule_with_warmup(optimizer, updates // 10, updates)
     model.train()

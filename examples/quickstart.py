@@ -42,7 +42,8 @@ def pretrained() -> ViTForImageClassification:
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, epochs: int, learning_rate: float) -> None:
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=learning_rate)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=learning_rate, fused=True)
     model.train()  # the low-rank backward pass is active in training mode only
     for epoch in range(epochs):
         for batch in torch.randperm(len(images)).split(20):

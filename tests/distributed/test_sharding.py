@@ -328,7 +328,7 @@ class Numbered(torch.utils.data.Dataset):
 
 
 class Plain(torch.optim.SGD):
-    def __init__(self, weights, lr, weight_decay):
+    def __init__(self, weights, lr, weight_decay, fused):
         super().__init__(weights, lr)
 
 
