@@ -35,6 +35,8 @@ class Method:
         scale: The learning rate at which the search begins, relative to that of the recipe.
         ranks: The ranks to try, the default first.
         exact_steps: The number of steps at the start of a run with exact backpropagation.
+        same_as: The method whose gradients this one computes at another cost. Tables then show that method's scores
+            where this one has none of its own.
     """
 
     label: str
@@ -42,6 +44,7 @@ class Method:
     scale: float = 1.0
     ranks: tuple[int, ...] = ()
     exact_steps: int = 0
+    same_as: str | None = None
 
 
 def head_only(model: nn.Module, part: AdaptedPart, rank: int | None) -> nn.Module:
@@ -160,7 +163,7 @@ def side_tuning(model: nn.Module, part: AdaptedPart, rank: int | None) -> nn.Mod
 METHODS = {
     "head": Method("head only", head_only, scale=10),
     "full": Method("exact backpropagation", full),
-    "checkpointing": Method("exact backpropagation, checkpointing", checkpointing),
+    "checkpointing": Method("exact backpropagation, checkpointing", checkpointing, same_as="full"),
     "lora": Method("LoRA", lora, scale=10, ranks=(8, 16)),
     "lora-without-mlps": Method("LoRA without MLPs", lora_without_mlps, scale=10, ranks=(8, 16)),
     "lora-qv": Method("LoRA on q, v", lora_of_queries_and_values, scale=10, ranks=(8, 16)),

@@ -12,7 +12,7 @@ import math
 import statistics
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Row:
         trials: The scores of the trials on the validation images.
         record: The record of one seed, or of the best trial if no seed was tested, for what both have in common.
         cost: The entry of the method in `costs.json`; empty if its steps were not measured.
+        has_own_runs: Whether the scores, the trials and the record are those of this method, and not of one with the
+            same gradients.
     """
 
     method: str
@@ -52,6 +54,7 @@ class Row:
     trials: list[float]
     record: dict[str, Any]
     cost: dict[str, Any]
+    has_own_runs: bool = True
 
     @property
     def label(self) -> str:
@@ -88,8 +91,8 @@ class Row:
             f"{100 * max(self.trials):.1f}" if self.trials else "",
             self.score,
             f"{record['trained_parameters'] / 1e6:.2f} M",
-            f"{record['paper_flops'] / 1e6:.1f}",
-            f"{record['backward_multiply_adds'] / 1e6:.1f}",
+            f"{record['paper_flops'] / 1e6:.1f}" if self.has_own_runs else "",
+            f"{record['backward_multiply_adds'] / 1e6:.1f}" if self.has_own_runs else "",
             f"{step[1]:.0f}" if step else "",
             f"{step[1] / reference[1]:.2f}" if step and reference else "",
             f"{self.cost['peak_mib']:.0f}" if "peak_mib" in self.cost else "",
@@ -97,7 +100,10 @@ class Row:
 
 
 def rows_of(experiment: Experiment) -> list[Row]:
-    """The methods that have records, the best first, those that were not tested last."""
+    """The methods that have records, the best first, those that were not tested last.
+
+    A method whose gradients are those of another, and of which only the cost was measured, has a row too.
+    """
     file = experiment.folder / COSTS
     measured = json.loads(file.read_text())["methods"] if file.exists() else {}
     rows = []
@@ -107,6 +113,11 @@ def rows_of(experiment: Experiment) -> list[Row]:
         scores, trials = ([record["score"] for record in part] for part in (tested, tried))
         shown = tested[0] if tested else max(tried, key=lambda record: record["score"])
         rows.append(Row(method, scores, trials, shown, _mean_cost(method, shown["config"], measured)))
+    by_method = {row.method: row for row in rows}
+    for method in measured.keys() - by_method.keys():
+        same = by_method.get(METHODS[method].same_as or "") if method in METHODS else None
+        if same:
+            rows.append(replace(same, method=method, cost=measured[method], has_own_runs=False))
     return sorted(rows, key=lambda row: (row.mean or 0, max(row.trials, default=0)), reverse=True)
 
 
@@ -142,7 +153,7 @@ def summary(tables: dict[str, list[Row]]) -> str:
     Args:
         tables: The rows of each experiment, by the heading of its column. If there is one, all its methods are shown.
     """
-    scores = [{row.label: row.score for row in rows if row.scores} for rows in tables.values()]
+    scores = [{row.label: row.score for row in rows if row.scores and row.has_own_runs} for rows in tables.values()]
     counts = Counter(label for column in scores for label in column)
     shown = [label for label, count in counts.items() if count >= min(2, len(scores))]
     return markdown(["method", *tables], [[label, *(column.get(label, "") for column in scores)] for label in shown])
@@ -178,12 +189,13 @@ def contents(root: Path) -> dict[str, str]:
 def points(rows: list[Row]) -> dict[str, list[Point]]:
     """The points of each panel of the figure, by the label of its horizontal axis: the methods that were tested."""
     rows = [row for row in rows if row.scores]
+    counted = [row for row in rows if row.has_own_runs]
     panels: dict[str, list[Point]] = {
         "MFLOPs of the backward pass, linear layers, one image": [
-            _point(row, row.record["paper_flops"] / 1e6) for row in rows
+            _point(row, row.record["paper_flops"] / 1e6) for row in counted
         ],
         "M multiply-adds of the backward pass, one image": [
-            _point(row, row.record["backward_multiply_adds"] / 1e6) for row in rows
+            _point(row, row.record["backward_multiply_adds"] / 1e6) for row in counted
         ],
     }
     timed = [row for row in rows if "step_ms" in row.cost]

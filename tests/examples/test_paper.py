@@ -1,6 +1,8 @@
 """The paper's experiments, offline: small stand-ins in the formats of the models and the data sets."""
 
 import copy
+import io
+import itertools
 import json
 import re
 from pathlib import Path
@@ -27,16 +29,18 @@ import datasets
 from common import training
 from paper import costs, pretrain, report, run
 from paper.counting import LinearBackward, mean_counts, paper_flops
-from paper.data import keep_classes
+from paper.data import ImageData, keep_classes, load_source
 from paper.features import features_of, without_frozen_part
 from paper.methods import METHODS
 from paper.models import BACKBONES, DERIVED_BUFFERS, AdaptedPart, Backbone, adapted_part, load_timm
 from paper.pareto import Point, front
 from paper.pretrain import SmallImageCollator, SmallImages
-from paper.recipe import RECIPES, recipe
+from paper.recipe import RECIPES, TABLES, recipe
 from paper.search import Setting, Trial, best, next_setting
 
 from lbp_peft.loading.datasources import Source
+from lbp_peft.loading.options import as_size
+from lbp_peft.loading.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from lbp_peft.ops.plan import ExactProduct
 from lbp_peft.tuner.layers.linear import LBPWHTLinear
 
@@ -48,11 +52,15 @@ def image(shade, size=32):
     return Image.fromarray((noise + shade).astype(np.uint8))
 
 
-def parquet(path, count, columns=("image", "label")):
+def parquet(path, count):
     """Write two classes, dark and light images, in the format of the hub's data sets."""
     labels = [index % 2 for index in range(count)]
-    rows = {columns[0]: [image(200 * label + index % 10) for index, label in enumerate(labels)], columns[1]: labels}
-    kinds = {columns[0]: datasets.Image(), columns[1]: datasets.ClassLabel(names=["dark", "light"])}
+    rows = {"image": [image(200 * label + index % 10) for index, label in enumerate(labels)], "label": labels}
+    return table(path, rows, {"image": datasets.Image(), "label": datasets.ClassLabel(names=["dark", "light"])})
+
+
+def table(path, rows, kinds):
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
     datasets.Dataset.from_dict(rows, features=datasets.Features(kinds)).to_parquet(str(path))
     return str(path)
 
@@ -97,13 +105,17 @@ def test_runs_are_searched_recorded_and_resumed(experiment, tmp_path, capsys):
         experiment(*methods, "--epochs", "2", "--trials", "1")
 
     capsys.readouterr()
-    (folder / "costs.json").write_text(json.dumps({"methods": {"full": {"step_ms": [9, 10, 11], "peak_mib": 300}}}))
+    measured = {"full": {"step_ms": [9, 10, 11], "peak_mib": 300}, "checkpointing": {"step_ms": [12, 13, 14]}}
+    (folder / "costs.json").write_text(json.dumps({"methods": measured}))
     (tmp_path / "paper.md").write_text("before\n<!-- tiny -->\nold\n<!-- end -->\nafter\n")
     report.main(["--records", str(tmp_path / "records"), "--docs", str(tmp_path)])
     page = (tmp_path / "paper.md").read_text()
     assert "old" not in page and page.endswith("<!-- end -->\nafter\n")
-    line = next(line for line in page.splitlines() if line.startswith("| exact backpropagation"))
+    line = next(line for line in page.splitlines() if line.startswith("| exact backpropagation |"))
     assert line.split("|")[4:6] == [" 1 ", " 2 "] and line.endswith("| 10 | 1.00 | 300 |")
+    # It computes the same gradients, so it was not trained: it has the scores, and only its own cost.
+    same = next(line for line in page.splitlines() if line.startswith("| exact backpropagation, checkpointing |"))
+    assert same.split("|")[2:9] == line.split("|")[2:9] and same.endswith("|  |  | 13 | 1.30 |  |")
     assert (tmp_path / "images" / "paper-tiny.png").stat().st_size > 10_000
 
 
@@ -166,14 +178,157 @@ def test_segmentation_of_folders_of_images_and_maps(tmp_path):
     assert file.parts[-3:-1] == ("segformer_mit_b0-partial-cityscapes", "lp_l1-2")
 
 
+# The data sets that the recipes name, small: the same files, columns, splits, classes and kinds of images
+
+# The folder of the Parquet files on the hub (None: folders of classes), the column of images, the others with their
+# number of classes, the splits besides train, and the modes and formats of the images.
+FORMATS = {
+    "uoft-cs/cifar10": ("plain_text", "img", {"label": 10}, ["test"], [("RGB", "PNG")]),
+    "uoft-cs/cifar100": ("cifar100", "img", {"fine_label": 100, "coarse_label": 20}, ["test"], [("RGB", "PNG")]),
+    "tanganke/stanford_cars": ("data", "image", {"label": 196}, ["test", "contrast"], [("RGB", "JPEG"), ("L", "JPEG")]),
+    "nelorth/oxford-flowers": ("data", "image", {"label": 102}, ["test"], [("RGB", "JPEG")]),
+    "ethz/food101": ("data", "image", {"label": 101}, ["validation"], [("RGB", "JPEG")]),
+    "timm/oxford-iiit-pet": (
+        "data", "image", {"label": 37, "image_id": None, "label_cat_dog": 2}, ["test"], [("RGB", "JPEG"), ("P", "GIF")],
+    ),
+    "data/scenes": (None, "image", {"label": 6}, ["test"], [("RGB", "JPEG")]),
+}  # fmt: skip
+# The data set of a recipe, its column of classes and which of them it keeps, how many images are written to train and
+# test on, and how many the recipe then trains, validates and tests on.
+CLASSIFICATION = {
+    "cars": ("tanganke/stanford_cars", "label", range(196), (1300, 50), (300, 1000, 50)),
+    "cifar10": ("uoft-cs/cifar10", "label", range(10), (1300, 50), (300, 1000, 50)),
+    "cifar100": ("uoft-cs/cifar100", "fine_label", range(100), (1300, 50), (300, 1000, 50)),
+    "cifar100-1000": ("uoft-cs/cifar100", "fine_label", range(100), (1600, 2100), (1000, 500, 2000)),
+    "cifar100-5000": ("uoft-cs/cifar100", "fine_label", range(100), (1700, 200), (700, 1000, 200)),
+    "cifar100-first-half": ("uoft-cs/cifar100", "fine_label", range(50), (400, 200), (200, 0, 100)),
+    "cifar100-second-half": ("uoft-cs/cifar100", "fine_label", range(50, 100), (2400, 200), (700, 500, 100)),
+    "flowers102": ("nelorth/oxford-flowers", "label", range(102), (1300, 50), (300, 1000, 50)),
+    "food101": ("ethz/food101", "label", range(101), (1300, 50), (300, 1000, 50)),
+    "pets": ("timm/oxford-iiit-pet", "label", range(37), (1300, 50), (300, 1000, 50)),
+    "scenes": ("data/scenes", "label", range(6), (540, 60), (40, 500, 60)),
+}
+# The folder of a recipe (None: Parquet files), its split for testing, the number of classes and that of some of them,
+# the mark of no class, the format of the images, the mode of the maps, and how many images the recipe validates on.
+SEGMENTATION = {
+    "camvid": ("data/camvid", "test", 11, {"sky": 0, "car": 8, "cyclist": 10}, 11, "PNG", "L", 60),
+    "camvid-small": (None, "test", 11, {"sky": 0, "car": 8, "cyclist": 10}, 11, "PNG", "L", 60),
+    "cityscapes": ("data/cityscapes", "val", 19, {"road": 0, "car": 13, "bicycle": 18}, 255, "PNG", "L", 100),
+    "voc12": ("data/voc12", "val", 21, {"background": 0, "car": 7, "tvmonitor": 20}, 255, "JPEG", "P", 100),
+}
+
+
+def grey(shade, mode="RGB"):
+    return Image.new("L", (12, 10), shade).convert(mode)
+
+
+def map_of(index, classes, ignored):
+    """A map of every class and of pixels of none, which begins with another class for each index up to their number."""
+    numbers = (index + np.arange(120).reshape(10, 12)) % (classes + 1)
+    return np.where(numbers == classes, ignored, numbers).astype(np.uint8)
+
+
+def stored(picture, form):
+    """The bytes of an image. JPEG keeps the mean of each block, and so an image of one shade."""
+    buffer = io.BytesIO()
+    picture.save(buffer, form)
+    return buffer.getvalue()
+
+
+def write(file, data):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(data)
+
+
+def shades(batch):
+    mean, std = (torch.tensor(values)[:, None, None] for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return (255 * (batch["pixel_values"] * std + mean)).mean((1, 2, 3)).round().int().tolist()
+
+
+@pytest.fixture
+def load(tmp_path, monkeypatch):
+    """Load the images of a recipe as the program does, in a folder where its data set is, and a batch of each part."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+    def program(kind, name, *flags):
+        flags = ["--model", str(tmp_path), "--batch_size", "4", "--eval_batch_size", "3", *flags]
+        options, task = recipe(kind, name, flags), TABLES[kind]()
+        source = load_source(task, options)
+        data = ImageData(ViTForImageClassification(vit_config()), task, source, options)
+        loaders = [*data.loaders(0, "validation"), data.loaders(0, "test")[1]]
+        batches = [batch for part in loaders for batch in itertools.islice(part, 1)]
+        for batch, count in zip(batches, (4, 3, 3), strict=False):  # there may be no images to validate on
+            assert batch["pixel_values"].shape == (count, 3, *as_size(options.image_size))
+            assert batch["pixel_values"].dtype == torch.float32
+        return options, source, batches
+
+    return program
+
+
+@pytest.mark.parametrize("name", CLASSIFICATION)
+def test_images_and_classes_of_a_recipe(name, load):
+    dataset, label, kept, written, expected = CLASSIFICATION[name]
+    folder, column, others, splits, forms = FORMATS[dataset]
+    for split, count in zip(("train", *splits), (*written, 7), strict=False):
+        numbers = [index % others[label] for index in range(count)]  # which are the shades, too
+        pairs = zip(sorted(set(numbers)), itertools.cycle(forms), strict=False)
+        images = {number: stored(grey(number, mode), form) for number, (mode, form) in pairs}
+        rows, kinds = {column: [{"bytes": images[number]} for number in numbers]}, {column: datasets.Image()}
+        for other, classes in others.items():
+            rows[other] = [number % classes if classes else str(number) for number in numbers]
+            names = [f"{other} {number}" for number in range(classes or 0)]
+            kinds[other] = datasets.ClassLabel(names=names) if names else datasets.Value("string")
+        if folder:
+            table(Path(dataset, folder, f"{split}-00000-of-00001.parquet"), rows, kinds)
+        else:
+            for index, number in enumerate(numbers):
+                write(Path(dataset, split, f"label {number}", f"{index}.jpg"), images[number])
+    _, source, batches = load("classification", name)
+    assert source.names == [f"{label} {number}" for number in kept]
+    assert (len(source.train), len(source.validation), len(source.test)) == expected
+    assert len(batches) == np.count_nonzero(expected)
+    for batch in batches:
+        assert batch["labels"].dtype == torch.int64 and [kept[place] for place in batch["labels"]] == shades(batch)
+
+
+@pytest.mark.parametrize("name", SEGMENTATION)
+def test_images_and_label_maps_of_a_recipe(name, load):
+    place, test, classes, some, ignored, form, mode, validation = SEGMENTATION[name]
+    for split, count in (("train", validation + 5), (test, 4)):
+        images = [stored(grey(index), form) for index in range(count)]
+        maps = [Image.fromarray(map_of(index, classes, ignored)) for index in range(count)]
+        if mode == "P":
+            for one in maps:
+                one.putpalette([*range(255, -1, -1)] * 3)  # colours that are not the numbers
+        columns = {"image": images, "label": [stored(one, "PNG") for one in maps]}
+        if place is None:
+            rows = {column: [{"bytes": data} for data in files] for column, files in columns.items()}
+            table(f"{split}.parquet", rows, dict.fromkeys(rows, datasets.Image()))
+        else:
+            for index in range(count):  # in a folder for each city, as Cityscapes has them
+                write(Path(place, split, "images", "city", f"{index}.{form.lower()}"), images[index])
+                write(Path(place, split, "masks", "city", f"{index}.png"), columns["label"][index])
+    flags = [] if place else ["--train_files", "train.parquet", "--test_files", "test.parquet"]
+    options, source, (trained, *scored) = load("segmentation", name, *flags)
+    assert len(source.names) == classes and {name: source.names.index(name) for name in some} == some
+    assert (len(source.train), len(source.validation), len(source.test)) == (5, validation, 4)
+    assert trained["labels"].shape == (4, *as_size(options.image_size)) and trained["labels"].dtype == torch.int64
+    assert set(trained["labels"].unique().tolist()) == {*range(classes), options.ignore_index}
+    for batch in scored:
+        for index, label in zip(shades(batch), batch["labels"], strict=True):
+            assert label.dtype == torch.int64 and label.tolist() == map_of(index, classes, ignored).tolist()
+
+
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: file.stem)
 def test_recipes_can_be_read(file):
-    table = "segmentation" if file.stem in ("cityscapes", "voc12", "camvid", "camvid-small") else "classification"
-    options = recipe(table, file.stem, [])
+    kind = "segmentation" if file.stem in SEGMENTATION else "classification"
+    assert file.stem in SEGMENTATION | CLASSIFICATION  # each recipe is tested on images
+    options = recipe(kind, file.stem, [])
     assert options.scheduler == "cosine" and options.dataset
     assert options.weight_decay == (0.05 if file.stem == "cifar100-first-half" else 1e-5)
-    not_of_the_paper = ("cifar100-1000", "cifar100-first-half", "cifar100-second-half", "scenes")
-    if table == "classification" and file.stem not in not_of_the_paper:
+    not_of_the_paper = ("cifar100-1000", "cifar100-5000", "cifar100-first-half", "cifar100-second-half", "scenes")
+    if kind == "classification" and file.stem not in not_of_the_paper:
         rate = {"flowers102": 2e-4, "food101": 2e-4, "cars": 5e-4}.get(file.stem, 1e-4)
         clipped = None if file.stem == "cifar100" else 5.0
         assert (options.learning_rate, options.max_grad_norm) == (rate, clipped)
