@@ -59,6 +59,7 @@ AIMS = (
 )
 AIMS_BF16 = (
     Aim("LoRA + LBP-WHT / LoRA", 0.74, ((STACK, "lora-all"),), "AMX"),
+    Aim("LBP-WHT's forward pass / the plain model's", 1.05, ((LBP, "full"),), forward_only=True),
     *(aim for aim in AIMS if aim.forward_only or aim.pairs[0][0].startswith(_COMPRESSED)),
 )
 PEAK_AIMS = (

@@ -91,19 +91,12 @@ def least(found: list[Tensor], exact: list[Tensor]) -> float:
 
 
 @dataclass
-class FidelityOptions(ClassificationData):
-    """The options. Data is named as in the example programs; the batch is drawn from the training images."""
+class OneBatch(ClassificationData):
+    """The options for a batch of real images. Data is named as in the example programs; training images are drawn."""
 
     images: int = option(40, "How many images the batch has.")
-    settings: list[str] = option(SETTINGS, "What to measure. (default: r of 3, 10 and 21 with every precision)")
     head_modules: list[str] | None = option(None, "Modules that hold the head. (default: all outside the base model)")
     image_size: list[int] | None = option([112], "Input in pixels: the side of a square, or height and width.")
-    output: str = option("runs/benchmarks/fidelity.json", "File for the figures.")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for text in self.settings:
-            words(text) if is_rival(text) else in_parts(text)
 
     def for_experiment(self) -> ClassificationOptions:
         """The same model and data, in one batch without augmentation."""
@@ -113,6 +106,19 @@ class FidelityOptions(ClassificationData):
             shared["train_images"] = min(self.train_images or self.images, self.images)
         shared["test_images"] = 1  # no image is used for testing
         return ClassificationOptions(**shared, batch_size=self.images, min_crop=1.0, horizontal_flip=False)
+
+
+@dataclass
+class FidelityOptions(OneBatch):
+    """The options: the batch, and what is measured with it."""
+
+    settings: list[str] = option(SETTINGS, "What to measure. (default: r of 3, 10 and 21 with every precision)")
+    output: str = option("runs/benchmarks/fidelity.json", "File for the figures.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for text in self.settings:
+            words(text) if is_rival(text) else in_parts(text)
 
 
 def in_parts(text: str) -> tuple[dict[str, Any], list[str]]:

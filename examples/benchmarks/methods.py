@@ -8,6 +8,7 @@
     lbp-wht:r=10,grad_input_dtype=int8           LBP-WHT; the settings are those of its configuration
     lora-all+lbp-wht:r=3,grad_input_rank=3      LBP-WHT on top of LoRA
     lbp-wht:compress_activations=norm/activation    several words are joined by a slash
+    float8                                 torchao's training with products in float8, on a GPU
     hosvd:energy=0.8                       another method's backward pass, see examples/benchmarks/rivals
 
 To add a word, write a function from model, names of the head's modules and settings to the model, and name it in
@@ -161,6 +162,22 @@ def checkpointing(model: nn.Module, heads: list[str], settings: Settings) -> nn.
     return model
 
 
+def float8(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
+    """The encoder's linear layers with all three products in float8. With `emulate=true` it runs without a GPU."""
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError:
+        raise NotAvailable("float8 needs torchao") from None
+    config = Float8LinearConfig(**settings)
+    if not config.emulate and not (torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)):
+        raise NotAvailable("float8 needs a GPU of compute capability 8.9")
+    targets = set(encoder_linears(model))
+    converted: nn.Module = convert_to_float8_training(
+        model, module_filter_fn=lambda _, name: name in targets, config=config
+    )
+    return converted
+
+
 def compiled(model: nn.Module, heads: list[str], settings: Settings) -> nn.Module:
     # The models of all methods run the same code. PyTorch compiles eight versions of it by default, and runs the other
     # models in eager mode.
@@ -251,6 +268,7 @@ WORDS: dict[str, Callable[[nn.Module, list[str], Settings], nn.Module]] = {
     "lora-one-product": lora_one_product,
     "lbp-wht": lbp_wht,
     "checkpointing": checkpointing,
+    "float8": float8,
     "compile": compiled,
     **{name: rival(name) for name in RIVALS},
 }

@@ -22,7 +22,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 EAGER = (
-    "full", "full+checkpointing", "lora-qv", "lora-all", "lora-all+checkpointing",
+    "full", "full+checkpointing", "float8", "lora-qv", "lora-all", "lora-all+checkpointing",
     "lbp-wht:r=10,grad_input_dtype=full", "lbp-wht:r=10,grad_input_dtype=fp8", "lbp-wht:r=10,grad_input_dtype=int8",
     "lbp-wht:r=10,grad_input_dtype=auto", "lbp-wht:r=10,grad_input_rank=10", "lbp-wht:r=10,compress_activations=all",
     "lbp-wht:r=10+checkpointing", "lora-all+lbp-wht:r=10", "lora-all+lbp-wht:r=10,compress_activations=all",
@@ -41,7 +41,7 @@ def _each(methods: tuple[str, ...], word: str) -> list[str]:
 
 
 # Eager steps come first, to compare with.
-COMPILED = (*_SHORT, *_each(_SETTINGS, "compile"), *_each(_SHORT, "compile:mode=reduce-overhead"))
+COMPILED = (*_SHORT, *_each(("float8", *_SETTINGS), "compile"), *_each(_SHORT, "compile:mode=reduce-overhead"))
 CUDA_GRAPHS = (*_SHORT, *_each(_SETTINGS + _TRITON, "cuda-graph"))
 
 

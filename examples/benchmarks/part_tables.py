@@ -39,6 +39,48 @@ def cosines(name: str) -> str:
     return f"{markdown(['setting', 'all', 'first block', 'middle', 'last'], cells)}\n\n{source(name, record)}"
 
 
+def adaptive_variants(name: str) -> str:
+    """The cosines, the fits and their time in a record of adaptive_variants.py."""
+    record = read(name)
+    cells = [
+        [variant, *(number(value, 3) for value in cosines), str(count), number(ms, 0)]
+        for variant, *cosines, count, ms in record["rows"]
+    ]
+    header = ["variant", "all", "first block", "middle", "last", "fits", "fits, ms"]
+    return f"{markdown(header, cells)}\n\n{source(name, record)}"
+
+
+def summed_weights(name: str, layer: str) -> str:
+    """The errors of one layer in a record of summed_weights.py, relative to float64, and the times of all layers."""
+    record = read(name)
+    ways = ("branch", "one product")
+    errors = [
+        [row["weights"], f"{row['share']:g}", *(f"{row['errors'][way][part]:.1e}" for part in (0, 1) for way in ways)]
+        for row in record["rows"]
+        if row["layer"] == layer and "share" in row
+    ]
+    parts = ("error of the output", "of the update")
+    header = ["weights", "update / W", *(f"{part}: {way}" for part in parts for way in ways)]
+    times = [
+        [row["layer"], number(row["plain_ms"], 1), *(number(row[f"{way} / plain"][1], 2) for way in ways)]
+        for row in record["rows"]
+        if "plain_ms" in row
+    ]
+    both = markdown(header, errors), markdown(["layer", "plain, ms", *(f"{way} / plain" for way in ways)], times)
+    return "\n\n".join((*both, source(name, record)))
+
+
+def call_overhead(name: str) -> str:
+    """What calling a layer costs, from a record of call_overhead.py."""
+    record = read(name)
+    cells = [
+        [row["way"], *(number(part[1], 0) for part in row["us"]), number(row["extra_us"][1], 0)]
+        for row in record["rows"]
+    ]
+    header = ["layer", "forward, us", "backward, us", "more than the plain layer or LoRA, us"]
+    return f"{markdown(header, cells)}\n\n{source(name, record)}"
+
+
 def calibrated(name: str, heading: str, part: str, rows: dict[str, tuple[str, bool]]) -> str:
     """Cosines of weight gradients by block, from a record of calibration.py.
 
@@ -144,15 +186,15 @@ def mean_iou(confusion: list[list[int]]) -> float:
     return statistics.mean(found)
 
 
-def related(fidelity: str, costs: str) -> str:
+def related(fidelity: tuple[str, ...], costs: tuple[str, ...]) -> str:
     """Related methods beside LBP-WHT, from records of rivals_table.py."""
     from benchmarks.rivals_table import markdown_table
 
-    records = [(kind, name, read(name)) for kind, name in (("cosines", fidelity), ("costs", costs))]
-    threads = {kind: record["environment"]["threads"] for kind, _, record in records}
     sources = "\n".join(
-        f"- {kind}, on {threads[kind]} thread{'s' if threads[kind] > 1 else ''}: {source(name, record)}"
-        for kind, name, record in records
+        f"- {kind}, on {threads} thread{'s' if threads > 1 else ''}: {source(name, record)}"
+        for kind, names in (("cosines", fidelity), ("costs", costs))
+        for name, record in ((name, read(name)) for name in names)
+        for threads in (record["environment"]["threads"],)
     )
     return f"{markdown_table(RESULTS / VERSION)}\n\n{sources}"
 

@@ -24,12 +24,15 @@ from benchmarks.aim_tables import peaks_aimed_for, saved_aimed_for, steps_aimed_
 from benchmarks.comparisons import MEMORY
 from benchmarks.part_tables import (
     accuracies_by_seed,
+    adaptive_variants,
     calculated_on_gpus,
     calibrated,
+    call_overhead,
     cosines,
     day_and_dusk,
     layers,
     related,
+    summed_weights,
     tracing,
 )
 from benchmarks.step_tables import (
@@ -49,7 +52,7 @@ from benchmarks.step_tables import (
 )
 
 _GPU = (
-    "full", "full+checkpointing", "lora-all", "lora-all+checkpointing",
+    "full", "full+checkpointing", "lora-qv", "lora-all", "lora-all+checkpointing",
     "lbp-wht:r=10", "lbp-wht:r=10,grad_input_rank=10",
     "lora-all+lbp-wht:r=10", "lora-all+lbp-wht:r=10,grad_input_rank=10",
     "lora-all+lbp-wht:r=10,compress_activations=all", "lora-all+lbp-wht:r=10+checkpointing",
@@ -58,8 +61,7 @@ _GPU = (
 # the pass that found the patches were counted with the first step's.
 _WITHOUT_SAVED = tuple(column for column in ALL if column is not SAVED)
 TABLES: dict[str, Callable[[], str]] = {
-    "AVX2, steps": partial(steps, "vit-b-float32-checkpointing-avx2.json"),
-    "AVX2, more methods": partial(steps, "vit-b-float32-avx2.json", ALL[:-1]),
+    "AVX2, float32": partial(steps, "vit-b-float32-avx2.json"),
     "AVX2, peaks": partial(peaks, "vit-b-peak-avx2.json", ("16", "8")),
     "restricted to AVX2": partial(steps, "vit-b-float32-restricted-to-avx2.json"),
     "AVX-512, float32": partial(steps, "vit-b-float32-avx512.json"),
@@ -88,6 +90,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "AMX, compiled, float32": partial(steps, "vit-b-float32-compiled-amx.json"),
     "AMX, compiled, bf16": partial(steps, "vit-b-bf16-compiled-amx.json"),
     "where the time goes, float32": partial(profiles, "profile-vit-b-float32-amx.json"),
+    "where the time goes, AVX2": partial(profiles, "profile-vit-b-float32-avx2.json"),
+    "AVX2, compiled, float32": partial(steps, "vit-b-float32-compiled-avx2.json"),
     "where the time goes, bf16": partial(profiles, "profile-vit-b-bf16-amx.json"),
     "other models": partial(
         models,
@@ -96,6 +100,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "other architectures": partial(models, ("swinv2-s.json", "segformer-b0.json", "efficientformer-l1.json")),
     "single layers": partial(layers, "layers-float32.json", "layers-bf16.json"),
     "cosines": partial(cosines, "fidelity.json"),
+    "call overhead": partial(call_overhead, "call-overhead.json"),
+    "adaptive variants": partial(adaptive_variants, "adaptive-variants.json"),
+    "summed weights": partial(summed_weights, "summed-weights.json", "q, k, v or out"),
     "low precision": partial(
         accuracies_by_seed,
         {
@@ -148,7 +155,9 @@ TABLES: dict[str, Callable[[], str]] = {
             "lora+lbp-wht": "LoRA with LBP-WHT, r=10",
         },
     ),
-    "related methods": partial(related, "rivals-fidelity.json", "rivals-costs.json"),
+    "related methods": partial(
+        related, ("rivals-fidelity.json", "rivals-fidelity-8-bits.json"), ("rivals-costs.json",)
+    ),
     "roofline": calculated_on_gpus,
     "aims, steps": partial(
         steps_aimed_for,
@@ -158,7 +167,11 @@ TABLES: dict[str, Callable[[], str]] = {
                 "vit-b-float32-avx512-again.json",
                 "vit-b-float32-compiled-avx512.json",
             ),
-            "AVX2": ("vit-b-float32-restricted-to-avx2.json",),
+            "AVX2": (
+                "vit-b-float32-avx2.json",
+                "vit-b-float32-restricted-to-avx2.json",
+                "vit-b-float32-compiled-avx2.json",
+            ),
             "AMX": ("vit-b-float32-amx.json", "vit-b-float32-compiled-amx.json"),
         },
         {
@@ -189,7 +202,7 @@ TABLES: dict[str, Callable[[], str]] = {
         {
             "step, CPU with AMX": "vit-b-float32-amx.json",
             "step, CPU with AVX-512 and VNNI": "vit-b-float32-avx512.json",
-            "step, CPU with AVX2": "vit-b-float32-restricted-to-avx2.json",
+            "step, CPU with AVX2": "vit-b-float32-avx2.json",
         },
         {
             "LoRA on all linear layers": "lora-all",

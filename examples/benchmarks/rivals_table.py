@@ -77,6 +77,7 @@ ROWS = (
     Row("gradient filtering, 2 x 2", "gradient-filter", "up to 19x faster, 77.1 % less memory, 0.1 % accuracy lost"),
     Row("HOSVD, 90 % of the energy", "hosvd", "a better trade of accuracy for memory than earlier methods"),
     Row("HLQ, 4 bits", "hlq", "up to 2.5x faster backward pass, 78.5 % less memory"),
+    Row("HLQ, 8 bits", "hlq:bits=8", ""),
     Row("HLQ, [CLS] apart (our addition)", "hlq:prefix=1", ""),
     Row("HOT, 4 bits", "hot", "up to 2.6x faster, 75 % less memory"),
     Row("INSTANT, 95 % of the energy", "instant", "15x less computation, 32x less activation memory, about 1 % lost"),

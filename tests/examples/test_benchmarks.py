@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import (
+    adaptive_variants,
+    call_overhead,
     input_gradients,
     methods,
     peak_memory_table,
@@ -31,7 +33,9 @@ from models import tiny_vit
 from processes import environment_of
 from torch import nn
 
+from lbp_peft import layout_report
 from lbp_peft.bases.grids import TokenLayout
+from lbp_peft.encoder import encoder_linears
 from lbp_peft.measure import multiply_adds
 from lbp_peft.measure.memory import allocated
 from lbp_peft.measure.timing import quartiles, ratios, rounds_within, run_interleaved
@@ -490,6 +494,23 @@ def test_summed_weights(tmp_path, monkeypatch):
         assert 0 < one < 1.5 * branch < 1e-5
 
 
+def test_float8_converts_the_encoder(monkeypatch):
+    pytest.importorskip("torchao.float8", reason="torchao is not installed")
+    model = adapted(tiny_vit(), "float8:emulate=true", ["classifier"])
+    converted = {name for name, module in model.named_modules() if type(module).__name__ == "Float8Linear"}
+    assert converted == set(encoder_linears(tiny_vit()))
+    exact = tiny_vit()
+    x, grads = torch.randn(2, 3, 32, 32), []
+    for one in (model, exact):
+        one(pixel_values=x).logits.square().sum().backward()
+        grads.append(torch.cat([one.get_submodule(name).weight.grad.flatten() for name in sorted(converted)]))
+    cosine = torch.cosine_similarity(*grads, dim=0)
+    assert 0.9 < cosine < 0.99999
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(NotAvailable, match="GPU of compute capability"):
+        adapted(tiny_vit(), "float8", ["classifier"])
+
+
 def test_lora_in_one_product_has_loras_gradients(monkeypatch):
     monkeypatch.setitem(MODELS, "tiny", TINY)
     grads = []
@@ -505,3 +526,35 @@ def test_lora_in_one_product_has_loras_gradients(monkeypatch):
         grads.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("variant", adaptive_variants.VARIANTS, ids=lambda variant: variant.name)
+def test_variants_of_the_adaptive_basis(variant):
+    """Each changes the gradients or the number of fits, and keeps the gradients' direction."""
+    base = tiny_vit(num_hidden_layers=3)
+    batch = {"pixel_values": torch.randn(2, 3, 32, 32), "labels": torch.tensor([0, 1])}
+
+    def measured(of, rank):
+        return adaptive_variants.measured(base, batch, ["classifier"], of, r=64, rank=rank)
+
+    built = measured(adaptive_variants.VARIANTS[0], 6)
+    *cosines, fits, ms = measured(variant, 6)
+    assert all(0.3 < value <= 1.0001 for value in cosines) and ms > 0 and 0 < fits <= built[4]
+    assert variant is adaptive_variants.VARIANTS[0] or (cosines, fits) != (built[:4], built[4])
+
+
+def test_call_overhead(tmp_path):
+    call_overhead.main(["--rounds", "2", "--output", str(tmp_path / "calls.json")])
+    rows = {row["way"]: row for row in json.loads((tmp_path / "calls.json").read_text())["rows"]}
+    assert rows["plain"]["extra_us"] == rows["LoRA"]["extra_us"] == [0, 0, 0]
+    assert all(part[1] > 0 for row in rows.values() for part in row["us"])
+
+
+@pytest.mark.parametrize("way", call_overhead.MAKE)
+@pytest.mark.own_choice
+def test_the_layers_whose_calls_are_measured_are_what_they_are_called(way):
+    model = call_overhead.MAKE[way]().train()
+    model(torch.randn(1, call_overhead.TOKENS, call_overhead.FEATURES, requires_grad=True)).sum().backward()
+    if "low-rank" in way or "auto" in way:
+        ran = layout_report(model).layers.values()
+        assert [bool(one.why_exact) for one in ran] == ["low-rank" not in way] * call_overhead.LAYERS
