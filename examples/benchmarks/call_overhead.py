@@ -4,7 +4,8 @@
 
 A model of 24 layers has 64 tokens of 16 features, so that products take a few microseconds and the rest is Python and
 autograd. The table has the time of a forward and a backward pass for each layer, and by how much it exceeds that of the
-plain layer. "auto, exact" is what a narrow layer gets, and "low-rank" what a wide one gets; the stack has LoRA beneath.
+plain layer, or of LoRA for a stack, which has LoRA beneath. "auto, exact" is what a narrow layer gets, and "low-rank"
+what a wide one gets.
 """
 
 from __future__ import annotations

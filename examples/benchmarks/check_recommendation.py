@@ -104,7 +104,7 @@ def train(options: CheckOptions, label: str, precision: str) -> None:
     torch.manual_seed(0)
     model = candidate.apply_to(inputs.model, head_modules(inputs.model)).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=options.learning_rate)
+    optimiser = torch.optim.AdamW(trained, lr=options.learning_rate, fused=True)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     seconds = []
     for step in range(options.steps):

@@ -89,7 +89,8 @@ def tensors(options: argparse.Namespace, method: str) -> dict[str, float]:
     kind, device = MODELS[options.model], torch.device(options.device)
     torch.manual_seed(0)
     model = applied(kind.build(options.image_size).to(device), method, list(kind.heads)).train()
-    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-5)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     batch = {name: tensor.to(device) for name, tensor in kind.batch(1, options.image_size).items()}
     for _ in range(2):  # base weights are offloaded when the first backward pass ends
         with saved_activations(model) as saved, torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):
@@ -118,7 +119,8 @@ def train(options: argparse.Namespace, method: str, batch_size: int) -> dict[str
     before = 0 if on_gpu else peak_of_process()
     torch.manual_seed(0)
     model = applied(kind.build(options.image_size).to(device), method, list(kind.heads)).train()
-    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-5)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
     batch = {name: tensor.to(device) for name, tensor in kind.batch(batch_size, options.image_size).items()}
     for _ in range(options.steps):
         with torch.autocast(device.type, torch.bfloat16, enabled=options.bf16):

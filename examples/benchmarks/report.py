@@ -202,7 +202,7 @@ TABLES: dict[str, Callable[[], str]] = {
         {
             "step, CPU with AMX": "vit-b-float32-amx.json",
             "step, CPU with AVX-512 and VNNI": "vit-b-float32-avx512.json",
-            "step, CPU with AVX2": "vit-b-float32-avx2.json",
+            "step, CPU with AVX2": "vit-b-float32-restricted-to-avx2.json",
         },
         {
             "LoRA on all linear layers": "lora-all",

@@ -164,7 +164,7 @@ class AdaptedWeights(OffloadedBaseWeight):
 
         Raises:
             ValueError: the base weight was dropped.
-            RuntimeError: the file that the base weight waited in was overwritten.
+            RuntimeError: the file to which the base weight was offloaded has been overwritten.
         """
         if self._unmerged is not None:
             self.check_base_weight("Unmerging the adapter")
