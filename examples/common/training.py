@@ -120,8 +120,13 @@ def train(
     images = loaders[0].dataset
     if unused := freeze_unused(model, loaders[0].collate_fn([images[0]])):
         accelerator.print(f"Not trained, since the loss does not depend on it: {', '.join(unused)}")
-    groups = parameter_groups(model, run)
-    optimizer = torch.optim.AdamW(groups, lr=run.learning_rate, weight_decay=options.weight_decay, fused=True)
+    # A gradient scaler leaves it to a fused optimiser to skip steps that overflow, and accelerate then does not notice.
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, run),
+        lr=run.learning_rate,
+        weight_decay=options.weight_decay,
+        fused=accelerator.scaler is None,
+    )
     plain = plain_copy(accelerator, model)
     model, optimizer, train_loader, test_loader, *validation = accelerator.prepare(model, optimizer, *loaders)
     updates = math.ceil(len(train_loader) / options.gradient_accumulation_steps) * run.epochs
